@@ -1,0 +1,1 @@
+"""What npllama costs, measured: `python -m benchmarks`."""

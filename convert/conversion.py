@@ -1,0 +1,317 @@
+"""What all readers share: a checkpoint as tensors that come in blocks of rows, and the one way from there to a model.
+
+A reader opens its files, refuses what isn't a plain Llama before it touches a weight, and returns a Source. write() streams
+that: everything is mapped, nothing read whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import importlib.util
+import math
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from npllama import checkpoint
+from npllama.chat import chat_format_of, chat_format_of_template, default_system_of_template
+from npllama.checkpoint import CheckpointError
+from npllama.config import Config, ConfigError, RopeScaling, n_parameters, parameter_shapes
+from npllama.tokenizer import load_tokenizer
+
+Report = Callable[[str], object]
+Shaped = TypeVar("Shaped")  # an array or a Tensor
+LLAMA3_CONTEXT = 8192  # what Llama 3 was trained on, before its frequencies were scaled
+
+# What a checkpoint holds besides parameters: rotary tables and caches that some releases saved along.
+NOT_A_PARAMETER = re.compile(r"(.*\.)?(rope\.freqs|freqs_cis|freqs_cos|freqs_sin|cache_k|cache_v|rotary_emb\.inv_freq)")
+
+
+# ------------------------------------------------------------------------------------------------------------------ a source
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A whole parameter of which only blocks of rows ever are in memory."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype  # uint16 is bfloat16
+    rows: Callable[[int, int], np.ndarray]  # those from start to stop
+
+    @classmethod
+    def of(cls, array: np.ndarray, order: np.ndarray | None = None) -> Tensor:
+        """A (mapped) array as it is, or with its rows in another order."""
+        if order is None:
+            return cls(array.shape, array.dtype, lambda start, stop: array[start:stop])
+        return cls(array.shape, array.dtype, lambda start, stop: array[order[start:stop]])
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """The whole as consecutive blocks of rows, each about a megabyte."""
+        row_bytes = self.dtype.itemsize * math.prod(self.shape[1:])
+        step = max(1, checkpoint.BLOCK_BYTES // max(1, row_bytes))
+        return (self.rows(start, min(start + step, self.shape[0])) for start in range(0, self.shape[0], step))
+
+    def same_bits(self, other: Tensor) -> bool:
+        """Whether both hold the same numbers in the same dtype, zeros of both signs told apart."""
+        same = self.shape == other.shape and self.dtype == other.dtype
+        return same and all(map(same_bits, self.blocks(), other.blocks()))
+
+
+def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two arrays are equal bit for bit."""
+    bits = np.dtype(f"u{a.itemsize}")
+    return a.dtype == b.dtype and np.array_equal(np.ascontiguousarray(a).view(bits), np.ascontiguousarray(b).view(bits))
+
+
+@dataclass
+class Source:
+    """A checkpoint as its reader found it, with no weight read yet."""
+
+    kind: str
+    config: Config
+    tensors: dict[str, Tensor]  # in Meta's names and layout, as parameter_shapes(config) has them
+    files: list[Path]  # whose sha256 goes into the manifest
+    tokenizer: dict[str, Path | bytes] = field(default_factory=dict)  # its file and those that belong beside it
+    generation: dict[str, object] = field(default_factory=dict)  # recommended chat_format, system, temperature, top_p
+    about: dict[str, object] = field(default_factory=dict)  # more for the manifest
+
+
+def tie(config: Config, tensors: dict[str, Tensor], report: Report) -> tuple[Config, dict[str, Tensor]]:
+    """Leave out an output matrix that equals the embedding: it is stored once."""
+    if config.tied_embeddings:
+        report("tied embeddings: there is no output matrix")
+    elif tensors["output.weight"].same_bits(tensors["tok_embeddings.weight"]):
+        report("tied embeddings: output.weight equals the embedding bit for bit, and is stored once")
+        tensors = {name: tensor for name, tensor in tensors.items() if name != "output.weight"}
+        config = dataclasses.replace(config, tied_embeddings=True)
+    return config, tensors
+
+
+def report_left_out(names: Iterable[str], report: Report) -> None:
+    """Say what is there but isn't a parameter."""
+    if left_out := {re.sub(r"\d+", "N", name, count=1) for name in names}:
+        report(f"left out, not parameters: {', '.join(sorted(left_out))}")
+
+
+def match(
+    where: object, config: Config, names: Mapping[str, str], found: Mapping[str, Shaped | None], report: Report
+) -> dict[str, Shaped]:
+    """Find every parameter of the config among arrays or tensors that have other names, and check its shape.
+
+    names    ours -> theirs, with N for the layer's number: layers.N.ffn_norm.weight -> blk.N.ffn_norm.weight
+
+    Raises CheckpointError for a tensor that is missing, unexpected or of another shape.
+    """
+    if config.n_layers > len(found):  # before parameter_shapes makes as many names as the file pleases
+        raise CheckpointError(f"{where}: {config.n_layers} layers are announced, but there are only {len(found)} tensors")
+    shapes = parameter_shapes(config)
+    theirs = {name: _renamed(name, names) for name in shapes}
+    if biases := sorted(name for name in found if name.endswith(".bias")):
+        raise CheckpointError(f"{where}: {biases[0]}: Llama has no biases, and npllama does not compute them")
+    others = {name for name in found if found[name] is None or NOT_A_PARAMETER.fullmatch(name)}
+    report_left_out(others, report)
+    checkpoint.check_names(where, theirs.values(), found.keys() - others)
+    for name, shape in shapes.items():
+        if found[theirs[name]].shape != shape:
+            raise CheckpointError(f"{where}: {theirs[name]} is {list(found[theirs[name]].shape)}, expected {list(shape)}")
+    return {name: found[theirs[name]] for name in shapes}
+
+
+def _renamed(name: str, names: Mapping[str, str]) -> str:
+    number = re.match(r"layers\.(\d+)\.", name)
+    return names[re.sub(r"\d+", "N", name, count=1)].replace("N", number[1]) if number else names[name]
+
+
+# ------------------------------------------------------------------------------------------- the constants that a file states
+
+
+def whole(known: Mapping[str, object], key: str) -> int:
+    """A positive whole number among a file's values; ConfigError if it is none, or not there."""
+    if key not in known:
+        raise ConfigError(f"missing {key}")
+    value = known[key]
+    if type(value) is not int or value <= 0:
+        raise ConfigError(f"{key} is {_shown(value)}, expected a positive whole number")
+    return value
+
+
+def number(known: Mapping[str, object], key: str) -> float:
+    """A positive finite number among a file's values; ConfigError if it is none, or not there."""
+    if key not in known:
+        raise ConfigError(f"missing {key}")
+    value = known[key]
+    if type(value) not in (int, float) or not 0 < value < 1e30:
+        raise ConfigError(f"{key} is {_shown(value)}, expected a positive number")
+    return float(value)
+
+
+def head_sizes(
+    known: Mapping[str, object], dim: str, heads: str, kv_heads: str, head_dim: str, report: Report
+) -> tuple[int, int, int]:
+    """n_heads, n_kv_heads and head_dim from the keys that state them; the last two are inferred where they are absent."""
+    n_heads = whole(known, heads)
+    if kv_heads in known:
+        n_kv_heads = whole(known, kv_heads)
+    else:
+        n_kv_heads = n_heads
+        report(f"n_kv_heads: {n_heads} (inferred: as n_heads)")
+    if head_dim in known:
+        return n_heads, n_kv_heads, whole(known, head_dim)
+    width = whole(known, dim)
+    if width % n_heads:
+        raise ConfigError(f"{dim} {width} is not a multiple of {heads} {n_heads}")
+    return n_heads, n_kv_heads, width // n_heads
+
+
+def refuse_foreign(known: Mapping[str, object], pattern: re.Pattern[str]) -> None:
+    """Raise ConfigError for a key that means another architecture, unless it is null, false, 0, -1 or empty."""
+    for key, value in known.items():
+        if pattern.fullmatch(key) and value is not None and value not in (False, 0, -1, "", [], {}):
+            raise ConfigError(f"{key} is {_shown(value)}: an architecture that npllama does not compute")
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def llama3_scaling(factor: float) -> RopeScaling:
+    """The scaled RoPE of Llama 3.1 and later; only the factor differs between them."""
+    return RopeScaling(factor, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=LLAMA3_CONTEXT)
+
+
+# ----------------------------------------------------------------------------------------------------- tokenizer and settings
+
+
+def read_generation(folder: Path) -> dict[str, object]:
+    """The recommended temperature and top_p, where a generation_config.json has them."""
+    path = folder / "generation_config.json"
+    values = checkpoint.read_json(path) if path.exists() else {}
+    return {key: values[key] for key in ("temperature", "top_p") if key in values}
+
+
+def chat_settings(template: object, by_tokenizer: str | None, report: Report) -> dict[str, object]:
+    """The chat format and the default system prompt of a chat template; without one, the chat format of the tokenizer."""
+    if not isinstance(template, str):
+        return {"chat_format": by_tokenizer}
+    if (name := chat_format_of_template(template)) is None:
+        report("chat_format: none (the chat template is not Llama 3's, Llama 2's or ChatML)")
+    return {"chat_format": name, "system": default_system_of_template(template) if name == "chatml" else None}
+
+
+def check_tokenizer(path: Path, config: Config, report: Report) -> str | None:
+    """Hold the tokenizer's size against the vocabulary; name the chat format that its special tokens speak of, if any."""
+    with open(path, "rb") as file:
+        needs = {b"\n": "sentencepiece", b"{": "tokenizers"}.get(file.read(1))
+    if needs and importlib.util.find_spec(needs) is None:
+        report(f"{path.name} is not checked: the package {needs} is not installed")
+        return "llama2" if needs == "sentencepiece" else None
+    tokenizer = load_tokenizer(path)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(f"{path} has {tokenizer.vocab_size} tokens, but the model's vocabulary {config.vocab_size}")
+    if tokenizer.vocab_size < config.vocab_size:
+        report(f"{path.name} has {tokenizer.vocab_size} tokens of the model's {config.vocab_size}")
+    with contextlib.suppress(ValueError):
+        return chat_format_of(tokenizer)
+    return None
+
+
+# --------------------------------------------------------------------------------------------------------------------- write
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise CheckpointError for a --dtype that isn't one."""
+    if dtype not in ("auto", *checkpoint.STORAGE):
+        raise CheckpointError(f"dtype is {dtype!r}, expected auto, {', '.join(checkpoint.STORAGE)}")
+
+
+def write(source: Source, dst: str | Path, dtype: str = "auto", force: bool = False, report: Report = print) -> None:
+    """Write the model directory `dst`, whole or not at all.
+
+    dtype   float32, float16, bfloat16, int8 (the embedding and the norms as auto), or auto for each tensor's own
+    force   replace `dst` if it is a model directory
+
+    Raises CheckpointError, or another ValueError, with one line. A progress bar goes to standard error if that is a terminal.
+    """
+    started, dst = time.monotonic(), Path(dst)
+    check_dtype(dtype)
+    dtypes = {name: _storage(name, tensor.dtype, dtype) for name, tensor in source.tensors.items()}
+    n_bytes = sum(checkpoint.stored_bytes(tensor.shape, dtypes[name]) for name, tensor in source.tensors.items())
+    if not source.tokenizer:
+        report("no tokenizer: the model takes and gives token ids only")
+    about: dict[str, object] = {"kind": source.kind, **source.about}
+    with (
+        checkpoint.create(dst, source.config, dtypes, about, force, source.generation) as writer,
+        _hashed(source.files) as digests,
+        progress_bar(n_bytes) as writer.progress,
+    ):
+        for name, tensor in source.tensors.items():
+            writer.add_blocks(name, tensor.blocks())
+        for name, content in source.tokenizer.items():
+            writer.add_file(name, content)
+        about["files"] = digests()
+    used, size = " and ".join(sorted(set(dtypes.values()))), checkpoint.size_text(n_bytes)
+    report(f"{dst}: {n_parameters(source.config):,} parameters, {used}, {size}, {time.monotonic() - started:.1f} s")
+
+
+def _storage(name: str, found: np.dtype, dtype: str) -> str:
+    """What a tensor of the dtype found is stored in, for this --dtype."""
+    if dtype != "auto" and (dtype != "int8" or checkpoint.takes_int8(name)):
+        return dtype
+    for storage, stored in checkpoint.STORAGE.items():
+        if found == stored:
+            return storage
+    raise CheckpointError(f"{name} is {found}, which is not stored: choose a --dtype")
+
+
+@contextlib.contextmanager
+def _hashed(files: Iterable[Path]) -> Iterator[Callable[[], dict[str, object]]]:
+    """Hash files on a second thread, beside the conversion; the function given returns the results, once they are there."""
+    results: dict[str, object] = {}
+    failures: list[Exception] = []
+    stop = threading.Event()
+
+    def work() -> None:
+        try:
+            for file in files:
+                results[file.name] = {"bytes": file.stat().st_size, "sha256": checkpoint.sha256(file, stop.is_set)}
+        except Exception as error:
+            failures.append(error)
+
+    def finish() -> dict[str, object]:
+        thread.join()
+        if failures:
+            raise failures[0]
+        return results
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield finish
+    finally:
+        stop.set()
+        thread.join()
+
+
+@contextlib.contextmanager
+def progress_bar(total: int, doing: str | None = None) -> Iterator[Callable[[int], object] | None]:
+    """A function to call with the bytes just done, whose bar says what is done; None where nobody watches."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    try:
+        tqdm = importlib.import_module("tqdm").tqdm
+    except ImportError:
+        yield None
+        return
+    with tqdm(total=total, desc=doing, unit="B", unit_scale=True, file=sys.stderr) as bar:
+        yield bar.update

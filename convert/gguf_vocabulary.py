@@ -1,0 +1,227 @@
+"""The vocabulary inside a GGUF file, as the files of a tokenizer that npllama loads. Takes metadata, never touches a file.
+
+Metadata are plain Python values by their GGUF name: `tokenizer.ggml.model`, `.tokens`, `.scores`, `.token_type`, `.merges`,
+`.pre`, `.bos_token_id`... What they mean is llama.cpp's src/llama-vocab.cpp and the GGUF specification (ggml, docs/gguf.md).
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+
+from npllama.tokenizer import LLAMA3_PATTERN
+
+Metadata = Mapping[str, object]
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # token types; SentencePiece's numbers are the same
+
+# From here on by `tokenizer.ggml.pre`: how a text is split before the merges, as in the published tokenizer.json of the models
+# that the name stands for; `default` as in llama.cpp, which alone defines it. llama.cpp's ids are the same, but for `tekken`'s
+# combining marks, which it doesn't count among the letters.
+_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+_GPT2 = [{**_BYTE_LEVEL, "use_regex": True}]
+
+
+def _split(*patterns: str) -> list[dict[str, object]]:
+    splits = [{"type": "Split", "pattern": {"Regex": p}, "behavior": "Isolated", "invert": False} for p in patterns]
+    return [*splits, {**_BYTE_LEVEL, "use_regex": False}]
+
+
+_LLAMA3 = _split(LLAMA3_PATTERN)
+_DIGITS = [{"type": "Digits", "individual_digits": True}, *_GPT2]
+_TEKKEN = _split(
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_DEFAULT = _split(
+    r"[\p{P}\$\+<=>\^~\|]+",
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
+    r"\p{N}+",
+    r"[0-9][0-9][0-9]",
+)
+PRE_TOKENIZERS = {
+    "default": _DEFAULT,
+    "gpt-2": _GPT2,
+    "llama-bpe": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "llama3": _LLAMA3,
+    "refact": _DIGITS,
+    "smollm": _DIGITS,
+    "starcoder": _DIGITS,
+    "tekken": _TEKKEN,
+}
+# These look a whole word up before they merge, and put BOS in front where add_bos_token is left out.
+WHOLE_WORDS = {"llama-bpe", "llama-v3", "llama3", "tekken"}
+
+
+def tokenizer_file(metadata: Metadata) -> tuple[str, bytes]:
+    """The name and the content of the tokenizer's file: a `gpt2` vocabulary as tokenizer.json, `llama` as tokenizer.model.
+
+    tokenizer_config() belongs beside it. Raises ValueError for a kind or a `pre` that isn't known, and for what is damaged.
+    """
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind == "gpt2":
+        return "tokenizer.json", _byte_level(metadata)
+    if kind == "llama":
+        return "tokenizer.model", _sentencepiece(metadata)
+    raise ValueError(f"tokenizer.ggml.model is {kind!r:.60}, expected gpt2 or llama")
+
+
+def tokenizer_config(metadata: Metadata) -> bytes:
+    """The content of tokenizer_config.json: what a tokenizer's file doesn't hold. BOS, whether it is put in front, the ends."""
+    tokens = _tokens(metadata)
+    values: dict[str, object] = {"add_bos_token": _adds_bos(metadata)}
+    for name in ("bos", "eos", "eot", "eom"):
+        if (id := _id(metadata, name, len(tokens))) is not None:
+            values[f"{name}_token"] = tokens[id]
+    if isinstance(template := metadata.get("tokenizer.chat_template"), str):
+        values["chat_template"] = template
+    return (json.dumps(values, indent=2) + "\n").encode()
+
+
+def _byte_level(metadata: Metadata) -> bytes:
+    """A tokenizer.json of byte-level BPE. The ids of special tokens are kept by naming them in the vocabulary."""
+    pre = metadata.get("tokenizer.ggml.pre")
+    if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
+        raise ValueError(f"tokenizer.ggml.pre is {pre!r:.60}, expected one of {', '.join(PRE_TOKENIZERS)}")
+    tokens = _tokens(metadata)
+    vocabulary = {token: id for id, token in enumerate(tokens)}
+    if len(vocabulary) < len(tokens):
+        twice = next(id for id, token in enumerate(tokens) if vocabulary[token] != id)
+        raise ValueError(f"tokenizer.ggml.tokens holds {tokens[twice]!r:.60} twice, as {twice} and {vocabulary[tokens[twice]]}")
+    merges = []
+    for merge in _list(metadata, "merges", str):
+        left, _, right = merge.partition(" ") if merge[:1] != " " else ("", "", "")
+        if left not in vocabulary or right not in vocabulary or left + right not in vocabulary:
+            raise ValueError(f"tokenizer.ggml.merges holds {merge!r:.60}, expected two tokens whose union is a token")
+        merges.append([left, right])
+    added = [
+        {"id": id, "content": tokens[id], "special": kind != USER_DEFINED}
+        | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        for id, kind in enumerate(_types(metadata, len(tokens)))
+        if kind in (UNKNOWN, CONTROL, USER_DEFINED)
+    ]
+    post_processor = None
+    if _adds_bos(metadata) and (bos := _id(metadata, "bos", len(tokens))) is not None:
+        token = tokens[bos]
+        first, second = (
+            [{"SpecialToken": {"id": token, "type_id": i}}, {"Sequence": {"id": "AB"[i], "type_id": i}}] for i in (0, 1)
+        )
+        post_processor = {
+            "type": "TemplateProcessing",
+            "single": first,
+            "pair": first + second,
+            "special_tokens": {token: {"id": token, "ids": [bos], "tokens": [token]}},
+        }
+    values = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[pre]},
+        "post_processor": post_processor,
+        "decoder": {**_BYTE_LEVEL, "use_regex": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": pre in WHOLE_WORDS,
+            "vocab": vocabulary,
+            "merges": merges,
+        },
+    }
+    return json.dumps(values, ensure_ascii=False).encode()
+
+
+def _sentencepiece(metadata: Metadata) -> bytes:
+    """A SentencePiece ModelProto, field by field (sentencepiece, src/sentencepiece_model.proto): BPE, no normalisation."""
+    tokens = _tokens(metadata)
+    types = _types(metadata, len(tokens))
+    scores = _list(metadata, "scores", float, len(tokens))
+    bos, eos = _id(metadata, "bos", len(tokens), otherwise=1), _id(metadata, "eos", len(tokens), otherwise=2)
+    types[bos] = types[eos] = CONTROL  # SentencePiece knows no others
+    if (n := types.count(BYTE)) not in (0, 256):
+        raise ValueError(f"tokenizer.ggml.token_type has {n} bytes, expected 256 or none")
+    if (n := types.count(UNKNOWN)) != 1:
+        raise ValueError(f"tokenizer.ggml.token_type has {n} unknown tokens, expected one")
+    unknown = types.index(UNKNOWN)
+    pieces = [
+        _field(1, _field(1, token.encode()) + b"\x15" + struct.pack("<f", score) + _field(3, type))
+        for token, score, type in zip(tokens, scores, types, strict=True)
+    ]
+    trainer = [
+        _field(3, 2),
+        _field(4, len(tokens)),
+        _field(35, int(BYTE in types)),
+    ]  # model_type BPE, vocab_size, byte_fallback
+    for field, id in ((40, unknown), (41, bos), (42, eos)):  # and the names of the same, five further on
+        trainer += [_field(field, id), _field(field + 5, tokens[id].encode())]
+    normalizer = [
+        _field(1, b"identity"),
+        _field(3, int(_flag(metadata, "add_space_prefix", True))),
+        _field(4, int(_flag(metadata, "remove_extra_whitespaces", False))),
+        _field(5, 1),  # a blank is ▁
+    ]
+    return b"".join([*pieces, _field(2, b"".join(trainer)), _field(3, b"".join(normalizer))])
+
+
+def _field(number: int, value: int | bytes) -> bytes:
+    """A protobuf field: a number as a varint, bytes with their length before them."""
+    if isinstance(value, int):
+        return _varint(number << 3) + _varint(value)
+    return _varint(number << 3 | 2) + _varint(len(value)) + value
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*out, value])
+
+
+def _tokens(metadata: Metadata) -> list[str]:
+    return _list(metadata, "tokens", str)
+
+
+def _types(metadata: Metadata, n: int) -> list[int]:
+    if "tokenizer.ggml.token_type" not in metadata:
+        return [NORMAL] * n
+    return _list(metadata, "token_type", int, n)
+
+
+def _list(metadata: Metadata, name: str, kind: type, n: int | None = None) -> list:
+    """A fresh list of n values, or of one at least, of one kind (a whole number is a float too)."""
+    values = metadata.get(f"tokenizer.ggml.{name}")
+    kinds = (int, float) if kind is float else (kind,)
+    if not isinstance(values, list) or not values or not all(type(value) in kinds for value in values):
+        raise ValueError(f"tokenizer.ggml.{name} is {values!r:.60}, expected a list of {kind.__name__}")
+    if n is not None and len(values) != n:
+        raise ValueError(f"tokenizer.ggml.{name} has {len(values)} entries, expected {n}, one for each token")
+    return list(values)
+
+
+def _id(metadata: Metadata, name: str, n: int, otherwise: int | None = None) -> int | None:
+    id = metadata.get(f"tokenizer.ggml.{name}_token_id", otherwise)
+    if id is not None and (type(id) is not int or not 0 <= id < n):
+        raise ValueError(f"tokenizer.ggml.{name}_token_id is {id!r:.60}, expected 0 to {n - 1}")
+    return id
+
+
+def _flag(metadata: Metadata, name: str, otherwise: bool) -> bool:
+    value = metadata.get(f"tokenizer.ggml.{name}", otherwise)
+    if type(value) is not bool:
+        raise ValueError(f"tokenizer.ggml.{name} is {value!r:.60}, expected true or false")
+    return value
+
+
+def _adds_bos(metadata: Metadata) -> bool:
+    usual = metadata.get("tokenizer.ggml.model") == "llama" or metadata.get("tokenizer.ggml.pre") in WHOLE_WORDS
+    return _flag(metadata, "add_bos_token", usual)

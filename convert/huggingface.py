@@ -1,0 +1,257 @@
+"""Hugging Face's folders: config.json, model.safetensors or its shards, tokenizer.json. pytorch_model.bin alone needs torch.
+
+safetensors files are mapped by NumPy alone: eight bytes of length, a JSON header, then the numbers (the format's own README).
+That reads bfloat16 as the bits it is, which NumPy has no dtype for.
+
+Hugging Face's attention rotates x[j] with x[j + K/2], Meta's x[2j] with x[2j+1]: the rows of its wq and wk stand in another
+order, head by head, and are put back here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from npllama import checkpoint
+from npllama.checkpoint import CheckpointError, read_json
+from npllama.config import Config, ConfigError, LinearRopeScaling, RopeScaling
+
+from . import torch_file
+from .conversion import (
+    Report,
+    Source,
+    Tensor,
+    chat_settings,
+    check_tokenizer,
+    head_sizes,
+    match,
+    number,
+    read_generation,
+    refuse_foreign,
+    tie,
+    whole,
+)
+
+NAMES = {
+    "tok_embeddings.weight": "model.embed_tokens.weight",
+    "layers.N.attention_norm.weight": "model.layers.N.input_layernorm.weight",
+    "layers.N.attention.wq.weight": "model.layers.N.self_attn.q_proj.weight",
+    "layers.N.attention.wk.weight": "model.layers.N.self_attn.k_proj.weight",
+    "layers.N.attention.wv.weight": "model.layers.N.self_attn.v_proj.weight",
+    "layers.N.attention.wo.weight": "model.layers.N.self_attn.o_proj.weight",
+    "layers.N.ffn_norm.weight": "model.layers.N.post_attention_layernorm.weight",
+    "layers.N.feed_forward.w1.weight": "model.layers.N.mlp.gate_proj.weight",
+    "layers.N.feed_forward.w2.weight": "model.layers.N.mlp.down_proj.weight",
+    "layers.N.feed_forward.w3.weight": "model.layers.N.mlp.up_proj.weight",
+    "norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+MODEL_TYPES = ("llama", "mistral")  # Mistral's models are Llamas, unless their attention has a sliding window
+FOREIGN_KEY = re.compile(
+    r"moe.*|.*experts.*|vision_.*|audio_.*|quantization.*|compression_config|attention_bias|mlp_bias|sliding_window|use_qk_norm"
+    r"|.*softcapping|no_rope_layer.*|attention_chunk_size|(embedding|residual|attention)_multiplier|logit_scale|logits_scaling"
+)
+DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2"), "F64": np.dtype("<f8")}
+HEADER_LIMIT = checkpoint.JSON_LIMIT
+# A folder's weights: one file, or the index of several; in the order of preference.
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # the first knows the tokens that were added to the second
+BESIDE_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")  # BOS and EOS by name
+
+
+def read(src: Path, report: Report) -> Source:
+    """The folder of a Llama as transformers saves it. Raises CheckpointError, a ValueError, with one line."""
+    config_file = src / "config.json"
+    values = read_json(config_file)
+    try:
+        refuse(values)
+        index = next((src / name for name in WEIGHTS if (src / name).is_file()), None)
+        if index is None:
+            raise CheckpointError(f"{src} has no weights: expected {', '.join(WEIGHTS)}")
+        weights, found = _open_weights(index, report)
+        tied = "lm_head.weight" not in found
+        if tied and values.get("tie_word_embeddings") is False:
+            raise CheckpointError(f"{index}: lm_head.weight is missing, but config.json says tie_word_embeddings: false")
+        config = resolve(values, tied, report)
+    except ConfigError as error:
+        raise CheckpointError(f"{config_file}: {error}") from None
+    arrays = match(index, config, NAMES, found, report)
+    orders = {
+        "wq.weight": interleaved_order(config.n_heads, config.head_dim),
+        "wk.weight": interleaved_order(config.n_kv_heads, config.head_dim),
+    }
+    tensors = {name: Tensor.of(array, orders.get(name[-9:])) for name, array in arrays.items()}
+    config, tensors = tie(config, tensors, report)
+    if values.get("tie_word_embeddings") is True and not config.tied_embeddings:
+        raise CheckpointError(f"{index}: lm_head.weight differs from the embedding, but config.json says they are tied")
+
+    source = Source("huggingface", config, tensors, [config_file, *weights], generation=read_generation(src))
+    tokenizer = next((src / name for name in TOKENIZERS if (src / name).is_file()), None)
+    if tokenizer:
+        kept = [tokenizer, *(src / name for name in BESIDE_TOKENIZER if (src / name).is_file())]
+        source.tokenizer = {file.name: file for file in kept}
+        source.files += kept
+        by_tokenizer = check_tokenizer(tokenizer, config, report)
+        source.generation |= chat_settings(_chat_template(src), by_tokenizer, report)
+    return source
+
+
+# --------------------------------------------------------------------------------------------------------------- config.json
+
+
+def refuse(values: Mapping[str, object]) -> None:
+    """Raise ConfigError, by name, for a config.json of anything but a plain Llama."""
+    if (kind := values.get("model_type")) not in MODEL_TYPES:
+        raise ConfigError(f"model_type is {kind!r:.80}, expected {' or '.join(MODEL_TYPES)}")
+    if isinstance(quantized := values.get("quantization_config"), Mapping):
+        method = quantized.get("quant_method", "an unnamed method")
+        raise ConfigError(f"the weights are quantized by {method!s:.80}, expected float32, float16 or bfloat16")
+    refuse_foreign(values, FOREIGN_KEY)
+    if (act := values.get("hidden_act", "silu")) != "silu":
+        raise ConfigError(f"hidden_act is {act!r:.80}, expected 'silu'")
+    layers = values.get("layer_types") or []
+    if not isinstance(layers, list) or any(layer != "full_attention" for layer in layers):
+        raise ConfigError("layer_types has layers other than full_attention, which npllama does not compute")
+    _rope(values)
+
+
+def resolve(values: Mapping[str, object], tied: bool, report: Report) -> Config:
+    """Every model constant from config.json; what it leaves out is inferred as transformers does, and reported."""
+    known = {key: value for key, value in values.items() if value is not None}
+    n_heads, n_kv_heads, head_dim = head_sizes(
+        known, "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", report
+    )
+    rope_theta, rope_scaling = _rope(known)
+    if rope_theta is None:
+        rope_theta = 10000.0
+        report("rope_theta: 10000 (inferred: transformers' default)")
+    if "max_position_embeddings" not in known:
+        known["max_position_embeddings"] = 2048
+        report("max_seq_len: 2048 (inferred: transformers' default)")
+    return Config(
+        dim=whole(known, "hidden_size"),
+        n_layers=whole(known, "num_hidden_layers"),
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=head_dim,
+        ffn_dim=whole(known, "intermediate_size"),
+        vocab_size=whole(known, "vocab_size"),
+        norm_eps=number(known, "rms_norm_eps"),
+        rope_theta=rope_theta,
+        rope_scaling=rope_scaling,
+        max_seq_len=whole(known, "max_position_embeddings"),
+        tied_embeddings=tied,
+    )
+
+
+def _rope(values: Mapping[str, object]) -> tuple[float | None, RopeScaling | LinearRopeScaling | None]:
+    """rope_theta and the scaling: both in rope_parameters (transformers 5), or in rope_theta and rope_scaling (before)."""
+    rope = {key: values[key] for key in ("rope_theta", "original_max_position_embeddings") if values.get(key) is not None}
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(section := values.get(key) or {}, Mapping):
+            raise ConfigError(f"{key} is {section!r:.80}, expected an object or null")
+        rope |= {name: value for name, value in section.items() if value is not None}
+    if (part := rope.get("partial_rotary_factor", values.get("partial_rotary_factor"))) not in (None, 1):
+        raise ConfigError(f"partial_rotary_factor is {part!r:.80}, expected 1: npllama rotates whole heads")
+    theta = number(rope, "rope_theta") if "rope_theta" in rope else None
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind == "linear":
+        return theta, LinearRopeScaling(number(rope, "factor"))
+    if kind == "llama3":
+        low, high = number(rope, "low_freq_factor"), number(rope, "high_freq_factor")
+        return theta, RopeScaling(number(rope, "factor"), low, high, whole(rope, "original_max_position_embeddings"))
+    raise ConfigError(f"rope_type is {kind!r:.80}, expected default, linear or llama3")
+
+
+def _chat_template(src: Path) -> object:
+    """The template that a chat model's conversations are written with, or None."""
+    path = src / "chat_template.jinja"
+    if path.is_file():
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read(checkpoint.JSON_LIMIT)
+    path = src / "tokenizer_config.json"
+    template = read_json(path).get("chat_template") if path.is_file() else None
+    if isinstance(template, list):  # several, by name
+        named = [entry for entry in template if isinstance(entry, Mapping)]
+        template = next((entry.get("template") for entry in named if entry.get("name") == "default"), None)
+    return template
+
+
+# ------------------------------------------------------------------------------------------------------------------- weights
+
+
+def interleaved_order(n_heads: int, head_dim: int) -> np.ndarray:
+    """Which row of a half-split wq or wk is each row of the interleaved one.    -> [n_heads · K]
+
+    Head by head, row 2j + i comes from row j + i·K/2.
+    """
+    halves = np.arange(n_heads * head_dim).reshape(n_heads, 2, head_dim // 2)
+    return halves.swapaxes(1, 2).reshape(-1)
+
+
+def _open_weights(index: Path, report: Report) -> tuple[list[Path], dict[str, np.ndarray]]:
+    """The files that hold weights, and every tensor in them by name, mapped."""
+    if index.suffix != ".json":
+        return [index], _open_file(index, report)
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not where:
+        raise CheckpointError(f"{index}: weight_map is {type(where).__name__}, expected tensors' files by name")
+    for name, file in where.items():
+        if not isinstance(file, str) or not checkpoint.is_plain_name(file):
+            raise CheckpointError(f"{index}: {name!r:.80} is in {file!r:.80}, expected the name of a file in the same folder")
+    files = sorted(set(where.values()))
+    if missing := [file for file in files if not (index.parent / file).is_file()]:
+        raise CheckpointError(f"{index}: {missing[0]!r:.80} is missing" + f" and {len(missing) - 1} more" * (len(missing) > 1))
+    opened = {file: _open_file(index.parent / file, report) for file in files}
+    for name, file in where.items():
+        if name not in opened[file]:
+            raise CheckpointError(f"{index}: {name!r:.80} should be in {file}, which does not hold it")
+    return [index, *(index.parent / file for file in files)], {name: opened[file][name] for name, file in where.items()}
+
+
+def _open_file(path: Path, report: Report) -> dict[str, np.ndarray]:
+    if path.suffix == ".safetensors":
+        return open_safetensors(path)
+    return torch_file.arrays(path, torch_file.load(path, report))
+
+
+def open_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """Every tensor of the file by name, mapped; bfloat16 as its bits in uint16. Raises CheckpointError."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= length <= min(HEADER_LIMIT, size - 8):
+            raise CheckpointError(f"{path} is not a safetensors file: a header of {length:,} bytes in a file of {size:,}")
+        text = file.read(length)
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError):
+        header = None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path} is not a safetensors file: its header is not a JSON object")
+    header.pop("__metadata__", None)
+    data = np.memmap(path, np.uint8, "r", offset=8 + length) if size > 8 + length else np.zeros(0, np.uint8)
+    return {name: _mapped(path, name, entry, np.asarray(data)) for name, entry in header.items()}
+
+
+def _mapped(path: Path, name: str, entry: object, data: np.ndarray) -> np.ndarray:
+    where = f"{path}: {name[:80]}"
+    entry = entry if isinstance(entry, dict) else {}
+    shape, offsets = entry.get("shape"), entry.get("data_offsets")
+    for numbers, least in ((shape, 1), (offsets, 0)):
+        if not isinstance(numbers, list) or len(numbers) > 8 or any(type(n) is not int or n < least for n in numbers):
+            raise CheckpointError(f"{where} has shape {shape!r:.80} at {offsets!r:.80}, expected whole numbers")
+    if (dtype := DTYPES.get(entry.get("dtype") if isinstance(entry.get("dtype"), str) else "")) is None:
+        raise CheckpointError(f"{where} is {entry.get('dtype')!r:.80}, expected {', '.join(DTYPES)}")
+    if len(offsets) != 2 or not offsets[1] <= len(data) or offsets[1] - offsets[0] != math.prod(shape) * dtype.itemsize:
+        raise CheckpointError(f"{where} {shape} {entry['dtype']} is said to be at {offsets} of {len(data):,} bytes")
+    return data[offsets[0] : offsets[1]].view(dtype).reshape(shape)

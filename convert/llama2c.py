@@ -1,0 +1,115 @@
+"""karpathy/llama2.c's models: `.bin` of version 0 without torch, and the training checkpoint `.pt` with it.
+
+A .bin has no magic number. It is seven whole numbers and then float32 alone, so that its size tells whether it is one:
+    dim, hidden_dim, n_layers, n_heads, n_kv_heads, ±vocab_size, max_seq_len
+    embedding, attention norms of all layers, wq of all layers, wk, wv, wo, feed-forward norms, w1, w2, w3, last norm,
+    cosines and sines of every position's angles (tables that are computed afresh), and the output matrix if vocab_size < 0.
+Sources: llama2.c, export.py (legacy_export) and run.c (memory_map_weights).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from npllama.checkpoint import CheckpointError
+from npllama.config import Config, ConfigError, n_parameters, parameter_shapes
+
+from . import meta, torch_file
+from .conversion import Report, Source, Tensor, check_tokenizer, tie
+
+HEADER = struct.Struct("<7i")
+NEWER_MAGIC = b"24ka"  # 0x616b3432, "ak42", of versions 1 and 2
+NORM_EPS, ROPE_THETA = 1e-5, 10000.0  # constants of run.c
+PLAUSIBLE_LAYERS = 10_000
+
+
+def read(src: Path, report: Report) -> Source:
+    """A .bin or a .pt, told by the content. Raises CheckpointError, a ValueError, with one line."""
+    with open(src, "rb") as file:
+        start = file.read(HEADER.size)
+    if start[:4] == NEWER_MAGIC:
+        raise CheckpointError(f"{src} is llama2.c's format of version 1 or 2, expected version 0 (export.py --version 0)")
+    if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":  # a zip, or a bare pickle
+        source = _read_pt(src, report)
+    else:
+        source = _read_bin(src, start, report)
+    for name in ("tokenizer.model", f"tok{source.config.vocab_size}.model"):
+        if (file := src.with_name(name)).is_file() and not source.tokenizer:
+            source.generation["chat_format"] = check_tokenizer(file, source.config, report)
+            source.tokenizer = {"tokenizer.model": file}
+            source.files.append(file)
+    return source
+
+
+def _read_bin(src: Path, start: bytes, report: Report) -> Source:
+    size = src.stat().st_size
+    config = _config_of_bin(start)
+    if config is None:
+        raise CheckpointError(f"{src} is no checkpoint that npllama knows: expected GGUF, or .bin or .pt of llama2.c")
+    n_tables = config.max_seq_len * config.head_dim  # K/2 cosines and K/2 sines of each position
+    expected = HEADER.size + 4 * (n_parameters(config) + n_tables)
+    if size != expected:
+        raise CheckpointError(f"{src} is {size:,} bytes, expected {expected:,} if its first numbers are llama2.c's: cut off?")
+    report(f"norm_eps: {NORM_EPS:g}, rope_theta: {ROPE_THETA:g} (llama2.c's constants)")
+
+    shapes = parameter_shapes(config)
+    of_layer = [name for name in shapes if name.startswith("layers.0.")]  # in llama2.c's order
+    order = ["tok_embeddings.weight"]
+    order += [name.replace("0", str(i), 1) for name in of_layer for i in range(config.n_layers)]
+    order += ["norm.weight"] + ["output.weight"] * (not config.tied_embeddings)
+    floats, at, tensors = np.asarray(np.memmap(src, "<f4", "r", offset=HEADER.size)), 0, {}
+    for name in order:
+        at += n_tables * (name == "output.weight")
+        n = math.prod(shapes[name])
+        tensors[name] = Tensor.of(floats[at : at + n].reshape(shapes[name]))
+        at += n
+    config, tensors = tie(config, {name: tensors[name] for name in shapes}, report)
+    return Source("llama2.c", config, tensors, [src])
+
+
+def _config_of_bin(start: bytes) -> Config | None:
+    """What the first seven numbers say, or None if they can't be those of a model."""
+    if len(start) < HEADER.size:
+        return None
+    dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, max_seq_len = HEADER.unpack(start)
+    if n_heads <= 0 or dim % n_heads or n_layers > PLAUSIBLE_LAYERS:
+        return None
+    with contextlib.suppress(ConfigError):
+        return Config(
+            dim=dim,
+            n_layers=n_layers,
+            n_heads=n_heads,
+            n_kv_heads=n_kv_heads,
+            head_dim=dim // n_heads,
+            ffn_dim=hidden_dim,
+            vocab_size=abs(vocab_size),
+            norm_eps=NORM_EPS,
+            rope_theta=ROPE_THETA,
+            rope_scaling=None,
+            max_seq_len=max_seq_len,
+            tied_embeddings=vocab_size > 0,
+        )
+    return None
+
+
+def _read_pt(src: Path, report: Report) -> Source:
+    """A training checkpoint: model_args in params.json's words, and model, a state dict in Meta's names."""
+    content = torch_file.load(src, report)
+    params, state = (content.get(key) if isinstance(content, Mapping) else None for key in ("model_args", "model"))
+    if not isinstance(params, Mapping) or not isinstance(state, Mapping):
+        raise CheckpointError(
+            f"{src} has no model_args and model: expected llama2.c's .pt, or the folder of another checkpoint"
+        )
+    params = {str(key): value for key, value in params.items()}
+    state = {key.removeprefix("_orig_mod.") if isinstance(key, str) else key: value for key, value in state.items()}
+    try:
+        config, tensors = meta.assemble(params, [torch_file.arrays(src, state)], report=report)  # _orig_mod: torch.compile's
+    except ConfigError as error:
+        raise CheckpointError(f"{src}: {error}") from None
+    return Source("llama2.c", config, tensors, [src])

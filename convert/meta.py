@@ -1,0 +1,310 @@
+"""Meta's own checkpoints: consolidated.00.pth ... consolidated.NN.pth, params.json, tokenizer.model. Needs torch.
+
+The weights of a big model are split over shards for tensor parallelism: wq wk wv w1 w3 output by rows (their outputs), wo w2 by
+columns (their inputs), the embedding by columns up to Llama 2 and by rows since; the norms are in every shard. Which it is
+follows from the shapes alone, once the whole tensor's shape is known from params.json and the number of shards.
+
+Everything is mapped, never read whole: a merged tensor exists only as blocks of rows, on their way to the disk.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from npllama import checkpoint
+from npllama.checkpoint import CheckpointError, read_json
+from npllama.config import Config, ConfigError, RopeScaling, parameter_shapes
+
+from . import torch_file
+from .conversion import (
+    LLAMA3_CONTEXT,
+    Report,
+    Source,
+    Tensor,
+    check_tokenizer,
+    head_sizes,
+    llama3_scaling,
+    number,
+    read_generation,
+    refuse_foreign,
+    report_left_out,
+    same_bits,
+    tie,
+    whole,
+)
+
+# Keys of params.json that mean another architecture, unless they are null, false, 0, -1 or empty.
+FOREIGN_KEY = re.compile(
+    r"moe.*|.*experts.*|vision_.*|quantization.*|lora.*|rope_scaling.*|sliding_window|attention_chunk_size|use_qk_norm|nope_.*"
+)
+READ_KEYS = {"dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "norm_eps", "rope_theta", "use_scaled_rope"}
+READ_KEYS |= {"hidden_dim", "multiple_of", "ffn_dim_multiplier", "max_seq_len"}
+HARMLESS_KEYS = {"max_batch_size", "model_parallel_size", "dropout"}
+LLAMA31_CONTEXT = 131072
+
+
+# --------------------------------------------------------------------------------------------------------------- params.json
+
+
+def resolve(
+    params: Mapping[str, object],
+    ffn_dim: int | None = None,
+    vocab_size: int | None = None,
+    tied: bool = False,
+    rope_factor: float | None = None,
+    report: Report = print,
+) -> Config:
+    """Every model constant, from what params.json says and the weights show; what neither does is inferred and reported.
+
+    ffn_dim, vocab_size   as the weights have them, against which params.json is checked; None takes params.json's word
+    rope_factor           in place of the scaling factor inferred from use_scaled_rope
+
+    Raises ConfigError, a ValueError.
+    """
+    known = {key: value for key, value in params.items() if value is not None}
+    refuse_foreign(known, FOREIGN_KEY)
+    if ignored := [key for key in known if key not in READ_KEYS | HARMLESS_KEYS and not FOREIGN_KEY.fullmatch(key)]:
+        report(f"ignored in params.json: {', '.join(ignored)}")
+    dim, n_layers, norm_eps = whole(known, "dim"), whole(known, "n_layers"), number(known, "norm_eps")
+    n_heads, n_kv_heads, head_dim = head_sizes(known, "dim", "n_heads", "n_kv_heads", "head_dim", report)
+    if "rope_theta" in known:
+        rope_theta = number(known, "rope_theta")
+    else:
+        rope_theta = 10000.0
+        report("rope_theta: 10000 (inferred: the only one before Code Llama and Llama 3)")
+
+    formula = _ffn_dim_formula(known, dim)
+    if ffn_dim is None:
+        ffn_dim = formula
+    if ffn_dim is None:
+        raise ConfigError("missing multiple_of")
+    if formula is None:
+        report(f"ffn_dim: {ffn_dim} (from the weights alone: no multiple_of to check it by)")
+    elif ffn_dim != formula:
+        raise ConfigError(f"dim, multiple_of and ffn_dim_multiplier give ffn_dim {formula}, but the weights have {ffn_dim}")
+
+    stated = known.get("vocab_size", -1)
+    if stated != -1:
+        stated = whole(known, "vocab_size")
+        if vocab_size not in (None, stated):
+            raise ConfigError(f"vocab_size is {stated}, but the weights have {vocab_size}")
+        vocab_size = stated
+    elif vocab_size is None:
+        raise ConfigError("vocab_size is -1, which leaves it to weights that are not there")
+    else:
+        report(f"vocab_size: {vocab_size} (from the weights)")
+
+    scaling = _rope_scaling(known, dim, n_layers, rope_factor, report)
+    if "max_seq_len" in known:
+        max_seq_len = whole(known, "max_seq_len")
+    else:
+        max_seq_len, family = _context_length(known, rope_theta, norm_eps, n_heads, n_kv_heads, scaling)
+        report(f"max_seq_len: {max_seq_len} (inferred: {family})")
+    return Config(
+        dim=dim,
+        n_layers=n_layers,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=head_dim,
+        ffn_dim=ffn_dim,
+        vocab_size=vocab_size,
+        norm_eps=norm_eps,
+        rope_theta=rope_theta,
+        rope_scaling=scaling,
+        max_seq_len=max_seq_len,
+        tied_embeddings=tied,
+    )
+
+
+def _ffn_dim_formula(known: Mapping[str, object], dim: int) -> int | None:
+    """Two thirds of 4·dim, times a factor, up to the next multiple_of (FeedForward in llama-models 0.3.0, llama3/model.py)."""
+    if "hidden_dim" in known:  # Mistral's params.json says it outright
+        return whole(known, "hidden_dim")
+    if "multiple_of" not in known:
+        return None
+    multiple_of = whole(known, "multiple_of")
+    hidden = 8 * dim // 3
+    if "ffn_dim_multiplier" in known:
+        hidden = int(number(known, "ffn_dim_multiplier") * hidden)
+    return multiple_of * -(-hidden // multiple_of)
+
+
+def _rope_scaling(
+    known: Mapping[str, object], dim: int, n_layers: int, rope_factor: float | None, report: Report
+) -> RopeScaling | None:
+    scaled = known.get("use_scaled_rope", False)
+    if not isinstance(scaled, bool):
+        raise ConfigError(f"use_scaled_rope is {scaled!r}, expected true or false")
+    if not scaled:
+        if rope_factor is not None:
+            raise ConfigError("a rope factor is given, but params.json has no use_scaled_rope: true")
+        return None
+    if rope_factor is not None:
+        factor, why = float(rope_factor), "as given"
+    elif (dim, n_layers) in ((2048, 16), (3072, 28)):
+        factor, why = 32.0, "inferred: the shape of Llama 3.2"
+    else:
+        factor, why = 8.0, "inferred: Llama 3.1 and 3.3"
+    report(f"rope_scaling: factor {factor:g} ({why})")
+    return llama3_scaling(factor)
+
+
+def _context_length(
+    known: Mapping[str, object],
+    rope_theta: float,
+    norm_eps: float,
+    n_heads: int,
+    n_kv_heads: int,
+    scaling: RopeScaling | None,
+) -> tuple[int, str]:
+    """The context length that a model of this family was trained on: published files leave it out."""
+    if scaling:
+        return LLAMA31_CONTEXT, "Llama 3.1 and later"
+    if rope_theta == 500000.0:
+        return LLAMA3_CONTEXT, "Llama 3"
+    if rope_theta == 10000.0:
+        # Of LLaMA 1, only 65B has the eps of Llama 2; its 80 layers of Llama 2 have grouped queries.
+        is_65b = (known["dim"], known["n_layers"]) == (8192, 80) and n_kv_heads == n_heads
+        if norm_eps == 1e-6 or is_65b:
+            return 2048, "LLaMA 1"
+        return 4096, "Llama 2"
+    raise ConfigError(
+        f'rope_theta {rope_theta:g} belongs to no family we know: add "max_seq_len", the context length, to the file'
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------------- shards
+
+
+def _find_shards(src: Path) -> list[Path]:
+    if not src.is_dir():
+        raise CheckpointError(f"{src}: {'a file' if src.exists() else 'not found'}, expected a folder with consolidated.00.pth")
+    found = {int(m[1]): path for path in src.iterdir() if (m := re.fullmatch(r"consolidated\.(\d+)\.pth", path.name))}
+    if not found:
+        raise CheckpointError(f"{src} has no consolidated.00.pth")
+    if missing := [f"consolidated.{i:02d}.pth" for i in range(max(found) + 1) if i not in found][:3]:
+        raise CheckpointError(f"{src}: {', '.join(missing)} missing, up to {found[max(found)].name} found")
+    return [found[i] for i in range(len(found))]
+
+
+def _join(name: str, pieces: list[np.ndarray], shape: tuple[int, ...]) -> Tensor:
+    """Find the axis along which the shards' pieces make a tensor of this shape."""
+    n, found = len(pieces), [piece.shape for piece in pieces]
+    if len({piece.dtype for piece in pieces}) > 1:
+        raise CheckpointError(f"{name} is {' and '.join(str(piece.dtype) for piece in pieces)} in different shards")
+    if all(s == shape for s in found):
+        if not all(same_bits(pieces[0], piece) for piece in pieces[1:]):
+            raise CheckpointError(f"{name} differs between shards, expected the same values in each")
+        return Tensor.of(pieces[0])
+    for axis in range(len(shape)):
+        part = tuple(size // n if i == axis else size for i, size in enumerate(shape))
+        if shape[axis] % n == 0 and all(s == part for s in found):
+            return Tensor(shape, pieces[0].dtype, partial(_rows_across, pieces, axis))
+    shown = " and ".join(str(list(s)) for s in dict.fromkeys(found))
+    raise CheckpointError(f"{name} is {shown} in {n} shard{'s' * (n > 1)}, expected {list(shape)} in all")
+
+
+def _rows_across(pieces: list[np.ndarray], axis: int, start: int, stop: int) -> np.ndarray:
+    """Some rows of the whole; a copy of them only where pieces meet."""
+    if axis == 1:
+        return np.concatenate([piece[start:stop] for piece in pieces], axis=1)
+    height = len(pieces[0])
+    parts = [piece[max(0, start - i * height) : max(0, stop - i * height)] for i, piece in enumerate(pieces)]
+    parts = [part for part in parts if len(part)]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _check_number_of_shards(params: Mapping[str, object], shards: Sequence[Mapping[str, np.ndarray]]) -> None:
+    """Tell a lost shard from a wrong shape: the rows of wq are known from params.json, whole."""
+    name, n = "layers.0.attention.wq.weight", len(shards)
+    rows = whole(params, "n_heads") * whole(params, "head_dim") if params.get("head_dim") else whole(params, "dim")
+    piece = shards[0][name].shape[0]
+    if rows != n * piece and piece and rows % piece == 0:
+        raise CheckpointError(
+            f"{n} shard{'s' * (n > 1)} found, but {name} has {piece} of {rows} rows: expected {rows // piece}"
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------------- convert
+
+
+def read(src: str | Path, rope_factor: float | None = None, report: Report = print) -> Source:
+    """Open the folder `src` as Meta ships it, with no weight read yet.
+
+    rope_factor  in place of the inferred scaling factor, where params.json says use_scaled_rope
+    report       gets a line for everything inferred, left out or chosen
+
+    Raises CheckpointError or ConfigError, both ValueError, with one line that names the file or tensor.
+    """
+    src = Path(src)
+    params_file, tokenizer = src / "params.json", src / "tokenizer.model"
+    files, params = _find_shards(src), read_json(params_file)
+    generation = read_generation(src)
+    try:
+        refuse_foreign(params, FOREIGN_KEY)
+        shards = [torch_file.arrays(path, torch_file.load(path, report)) for path in files]
+        config, tensors = assemble(params, shards, rope_factor, report)
+    except ConfigError as error:
+        raise CheckpointError(f"{params_file}: {error}") from None
+    source = Source("meta", config, tensors, [*files, params_file], generation=generation)
+    if tokenizer.is_file():
+        source.tokenizer[tokenizer.name] = tokenizer
+        source.files.append(tokenizer)
+        source.generation["chat_format"] = check_tokenizer(tokenizer, config, report)
+    return source
+
+
+def assemble(
+    params: Mapping[str, object],
+    shards: Sequence[Mapping[str, np.ndarray | None]],
+    rope_factor: float | None = None,
+    report: Report = print,
+) -> tuple[Config, dict[str, Tensor]]:
+    """The config, and every parameter whole, in the order of the forward pass.
+
+    shards   each shard's arrays in Meta's names; None for what is not a parameter
+
+    Raises ConfigError for what params.json says, CheckpointError for what the shards hold.
+    """
+    names = {name for name, array in shards[0].items() if array is not None}
+    for i, shard in enumerate(shards[1:], start=1):
+        if odd := sorted(names.symmetric_difference(name for name, array in shard.items() if array is not None)):
+            raise CheckpointError(f"{odd[0]} is in only one of shards 00 and {i:02d}")
+    report_left_out((name for shard in shards for name, array in shard.items() if array is None), report)
+
+    # Names and the number of layers first: what params.json says is not to be trusted with memory.
+    dim, n_layers = whole(params, "dim"), whole(params, "n_layers")
+    layers = {int(m[1]) for name in names if (m := re.match(r"layers\.(\d{1,6})\.", name))}
+    if layers != set(range(min(n_layers, len(layers) + 1))):
+        raise ConfigError(f"n_layers is {n_layers}, but the shards have {len(layers)} layers")
+    for name in ("tok_embeddings.weight", "layers.0.attention.wq.weight", "layers.0.feed_forward.w1.weight"):
+        if name not in names:
+            raise CheckpointError(f"{name} is missing")
+    for name in names:
+        if shards[0][name].ndim != (ndim := 1 if name.endswith("norm.weight") else 2):
+            raise CheckpointError(f"{name} is {list(shards[0][name].shape)}, expected {ndim} dimensions")
+    _check_number_of_shards(params, shards)
+
+    n = len(shards)
+    embedding = shards[0]["tok_embeddings.weight"].shape
+    if "output.weight" in names:
+        vocab_size = n * shards[0]["output.weight"].shape[0]
+    else:
+        vocab_size = embedding[0] if n == 1 or embedding[1] * n == dim else n * embedding[0]
+    config = resolve(
+        params,
+        ffn_dim=n * shards[0]["layers.0.feed_forward.w1.weight"].shape[0],
+        vocab_size=vocab_size,
+        tied="output.weight" not in names,
+        rope_factor=rope_factor,
+        report=report,
+    )
+    shapes = parameter_shapes(config)
+    checkpoint.check_names("the shards", shapes, names)
+    tensors = {name: _join(name, [shard[name] for shard in shards], shape) for name, shape in shapes.items()}
+    return tie(config, tensors, report)

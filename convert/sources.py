@@ -1,0 +1,89 @@
+"""`npllama convert SRC DST`: tells what SRC is from its content, and calls the reader of that kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from npllama import checkpoint
+from npllama.checkpoint import CheckpointError, read_json
+
+from . import gguf, hub, huggingface, llama2c, meta
+from .conversion import Report, Source, check_dtype, write
+
+EXPECTED = "a folder of Meta's or Hugging Face's, a GGUF file, a .bin or .pt of llama2.c, or hf:owner/name"
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    dtype: str = "auto",
+    rope_factor: float | None = None,
+    force: bool = False,
+    report: Report = print,
+) -> None:
+    """Write the model directory `dst` from a checkpoint of any kind.
+
+    src          a folder, a file, or hf:owner/name[@revision][/original], which is downloaded
+    dtype        float32, float16, bfloat16, int8, or auto for each tensor's own (float32 where it was quantized)
+    rope_factor  in place of the inferred scaling factor, where Meta's params.json says use_scaled_rope
+    force        replace `dst` if it is a model directory
+    report       gets a line for everything inferred, left out or chosen
+
+    Raises ValueError (CheckpointError, ConfigError, TokenizerError) with one line; nothing is left behind.
+    """
+    check_dtype(dtype)
+    checkpoint.check_free(dst, force)
+    write(read(src, rope_factor, report), dst, dtype, force, report)
+
+
+def read(src: str | Path, rope_factor: float | None = None, report: Report = print) -> Source:
+    """Open a checkpoint of any kind, with no weight read yet."""
+    if str(src).startswith(hub.PREFIX):
+        folder, about = hub.download(str(src), report)
+        source = read(folder, rope_factor, report)
+        source.about |= about
+        return source
+    src = Path(src)
+    if not src.exists():
+        raise CheckpointError(f"{src}: not found, expected {EXPECTED}")
+    kind = _kind_of_folder(src) if src.is_dir() else _kind_of_file(src)
+    if kind == "meta":
+        return meta.read(src, rope_factor, report)
+    if rope_factor is not None:
+        raise CheckpointError(f"{src}: a rope factor is given, but only Meta's params.json leaves it out")
+    return {"huggingface": huggingface.read, "gguf": gguf.read, "llama2.c": llama2c.read}[kind](src, report)
+
+
+def _kind_of_folder(src: Path) -> str:
+    names = {path.name for path in src.iterdir()}
+    if "manifest.json" in names and "npllama_format" in read_json(src / "manifest.json"):
+        raise CheckpointError(f"{src} is a model directory already")
+    if "adapter_config.json" in names:
+        raise CheckpointError(f"{src} holds an adapter (LoRA), expected whole weights")
+    if any(name.startswith("consolidated.") and name.endswith(".pth") for name in names):
+        return "meta"
+    if "config.json" in names and not names.isdisjoint(huggingface.WEIGHTS):
+        return "huggingface"
+    if any(name.endswith(".gguf") for name in names):
+        return "gguf"
+    if "config.json" in names:  # what is missing is better said by the reader
+        return "huggingface"
+    if "params.json" in names:
+        return "meta"
+    raise CheckpointError(f"{src} holds no checkpoint: expected {EXPECTED}")
+
+
+def _kind_of_file(src: Path) -> str:
+    with open(src, "rb") as file:
+        start = file.read(8)
+    if not start:
+        raise CheckpointError(f"{src} is empty")
+    if start[:4] == gguf.MAGIC:
+        return "gguf"
+    if (
+        src.name.startswith("consolidated.")
+        or src.name.endswith((".safetensors", ".json"))
+        or src.name.startswith("pytorch_model")
+    ):
+        raise CheckpointError(f"{src} is one of a folder's files: expected the folder")
+    return "llama2.c"

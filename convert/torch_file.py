@@ -1,0 +1,93 @@
+"""Files that torch.save wrote: never unpickled beyond plain tensors, mapped wherever their format allows it. Needs torch."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from npllama.checkpoint import CheckpointError
+
+from .conversion import NOT_A_PARAMETER, Report
+
+
+def import_torch():
+    """The module torch, or the CheckpointError that says how to get it."""
+    try:
+        return importlib.import_module("torch")
+    except ImportError:
+        raise CheckpointError("converting needs torch, once: pip install 'npllama[convert]'") from None
+
+
+def load(path: Path, report: Report) -> object:
+    """What the file holds, its tensors mapped; CheckpointError for anything but tensors and plain values."""
+    torch = import_torch()
+    with open(path, "rb") as file:
+        magic = file.read(4)
+    if not magic:
+        raise CheckpointError(f"{path} is empty")
+    mapped = magic == b"PK\x03\x04"  # a zip; torch's format before 1.6 was a bare pickle
+    if mapped:
+        _check_zip(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # weights_only: a pickle can run code, and this one came from a stranger.
+            content = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+    except Exception as error:  # whatever the bytes make the unpickler and the zip reader stumble over
+        raise CheckpointError(f"{path} is not a torch checkpoint of plain tensors: {_reason(error)}") from None
+    if not mapped:
+        report(f"{path.name} is in torch's old format, which can't be mapped: all of it is in memory")
+    return content
+
+
+def arrays(path: Path, state: object) -> dict[str, np.ndarray | None]:
+    """The parameters of a state dict by name; bfloat16 as its bits in uint16. What is not a parameter comes along as None."""
+    torch = import_torch()
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"{path} holds {type(state).__name__}, expected tensors by name")
+    found: dict[str, np.ndarray | None] = {}
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise CheckpointError(f"{path}: {name!r:.80} is {type(tensor).__name__}, expected tensors by name")
+        if NOT_A_PARAMETER.fullmatch(name):
+            found[name] = None
+        elif tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise CheckpointError(f"{path}: {name} is {tensor.layout} on {tensor.device}, expected a dense tensor")
+        elif tensor.dtype == torch.bfloat16:
+            found[name] = tensor.detach().view(torch.int16).numpy().view(np.uint16)
+        elif tensor.dtype in (torch.float16, torch.float32, torch.float64):
+            found[name] = tensor.detach().numpy()
+        else:
+            raise CheckpointError(f"{path}: {name} is {tensor.dtype}, expected bfloat16, float16 or float32")
+    return found
+
+
+def _check_zip(path: Path) -> None:
+    """Refuse what torch.save doesn't write: packed members, which may swell without end, and names outside the archive."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except Exception:  # zipfile raises many types on broken archives
+        raise CheckpointError(
+            f"{path} is not a torch checkpoint of plain tensors: cut off or damaged, its central directory can't be read"
+        ) from None
+    for member in members:
+        name = PurePosixPath(member.filename)
+        if name.is_absolute() or ".." in name.parts or "\\" in member.filename:
+            raise CheckpointError(f"{path} holds {member.filename!r:.80}, a name outside the archive")
+        if member.compress_type != zipfile.ZIP_STORED or member.file_size > member.compress_size:
+            raise CheckpointError(f"{path} holds {member.filename!r:.80} compressed, which torch.save does not do")
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, in one line; torch adds advice, such as to unpickle without its safety."""
+    if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        return f"loading it would run {found[1]}, which is refused"
+    is_spoken = isinstance(error, RuntimeError) and str(error)  # the zip reader's; a KeyError of a stray byte says nothing
+    return re.split(r"(?<=\w)\. |\n", str(error))[0] if is_spoken else "its content can't be read"

@@ -1,0 +1,7 @@
+"""`python -m npllama` is `npllama`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

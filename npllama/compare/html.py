@@ -1,0 +1,160 @@
+"""A comparison as one page that a person can send to a colleague: no file beside it, no request to the network."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Iterable
+
+from .comparison import Comparison, Row
+from .names import place
+from .text import in_layers, judged_by, logits_line
+
+WIDTH, HEIGHT = 420, 170  # of a panel's plotting area
+LEFT, TOP, BOTTOM = 46, 8, 104  # room for the numbers, and for the names below
+STYLE = """
+:root { color-scheme: light dark; --ink: #1c1f24; --soft: #667; --paper: #fff; --line: #d8dbe0; --bad: #c0262d; --good: #1a7f4b;
+  --error: #2563b8; --floor: #9aa3b0; --panel: #f6f7f9 }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e6ea; --soft: #9aa3b0; --paper: #15171b; --line: #33373f;
+  --bad: #ff6b6b; --good: #4cc38a; --error: #6ea8fe; --floor: #6b7482; --panel: #1d2026 } }
+body { margin: 0 auto; max-width: 1480px; padding: 1.5rem; background: var(--paper); color: var(--ink);
+  font: 15px/1.5 system-ui, sans-serif }
+h1 { font-size: 1.35rem; margin: 0 0 .5rem } h2 { font-size: 1rem; margin: 2rem 0 .5rem }
+.bad { color: var(--bad) } .good { color: var(--good) } .soft { color: var(--soft) }
+.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)); gap: .75rem }
+figure { margin: 0; background: var(--panel); border-radius: 8px; padding: .5rem }
+figcaption { font-size: .85rem; padding: 0 .25rem } svg { display: block; width: 100%; height: auto }
+svg text { font: 10px system-ui, sans-serif; fill: var(--soft) } svg .name-bad { fill: var(--bad) }
+.grid { stroke: var(--line); stroke-width: 1 } .floor { fill: none; stroke: var(--floor); stroke-width: 1.5 }
+.limit { fill: none; stroke: var(--floor); stroke-width: 1; stroke-dasharray: 4 3 }
+.error { fill: none; stroke: var(--error); stroke-width: 1.5 } .dot { fill: var(--error) } .dot-bad { fill: var(--bad) }
+.local { fill: none; stroke: var(--error); stroke-width: 1.3 } .local-bad { stroke: var(--bad) }
+.scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .82rem; font-variant-numeric: tabular-nums }
+th, td { padding: .15rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line) }
+th:first-child, td:first-child, th:last-child, td:last-child { text-align: left } tr.failed td { color: var(--bad) }
+"""
+HEADINGS = {
+    "max_abs": "max abs",
+    "max_rel": "max rel",
+    "rms": "rms",
+    "nmse": "nmse",
+    "cosine": "cosine",
+    "max_ulp": "max ulp",
+    "median_ulp": "median ulp",
+}
+
+
+def page(comparison: Comparison) -> str:
+    """The whole page."""
+    first = comparison.first
+    parts = [f'<h1 class="{"good" if comparison.equal else "bad"}">{_text(comparison.verdict)}</h1>']
+    parts += [f"<p><b>Hint:</b> {_text(hint)}</p>" for hint in comparison.hints]
+    if culprits := in_layers(comparison.wrong_by_themselves):
+        parts.append(f"<p><b>Wrong by themselves</b>, given the candidate's own inputs: {_text(culprits)}</p>")
+    parts += [f"<p>{_text(logits_line(row))}</p>" for row in comparison.rows if row.metrics and row.metrics.kl is not None][:1]
+    parts += [f'<p class="bad">Warning: {_text(warning)}</p>' for warning in comparison.warnings]
+    parts.append(
+        f'<p class="soft">reference {_text(comparison.reference)}<br>candidate {_text(comparison.candidate)} '
+        f"({comparison.precision})<br>{_text(judged_by(comparison))}</p>"
+    )
+    parts.append("<h2>Error against noise</h2>")
+    parts.append(
+        '<p class="soft">Line and dots: the relative error of the whole computation so far. Rings: of the operation alone, '
+        "given the candidate's own inputs. Grey: the noise floor, dashed the limit. Logarithmic; red is beyond the limit.</p>"
+    )
+    parts.append(
+        '<div class="panels">' + "".join(_panel(t, rows, comparison) for t, rows in _by_layer(comparison.rows)) + "</div>"
+    )
+    parts += ["<h2>All activations</h2>", _table(comparison.rows, first)]
+    body = "\n".join(parts)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{_text(comparison.verdict)}</title><style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
+    )
+
+
+def _text(value: object) -> str:
+    return html.escape(str(value))
+
+
+def _by_layer(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
+    """A panel for each layer; what comes before the first is in its panel, what comes after the last in that one's."""
+    panels: dict[str, list[Row]] = {}
+    title, pass_before = "", None
+    for row in rows:
+        if row.judged is None:
+            continue
+        here = place(row.name)
+        if here.layer is not None or here.prefix != pass_before:
+            step = "" if here.step is None else f"step {here.step}, "
+            title, pass_before = f"{step}layer {here.layer or 0}", here.prefix
+        panels.setdefault(title, []).append(row)
+    return list(panels.items())
+
+
+def _panel(title: str, rows: list[Row], comparison: Comparison) -> str:
+    """A picture of one layer: a logarithmic axis upwards, the activations in their order to the right."""
+    limit = comparison.noise.limit
+    values = [v for row in rows for j in (row.judged, row.local) if j for v in (j.error, j.floor, limit * j.floor)]
+    values = [v for v in values if v > 0 and math.isfinite(v)] or [1e-8, 1.0]
+    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)) + 1e-9)
+    high = max(high, low + 1)
+
+    def x(i: int) -> float:
+        return round(LEFT + WIDTH * (i + 0.5) / len(rows), 1)
+
+    def y(value: float) -> float:
+        place = (math.log10(value) - low) / (high - low) if value > 0 else 0.0
+        return round(TOP + HEIGHT * (1 - min(max(place, 0.0), 1.0)), 1)
+
+    out = []
+    for power in range(low, high + 1, max(1, (high - low) // 5)):
+        at = y(10.0**power)
+        out.append(f'<path class="grid" d="M{LEFT} {at}H{LEFT + WIDTH}"/>')
+        out.append(f'<text x="{LEFT - 5}" y="{at + 3}" text-anchor="end">1e{power}</text>')
+    if comparison.tolerance is None:
+        out.append(_line("floor", [(x(i), y(row.judged.floor)) for i, row in enumerate(rows)]))
+        out.append(_line("limit", [(x(i), y(limit * row.judged.floor)) for i, row in enumerate(rows)]))
+    out.append(_line("error", [(x(i), y(row.judged.error)) for i, row in enumerate(rows)]))
+    for i, row in enumerate(rows):
+        bad = "" if row.passed else "-bad"
+        tip = f"{row.name}: error {row.judged.error:.2e}, floor {row.judged.floor:.1e}, {row.judged.ratio:.3g} times it"
+        if row.local:
+            tip += f"; alone {row.local.error:.2e}, {row.local.ratio:.3g} times its floor"
+            ring = "local local-bad" if row.local.ratio > limit else "local"
+            out.append(f'<circle class="{ring}" cx="{x(i)}" cy="{y(row.local.error)}" r="4.5"/>')
+        out.append(
+            f'<circle class="dot{bad}" cx="{x(i)}" cy="{y(row.judged.error)}" r="2.8"><title>{_text(tip)}</title></circle>'
+        )
+        name = place(row.name).kind
+        turned = f'transform="translate({x(i) + 3},{TOP + HEIGHT + 10}) rotate(-60)"'
+        out.append(f'<text class="name{bad}" text-anchor="end" {turned}>{_text(name)}</text>')
+    failed = sum(not row.passed for row in rows)
+    state = f'<span class="bad">{failed} different</span>' if failed else '<span class="good">within the limit</span>'
+    size = f"0 0 {LEFT + WIDTH + 6} {TOP + HEIGHT + BOTTOM}"
+    picture = f'<svg viewBox="{size}" role="img">{"".join(out)}</svg>'
+    return f"<figure><figcaption><b>{_text(title)}</b> {state}</figcaption>{picture}</figure>"
+
+
+def _line(kind: str, points: list[tuple[float, float]]) -> str:
+    return f'<path class="{kind}" d="M{"L".join(f"{x} {y}" for x, y in points)}"/>'
+
+
+def _table(rows: list[Row], first: Row | None) -> str:
+    head = "".join(
+        f"<th>{h}</th>" for h in ["activation", *HEADINGS.values(), "error", "floor", "x floor", "local x", "token", ""]
+    )
+    lines = []
+    for row in rows:
+        status = "ok" if row.passed else row.problem or "different"
+        numbers = [""] * (len(HEADINGS) + 5)
+        if row.metrics and row.judged:
+            numbers = [f"{getattr(row.metrics, key):.3g}" for key in HEADINGS]
+            numbers[list(HEADINGS).index("cosine")] = f"{row.metrics.cosine:.7f}"
+            judged = row.judged
+            local = f"{row.local.ratio:.2g}" if row.local else ""
+            numbers += [f"{judged.error:.2e}", f"{judged.floor:.0e}", f"{judged.ratio:.3g}", local, str(judged.token)]
+        mark = ' class="failed"' * (not row.passed)
+        name = f"<b>{_text(row.name)}</b>" if row is first else _text(row.name)
+        lines.append(f"<tr{mark}><td>{name}</td>{''.join(f'<td>{n}</td>' for n in numbers)}<td>{_text(status)}</td></tr>")
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'

@@ -1,0 +1,136 @@
+"""A comparison as a person reads it in a terminal."""
+
+from __future__ import annotations
+
+import math
+
+from .comparison import Comparison, Row
+from .names import place
+
+NEIGHBOURS = 3  # rows shown on either side of the first failure
+CLOSEST = 5  # rows shown when nothing failed
+COLUMNS = ("activation", "max abs", "rms", "error", "floor", "x floor", "local", "cosine", "ulp", "")
+RED, GREEN, BOLD, PLAIN = "\033[31m", "\033[32m", "\033[1m", "\033[0m"
+
+
+def text(comparison: Comparison, everything: bool = False, colour: bool = False) -> str:
+    """The verdict in the first line, what is known of its cause, and a table: around the first failure, or of everything."""
+    paint = (lambda code, s: f"{code}{s}{PLAIN}") if colour else (lambda code, s: s)
+    lines = [paint(BOLD + (GREEN if comparison.equal else RED), comparison.verdict)]
+    lines += [f"hint: {hint}" for hint in comparison.hints]
+    if culprits := in_layers(comparison.wrong_by_themselves):
+        lines.append(f"wrong by themselves, given the candidate's own inputs: {culprits}")
+    lines += [logits_line(row) for row in comparison.rows if row.metrics and row.metrics.kl is not None][:1]
+    lines += [f"warning: {warning}" for warning in comparison.warnings]
+    lines += ["", *table(comparison, everything, paint), "", judged_by(comparison)]
+    return "\n".join(lines)
+
+
+def logits_line(row: Row) -> str:
+    """What the difference means for the tokens that come out."""
+    m = row.metrics
+    return f"{row.name}: KL divergence {m.kl:.2g} nats, the same first choice {m.top1:.1%}, the same five {m.top5:.1%}"
+
+
+def judged_by(comparison: Comparison) -> str:
+    """The rule, in a line."""
+    if comparison.tolerance is not None:
+        return f"judged by |candidate - reference| <= {comparison.tolerance[0]:g} + {comparison.tolerance[1]:g} * |reference|"
+    noise = comparison.noise
+    rule = f"judged by {noise.limit:g} times the noise floor of {noise.precision} ({noise.source})"
+    return f"{rule}; errors are relative, at the worst token"
+
+
+def in_layers(names: list[str]) -> str:
+    """Names with their layers drawn together: "attention.q_rope, attention.k_rope in layers 0-3"."""
+    layers: dict[str, list[int]] = {}
+    for name in names:
+        here = place(name)
+        kind = here.kind if here.layer is not None else name
+        layers.setdefault(kind, [])
+        if here.layer is not None and here.layer not in layers[kind]:
+            layers[kind].append(here.layer)
+    by_layers: dict[str, list[str]] = {}
+    for kind, found in layers.items():
+        by_layers.setdefault(ranges(sorted(found)), []).append(kind)
+    return "; ".join(
+        ", ".join(kinds) + (f" in layer{'s' * (not where.isdecimal())} {where}" if where else "")
+        for where, kinds in by_layers.items()
+    )
+
+
+def ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2, 5"."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1][1:] = [n]
+        else:
+            runs.append([n])
+    return ", ".join("-".join(map(str, run)) for run in runs)
+
+
+def shown_rows(comparison: Comparison, everything: bool) -> list[int | None]:
+    """Indices into the rows in their order; None where some are left out."""
+    rows = comparison.rows
+    if everything:
+        return list(range(len(rows)))
+    if (first := comparison.first) is not None:
+        at = rows.index(first)
+        chosen = list(range(max(0, at - NEIGHBOURS), min(len(rows), at + NEIGHBOURS + 1)))
+    else:
+        chosen = sorted(sorted(range(len(rows)), key=lambda i: -ratio(rows[i]))[:CLOSEST])
+    shown: list[int | None] = []
+    before = -1
+    for i in chosen:
+        shown += [None] * (i != before + 1) + [i]
+        before = i
+    return shown + [None] * (before != len(rows) - 1)
+
+
+def ratio(row: Row) -> float:
+    """How many times the floor, at most, by either judgement."""
+    return max((judged.ratio for judged in (row.judged, row.local) if judged), default=math.inf)
+
+
+def table(comparison: Comparison, everything: bool, paint) -> list[str]:
+    """The rows in aligned columns."""
+    rows = [cells(comparison.rows[i]) if i is not None else None for i in shown_rows(comparison, everything)]
+    widths = [max(len(row[i]) for row in [COLUMNS, *filter(None, rows)]) for i in range(len(COLUMNS))]
+
+    def line(row: tuple[str, ...]) -> str:
+        return "  ".join(
+            cell.rjust(w) if 0 < i < len(COLUMNS) - 1 else cell.ljust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+
+    lines = [line(COLUMNS)]
+    for row in rows:
+        if row is None:
+            lines.append("...")
+        else:
+            lines.append(line(row) if row[-1] == "ok" else paint(RED, line(row)))
+    if None in rows:
+        failed = sum(not row.passed for row in comparison.rows)
+        lines.append(f"{len(comparison.rows)} activations, {failed} different; --all shows every one")
+    return lines
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """One row's columns."""
+    status = "ok" if row.passed else row.problem or "different"
+    if row.metrics is None:
+        return (row.name, *[""] * (len(COLUMNS) - 2), status)
+    m, judged = row.metrics, row.judged
+    return (
+        row.name,
+        f"{m.max_abs:.1e}",
+        f"{m.rms:.1e}",
+        f"{judged.error:.1e}",
+        f"{judged.floor:.0e}",
+        f"{judged.ratio:.2g}",
+        f"{row.local.ratio:.2g}" if row.local else "-",
+        f"{m.cosine:.6f}",
+        f"{m.max_ulp:.3g}",
+        status,
+    )

@@ -1,0 +1,178 @@
+"""Prefill, then decode: tokens one by one as an iterator; batches; log-probabilities; the text as it grows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .cache import KVCache
+from .checkpoint import Model
+from .model import check_tokens, forward
+from .sampling import Sampling, log_probabilities, sample
+from .tokenizer import StreamDecoder
+
+PREFILL_CHUNK = 512  # tokens a pass: the scores of a long prompt are never in memory whole
+
+
+@dataclass(frozen=True)
+class Step:
+    """One generated token, and the logits it was drawn from."""
+
+    token: int
+    logits: np.ndarray  # [V]
+
+    @property
+    def logprob(self) -> float:
+        """The natural logarithm of the token's probability, whatever the sampling settings were."""
+        return float(log_probabilities(self.logits)[self.token])
+
+    def top(self, k: int) -> list[tuple[int, float]]:
+        """The k most likely tokens with their log-probabilities, the most likely first."""
+        logprobs = log_probabilities(self.logits)
+        return [(int(i), float(logprobs[i])) for i in np.argsort(-logprobs, kind="stable")[:k]]
+
+
+def generate(
+    model: Model,
+    tokens: Sequence[int],
+    max_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int = 0,
+    stop_ids: Iterable[int] | None = None,
+    cache: KVCache | None = None,
+) -> Iterator[int]:
+    """Continue a prompt: yields ids as they are made, at most max_tokens.
+
+    Ends before a stop id (the tokenizer's, unless given) and where the context is full. The same seed gives the same tokens. A
+    cache holds what came before `tokens`. Raises ValueError for a prompt that is empty, outside the vocabulary or longer than
+    the context.
+    """
+    steps = generate_steps(model, tokens, max_tokens, Sampling(temperature, top_k, top_p, min_p), seed, stop_ids, cache)
+    return (step.token for step in steps)
+
+
+def generate_steps(
+    model: Model,
+    tokens: Sequence[int],
+    max_tokens: int,
+    sampling: Sampling,
+    seed: int = 0,
+    stop_ids: Iterable[int] | None = None,
+    cache: KVCache | None = None,
+) -> Iterator[Step]:
+    """As generate(), with the logits of each step."""
+    if cache is None:
+        cache = KVCache(model.config)
+    tokens = check_tokens(tokens, model.config)
+    if (smallest := tokens.min()) < 0:
+        raise ValueError(f"token id {smallest} is outside the vocabulary: expected 0 to {model.config.vocab_size - 1}")
+    _check_room(tokens, cache)
+    return _decode(model, tokens, max_tokens, sampling, seed, _stop_ids(model, stop_ids), cache)
+
+
+def _decode(
+    model: Model, tokens: np.ndarray, max_tokens: int, sampling: Sampling, seed: int, stop: frozenset[int], cache: KVCache
+) -> Iterator[Step]:
+    rng = np.random.default_rng(seed)
+    logits = prefill(model, tokens, cache)
+    for made in range(max_tokens):
+        token = sample(logits, sampling, rng)
+        if token in stop:
+            return
+        yield Step(token, logits)
+        if made + 1 == max_tokens or cache.n_tokens.max() == model.config.max_seq_len:
+            return
+        logits = forward(model.params, model.config, [token], cache, last_only=True)[-1]
+
+
+def generate_batch(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int = 64,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    stop_ids: Iterable[int] | None = None,
+) -> Iterator[list[int | None]]:
+    """Continue several prompts at once: yields one id per prompt and step, None for those that have ended.
+
+    Each prompt gets the tokens it would get alone, up to ties within rounding; prompt i draws from the stream (seed, i).
+    """
+    sampling = sampling or Sampling()
+    stop = _stop_ids(model, stop_ids)
+    longest = max(map(len, prompts), default=0)
+    if not longest or not min(map(len, prompts)):
+        raise ValueError("a prompt is empty: expected at least one token in each")
+    batch = np.full((len(prompts), longest), -1)
+    for row, prompt in zip(batch, prompts, strict=True):
+        row[longest - len(prompt) :] = prompt  # padded on the left, so that all go on from the same slot
+    rngs = [np.random.default_rng([seed, i]) for i in range(len(prompts))]
+    cache = KVCache(model.config, (len(prompts),))
+    logits = prefill(model, batch, cache)
+    running = np.full(len(prompts), True)
+    for made in range(max_tokens):
+        ids = [sample(logits[i], sampling, rngs[i]) if running[i] else -1 for i in range(len(prompts))]
+        running &= [id not in stop for id in ids]
+        if not running.any():
+            return
+        yield [id if on else None for id, on in zip(ids, running, strict=True)]
+        running &= cache.n_tokens < model.config.max_seq_len
+        if made + 1 == max_tokens or not running.any():
+            return
+        column = np.where(running, ids, -1)[:, None]
+        logits = forward(model.params, model.config, column, cache, last_only=True)[:, -1]
+
+
+def prefill(model: Model, tokens: np.ndarray, cache: KVCache) -> np.ndarray:
+    """Put a prompt into the cache and return the logits after its last token.    int [..., T] -> [..., V]
+
+    Raises ValueError, before anything is computed, for a prompt that does not fit the context.
+    """
+    _check_room(tokens, cache)
+    starts = range(0, max(1, tokens.shape[-1]), PREFILL_CHUNK)
+    for start in starts:
+        chunk = tokens[..., start : start + PREFILL_CHUNK]
+        logits = forward(model.params, model.config, chunk, cache, last_only=True)
+    return logits[..., -1, :]
+
+
+def stream_text(ids: Iterable[int], decoder: StreamDecoder, stop: Sequence[str] = ()) -> Iterator[str]:
+    """The text of ids as they come; ends before the first stop string.
+
+    What might be the beginning of a stop string is held back until it is clear that it isn't one.
+    """
+    held = ""
+    for text in _pushed(ids, decoder):
+        held += text
+        ends = [i for s in stop if (i := held.find(s)) >= 0]
+        if ends:
+            yield held[: min(ends)]
+            return
+        keep = max((k for s in stop for k in range(1, len(s)) if held.endswith(s[:k])), default=0)
+        if len(held) > keep:
+            yield held[: len(held) - keep]
+            held = held[len(held) - keep :]
+    if held:
+        yield held
+
+
+def _pushed(ids: Iterable[int], decoder: StreamDecoder) -> Iterator[str]:
+    for id in ids:
+        yield decoder.push(id)
+    yield decoder.flush()
+
+
+def _check_room(tokens: np.ndarray, cache: KVCache) -> None:
+    n = int(np.max(cache.n_tokens + np.count_nonzero(tokens >= 0, axis=-1)))
+    if n > cache.max_seq_len:
+        raise ValueError(f"the prompt has {n:,} tokens, the model's context holds {cache.max_seq_len:,}")
+
+
+def _stop_ids(model: Model, given: Iterable[int] | None) -> frozenset[int]:
+    if given is not None:
+        return frozenset(given)
+    return model.tokenizer.stop_ids if model.tokenizer else frozenset()

@@ -1,0 +1,145 @@
+"""The forward pass of Llama.
+
+Dimension key, used all over the project:
+
+    B  batch          T  new tokens         S  all tokens so far (slots of the cache)
+    D  dim            F  ffn_dim            V  vocab_size
+    H  query heads    G  key/value heads    R  H / G        K  head_dim
+
+`...` stands for nothing or for B: a single sequence and a batch are the same code.
+
+Papers: LLaMA (Touvron et al. 2023, arXiv:2302.13971), Llama 2 (arXiv:2307.09288), Llama 3 (arXiv:2407.21783).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from . import ops
+from .cache import KVCache
+from .config import Config
+from .linear import Weight, embed, linear
+
+Array = np.ndarray
+Params = Mapping[str, Weight]
+Tap = Callable[[str, Array], Array]
+Ops = ModuleType | SimpleNamespace
+Rotation = tuple[Array, Array]
+
+
+def no_tap(name: str, x: Array) -> Array:
+    """Watch nothing. Any function of this form may record an activation, or return another in its place."""
+    return x
+
+
+def forward(
+    params: Params,
+    config: Config,
+    tokens: ArrayLike,
+    cache: KVCache | None = None,
+    tap: Tap = no_tap,
+    last_only: bool = False,
+    ops: Ops = ops,
+) -> Array:
+    """The logits of the token that follows each token.    int [..., T] -> [..., T, V], or [..., 1, V] with last_only
+
+    params     name -> array, as config.parameter_shapes names them
+    cache      the tokens before these, to which these are added; a new one if not given
+    tap        called as x = tap(name, x) on every activation
+    last_only  only after the last token, which saves most of the output matrix's work
+    ops        the operations: those of ops.py, or the same names with another precision's rounding (precision.py)
+
+    Negative ids are padding: nothing attends to them, and the other tokens of their row are where they would be without.
+    Rows of different lengths make a batch when padded, on the left if they are to go on together. The dtype of the parameters
+    is that of the result; 16-bit and int8 parameters compute in float32.
+
+    Raises ValueError for an id outside the vocabulary, and for more tokens than the context holds.
+    """
+    tokens = check_tokens(tokens, config)
+    if cache is None:
+        cache = KVCache(config, tokens.shape[:-1])
+    positions = cache.extend(tokens >= 0)  # [..., T]
+
+    x = tap("tok_embeddings", embed(tokens, params["tok_embeddings.weight"]))  # [..., T, D]
+    frequencies = ops.rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, x.dtype)
+    rotation = ops.rope_rotation(positions, frequencies)
+    mask = ops.causal_mask(positions, cache.positions, x.dtype)  # [..., 1, T, S]
+    for layer in range(config.n_layers):
+        x = block(x, params, config, layer, rotation, mask, cache, tap, ops)
+    cache.commit()
+
+    if last_only:
+        x = x[..., -1:, :]
+    x = tap("norm", ops.rms_norm(x, params["norm.weight"], config.norm_eps))
+    output = params["tok_embeddings.weight" if config.tied_embeddings else "output.weight"]
+    return tap("logits", linear(x, output))  # [..., T, V]
+
+
+def block(
+    x: Array, params: Params, config: Config, layer: int, rotation: Rotation, mask: Array, cache: KVCache, tap: Tap, ops: Ops
+) -> Array:
+    """One layer: attention, then feed-forward, each on the normed residual stream and added to it.    x [..., T, D] -> like x
+
+    h = x + attention(rms_norm(x));  out = h + feed_forward(rms_norm(h))
+    """
+    name = f"layers.{layer}."
+    normed = tap(name + "attention_norm", ops.rms_norm(x, params[name + "attention_norm.weight"], config.norm_eps))
+    x = tap(name + "attention_residual", x + self_attention(normed, params, config, layer, rotation, mask, cache, tap, ops))
+    normed = tap(name + "ffn_norm", ops.rms_norm(x, params[name + "ffn_norm.weight"], config.norm_eps))
+    return tap(name + "out", x + feed_forward(normed, params, layer, tap, ops))
+
+
+def self_attention(
+    x: Array, params: Params, config: Config, layer: int, rotation: Rotation, mask: Array, cache: KVCache, tap: Tap, ops: Ops
+) -> Array:
+    """Let each token look at the tokens up to itself, with grouped queries.    x [..., T, D] -> like x
+
+    attention = wo · concat over heads of softmax(q·k / sqrt(K) + mask) · v
+    """
+    name = f"layers.{layer}.attention."
+    q = tap(name + "q", split_heads(linear(x, params[name + "wq.weight"]), config.n_heads))  # [..., T, H, K]
+    k = tap(name + "k", split_heads(linear(x, params[name + "wk.weight"]), config.n_kv_heads))  # [..., T, G, K]
+    v = tap(name + "v", split_heads(linear(x, params[name + "wv.weight"]), config.n_kv_heads))  # [..., T, G, K]
+    q = tap(name + "q_rope", ops.rope(q, *rotation))
+    k = tap(name + "k_rope", ops.rope(k, *rotation))
+    keys, values = cache.update(layer, k, v)  # [..., G, S, K]
+    scores = tap(name + "scores", ops.attention_scores(q, keys, mask))  # [..., H, T, S]
+    weights = tap(name + "weights", ops.softmax(scores))
+    heads = tap(name + "heads", ops.attention_heads(weights, values))  # [..., T, H, K]
+    return tap(name + "out", linear(join_heads(heads), params[name + "wo.weight"]))
+
+
+def feed_forward(x: Array, params: Params, layer: int, tap: Tap, ops: Ops) -> Array:
+    """Work on each token by itself.    x [..., T, D] -> like x
+
+    feed_forward = w2 · (silu(w1 · x) · (w3 · x))
+    """
+    name = f"layers.{layer}.feed_forward."
+    gate = tap(name + "gate", linear(x, params[name + "w1.weight"]))  # [..., T, F]
+    up = tap(name + "up", linear(x, params[name + "w3.weight"]))
+    act = tap(name + "act", ops.swiglu(gate, up))
+    return tap(name + "out", linear(act, params[name + "w2.weight"]))
+
+
+def split_heads(x: Array, n_heads: int) -> Array:
+    """[..., T, heads·K] -> [..., T, heads, K]"""
+    return x.reshape(*x.shape[:-1], n_heads, -1)
+
+
+def join_heads(x: Array) -> Array:
+    """[..., T, heads, K] -> [..., T, heads·K]"""
+    return x.reshape(*x.shape[:-2], -1)
+
+
+def check_tokens(tokens: ArrayLike, config: Config) -> Array:
+    """The ids as an integer array [..., T]; ValueError unless there is one and each is below the vocabulary's size."""
+    tokens = np.asarray(tokens)
+    if tokens.size == 0 or tokens.dtype.kind not in "iu":
+        raise ValueError(f"tokens of shape {tokens.shape} and dtype {tokens.dtype}: expected at least one whole number")
+    if (largest := tokens.max()) >= config.vocab_size:
+        raise ValueError(f"token id {largest} is outside the vocabulary: expected 0 to {config.vocab_size - 1}")
+    return tokens

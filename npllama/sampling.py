@@ -1,0 +1,70 @@
+"""From logits to the next token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn. The filters apply in this order, each to what the one before left over.
+
+    temperature  divides the logits; 0 is greedy: always the most likely token, the first of equals
+    top_k        keep the k most likely; 0 keeps all
+    top_p        keep the most likely that together reach this probability; 1 keeps all (Holtzman et al. 2019, arXiv:1904.09751)
+    min_p        keep what is this share as likely as the most likely; 0 keeps all (Nguyen et al. 2024, arXiv:2407.01082)
+
+    Raises ValueError for a setting out of range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature is {self.temperature}, expected 0 or more")
+        if self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k}, expected 0 (all) or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}, expected more than 0 and at most 1")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p is {self.min_p}, expected 0 to 1")
+
+
+def probabilities(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """The distribution that a token is drawn from, in float64.    [V] -> [V], sums to 1"""
+    logits = logits.astype(np.float64)
+    if sampling.temperature == 0:
+        return np.eye(1, len(logits), np.argmax(logits))[0]
+    scaled = logits - logits.max()
+    with np.errstate(over="ignore"):  # a tiny temperature: -inf is right
+        scaled /= sampling.temperature
+    order = np.argsort(-scaled, kind="stable")
+    p = np.exp(scaled[order])  # the most likely first, as 1
+    if sampling.top_k:
+        p[sampling.top_k :] = 0
+    if sampling.top_p < 1:
+        before = np.cumsum(p) - p  # what the more likely ones reach together
+        p[before >= sampling.top_p * p.sum()] = 0
+    p[p < sampling.min_p] = 0
+    result = np.empty_like(p)
+    result[order] = p / p.sum()
+    return result
+
+
+def sample(logits: np.ndarray, sampling: Sampling, rng: np.random.Generator) -> int:
+    """Draw the next token's id.    [V] -> int"""
+    if sampling.temperature == 0:
+        return int(np.argmax(logits))
+    cumulative = np.cumsum(probabilities(logits, sampling))
+    return int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
+
+
+def log_probabilities(logits: np.ndarray) -> np.ndarray:
+    """The natural logarithms of the model's own distribution, unsampled, in float64.    [..., V] -> [..., V]"""
+    shifted = logits.astype(np.float64) - np.max(logits, axis=-1, keepdims=True)
+    return shifted - np.log(np.sum(np.exp(shifted), axis=-1, keepdims=True))

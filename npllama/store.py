@@ -1,0 +1,53 @@
+"""Where fetched models are kept, so that a name can stand for one: `-m smollm2-135m`.
+
+NPLLAMA_HOME, or the user's cache folder as platformdirs finds it, holds models/NAME, each a model directory.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+from pathlib import Path
+
+from .atomic import survivor
+
+NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+
+
+def home() -> Path:
+    """The folder of everything npllama keeps for this user; it may not exist yet. Raises ValueError where none is known."""
+    if chosen := os.environ.get("NPLLAMA_HOME"):
+        return Path(chosen).expanduser()
+    try:
+        return importlib.import_module("platformdirs").user_cache_path("npllama", appauthor=False)
+    except ImportError:
+        raise ValueError(
+            "no folder for models is known: set NPLLAMA_HOME to one, or pip install platformdirs for your system's own"
+        ) from None
+
+
+def folder(name: str) -> Path:
+    """The model directory of a name, which may not exist yet. Raises ValueError as home() does."""
+    return home() / "models" / name
+
+
+def names() -> list[str]:
+    """The names of the models that are there."""
+    models = home() / "models"
+    return sorted(path.name for path in models.iterdir() if NAME.fullmatch(path.name)) if models.is_dir() else []
+
+
+def locate(model: str | Path) -> Path:
+    """What `-m` means: a path if there is such a file or folder, else a name in the store, else the path all the same.
+
+    Raises ValueError for a bare name that is neither, where no folder for models is known.
+    """
+    path = Path(model)
+    if os.path.lexists(path) or not NAME.fullmatch(str(model)):
+        return path
+    try:
+        found = survivor(folder(str(model)))
+    except ValueError as error:
+        raise ValueError(f"{model}: there is no such folder, and as a name it can't be looked up: {error}") from None
+    return found if found.exists() else path

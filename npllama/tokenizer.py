@@ -1,0 +1,524 @@
+"""Text to token ids and back: Llama 3's tiktoken files, LLaMA 1/2's SentencePiece models and Hugging Face's tokenizer.json
+behind one interface.
+
+>>> tokenizer = load_tokenizer("model/tokenizer.model")         # Llama 3's
+>>> tokenizer.encode("hello world!", bos=True)
+[128000, 15339, 1917, 0]
+>>> tokenizer.decode([15339, 1917, 0])
+'hello world!'
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import codecs
+import copy
+import json
+import operator
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+
+# The split pattern, the limits and the names of the special tokens are those published with Llama 3 (llama-models 0.3.0,
+# llama3/tokenizer.py).
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA3_SPECIAL_TOKENS = [
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|reserved_special_token_0|>",
+    "<|reserved_special_token_1|>",
+    "<|finetune_right_pad_id|>",
+    "<|step_id|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eom_id|>",
+    "<|eot_id|>",
+    "<|python_tag|>",
+    "<|image|>",
+]
+LLAMA3_SPECIAL_TOKENS += [f"<|reserved_special_token_{2 + i}|>" for i in range(256 - len(LLAMA3_SPECIAL_TOKENS))]
+
+# tiktoken takes quadratic time, or fails, on very long texts and on very long runs without a change between blank and not
+# blank. Meta cuts the text at these limits, and the cuts show in the ids, so they are part of the tokenizer.
+TIKTOKEN_MAX_ENCODE_CHARS = 400_000
+MAX_NO_WHITESPACES_CHARS = 25_000
+
+# A tokenizer.json has no BOS and no EOS by name. These are what published models call them, the likelier first. Generation ends
+# at every one of EOS_NAMES that the vocabulary has, as with Meta's own tokenizer at <|eot_id|>.
+BOS_NAMES = ("<|begin_of_text|>", "<s>")
+EOS_NAMES = ("<|end_of_text|>", "</s>", "<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>")
+# What the prompt formats are made of is special, even where a tokenizer.json forgets to say so.
+ALWAYS_SPECIAL = {*BOS_NAMES, *EOS_NAMES, "<|start_header_id|>", "<|end_header_id|>", "<|im_start|>"}
+
+PathLike = str | os.PathLike[str]
+
+
+class TokenizerError(ValueError):
+    """A tokenizer's file can't be read as one: which file, what was found, what was expected."""
+
+
+class Tokenizer(ABC):
+    """What every kind of tokenizer offers. Ids outside `range(vocab_size)` are a ValueError wherever ids are taken."""
+
+    vocab_size: int
+    bos_id: int | None  # None: the vocabulary has none
+    eos_id: int | None
+    adds_bos: bool = True  # False: the model was trained on texts without BOS in front, so encode() puts none there
+    stop_ids: frozenset[int]  # generation ends at any of these
+    special_tokens: dict[str, int]  # spelling -> id
+    silent_ids: frozenset[int] = frozenset()  # ids that decode to nothing
+
+    def encode(self, text: str, bos: bool = False, special: bool = False) -> list[int]:
+        """Turn text into ids.
+
+        bos puts the BOS token in front, unless the ids begin with it already or the model was trained without.
+        special=False encodes the spelling of a special token (`<|eot_id|>`) as the plain text it is; special=True as the token.
+        Half a surrogate pair, which is no Unicode text, becomes U+FFFD, and two halves that belong together their character
+        (as in tiktoken).
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        ids = self._encode(text, special)
+        return [self.bos_id, *ids] if bos and self.adds_bos and ids[:1] != [self.bos_id] else ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Turn ids into text; bytes that are not UTF-8 become U+FFFD.
+
+        As the libraries do: special tokens of byte-level BPE decode to their spelling, SentencePiece's (`<s>`, `</s>`) to
+        nothing, and the blank that SentencePiece puts before a text is taken away again.
+        """
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Turn ids into the very bytes they stand for, UTF-8 or not."""
+        decoder = StreamDecoder(self)
+        return b"".join([decoder.push_bytes(id) for id in ids])
+
+    def checked(self, id: int) -> int:
+        """Return the id as an int, or raise the ValueError for one outside the vocabulary."""
+        id = operator.index(id)
+        if not 0 <= id < self.vocab_size:
+            raise ValueError(f"token id {id} is outside the vocabulary: expected 0 to {self.vocab_size - 1}")
+        return id
+
+    @abstractmethod
+    def piece(self, id: int) -> str:
+        """Show one id on one line: special and control tokens by their spelling, a byte that is no character as `<0xE2>`."""
+
+    @abstractmethod
+    def token_bytes(self, id: int, opening: bool) -> bytes:
+        """Return the bytes a valid id adds to a text; opening says that only silent ids stand before it."""
+
+    @abstractmethod
+    def _encode(self, text: str, special: bool) -> list[int]: ...
+
+
+class StreamDecoder:
+    """Decodes ids as they are made, never printing a broken character: all pushes joined with flush() are `decode(ids)`.
+
+    prompt holds the ids that came before, whose text is not returned again: after a prompt, SentencePiece's `▁to` is " to"
+    where at the beginning of a text it is "to".
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Iterable[int] = ()):
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._opening = True
+        for id in prompt:
+            self.push(id)
+
+    def push(self, id: int) -> str:
+        """Return the text that is certain once this id is known; empty while a character is incomplete."""
+        return self._utf8.decode(self.push_bytes(id))
+
+    def push_bytes(self, id: int) -> bytes:
+        """Return the bytes this id adds, past the UTF-8 decoder: use either this or push."""
+        id = self._tokenizer.checked(id)
+        data = self._tokenizer.token_bytes(id, self._opening)
+        self._opening = self._opening and id in self._tokenizer.silent_ids
+        return data
+
+    def flush(self) -> str:
+        """Return U+FFFD if the ids ended inside a character, otherwise nothing."""
+        return self._utf8.decode(b"", final=True)
+
+
+def load_tokenizer(path: PathLike) -> Tokenizer:
+    """Load a tokenizer's file of any kind, told by its content; `gs://` and `az://` paths are opened through blobfile.
+
+    tokenizer_config.json, special_tokens_map.json and generation_config.json beside it say which tokens are BOS and EOS, and
+    whether BOS is put in front of a text. Raises TokenizerError for a file of no such kind, one that is damaged, and one that
+    needs a package that isn't installed.
+    """
+    data = _read(path)
+    line = data.lstrip().split(b"\n", 1)[0]
+    if re.fullmatch(rb"[A-Za-z0-9+/]+={0,2} \d+\r?", line):
+        return TiktokenTokenizer(path, data)
+    if len(data) > 2 and data[0] == data[2] == 0x0A:  # protobuf: ModelProto.pieces, one byte of length, SentencePiece.piece
+        return SentencePieceTokenizer(path, data)
+    if line.startswith(b"{"):
+        return HuggingFaceTokenizer(path, data)
+    if not line:
+        found = "an empty file" if not data else "only blanks"
+    elif line.startswith(b"version https://git-lfs"):
+        found = "a git-lfs pointer in place of the file (git lfs pull fetches it)"
+    elif line.lower().startswith((b"<!doctype", b"<html")):
+        found = "an HTML page"
+    else:
+        found = f"a file that begins {data[:24]!r}"
+    raise TokenizerError(
+        f"{path}: found {found}, expected lines of base64 and rank (Llama 3), a SentencePiece model or a tokenizer.json"
+    )
+
+
+class TiktokenTokenizer(Tokenizer):
+    """Llama 3's byte-level BPE: a file of `base64(piece) rank` lines, and 256 special tokens after the last rank.
+
+    data is the file's content where it has been read already. The file is read directly, not through tiktoken's loader, which
+    takes a copy from the machine's temporary folder by a hash of the path: stale, or somebody else's.
+    """
+
+    def __init__(self, path: PathLike, data: bytes | None = None):
+        import tiktoken
+
+        ranks = _parse_ranks(path, _read(path) if data is None else data)
+        self.special_tokens = {name: len(ranks) + i for i, name in enumerate(LLAMA3_SPECIAL_TOKENS)}
+        self.vocab_size = len(ranks) + len(self.special_tokens)
+        self.bos_id = self.special_tokens["<|begin_of_text|>"]
+        self.eos_id = self.special_tokens["<|end_of_text|>"]
+        self.stop_ids = frozenset(self.special_tokens[name] for name in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"))
+        self._encoding = tiktoken.Encoding(
+            "llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=self.special_tokens
+        )
+
+    def _encode(self, text: str, special: bool) -> list[int]:
+        allowed = "all" if special else set()
+        ids = []
+        for part in _split_long(text):
+            ids += self._encoding.encode(part, allowed_special=allowed, disallowed_special=())
+        return ids
+
+    def token_bytes(self, id: int, opening: bool) -> bytes:  # noqa: D102
+        return self._encoding.decode_single_token_bytes(id)
+
+    def piece(self, id: int) -> str:
+        r"""Show one id on one line: a newline is `\n`, a backslash `\\`, a byte that is no character `<0xE2>`."""
+        data = self._encoding.decode_single_token_bytes(self.checked(id))
+        return "".join(map(_visible, data.decode("utf-8", "surrogateescape")))
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """LLaMA 1 and 2's BPE with byte fallback, run by the sentencepiece package.
+
+    data is the file's content where it has been read already. Every id is SentencePiece's own. It spells a blank as U+2581 (▁),
+    so a text that holds this character itself comes back with a blank in its place: the one text that doesn't round-trip.
+    (A model trained to collapse blanks, as stories260K's was and LLaMA's was not, loses those too.)
+    """
+
+    def __init__(self, path: PathLike, data: bytes | None = None):
+        data = _read(path) if data is None else data
+        try:
+            import sentencepiece
+        except ImportError:
+            raise TokenizerError(
+                f"{path}: a SentencePiece model needs the package sentencepiece: pip install 'npllama[sentencepiece]'"
+            ) from None
+        try:
+            self._processor = processor = sentencepiece.SentencePieceProcessor(model_proto=data)
+        except RuntimeError as error:
+            raise TokenizerError(f"{path}: found a damaged file ({error}), expected a SentencePiece model") from error
+        self.vocab_size = processor.vocab_size()
+        self.bos_id, self.eos_id = processor.bos_id(), processor.eos_id()
+        if self.bos_id < 0 or self.eos_id < 0:
+            raise TokenizerError(f"{path}: found a SentencePiece model without BOS or EOS, expected one with both")
+        self.silent_ids = frozenset(id for id in range(self.vocab_size) if processor.is_control(id))
+        self.special_tokens = {processor.id_to_piece(id): id for id in sorted(self.silent_ids)}
+        beside = _Beside(path)
+        self.adds_bos = beside.adds_bos is not False
+        self.stop_ids = frozenset({self.eos_id, *beside.stop_ids(self.special_tokens, self.vocab_size)})
+        self._special_pattern = re.compile("(" + "|".join(map(re.escape, self.special_tokens)) + ")")
+        self._pieces = [processor.id_to_piece(id) for id in range(self.vocab_size)]
+        self._bytes = [self._piece_bytes(id) for id in range(self.vocab_size)]
+        # Whether the model puts a blank before every text when encoding, which is then dropped where a text opens.
+        self._adds_blank = self._pieces[processor.encode("a")[0]].startswith("▁")
+
+    def _piece_bytes(self, id: int) -> bytes:
+        processor = self._processor
+        piece = self._pieces[id]
+        if processor.is_control(id):
+            return b""
+        if processor.is_byte(id):
+            return bytes([int(piece[3:-1], 16)])  # <0x0A>
+        if processor.is_unknown(id):
+            return processor.decode([id]).encode()
+        return piece.replace("▁", " ").encode()
+
+    def _encode(self, text: str, special: bool) -> list[int]:
+        if not special:
+            return self._processor.encode(text)
+        ids = []
+        for part in self._special_pattern.split(text):  # every part between special tokens is a text of its own
+            ids += [self.special_tokens[part]] if part in self.special_tokens else self._processor.encode(part)
+        return ids
+
+    def token_bytes(self, id: int, opening: bool) -> bytes:  # noqa: D102
+        drops_blank = opening and self._adds_blank and self._pieces[id].startswith("▁")
+        return self._bytes[id][1:] if drops_blank else self._bytes[id]
+
+    def piece(self, id: int) -> str:
+        """Show one id as SentencePiece does: `▁to`, `<0x0A>`, `<s>`."""
+        return self._pieces[self.checked(id)]
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A tokenizer.json, run by the tokenizers package: byte-level BPE (Llama 3, SmolLM2) or SentencePiece's kind (Llama 2).
+
+    data is the file's content where it has been read already. Every id is the package's own. A vocabulary that lacks some of
+    the 256 bytes, as SmolLM2's does, encodes what needs them to nothing: such a text doesn't round-trip.
+
+    BOS is put in front of a text if tokenizer_config.json says so (`add_bos_token`), or else if the file's own post-processor
+    does it. BOS and EOS are what the files beside it name, or else the published models' names; generation ends at EOS, at the
+    `eos_token_id` of generation_config.json, and at every one of EOS_NAMES that is a special token.
+    """
+
+    def __init__(self, path: PathLike, data: bytes | None = None):
+        data = _read(path) if data is None else data
+        try:
+            import tokenizers
+        except ImportError:
+            raise TokenizerError(f"{path}: a tokenizer.json needs the package tokenizers: pip install 'npllama[hf]'") from None
+        values = _parse_json(path, data)
+        try:
+            self._load(path, data, values, tokenizers)
+        except TokenizerError:
+            raise
+        except BaseException as error:  # the package raises plain Exception, and its panics are not even that
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            reason = " ".join(str(error).split())
+            raise TokenizerError(f"{path}: found {reason[:300] or type(error).__name__}, expected a tokenizer.json") from None
+
+    def _load(self, path: PathLike, data: bytes, values: dict[str, object], tokenizers: ModuleType) -> None:
+        added = values.get("added_tokens") or []
+        _check_merges(path, values.get("model"))
+        ids = {token["content"]: token["id"] for token in added}
+        forgotten = [token for token in added if not token["special"] and token["content"] in ALWAYS_SPECIAL]
+        for token in forgotten:
+            token["special"] = True
+        self._library = library = tokenizers.Tokenizer.from_buffer(json.dumps(values).encode() if forgotten else data)
+        library.no_truncation()
+        library.no_padding()
+        decoders = _decoder_types(values.get("decoder"))
+        self._byte_level = "ByteLevel" in decoders
+        self._byte_fallback = "ByteFallback" in decoders
+        if not self._byte_level and not decoders & {"ByteFallback", "Metaspace"}:
+            raise TokenizerError(
+                f"{path}: found the decoder {', '.join(sorted(decoders)) or 'none'}, "
+                "expected that of byte-level BPE or of SentencePiece"
+            )
+        vocabulary = library.get_vocab(with_added_tokens=True)
+        for content, id in ids.items():
+            if vocabulary.get(content) != id:  # the package counts on where the ids have a gap
+                raise TokenizerError(f"{path}: found id {id!r:.20} for {content!r:.60}, expected {vocabulary.get(content)}")
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        self._added = {id: token.content for id, token in library.get_added_tokens_decoder().items()}
+        special = sorted(id for id, token in library.get_added_tokens_decoder().items() if token.special)
+        self.special_tokens = {self._added[id]: id for id in special}
+        if not self._byte_level:
+            self.silent_ids = frozenset(special)
+        # Whether the blank before a text goes away again, which SentencePiece's kind puts there.
+        blank = next((id for token, id in vocabulary.items() if token.startswith("▁")), None)
+        self._drops_blank = blank is not None and not library.decode([blank], skip_special_tokens=False).startswith(" ")
+        self._choose_ids(_Beside(path), vocabulary)
+        library.encode_special_tokens = True  # the special tokens' spelling is text
+
+    @cached_property
+    def _library_for_special(self):
+        """A second one: which of the two it is to be isn't an argument of encode(), and this class can be used by threads."""
+        library = copy.deepcopy(self._library)
+        library.encode_special_tokens = False
+        return library
+
+    def _choose_ids(self, beside: _Beside, vocabulary: Mapping[str, int]) -> None:
+        with_bos, without = self._library.encode("a").ids, self._library.encode("a", add_special_tokens=False).ids
+        processors = with_bos[0] if with_bos[:1] != without[:1] else None
+        named = beside.id("bos", vocabulary, self.vocab_size)
+        known = next((self.special_tokens[name] for name in BOS_NAMES if name in self.special_tokens), None)
+        found = [processors, named, known] if beside.adds_bos is None else [named, processors, known]
+        self.bos_id = next((id for id in found if id is not None), None)
+        self.adds_bos = self.bos_id is not None and (processors is not None if beside.adds_bos is None else beside.adds_bos)
+        named = beside.id("eos", vocabulary, self.vocab_size)
+        known = [self.special_tokens[name] for name in EOS_NAMES if name in self.special_tokens]
+        self.eos_id = named if named is not None else next(iter(known), None)
+        self.stop_ids = frozenset({*beside.stop_ids(vocabulary, self.vocab_size), *known, self.eos_id} - {None})
+
+    def _encode(self, text: str, special: bool) -> list[int]:
+        library = self._library_for_special if special else self._library
+        return library.encode(text, add_special_tokens=False).ids
+
+    def token_bytes(self, id: int, opening: bool) -> bytes:  # noqa: D102
+        if id in self.silent_ids:
+            return b""
+        token = self._library.id_to_token(id) or ""  # a gap among the ids
+        if self._byte_level:
+            in_bytes = id not in self._added and all(char in _BYTE_OF_CHAR for char in token)
+            return bytes(_BYTE_OF_CHAR[char] for char in token) if in_bytes else token.encode()
+        if self._byte_fallback and re.fullmatch("<0x[0-9A-Fa-f]{2}>", token):
+            return bytes([int(token[3:-1], 16)])
+        text = token.replace("▁", " ")
+        return (text[1:] if opening and self._drops_blank and text[:1] == " " else text).encode()
+
+    def piece(self, id: int) -> str:
+        r"""Show one id on one line: byte-level as TiktokenTokenizer does (` to`, `\n`, `<0xE2>`), else `▁to`, `<0x0A>`."""
+        id = self.checked(id)
+        if self._byte_level:
+            return "".join(map(_visible, self.token_bytes(id, False).decode("utf-8", "surrogateescape")))
+        return self._library.id_to_token(id) or ""
+
+
+class _Beside:
+    """What the files beside a tokenizer's say of BOS and EOS. A remote tokenizer, or Meta's, has none."""
+
+    def __init__(self, path: PathLike):
+        folder = None if isinstance(path, str) and "://" in path else Path(path).parent
+
+        def values(name: str) -> dict[str, object]:
+            if folder is None or not (folder / name).is_file():
+                return {}
+            return _parse_json(folder / name, _read(folder / name))
+
+        config, self._generation = values("tokenizer_config.json"), values("generation_config.json")
+        self._folder, self._names = folder, {**values("special_tokens_map.json"), **config}
+        flag = config.get("add_bos_token")
+        self.adds_bos = flag if isinstance(flag, bool) else None
+
+    def id(self, name: str, vocabulary: Mapping[str, int], size: int) -> int | None:
+        """The id of `bos` or `eos`, or None where nothing is said; of several (generation_config.json's eos) the first."""
+        token = self._names.get(f"{name}_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str) and token in vocabulary:
+            return vocabulary[token]
+        return next(iter(self._ids(name, size)), None)
+
+    def stop_ids(self, vocabulary: Mapping[str, int], size: int) -> set[int]:
+        """All that ends an answer: EOS, end of turn (eot), end of message (eom)."""
+        named = (self.id(name, vocabulary, size) for name in ("eos", "eot", "eom"))
+        return {*self._ids("eos", size), *named} - {None}
+
+    def _ids(self, name: str, size: int) -> list[int]:
+        found = self._generation.get(f"{name}_token_id")
+        ids = found if isinstance(found, list) else [] if found is None else [found]
+        if not all(type(id) is int and 0 <= id < size for id in ids):
+            raise TokenizerError(
+                f"{self._folder / 'generation_config.json'}: {name}_token_id is {found!r:.60}, expected 0 to {size - 1}"
+            )
+        return ids
+
+
+# GPT-2's alphabet: each byte as one printable character, the bytes without one from U+0100 on (openai/gpt-2, encoder.py).
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+_BYTE_OF_CHAR = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
+
+
+def _parse_json(path: PathLike, data: bytes) -> dict[str, object]:
+    try:
+        values = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise TokenizerError(f"{path}: found damaged JSON ({error}), expected an object") from None
+    if not isinstance(values, dict):
+        raise TokenizerError(f"{path}: found {type(values).__name__}, expected a JSON object")
+    return values
+
+
+def _check_merges(path: PathLike, model: object) -> None:
+    """Refuse what the package panics at, with pages on standard error; it says by itself what else is wrong."""
+    if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict) or not isinstance(model.get("merges"), list):
+        return
+    if (prefix := model.get("continuing_subword_prefix")) not in (None, ""):
+        raise TokenizerError(f"{path}: found the continuing_subword_prefix {prefix!r:.60}, expected none")
+    vocabulary = model["vocab"]
+    for merge in model["merges"]:
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        if not isinstance(pair, list) or not all(isinstance(part, str) for part in pair) or "".join(pair) not in vocabulary:
+            raise TokenizerError(f"{path}: found the merge {merge!r:.60}, expected two tokens whose union is a token")
+
+
+def _decoder_types(decoder: object) -> set[str]:
+    if not isinstance(decoder, dict):
+        return set()
+    if decoder.get("type") == "Sequence":
+        return set().union(*map(_decoder_types, decoder.get("decoders") or []))
+    return {decoder.get("type")}
+
+
+def _read(path: PathLike) -> bytes:
+    if isinstance(path, str) and "://" in path:
+        try:
+            import blobfile
+        except ImportError:
+            raise TokenizerError(f"{path}: a remote path needs the package blobfile: pip install 'npllama[remote]'") from None
+        try:
+            with blobfile.BlobFile(path, "rb") as file:
+                return file.read()
+        except Exception as error:  # blobfile's back ends raise types of their own
+            raise TokenizerError(f"{path}: can't be read: {error}") from error
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise TokenizerError(f"{path}: can't be read: {error.strerror}") from error
+
+
+def _visible(char: str) -> str:
+    if "\udc80" <= char <= "\udcff":  # surrogateescape's code for a byte that is not UTF-8
+        return f"<0x{ord(char) - 0xDC00:02X}>"
+    return char if char.isprintable() and char != "\\" else char.encode("unicode_escape").decode()
+
+
+def _parse_ranks(path: PathLike, data: bytes) -> dict[bytes, int]:
+    """Read `base64(piece) rank` lines, whose ranks must count up from 0: the ids of the special tokens follow from them."""
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(data.splitlines(), start=1):
+        if not line:
+            continue
+        fields = line.split()
+        try:
+            encoded, rank = fields
+            piece = base64.b64decode(encoded, validate=True)
+        except (ValueError, binascii.Error):
+            raise TokenizerError(f"{path}: line {number}: found {line[:60]!r}, expected base64, a blank and a rank") from None
+        if rank != b"%d" % len(ranks):
+            raise TokenizerError(f"{path}: line {number}: found rank {rank[:20].decode('latin-1')}, expected {len(ranks)}")
+        if piece in ranks:
+            raise TokenizerError(
+                f"{path}: line {number}: found {piece!r} again, expected a new piece: rank {ranks[piece]} has it"
+            )
+        ranks[piece] = len(ranks)
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if missing:
+        raise TokenizerError(
+            f"{path}: found no piece for {len(missing)} single bytes (0x{missing[0]:02X} first), expected all 256"
+        )
+    return ranks
+
+
+def _split_long(text: str) -> Iterator[str]:
+    """Cut a text where Meta does: every 400,000 characters, and in longer runs of (not) blank characters after every 25,000."""
+    for begin in range(0, len(text), TIKTOKEN_MAX_ENCODE_CHARS):
+        block = text[begin : begin + TIKTOKEN_MAX_ENCODE_CHARS]
+        start = 0
+        if len(block) > MAX_NO_WHITESPACES_CHARS:
+            for run in re.finditer(r"\s+|\S+", block):
+                for cut in range(run.start() + MAX_NO_WHITESPACES_CHARS, run.end(), MAX_NO_WHITESPACES_CHARS):
+                    yield block[start:cut]
+                    start = cut
+        yield block[start:]

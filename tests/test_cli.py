@@ -1,0 +1,310 @@
+"""The command line as a user meets it: output, errors, exit status."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import npllama
+from npllama import checkpoint, forward
+from npllama.checkpoint import demo_path
+from npllama.cli import main
+
+from conftest import take_ctrl_c
+from tiny import CONFIGS, random_params, relative_error
+
+COMMAND = [sys.executable, "-m", "npllama"]
+
+
+def run(*args: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([*COMMAND, *args], capture_output=True, text=True, encoding="utf-8", **options)
+
+
+@pytest.fixture(scope="session")
+def bare(tmp_path_factory):
+    """A tiny model directory without a tokenizer."""
+    path = tmp_path_factory.mktemp("models") / "bare"
+    with checkpoint.create(path, CONFIGS["grouped"], "float32", source={"kind": "test"}) as writer:
+        for name, array in random_params(CONFIGS["grouped"], seed=1).items():
+            writer.add(name, array)
+    return path
+
+
+@pytest.fixture
+def copy_of_demo(tmp_path):
+    shutil.copytree(demo_path(), tmp_path / "demo")
+    return tmp_path / "demo"
+
+
+def fails(capsys, *args: str, status: int = 2) -> str:
+    """Run in this process, expect a failure, and return its one line."""
+    assert main([str(arg) for arg in args]) == status
+    out, err = capsys.readouterr()
+    lines = (out + err).splitlines()
+    assert len(lines) == 1, lines
+    assert "Traceback" not in lines[0]
+    return lines[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------- generate
+
+
+def test_generate_prints_the_prompt_and_its_continuation():
+    done = run("generate", "ROMEO:", "-n", "12")
+    assert done.returncode == 0
+    assert done.stdout.startswith("ROMEO:")
+    assert len(done.stdout) > len("ROMEO:\n")
+    assert "prefill" in done.stderr
+    assert "decode 11 tokens at" in done.stderr
+    assert "peak memory" in done.stderr
+    bare = run("generate", "ROMEO:", "-n", "12", "--no-echo")
+    assert "ROMEO:" + bare.stdout == done.stdout
+    assert run("generate", "ROMEO:", "-n", "12").stdout == done.stdout
+    assert run("generate", "ROMEO:", "-n", "12", "--seed", "5").stdout != done.stdout
+
+
+def test_generate_from_nothing_starts_from_bos(capsys):
+    model = npllama.load()
+    assert main(["generate", "", "-n", "10", "--temperature", "0", "--top-p", "1"]) == 0
+    ids = list(npllama.generate(model, [model.tokenizer.bos_id], max_tokens=10))
+    assert capsys.readouterr().out == model.tokenizer.decode(ids) + "\n"
+
+
+def test_recommended_settings_are_used_unless_overridden(capsys):
+    model = npllama.load()
+    recommended = model.generation
+    assert recommended["temperature"] > 0
+    ids = model.tokenizer.encode("KING", bos=True)
+    for options, settings in (
+        ([], {"temperature": recommended["temperature"], "top_p": recommended["top_p"]}),
+        (["--temperature", "0"], {"temperature": 0.0, "top_p": recommended["top_p"]}),
+        (["--temperature", "1.5", "--top-p", "0.5", "--top-k", "7", "--min-p", "0.01"],
+         {"temperature": 1.5, "top_p": 0.5, "top_k": 7, "min_p": 0.01}),
+    ):  # fmt: skip
+        assert main(["generate", "KING", "-n", "20", "--no-echo", *options]) == 0
+        expected = model.tokenizer.decode(list(npllama.generate(model, ids, 20, **settings)))
+        assert capsys.readouterr().out == expected + "\n"
+
+
+def test_stop_ends_before_the_text(capsys):
+    assert main(["generate", "ROMEO:", "-n", "60", "--temperature", "0", "--no-echo"]) == 0
+    text = capsys.readouterr().out
+    stop = text[10:13]
+    assert main(["generate", "ROMEO:", "-n", "60", "--temperature", "0", "--no-echo", "--stop", stop]) == 0
+    assert capsys.readouterr().out == text[: text.index(stop)] + "\n"
+
+
+def test_logprobs_print_a_line_per_token(capsys):
+    assert main(["generate", "ROMEO:", "-n", "5", "--temperature", "0", "--logprobs", "3"]) == 0
+    rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert len(rows) == 5
+    for row in rows:
+        assert len(row) == 3 + 3 * 3
+        assert row[:3] == row[3:6]  # greedy takes the likeliest
+        assert float(row[2]) >= float(row[8]) >= float(row[11])
+
+
+def test_ids_work_without_a_tokenizer(bare, capsys):
+    assert main(["generate", "--tokens", "1,2,3", "-m", str(bare), "-n", "4"]) == 0
+    ids = [int(id) for id in capsys.readouterr().out.split(",")]
+    model = npllama.load(bare)
+    assert ids == [1, 2, 3, *npllama.generate(model, [1, 2, 3], max_tokens=4)]
+
+
+def test_text_without_a_tokenizer_is_refused(bare, capsys):
+    for command in (["generate", "text"], ["chat"], ["logits", "--prompt", "text", "--out", "x.npy"], ["tokenize", "text"]):
+        assert "has no tokenizer" in fails(capsys, *command, "-m", bare)
+
+
+def test_tokens_stream_as_they_are_made():
+    """The first characters arrive long before the last: they are read while the process is still at work."""
+    process = subprocess.Popen(
+        [*COMMAND, "generate", "ROMEO:", "-n", "400", "--temperature", "1.5"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    assert process.stdout.read(20).startswith(b"ROMEO:")
+    assert process.poll() is None
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def test_ctrl_c_ends_cleanly():
+    process = subprocess.Popen(
+        [*COMMAND, "generate", "ROMEO:", "-n", "480", "--temperature", "1.5"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=take_ctrl_c,
+    )  # fmt: skip
+    process.stdout.read(20)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert out.endswith("\n")
+    assert "Traceback" not in err
+    assert "tokens/s" in err
+
+
+def test_a_closed_pipe_is_no_error():
+    done = subprocess.run(
+        f"{sys.executable} -m npllama generate ROMEO: -n 300 | head -c 5", shell=True, capture_output=True, text=True
+    )
+    assert done.stdout == "ROMEO"
+    assert "Traceback" not in done.stderr
+    assert "Broken" not in done.stderr
+
+
+# -------------------------------------------------------------------------------------------------------------------- chat
+
+
+def test_chat_answers_a_line_each_and_keeps_the_conversation():
+    done = run("chat", "--temperature", "0", "-n", "8", "--system", "Be brief.", input="Who art thou?\n\nAnd I?\n")
+    assert done.returncode == 0
+    assert len(done.stderr.splitlines()) == 2  # two answers: an empty line asks nothing
+    model = npllama.load()
+    tokenizer = model.tokenizer
+    messages = [{"role": "system", "content": "Be brief."}]
+    expected = ""
+    for question in ("Who art thou?", "And I?"):
+        messages.append({"role": "user", "content": question})
+        ids = npllama.chat.encode_llama3(tokenizer, messages)
+        answer = tokenizer.decode(list(npllama.generate(model, ids, max_tokens=8)))
+        messages.append({"role": "assistant", "content": answer})
+        expected += answer + "\n"
+    assert done.stdout == expected
+
+
+# ----------------------------------------------------------------------------------------------------- logits and tokenize
+
+
+def test_logits_are_those_of_forward(bare, tmp_path):
+    out = tmp_path / "logits.npy"
+    assert main(["logits", "-m", str(bare), "--tokens", "5,6,7", "--out", str(out)]) == 0
+    logits = np.load(out)
+    assert logits.dtype == np.float32
+    model = npllama.load(bare)
+    assert relative_error(logits, forward(model.params, model.config, [5, 6, 7])) < 2e-6
+    assert os.listdir(tmp_path) == ["logits.npy"]
+
+
+def test_logits_leave_nothing_behind_when_they_fail(bare, tmp_path, capsys):
+    line = fails(capsys, "logits", "-m", bare, "--tokens", "5,999", "--out", tmp_path / "x.npy")
+    assert "token id 999 is outside the vocabulary: expected 0 to 130" in line
+    assert os.listdir(tmp_path) == []
+
+
+def test_tokenize_there_and_back(capsys):
+    text = "To be, or not to be: that is the question.\n"
+    assert main(["tokenize", text]) == 0
+    line = capsys.readouterr().out.strip()
+    assert main(["tokenize", "--decode", line]) == 0
+    assert capsys.readouterr().out == text + "\n"
+    assert main(["tokenize", "--bos", "--pieces", "ROMEO"]) == 0
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first.split() == ["2000", "<|begin_of_text|>"]
+    assert "".join(line.split()[1] for line in rest) == "ROMEO"
+
+
+# -------------------------------------------------------------------------------------------------------- info and verify
+
+
+def test_info_says_what_there_is(bare, capsys):
+    assert main(["info", str(bare)]) == 0
+    out = capsys.readouterr().out
+    n = sum(x.size for x in random_params(CONFIGS["grouped"], 1).values())
+    assert f"{n:,} parameters in 21 tensors" in out
+    assert "n_kv_heads       2" in out
+    assert "tokenizer: none" in out
+
+
+def test_verify_tells_whole_from_altered(copy_of_demo, capsys):
+    assert main(["verify", str(copy_of_demo)]) == 0
+    capsys.readouterr()
+    file = copy_of_demo / "norm.weight.npy"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    line = fails(capsys, "verify", copy_of_demo, status=1)
+    assert "norm.weight.npy is altered" in line
+
+
+# ------------------------------------------------------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["generate", "x", "-m", "/nowhere"], "/nowhere: not found, expected a model directory"),
+        (["generate"], "expected a prompt, or --tokens"),
+        (["generate", "x", "--tokens", "1"], "expected a prompt, or --tokens"),
+        (["generate", "--tokens", "2256"], "token id 2256 is outside the vocabulary: expected 0 to 2255"),
+        (["generate", "--tokens", ",".join(["1"] * 513)], "the prompt has 513 tokens, the model's context holds 512"),
+        (["generate", "x", "--temperature", "-1"], "temperature is -1.0, expected 0 or more"),
+        (["generate", "x", "--top-p", "0"], "top_p is 0.0"),
+        (["generate", "x", "-n", "-3"], "-n is -3, expected 0 or more"),
+        (["tokenize"], "expected a text, or --decode"),
+        (["tokenize", "--decode", "99999"], "token id 99999 is outside the vocabulary: expected 0 to 2255"),
+        (["tokenize", "x", "-m", "/nowhere/tokenizer.model"], "/nowhere/tokenizer.model"),
+        (["verify", "/nowhere"], "/nowhere: not found"),
+        (["info", "/nowhere"], "/nowhere: not found"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,
+)
+def test_bad_use_gets_one_line_and_status_2(args, words, capsys):
+    assert words in fails(capsys, *args)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [["generate", "x", "--tokens", "1,x"], ["generate", "--tokens", "1,-2"], ["generate", "x", "--stop", ""], ["nonsense"], []],
+    ids=str,
+)
+def test_bad_arguments_get_status_2(args):
+    done = run(*args)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def _missing(path):
+    (path / "layers.3.attention.wk.weight.npy").unlink()
+    return "layers.3.attention.wk.weight.npy is missing"
+
+
+def _truncated(path):
+    file = path / "tok_embeddings.weight.npy"
+    os.truncate(file, 1000)
+    return "tok_embeddings.weight.npy is 1,000 bytes"
+
+
+def _config(path):
+    values = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**values, "n_kv_heads": 5}))
+    return "n_heads 6 is not a multiple of n_kv_heads 5"
+
+
+def _no_json(path):
+    (path / "config.json").write_text("{")
+    return "config.json is not JSON"
+
+
+def _tokenizer(path):
+    (path / "tokenizer.model").write_text("<html>")
+    return "tokenizer.model"
+
+
+@pytest.mark.parametrize("damage", [_missing, _truncated, _config, _no_json, _tokenizer])
+def test_a_damaged_model_directory_gets_one_line(damage, copy_of_demo, capsys):
+    words = damage(copy_of_demo)
+    assert words in fails(capsys, "generate", "x", "-m", copy_of_demo)
+
+
+def test_memory_is_a_line_not_a_traceback(capsys, monkeypatch):
+    def no_memory(*args):
+        raise MemoryError("Unable to allocate 99 GiB")
+
+    monkeypatch.setattr(npllama.cli, "load", no_memory)
+    assert "Unable to allocate 99 GiB" in fails(capsys, "generate", "x")

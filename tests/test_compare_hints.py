@@ -1,0 +1,156 @@
+"""Each mistake in a port is named, at the operation that has it, and no other mistake is."""
+
+from __future__ import annotations
+
+import re
+
+import broken_ports
+import numpy as np
+import pytest
+
+from npllama.checkpoint import Model
+from npllama.compare import compare
+from npllama.precision import Precision
+from npllama.trace import read_trace, record, write_trace
+
+import tiny
+
+TOKENS = tiny.random_tokens(broken_ports.CONFIG, 2, 24)
+
+# mistake -> where it shows first, words of its hint (each of which is in no other's), and whether it needs the model
+EXPECTED = {
+    "half_split": ("layers.0.attention.q_rope", "half-split RoPE", False),
+    "no_rope": ("layers.0.attention.q_rope", "no RoPE", False),
+    "no_mask": ("layers.0.attention.scores", "mask is missing", False),
+    "mask_off_by_one": ("layers.0.attention.scores", "off by one in the causal mask", False),
+    "position_off_by_one": ("layers.0.attention.q_rope", "position off by one: RoPE", False),
+    "grouped_modulo": ("layers.0.attention.scores", "keys are not repeated", False),
+    "grouped_modulo_values": ("layers.0.attention.heads", "values are not repeated", False),
+    "unscaled": ("layers.0.attention.scores", "1/sqrt(K) is missing", False),
+    "theta": ("layers.0.attention.q_rope", "θ = 20000, and 10000 was expected", False),
+    "eps": ("layers.0.attention_norm", "eps = 1e-06, and 1e-05 was expected", False),
+    "scale_factor": ("layers.0.attention.q_rope", "scale factor: 8, and 32 was expected", False),
+    "no_scaling": ("layers.0.attention.q_rope", "scaling is missing", False),
+    "transposed_square": ("layers.0.attention.q", "transposed weights", True),
+    "transposed_w2": ("layers.0.feed_forward.out", "transposed weights", True),
+    "value_from_k": ("layers.0.attention.v", "value is taken from k", False),
+    "bfloat16_weights": ("layers.0.attention.q", "weights rounded to bfloat16", True),
+    "bfloat16": ("tok_embeddings", "every number is one that bfloat16 has", False),
+    "rows_in_halves": ("layers.0.attention.q", "half-split order", False),
+}
+WORDS = {words for _, words, _ in EXPECTED.values()}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return broken_ports.tiny_model()
+
+
+@pytest.fixture(scope="module")
+def reference(model, tmp_path_factory):
+    """A float64 trace of a prompt and one decode step."""
+    return write_trace(model, TOKENS, tmp_path_factory.mktemp("compare") / "reference", 1, Precision("float64")).path
+
+
+def trace_of(bug, model, reference, out, taps=None):
+    broken, port = broken_ports.port(bug, model)
+    return write_trace(broken, TOKENS, out, read_trace(reference).meta["steps"], port).path
+
+
+def test_every_mistake_is_expected_somewhere():
+    assert set(EXPECTED) == set(broken_ports.BUGS)
+
+
+@pytest.mark.parametrize("bug", EXPECTED)
+def test_the_mistake_is_named_and_no_other(bug, model, reference, tmp_path):
+    where, words, _ = EXPECTED[bug]
+    found = compare(reference, trace_of(bug, model, reference, tmp_path / "mine"), model=model)
+    assert found.exit_status == 1
+    assert found.verdict.startswith(f"first divergence: {where} ("), found.verdict
+    assert len(found.hints) == 1, found.hints
+    assert {w for w in WORDS if w in found.hints[0]} == {words}, found.hints
+
+
+@pytest.mark.parametrize("bug", EXPECTED)
+def test_most_need_no_model(bug, model, reference, tmp_path):
+    """From trace.json's constants and the activations alone; weights that are wrong show only beside the right ones."""
+    where, words, needs_model = EXPECTED[bug]
+    found = compare(reference, trace_of(bug, model, reference, tmp_path / "mine"))
+    assert found.verdict.startswith(f"first divergence: {where} ("), found.verdict
+    assert {w for w in WORDS for hint in found.hints if w in hint} == (set() if needs_model else {words}), found.hints
+
+
+def test_a_right_port_gets_no_hint(model, reference, tmp_path):
+    steps = read_trace(reference).meta["steps"]
+    found = compare(reference, write_trace(model, TOKENS, tmp_path / "mine", steps).path, model=model)
+    assert found.equal, found.verdict
+    assert found.hints == []
+    assert found.wrong_by_themselves == []
+
+
+def test_rounding_is_not_taken_for_a_mistake(model, reference, tmp_path):
+    steps = read_trace(reference).meta["steps"]
+    path = write_trace(model, TOKENS, tmp_path / "mine", steps).path
+    found = compare(reference, path, model=model, atol=0, rtol=0)
+    assert found.first.name == "layers.0.attention_norm"
+    assert found.hints[0].startswith("its own operation is right")
+
+
+def test_eps_is_read_from_the_tokens_that_show_it(tmp_path):
+    """A token of large numbers hides eps in its rounding, and must not drown what the others say."""
+    model = broken_ports.tiny_model()
+    embeddings = model.params["tok_embeddings.weight"].copy()
+    embeddings[TOKENS[0]] *= 1000
+    model = Model(model.config, {**model.params, "tok_embeddings.weight": embeddings})
+    reference = write_trace(model, TOKENS, tmp_path / "reference", 0, Precision("float64")).path
+    found = compare(reference, write_trace(broken_ports.port("eps", model)[0], TOKENS, tmp_path / "mine").path)
+    assert found.hints == ["wrong eps: the norm is that of eps = 1e-06, and 1e-05 was expected"]
+
+
+def test_a_layout_that_is_only_different_is_told_from_a_mistake(model, reference, tmp_path):
+    """Hugging Face's rows with Hugging Face's rotation compute the same model: the map is wrong, not the port."""
+    steps = read_trace(reference).meta["steps"]
+    broken, _ = broken_ports.port("rows_in_halves", model)
+    port = broken_ports.Port(rope=broken_ports.rope_of_halves)
+    found = compare(reference, write_trace(broken, TOKENS, tmp_path / "mine", steps, port).path, model=model)
+    assert "only the layout differs" in found.hints[0]
+
+
+@pytest.mark.parametrize("bug", ["no_mask", "unscaled", "grouped_modulo"])
+def test_found_in_the_weights_when_the_scores_are_not_recorded(bug, model, reference, tmp_path):
+    path = trace_of(bug, model, reference, tmp_path / "mine")
+    arrays = {name: np.array(x) for name, x in read_trace(path).items() if not name.endswith("scores")}
+    np.savez(tmp_path / "mine.npz", **arrays)
+    found = compare(reference, tmp_path / "mine.npz", model=model, partial=True)
+    assert found.first.name == "layers.0.attention.weights"
+    words = "keys and values are not repeated" if bug == "grouped_modulo" else EXPECTED[bug][1]
+    assert words in found.hints[0]
+
+
+def test_only_wrong_operations_are_wrong_by_themselves(model, reference, tmp_path):
+    """Everything after the first mistake differs; only the mistaken operation fails on the candidate's own inputs."""
+    found = compare(reference, trace_of("grouped_modulo_values", model, reference, tmp_path / "mine"), model=model)
+    kinds = {name.partition("layers.")[2][2:] for name in found.wrong_by_themselves}
+    assert kinds == {"attention.heads"}
+    assert len(found.wrong_by_themselves) == 4, "two layers, in the prompt and in the step"
+    assert sum(not row.passed for row in found.rows) > 40
+
+
+def test_a_second_mistake_is_not_lost_in_what_follows_from_the_first(model, reference, tmp_path):
+    steps = read_trace(reference).meta["steps"]
+    broken, _ = broken_ports.port("transposed_w2", model)
+    port = broken_ports.Port(rope=broken_ports.rope_of_halves)
+    found = compare(reference, write_trace(broken, TOKENS, tmp_path / "mine", steps, port).path, model=model)
+    kinds = {name.partition("layers.")[2][2:] for name in found.wrong_by_themselves}
+    assert kinds == {"attention.q_rope", "attention.k_rope", "feed_forward.out"}
+
+
+def test_an_error_below_the_accumulated_noise_is_found_by_the_operation_alone(model, reference, tmp_path):
+    """A norm that is off by eight millionths, where what has gathered before is more than that."""
+    steps = read_trace(reference).meta["steps"]
+    mine = record(model, TOKENS, steps, patch={"layers.1.ffn_norm": lambda x: x * np.float32(1 + 8e-6)})
+    np.savez(tmp_path / "mine.npz", **mine)
+    found = compare(reference, tmp_path / "mine.npz", model=model)
+    assert re.match(r"first divergence: layers.1.ffn_norm \(local relative error (7.9|8.[01])e-06, noise floor ", found.verdict)
+    assert found.wrong_by_themselves == ["layers.1.ffn_norm"]
+    assert found.first.judged.ratio <= found.noise.limit, "the whole pass up to it doesn't show it"

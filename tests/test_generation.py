@@ -1,0 +1,189 @@
+"""Prefill and decode, alone and in batches; the text as it grows."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import npllama.generation
+from npllama import KVCache, Model, Sampling, forward, generate, generate_batch, generate_steps
+from npllama.generation import prefill, stream_text
+
+from tiny import CONFIGS, random_params, random_tokens
+
+CONFIG = CONFIGS["grouped"]
+MODEL = Model(CONFIG, random_params(CONFIG, seed=1))
+PROMPT = random_tokens(CONFIG, seed=2, shape=9).tolist()
+
+
+def greedy(prompt: list[int], n: int) -> list[int]:
+    """The definition: forward over everything, anew for each token."""
+    ids = list(prompt)
+    for _ in range(n):
+        ids.append(int(forward(MODEL.params, CONFIG, ids)[-1].argmax()))
+    return ids[len(prompt) :]
+
+
+def test_greedy_is_the_argmax_of_the_whole_pass():
+    assert list(generate(MODEL, PROMPT, max_tokens=20)) == greedy(PROMPT, 20)
+
+
+def test_tokens_come_one_by_one():
+    """Asking for one token does no more work than one token takes."""
+    cache = KVCache(CONFIG)
+    tokens = generate(MODEL, PROMPT, max_tokens=20, cache=cache)
+    assert cache.length == 0
+    for n in range(3):
+        next(tokens)
+        assert cache.length == len(PROMPT) + n
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_prefill_in_chunks_is_the_same(chunk, monkeypatch):
+    monkeypatch.setattr(npllama.generation, "PREFILL_CHUNK", chunk)
+    assert list(generate(MODEL, PROMPT, max_tokens=20)) == greedy(PROMPT, 20)
+
+
+def test_a_long_prompt_s_scores_are_never_whole(monkeypatch):
+    monkeypatch.setattr(npllama.generation, "PREFILL_CHUNK", 16)
+    widest = []
+    real = npllama.generation.forward
+
+    def watched(params, config, tokens, cache, **options):
+        widest.append(np.shape(tokens)[-1])
+        return real(params, config, tokens, cache, **options)
+
+    monkeypatch.setattr(npllama.generation, "forward", watched)
+    prefill(MODEL, np.zeros(300, int), KVCache(CONFIG))
+    assert max(widest) == 16
+    assert sum(widest) == 300
+
+
+def test_the_same_seed_gives_the_same_tokens_and_another_others():
+    def draw(seed):
+        return list(generate(MODEL, PROMPT, max_tokens=30, temperature=1.5, seed=seed))
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+
+
+def test_it_ends_before_a_stop_id():
+    tokens = greedy(PROMPT, 20)
+    stop = tokens[7]
+    assert list(generate(MODEL, PROMPT, max_tokens=20, stop_ids=[stop])) == tokens[: tokens.index(stop)]
+
+
+def test_it_ends_where_the_context_is_full():
+    config = dataclasses.replace(CONFIG, max_seq_len=12)
+    assert len(list(generate(Model(config, MODEL.params), PROMPT, max_tokens=50))) == 12 - 9 + 1  # the last need not be read
+
+
+def test_a_cache_goes_on_where_it_was():
+    first = greedy(PROMPT, 5)
+    cache = KVCache(CONFIG)
+    list(generate(MODEL, PROMPT, max_tokens=5, cache=cache))
+    assert cache.length == len(PROMPT) + 4  # the last token was not needed
+    more = [3, 1, 4]
+    expected = greedy(PROMPT + first + more, 6)
+    assert list(generate(MODEL, first[-1:] + more, max_tokens=6, cache=cache)) == expected
+
+
+def test_a_truncated_cache_forgets():
+    cache = KVCache(CONFIG)
+    list(generate(MODEL, PROMPT, max_tokens=5, cache=cache))
+    cache.truncate(4)
+    assert list(generate(MODEL, PROMPT[4:], max_tokens=5, cache=cache)) == greedy(PROMPT, 5)
+
+
+def test_each_prompt_of_a_batch_gets_the_tokens_it_gets_alone():
+    prompts = [random_tokens(CONFIG, seed, n).tolist() for seed, n in enumerate((9, 1, 30))]
+    stop = greedy(prompts[0], 6)[-1]  # the first row ends early
+    rows: list[list[int]] = [[], [], []]
+    for step in generate_batch(MODEL, prompts, max_tokens=12, stop_ids=[stop]):
+        for row, id in zip(rows, step, strict=True):
+            row += [] if id is None else [id]
+    alone = [list(generate(MODEL, prompt, max_tokens=12, stop_ids=[stop])) for prompt in prompts]
+    assert rows == alone
+    assert len(rows[0]) < 6
+
+
+def test_a_row_s_draws_do_not_depend_on_its_batch():
+    prompts = [random_tokens(CONFIG, seed, 5).tolist() for seed in range(3)]
+    sampling = Sampling(1.2, top_p=0.9)
+    together = list(generate_batch(MODEL, prompts, 8, sampling, seed=4))
+    assert [step[0] for step in together] == [step[0] for step in generate_batch(MODEL, prompts[:1], 8, sampling, seed=4)]
+    assert len({tuple(row) for row in zip(*together, strict=True)}) == 3
+
+
+def test_log_probabilities_are_the_model_s_whatever_the_sampling():
+    steps = list(generate_steps(MODEL, PROMPT, 4, Sampling(2.0, top_k=5), seed=1))
+    ids = PROMPT + [step.token for step in steps]
+    logits = forward(MODEL.params, CONFIG, ids).astype(np.float64)
+    for i, step in enumerate(steps):
+        row = logits[len(PROMPT) - 1 + i]
+        expected = row - np.log(np.exp(row).sum())
+        assert step.logprob == pytest.approx(expected[step.token], abs=1e-5)
+        top = step.top(3)
+        assert [id for id, _ in top] == np.argsort(-expected)[:3].tolist()
+        assert [p for _, p in top] == pytest.approx(np.sort(expected)[::-1][:3].tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "line"),
+    [
+        ([], "at least one"),
+        ([1, -1], "token id -1 is outside the vocabulary: expected 0 to 130"),
+        ([1, 131], "token id 131 is outside the vocabulary"),
+        ([1] * 513, "the prompt has 513 tokens, the model's context holds 512"),
+    ],
+    ids=["empty", "negative", "too-large", "too-long"],
+)
+def test_a_bad_prompt_is_refused_in_one_line(tokens, line):
+    with pytest.raises(ValueError, match=line):
+        list(generate(MODEL, tokens))
+
+
+class Letters:
+    """A stand-in for StreamDecoder: id 97 is "a"."""
+
+    def push(self, id: int) -> str:
+        return chr(id)
+
+    def flush(self) -> str:
+        return ""
+
+
+def shown(text: str, stop: list[str]) -> list[str]:
+    return list(stream_text(map(ord, text), Letters(), stop))
+
+
+def test_text_streams_letter_by_letter():
+    assert shown("hello", []) == list("hello")
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "expected"),
+    [
+        ("one END two", ["END"], "one "),
+        ("ENEND", ["END"], "EN"),
+        ("EEN", ["END"], "EEN"),
+        ("a\n\nb", ["\n\n", "b"], "a"),
+        ("aab", ["ab", "b"], "a"),
+        ("abc", ["x"], "abc"),
+    ],
+)
+def test_a_stop_string_ends_the_text_and_its_beginning_is_held_back(text, stop, expected):
+    parts = shown(text, stop)
+    assert "".join(parts) == expected
+
+
+@given(st.text("abc", max_size=20), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3))
+def test_text_up_to_the_first_stop_string_always(text, stop):
+    ends = [text.find(s) + len(s) for s in stop if s in text]
+    seen = text[: min(ends)] if ends else text  # a stop string is seen when its last letter comes
+    cut = min((i for s in stop if (i := seen.find(s)) >= 0), default=len(seen))
+    assert "".join(shown(text, stop)) == text[:cut]

@@ -1,0 +1,41 @@
+"""What `pip install .` brings: needs npllama installed, as CI does it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+
+import pytest
+
+import npllama
+
+
+@pytest.fixture(scope="module")
+def distribution():
+    try:
+        return importlib.metadata.distribution("npllama")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("npllama is not installed")
+
+
+def test_the_core_is_numpy_and_tiktoken(distribution):
+    core = {re.match(r"[\w-]+", line)[0] for line in distribution.requires if "extra ==" not in line}
+    assert core == {"numpy", "tiktoken"}
+
+
+def test_the_test_extra_brings_no_torch(distribution):
+    brought = {re.match(r"[\w-]+", line)[0] for line in distribution.requires if re.search(r"""extra == ['"]test['"]""", line)}
+    assert "pytest" in brought
+    assert not brought & {"torch", "transformers"}
+
+
+def test_the_version_is_one(distribution):
+    assert distribution.version == npllama.__version__
+
+
+def test_the_demo_model_and_the_type_marker_are_installed(distribution):
+    files = {str(file) for file in distribution.files}
+    demo = {f"npllama/demo/{name}" for name in ("config.json", "manifest.json", "tokenizer.model", "MODEL_CARD.md")}
+    assert demo | {"npllama/demo/layers.0.attention.wq.weight.npy", "npllama/py.typed"} <= files
+    assert "npllama_convert/meta.py" in files
+    assert not any(file.startswith("tests/") for file in files)

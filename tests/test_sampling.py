@@ -1,0 +1,109 @@
+"""Drawing a token: each setting by its definition, the draw by its frequencies."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from npllama.sampling import Sampling, log_probabilities, probabilities, sample
+
+P = np.array([0.1, 0.4, 0.05, 0.3, 0.15])
+LOGITS = np.log(P) + 3
+
+
+def test_greedy_is_the_first_of_the_most_likely():
+    rng = np.random.default_rng(0)
+    assert sample(np.array([1.0, 5.0, 5.0]), Sampling(), rng) == 1
+    np.testing.assert_array_equal(probabilities(LOGITS, Sampling()), [0, 1, 0, 0, 0])
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_temperature_is_a_power_of_the_probabilities(temperature):
+    expected = P ** (1 / temperature)
+    np.testing.assert_allclose(probabilities(LOGITS, Sampling(temperature)), expected / expected.sum(), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({"top_k": 1}, [1]),
+        ({"top_k": 3}, [1, 3, 4]),
+        ({"top_k": 99}, [0, 1, 2, 3, 4]),
+        ({"top_p": 0.4 - 1e-9}, [1]),
+        ({"top_p": 0.4 + 1e-9}, [1, 3]),
+        ({"top_p": 0.84}, [1, 3, 4]),
+        ({"top_p": 1e-9}, [1]),
+        ({"min_p": 0.5}, [1, 3]),
+        ({"min_p": 0.2}, [0, 1, 3, 4]),
+        ({"min_p": 1.0}, [1]),
+        ({"top_k": 3, "top_p": 0.8}, [1, 3]),  # of the three left, 0.85 in all, the first two reach 0.82
+    ],
+    ids=str,
+)
+def test_filters_keep_what_their_definition_keeps(settings, kept):
+    p = probabilities(LOGITS, Sampling(1.0, **settings))
+    assert np.flatnonzero(p).tolist() == kept
+    np.testing.assert_allclose(p[kept], P[kept] / P[kept].sum(), rtol=1e-12)
+
+
+def test_a_tiny_temperature_is_greedy():
+    np.testing.assert_array_equal(probabilities(LOGITS.astype("float32"), Sampling(1e-308)), [0, 1, 0, 0, 0])
+
+
+def test_draws_have_the_frequencies_of_the_distribution():
+    rng = np.random.default_rng(1)
+    n = 20_000
+    counts = np.bincount([sample(LOGITS, Sampling(1.0), rng) for _ in range(n)], minlength=5)
+    expected = n * P
+    assert np.sum((counts - expected) ** 2 / expected) < 18.5  # chi-squared, 4 degrees of freedom: p = 0.001
+
+
+@given(
+    st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=40),
+    st.floats(0, 3),
+    st.integers(0, 50),
+    st.floats(0, 1, exclude_min=True),
+    st.floats(0, 1),
+)
+def test_any_setting_leaves_a_distribution_with_the_most_likely_in_it(logits, temperature, top_k, top_p, min_p):
+    logits = np.array(logits, np.float32)
+    sampling = Sampling(temperature, top_k, top_p, min_p)
+    p = probabilities(logits, sampling)
+    assert np.isclose(p.sum(), 1)
+    assert p[logits == logits.max()].max() == p.max()
+    assert p[sample(logits, sampling, np.random.default_rng(0))] > 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.1}, {"min_p": 2}],
+    ids=str,
+)
+def test_a_setting_out_of_range_is_refused_by_name(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        Sampling(**settings)
+
+
+def test_log_probabilities_against_torch():
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    x = np.random.default_rng(2).normal(size=(3, 50)) * 20
+    np.testing.assert_allclose(log_probabilities(x), torch.log_softmax(torch.from_numpy(x), -1).numpy(), rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("settings", [{"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.1}], ids=str)
+def test_filters_keep_what_hugging_face_s_keep(settings):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    warpers = {
+        "top_k": transformers.TopKLogitsWarper,
+        "top_p": transformers.TopPLogitsWarper,
+        "min_p": transformers.MinPLogitsWarper,
+    }
+    ((name, value),) = settings.items()
+    logits = np.random.default_rng(3).normal(size=(20, 64)).astype(np.float32) * 3
+    warped = warpers[name](value)(None, torch.from_numpy(logits) / 0.7)
+    expected = torch.softmax(warped.double(), -1).numpy()
+    for row, p in zip(logits, expected, strict=True):
+        np.testing.assert_allclose(probabilities(row, Sampling(0.7, **settings)), p, rtol=1e-5)
