@@ -1,4 +1,5 @@
-"""y = x Wᵀ for every way a weight is stored. The only file that knows storage; the math above it sees floats.
+"""y = x Wᵀ for every way a weight is stored and every number of rows. The only file that knows storage; the math above it sees
+floats.
 
 | weight's dtype | what it holds | computed in |
 |---|---|---|
@@ -6,15 +7,31 @@
 | uint16 | bfloat16: the upper 16 bits of a float32 (NumPy has no bfloat16) | float32 |
 | float16 | IEEE half precision | float32 |
 | Int8 | int8 with one float32 scale for each row | float32 |
+
+What costs is reading the weight: once from memory, whatever the number of rows. One row of dense weights goes straight to BLAS,
+which reads as fast as the machine does; many rows too. A few rows don't: BLAS copies the whole weight into an order of its own
+first, so that two rows cost as much as eight. Tiles small enough for its kernels that read in place avoid that. A packed weight
+is widened tile by tile into a buffer that stays in a core's cache, and multiplied from there. benchmarks/README.md has figures.
 """
 
 from __future__ import annotations
 
+import math
+import threading
 from dataclasses import dataclass
 
 import numpy as np
 
-TILE_BYTES = 1 << 20  # of widened float32 rows: small enough to stay in a core's cache between widening and product
+from .threads import n_threads, parallel
+
+FEW_ROWS = 16  # up to this many, a product is bound by reading the weight
+IN_PLACE = 1_000_000  # multiplications: up to this many OpenBLAS multiplies small matrices without reordering them first
+FEW_TILE = 64  # rows of a weight in one such product
+UPPER_SHIFT, UPPER_HALF = np.uint32(16), np.uint32(0xFFFF0000)
+HALF_BITS = np.uint32(0x8FFFE000)  # sign, lower exponent bits and mantissa of a float16 within a float32
+HALF_SCALE, HALF_LIMIT = np.float32(2.0**112), np.float32(2.0**15)
+SHARED = 1 << 20  # multiplications: waking a second thread costs more than it saves below
+TILE = 1 << 20  # elements widened at once: in time much more than what Python does between NumPy's calls
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,21 +113,154 @@ def linear(x: np.ndarray, weight: Weight) -> np.ndarray:
 
     y = x Wᵀ        x [..., in], weight [out, in] -> [..., out]
 
-    A packed weight is never widened whole: a tile of its rows at a time goes through one small buffer. A row's scale multiplies
-    the result, which is shorter.
+    A packed weight is never widened whole. A row's scale multiplies the result, which is shorter.
     """
     rows = x.reshape(-1, x.shape[-1])
-    n_out, n_in = weight.shape
-    packed = weight.values if isinstance(weight, Int8) else weight
-    if not is_packed(weight):
-        y = rows @ weight.T
+    if is_packed(weight):
+        y = _packed_product(rows, weight)
+    elif len(rows) == 1:
+        y = (weight @ rows[0])[None]
+    elif len(rows) <= FEW_ROWS:
+        y = _few_rows_product(rows, weight)
     else:
-        y = np.empty((len(rows), n_out), np.float32)
-        tile = min(n_out, max(1, TILE_BYTES // (4 * n_in)))
-        buffer = np.empty((tile, n_in), np.float32)
-        for start in range(0, n_out, tile):
-            part = packed[start : start + tile]
-            y[:, start : start + tile] = rows @ widen(part, out=buffer[: len(part)]).T
+        y = _many_rows_product(rows, weight)
+    return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def products(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """The dot product of every row of x with every row of y.    x [..., M, K], y [..., N, K] -> [..., M, N]
+
+    A few rows of x are transposed first: small products of that form read y in place.
+    """
+    if x.shape[-2] > FEW_ROWS:
+        return x @ y.swapaxes(-1, -2)
+    columns = np.ascontiguousarray(x.swapaxes(-1, -2))  # [..., K, M]
+    out = np.empty((*y.shape[:-1], x.shape[-2]), np.result_type(x, y))  # [..., N, M]
+    step = max(1, IN_PLACE // max(1, columns.shape[-2] * columns.shape[-1]))
+    for start in range(0, y.shape[-2], step):
+        part = slice(start, start + step)
+        np.matmul(y[..., part, :], columns, out=out[..., part, :])
+    return out.swapaxes(-1, -2)
+
+
+def _few_rows_product(rows: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """[B, in] by [out, in] -> [B, out] for a few rows, tiles of the weight shared among the threads."""
+    n_out = len(weight)
+    y = np.empty((n_out, len(rows)), weight.dtype)
+    n_parts = n_threads() if weight.size * len(rows) >= SHARED else 1
+    size = -(-n_out // (n_parts * FEW_TILE)) * FEW_TILE
+    columns = rows.T
+
+    def work(i: int) -> None:
+        part = slice(i * size, (i + 1) * size)
+        _few_columns(weight[part], columns, out=y[part])
+
+    parallel(work, -(-n_out // size))
+    return np.ascontiguousarray(y.T)
+
+
+def _many_rows_product(rows: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """[B, in] by [out, in] -> [B, out], parts of the weight shared among our threads.
+
+    BLAS would do it in its own threads as well, but these spin for a while when they are done, in the way of those that do the
+    attention next.
+    """
+    n_out = len(weight)
+    y = np.empty((len(rows), n_out), weight.dtype)
+    size = -(-n_out // n_threads())
+
+    def work(i: int) -> None:
+        part = slice(i * size, i * size + size)
+        np.matmul(rows, weight[part].T, out=y[:, part])
+
+    parallel(work, -(-n_out // size))
+    return y
+
+
+def _few_columns(weight: np.ndarray, columns: np.ndarray, out: np.ndarray) -> None:
+    """weight [..., out, in] @ columns [..., in, B] for small B, as one stack of tiles.    out [..., out, B]"""
+    *stack, n_out, n_in = weight.shape
+    B = columns.shape[-1]
+    tile = min(FEW_TILE, 1 << max(0, int(math.log2(max(1, IN_PLACE // (n_in * B))))))
+    whole = n_out // tile * tile
+    if whole:
+        tiles = weight[..., :whole, :].reshape(*stack, -1, tile, n_in)
+        np.matmul(tiles, columns[..., None, :, :], out=out[..., :whole, :].reshape(*stack, -1, tile, B))
+    if whole < n_out:
+        np.matmul(weight[..., whole:, :], columns, out=out[..., whole:, :])
+
+
+_buffers = threading.local()
+
+
+def _buffer(size: int) -> np.ndarray:
+    """This thread's buffer of at least so many uint32, to be overwritten: made once, since new memory costs more to touch."""
+    if getattr(_buffers, "words", np.empty(0)).size < size:
+        _buffers.words = np.empty(size, np.uint32)
+    return _buffers.words[:size]
+
+
+def _packed_product(rows: np.ndarray, weight: Weight) -> np.ndarray:
+    """[B, in] by a packed [out, in] -> [B, out] in float32, tiles shared among the threads."""
+    values = weight.values if isinstance(weight, Int8) else weight
+    n_out, B = len(values), len(rows)
+    in_pairs = _comes_in_pairs(values, rows)
+    sides = rows.reshape(B, -1, 2).transpose(2, 0, 1) if in_pairs else rows[None]  # [P, B, in / P]
+    sides = sides * HALF_SCALE if in_pairs and values.dtype == np.float16 else np.ascontiguousarray(sides)
+    columns = sides.swapaxes(-1, -2)
+    n_tiles = max(1, round(values.size / TILE))
+    if values.size * B >= SHARED:
+        n_tiles = -(-n_tiles // n_threads()) * n_threads()
+    size = -(-n_out // n_tiles)
+    few = B <= FEW_ROWS
+    y = np.empty((n_out, B) if few else (B, n_out), np.float32)
+
+    def work(i: int) -> None:
+        part = slice(i * size, (i + 1) * size)
+        tile = _widen_tile(values[part], in_pairs)  # [P, size, in / P]
+        if few:
+            summands = np.empty((*tile.shape[:2], B), np.float32)
+            _few_columns(tile, columns, out=summands)
+            np.add.reduce(summands, axis=0, out=y[part])
+        else:
+            np.add.reduce(sides @ tile.swapaxes(-1, -2), axis=0, out=y[:, part])
+
+    parallel(work, -(-n_out // size))
+    y = np.ascontiguousarray(y.T) if few else y
     if isinstance(weight, Int8):
         y *= weight.scale
-    return y.reshape(*x.shape[:-1], n_out)
+    return y
+
+
+def _comes_in_pairs(values: np.ndarray, rows: np.ndarray) -> bool:
+    """Whether two neighbours of 16 bits can be taken apart as one word of 32, which is faster than widening each."""
+    if values.dtype == np.int8 or values.shape[1] % 2 or not values.flags.c_contiguous or values.ctypes.data % 4:
+        return False
+    # Halves come out 2^-112 times too small, so that x is taken as many times too large; beyond this it would be infinite.
+    return values.dtype == np.uint16 or bool(np.max(np.abs(rows)) < HALF_LIMIT)
+
+
+def _widen_tile(values: np.ndarray, in_pairs: bool) -> np.ndarray:
+    """A tile as float32 in this thread's buffer: [2, n, in / 2], the even columns before the odd; [1, n, in] if not in pairs.
+
+    Of two bfloat16 in a little-endian word the odd one is the upper half already, and the even one a shift away. A float16 has
+    its sign, 5 bits of exponent and 10 of mantissa moved to where float32 has them: an arithmetic shift copies the sign over
+    the three bits that float32's exponent has more, and the mask clears them again. What comes out is the number times 2^-112,
+    exactly, as the two exponents are counted from 15 and 127; subnormal ones included.
+    """
+    n, n_in = values.shape
+    words = _buffer(values.size)
+    if not in_pairs:
+        return widen(values, out=words.view(np.float32).reshape(n, n_in))[None]
+    even, odd = pair = words.reshape(2, n, n_in // 2)
+    if values.dtype == np.uint16:
+        packed = values.view(np.uint32)
+        np.left_shift(packed, UPPER_SHIFT, out=even)
+        np.bitwise_and(packed, UPPER_HALF, out=odd)
+    else:
+        packed, even, odd = values.view(np.int32), even.view(np.int32), odd.view(np.int32)
+        np.left_shift(packed, np.int32(16), out=even)
+        np.right_shift(even, np.int32(3), out=even)
+        np.right_shift(packed, np.int32(3), out=odd)
+        np.bitwise_and(pair, HALF_BITS, out=pair)
+    return pair.view(np.float32)

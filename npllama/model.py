@@ -19,7 +19,8 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 from numpy.typing import ArrayLike
 
-from . import ops
+from . import fast
+from . import ops as plain_ops
 from .cache import KVCache
 from .config import Config
 from .linear import Weight, embed, linear
@@ -43,7 +44,7 @@ def forward(
     cache: KVCache | None = None,
     tap: Tap = no_tap,
     last_only: bool = False,
-    ops: Ops = ops,
+    ops: Ops = plain_ops,
 ) -> Array:
     """The logits of the token that follows each token.    int [..., T] -> [..., T, V], or [..., 1, V] with last_only
 
@@ -107,9 +108,12 @@ def self_attention(
     q = tap(name + "q_rope", ops.rope(q, *rotation))
     k = tap(name + "k_rope", ops.rope(k, *rotation))
     keys, values = cache.update(layer, k, v)  # [..., G, S, K]
-    scores = tap(name + "scores", ops.attention_scores(q, keys, mask))  # [..., H, T, S]
-    weights = tap(name + "weights", ops.softmax(scores))
-    heads = tap(name + "heads", ops.attention_heads(weights, values))  # [..., T, H, K]
+    if tap is no_tap and ops is plain_ops:  # nobody looks at the scores: they needn't be in memory whole
+        heads = fast.attention(q, keys, values, mask)
+    else:
+        scores = tap(name + "scores", ops.attention_scores(q, keys, mask))  # [..., H, T, S]
+        weights = tap(name + "weights", ops.softmax(scores))
+        heads = tap(name + "heads", ops.attention_heads(weights, values))  # [..., T, H, K]
     return tap(name + "out", linear(join_heads(heads), params[name + "wo.weight"]))
 
 

@@ -1,7 +1,8 @@
 """The mathematics of Llama as pure functions of arrays.
 
 Shapes are in the dimension key of model.py. Every result has the dtype of its input: a scalar from Python or an array made with
-the input's dtype never promotes, while `np.sqrt(64)` or `np.zeros(n)` would turn a float32 model into float64.
+the input's dtype never promotes, while `np.sqrt(64)` or `np.zeros(n)` would turn a float32 model into float64. An array that a
+function has made itself it goes on with in place (`y += 1`): new memory costs more than the arithmetic. No input is changed.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from .config import LinearRopeScaling, RopeScaling
+from .linear import products
 
 
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
@@ -20,8 +22,10 @@ def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     y = x / sqrt(mean(x²) + eps) · weight        x [..., D], weight [D] -> [..., D]
     Zhang & Sennrich 2019, arXiv:1910.07467.
     """
-    mean_square = np.mean(x * x, axis=-1, keepdims=True)
-    return x / np.sqrt(mean_square + eps) * weight
+    mean_square = np.add.reduce(x * x, axis=-1, keepdims=True) / x.shape[-1]
+    y = x / np.sqrt(mean_square + eps)
+    y *= weight
+    return y
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
@@ -30,8 +34,10 @@ def softmax(x: np.ndarray) -> np.ndarray:
     y = exp(x - max(x)) / sum(exp(x - max(x)))        x [..., S] -> [..., S]; -inf gives exactly 0
     Subtracting the maximum changes nothing but keeps exp from overflowing.
     """
-    y = np.exp(x - np.max(x, axis=-1, keepdims=True))
-    return y / np.sum(y, axis=-1, keepdims=True)
+    y = x - np.max(x, axis=-1, keepdims=True)
+    np.exp(y, out=y)
+    y /= np.sum(y, axis=-1, keepdims=True)
+    return y
 
 
 def silu(x: np.ndarray) -> np.ndarray:
@@ -40,8 +46,11 @@ def silu(x: np.ndarray) -> np.ndarray:
     y = x · σ(x) = x / (1 + exp(-x))        any shape
     Elfwing et al. 2017, arXiv:1702.03118.
     """
+    y = np.negative(x)
     with np.errstate(over="ignore"):  # exp(-x) = inf is right: the quotient is then -0
-        return x / (1 + np.exp(-x))
+        np.exp(y, out=y)
+    y += 1
+    return np.divide(x, y, out=y)
 
 
 def swiglu(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
@@ -50,7 +59,9 @@ def swiglu(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
     y = silu(gate) · up        gate, up [..., F] -> [..., F]
     Shazeer 2020, arXiv:2002.05202.
     """
-    return silu(gate) * up
+    y = silu(gate)
+    y *= up
+    return y
 
 
 def rope_frequencies(
@@ -100,11 +111,8 @@ def rope(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
     y[2j] + i·y[2j+1] = (x[2j] + i·x[2j+1]) · e^(i·m·θ_j)        x [..., T, heads, K], cos, sin [..., T, 1, K/2] -> like x
     Su et al. 2021, arXiv:2104.09864. Hugging Face pairs x[j] with x[j + K/2] instead, and permutes wq and wk to match.
     """
-    even, odd = x[..., 0::2], x[..., 1::2]
-    y = np.empty_like(x)
-    y[..., 0::2] = even * cos - odd * sin
-    y[..., 1::2] = even * sin + odd * cos
-    return y
+    rotation = cos + 1j * sin
+    return (np.ascontiguousarray(x).view(rotation.dtype) * rotation).view(x.dtype)
 
 
 def causal_mask(query_positions: np.ndarray, slot_positions: np.ndarray, dtype: DTypeLike) -> np.ndarray:
@@ -126,7 +134,7 @@ def query_key_products(q: np.ndarray, keys: np.ndarray) -> np.ndarray:
     *batch, T, H, K = q.shape
     G, S = keys.shape[-3:-1]
     q = q.swapaxes(-2, -3).reshape(*batch, G, H // G * T, K)  # the queries that share a key head, below each other
-    return (q @ keys.swapaxes(-1, -2)).reshape(*batch, H, T, S)
+    return products(q, keys).reshape(*batch, H, T, S)
 
 
 def attention_scores(q: np.ndarray, keys: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -135,7 +143,10 @@ def attention_scores(q: np.ndarray, keys: np.ndarray, mask: np.ndarray) -> np.nd
     scores = q·k / sqrt(K) + mask        q [..., T, H, K], keys [..., G, S, K], mask [..., 1, T, S] -> [..., H, T, S]
     Vaswani et al. 2017, arXiv:1706.03762.
     """
-    return query_key_products(q, keys) / math.sqrt(q.shape[-1]) + mask
+    scores = query_key_products(q, keys)
+    scores /= math.sqrt(q.shape[-1])
+    scores += mask
+    return scores
 
 
 def attention_heads(weights: np.ndarray, values: np.ndarray) -> np.ndarray:

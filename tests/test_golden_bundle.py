@@ -160,4 +160,5 @@ def test_a_fresh_run_reproduces_the_embedded_models_bundle(tmp_path):
         assert tiny.relative_error(shipped[name][finite], x[finite]) < tolerance, name
         for precision, noise in shipped.meta["activations"][name]["noise"].items():
             now = fresh.meta["activations"][name]["noise"][precision]["rms"]
-            assert now == pytest.approx(noise["rms"], rel=0.5), name  # another order of summation rounds elsewhere
+            # Another processor's BLAS sums in another order, which changes float32's noise up to threefold.
+            assert noise["rms"] / 4 <= now <= 4 * noise["rms"], name

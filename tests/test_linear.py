@@ -1,0 +1,133 @@
+"""y = x Wᵀ by every path: how many rows, how the weight is stored, how it is cut into tiles, how many threads."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from npllama import fast, linear, ops, threads
+
+from tiny import relative_error, uniform
+
+PACK = {
+    "float32": lambda x: x,
+    "float64": lambda x: x.astype(np.float64),
+    "bfloat16": linear.to_bfloat16,
+    "float16": lambda x: x.astype(np.float16),
+    "int8": linear.to_int8,
+}
+
+
+@pytest.fixture(autouse=True, params=[1, 2, 3], ids=lambda n: f"{n}threads")
+def n_threads(request, monkeypatch):
+    """Each test on one thread and on more; all work, however small, is shared."""
+    before = threads.n_threads()
+    threads.set_threads(request.param)
+    monkeypatch.setattr(linear, "SHARED", 1)
+    monkeypatch.setattr(fast, "SHARED", 1)
+    yield
+    threads.set_threads(before)
+
+
+def exact(x, weight):
+    return x.astype(np.float64) @ linear.widen(weight).astype(np.float64).T
+
+
+@pytest.mark.parametrize("storage", PACK)
+@pytest.mark.parametrize("shape", [(53, 96), (200, 64), (1, 7), (130, 33)], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 16, 17, 40])
+def test_every_path_is_the_product(storage, shape, rows, monkeypatch):
+    monkeypatch.setattr(linear, "TILE", 20 * shape[1])  # 20 rows a tile: the last one is a part
+    x = uniform(rows, (rows, shape[1]))
+    weight = PACK[storage](uniform(5, shape))
+    y = linear.linear(x if storage != "float64" else x.astype(np.float64), weight)
+    assert y.dtype == (np.float64 if storage == "float64" else np.float32)
+    assert y.shape == (rows, shape[0])
+    assert relative_error(y, exact(x, weight)) < (1e-15 if storage == "float64" else 1e-6)
+
+
+@pytest.mark.parametrize("storage", PACK)
+def test_a_row_is_the_same_in_any_batch(storage):
+    """Within rounding: what a token gets doesn't depend on who is computed beside it."""
+    x, weight = uniform(1, (24, 96)), PACK[storage](uniform(2, (300, 96)))
+    together = linear.linear(x.astype(linear.widen(weight).dtype), weight)
+    for rows in (1, 2, 5, 16):
+        alone = linear.linear(x[:rows].astype(together.dtype), weight)
+        assert relative_error(alone, together[:rows]) < 1e-6
+
+
+@pytest.mark.parametrize("rows", [1, 3, 30])
+def test_every_float16_is_widened_exactly(rows):
+    """Each of the 63,488 finite ones, subnormal and zero too, by a product with one and zeros."""
+    bits = np.arange(1 << 16).astype(np.uint16).view(np.float16)
+    weight = np.where(np.isfinite(bits), bits, np.float16(0)).reshape(-1, 64)
+    for column in (0, 1, 62, 63):
+        x = np.zeros((rows, 64), np.float32)
+        x[:, column] = 1
+        y = linear.linear(x, weight)
+        np.testing.assert_array_equal(y, np.broadcast_to(weight[:, column].astype(np.float32), y.shape))
+
+
+@pytest.mark.parametrize("large", [3e4, 4e4, 1e30, np.inf, np.nan])
+def test_float16_weights_take_any_input(large):
+    """The scaled form would overflow beyond 2^15; such rows take the other path."""
+    x, weight = uniform(3, (2, 64)), uniform(4, (50, 64)).astype(np.float16)
+    x[1, 5] = large
+    y = linear.linear(x, weight)
+    with np.errstate(invalid="ignore"):
+        expected = exact(x, weight)
+    assert relative_error(y[0], expected[0]) < 1e-6
+    np.testing.assert_array_equal(np.isfinite(y[1]), np.isfinite(expected[1]))
+    if np.isfinite(large):
+        assert relative_error(y[1], expected[1]) < 1e-6
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "float16"])
+def test_a_weight_at_an_odd_address_is_read_all_the_same(storage):
+    packed = PACK[storage](uniform(6, (40, 48)))
+    raw = np.zeros(packed.nbytes + 2, np.uint8)
+    moved = raw[2:].view(packed.dtype).reshape(packed.shape)
+    moved[:] = packed
+    x = uniform(7, (1, 48))
+    for weight in (moved, moved[:, 3:41], moved[::2]):
+        assert relative_error(linear.linear(x[:, : weight.shape[1]], weight), exact(x[:, : weight.shape[1]], weight)) < 1e-6
+
+
+@pytest.mark.parametrize("n", [1, 3, 16, 17])
+@pytest.mark.parametrize("slots", [1, 31, 20_000])
+def test_products_are_the_dot_products(n, slots):
+    x, y = uniform(8, (2, n, 64)), uniform(9, (2, slots, 64))
+    found = linear.products(x, y)
+    assert found.dtype == np.float32
+    assert relative_error(found, np.einsum("gnk,gsk->gns", x.astype(np.float64), y.astype(np.float64))) < 1e-6
+
+
+@pytest.mark.parametrize("batch", [(), (2,)], ids=str)
+@pytest.mark.parametrize(("T", "S"), [(1, 1), (1, 70), (9, 9), (30, 71), (64, 64)])
+@pytest.mark.parametrize("tile", [1, 100, 1 << 17])
+def test_tiled_attention_is_attention(batch, T, S, tile, monkeypatch):
+    monkeypatch.setattr(fast, "TILE", tile)
+    H, G, K = 6, 2, 8
+    q, keys, values = uniform(1, (*batch, T, H, K)), uniform(2, (*batch, G, S, K)), uniform(3, (*batch, G, S, K))
+    slots = np.broadcast_to(np.arange(S), (*batch, S)).copy()
+    if batch:
+        slots[1] -= 5  # a row whose first five slots are padding
+        slots[1, : min(5, S - T)] = 1 << 30
+    mask = ops.causal_mask(slots[..., S - T :], slots, np.float32)
+    expected = ops.attention_heads(ops.softmax(ops.attention_scores(q, keys, mask)), values)
+    found = fast.attention(q, keys, values, mask)
+    assert found.dtype == np.float32
+    assert relative_error(found, expected) < 1e-6
+
+
+def test_no_input_is_changed():
+    q, keys, values = uniform(1, (40, 4, 8)), uniform(2, (2, 40, 8)), uniform(3, (2, 40, 8))
+    mask = ops.causal_mask(np.arange(40), np.arange(40), np.float32)
+    x, weight = uniform(4, (5, 32)), uniform(5, 32)
+    cos, sin = ops.rope_rotation(np.arange(40), ops.rope_frequencies(8, 1e4, None, np.float32))
+    before = [a.copy() for a in (q, keys, values, mask, x, weight, cos, sin)]
+    fast.attention(q, keys, values, mask)
+    ops.attention_scores(q, keys, mask), ops.softmax(x), ops.rms_norm(x, weight, 1e-5), ops.swiglu(x, x), ops.silu(x)
+    ops.rope(q, cos, sin), linear.linear(x, x), linear.products(x, x)
+    for a, b in zip(before, (q, keys, values, mask, x, weight, cos, sin), strict=True):
+        np.testing.assert_array_equal(a, b)
