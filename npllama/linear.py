@@ -234,7 +234,7 @@ def _packed_product(rows: np.ndarray, weight: Weight) -> np.ndarray:
 
 def _comes_in_pairs(values: np.ndarray, rows: np.ndarray) -> bool:
     """Whether two neighbours of 16 bits can be taken apart as one word of 32, which is faster than widening each."""
-    if values.dtype == np.int8 or values.shape[1] % 2 or not values.flags.c_contiguous or values.ctypes.data % 4:
+    if values.dtype == np.int8 or values.shape[1] % 2 or values.strides[1] != values.itemsize:
         return False
     # Halves come out 2^-112 times too small, so that x is taken as many times too large; beyond this it would be infinite.
     return values.dtype == np.uint16 or bool(np.max(np.abs(rows)) < HALF_LIMIT)

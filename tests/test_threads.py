@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -58,19 +59,38 @@ def test_an_exception_arrives_and_blas_has_its_threads_again(bad):
 
 
 @needs_threadpoolctl
+def test_after_an_exception_nothing_more_is_begun():
+    threads.set_threads(2)
+    begun = []
+
+    def task(i: int) -> None:
+        begun.append(i)
+        if threading.current_thread() is threading.main_thread():
+            raise RuntimeError
+        time.sleep(0.001)
+
+    with pytest.raises(RuntimeError):
+        threads.parallel(task, 5000)
+    assert len(begun) < 1000
+
+
+@needs_threadpoolctl
 def test_two_callers_at_once_leave_blas_as_it_was():
     threads.set_threads(2)
     before = [library.get_num_threads() for library in threads._blas()]
 
+    inside = set()
+
     def caller() -> None:
         for _ in range(200):
-            threads.parallel(lambda i: None, 3)
+            threads.parallel(lambda i: inside.add(max(library.get_num_threads() for library in threads._blas())), 3)
 
     callers = [threading.Thread(target=caller) for _ in range(4)]
     for thread in callers:
         thread.start()
     for thread in callers:
         thread.join()
+    assert inside == {1}
     assert [library.get_num_threads() for library in threads._blas()] == before
 
 
