@@ -1,12 +1,13 @@
-"""How a text becomes ids, as a lesson: the file's lines, the split, the merges, the special tokens, and other tokenizers beside.
+"""How a text becomes ids, as a lesson: the file's lines, the split, the merges, the special tokens, other tokenizers beside.
 
-The ids are the tokenizer's own. The library that makes them doesn't show its way, so split() and merges() walk it again from the
-pattern and the ranks; a test holds that they arrive at the same ids.
+The ids are the tokenizer's own. The library that makes them doesn't show its way, so split() and merges() walk it again from
+the pattern and the ranks; a test holds that they arrive at the same ids.
 """
 
 from __future__ import annotations
 
 import base64
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -70,7 +71,7 @@ def merges(piece: bytes, ranks: Mapping[bytes, int]) -> list[Merge]:
     parts = [piece[i : i + 1] for i in range(len(piece))]
     rounds = []
     while True:
-        pairs = [(ranks[joined], i) for i, joined in enumerate(map(b"".join, zip(parts, parts[1:]))) if joined in ranks]
+        pairs = [(ranks[joined], i) for i, joined in enumerate(map(b"".join, itertools.pairwise(parts))) if joined in ranks]
         rounds.append(Merge(tuple(parts), tuple((rank, parts[i] + parts[i + 1]) for rank, i in sorted(pairs))))
         if not pairs:
             return rounds
@@ -99,7 +100,7 @@ def tokenizer_lesson(
 ) -> list[Step]:
     """The way of one sentence through a tokenizer; `beside` names others for the same sentence.
 
-    Files as Llama 3's have lines, a split and merges to show; of other kinds only the ids, the special tokens and the comparison.
+    Files as Llama 3's have lines, a split and merges to show; other kinds only ids, special tokens and the comparison.
     """
     steps = []
     if isinstance(tokenizer, TiktokenTokenizer):
@@ -130,7 +131,7 @@ def _lines(tokenizer: TiktokenTokenizer, sentence: str) -> Step:
         formula="line = base64(piece) + ' ' + rank",
         shape=f"{n:,} pieces + {len(tokenizer.special_tokens)} special tokens = {tokenizer.vocab_size:,} ids",
         tables=(Table(("line", "piece", "bytes", "rank = id"), tuple(rows)),),
-        sources=(Source.of(load_tokenizer), Source.of(TiktokenTokenizer)),
+        sources=(Source.of(load_tokenizer), Source.of(TiktokenTokenizer.__init__)),
     )
 
 
@@ -143,7 +144,7 @@ def _pattern() -> Step:
         "before it along, mostly its blank; of several blanks the last is left for the word after them.",
         formula="pattern = 1 | 2 | 3 | 4 | 5 | 6 | 7",
         tables=(Table(("", "it matches", "alternative"), rows),),
-        sources=(Source.of(TiktokenTokenizer),),
+        sources=(Source.of(TiktokenTokenizer.__init__),),
     )
 
 

@@ -3,8 +3,8 @@
     steps = walkthrough(npllama.load(), [2000, 51, 86])
     print(lesson.text(steps))
 
-Nothing is computed beside the model. Activations are what forward() gave to its tap; frequencies, rotation and mask are what its
-operations returned in that same pass; and the line of model.py is where the pass stood when it called the tap.
+Nothing is computed beside the model. Activations are what forward() gave to its tap; frequencies, rotation and mask are what
+its operations returned in that same pass; and the line of model.py is where the pass stood when it called the tap.
 """
 
 from __future__ import annotations
