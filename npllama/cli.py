@@ -409,7 +409,7 @@ def run_walkthrough(args: argparse.Namespace) -> None:
         if args.tokens is not None:
             raise ValueError("--tokenizer takes a text, not --tokens")
         sentence = tokenizer_lesson.SENTENCE if args.prompt is None else args.prompt
-        beside = {Path(path).name: tokenizer_of(path) for path in args.beside}
+        beside = [tokenizer_of(path) for path in args.beside]
         steps = tokenizer_lesson.tokenizer_lesson(tokenizer_of(args.model), sentence, beside)
     else:
         if args.beside:

@@ -19,7 +19,7 @@ from types import CodeType, FrameType
 Cell = str | int | float
 
 ROOT = Path(__file__).resolve().parent.parent  # of the package's folder: what a Source's file is relative to
-LABEL_CELLS = 12  # a token's piece is cut to this many columns of a terminal
+LABEL_CELLS, HEADING_CELLS = 12, 8  # a token's piece is cut to so many columns of a terminal
 INDENT = " " * 4
 BOLD, DIM, PLAIN = "\033[1m", "\033[2m", "\033[0m"
 
@@ -108,6 +108,7 @@ def _step_text(number: int, step: Step, width: int, colour: bool) -> str:
     for table in step.tables:
         if lines[-1]:
             lines.append("")
+        lines += wrapped(table.caption) if table.caption else []
         lines += [INDENT + line for line in table_text(table)]
     if step.tables and (step.taps or step.sources):
         lines.append("")
@@ -128,7 +129,7 @@ def table_text(table: Table) -> list[str]:
     every = ([list(table.columns)] if any(table.columns) else []) + cells
     widths = [max(cell_width(row[i]) for row in every) for i in range(len(table.columns))]
     left = [all(isinstance(row[i], str) and row[i] != "…" for row in table.rows) for i in range(len(widths))]
-    lines = [table.caption] if table.caption else []
+    lines = []
     for row in every:
         padded = []
         for cell, width, to_left in zip(row, widths, left, strict=True):
@@ -166,9 +167,9 @@ def cell_width(s: str) -> int:
     )
 
 
-def label(piece: str) -> str:
+def label(piece: str, cells: int = LABEL_CELLS) -> str:
     """A token's piece as a table names it: in quotation marks, so that blanks are seen, and not too long."""
-    room = LABEL_CELLS - 2
+    room = cells - 2
     if cell_width(piece) > room:
         kept = ""
         for c in piece:
@@ -176,23 +177,20 @@ def label(piece: str) -> str:
                 break
             kept += c
         piece = kept + "…"
-    return f"'{piece}'"
+    return f'"{piece}"' if "'" in piece else f"'{piece}'"
 
 
 # ------------------------------------------------------------------------------------------------------------------ Markdown
 
 
-def markdown(steps: Sequence[Step], link: Callable[[Source], str] | None = None, first: int | None = 1) -> str:
+def markdown(steps: Sequence[Step], link: Callable[[Source], str] | None = None) -> str:
     """The steps as Markdown.
 
-    link   a source's address, such as ../npllama/ops.py#L19; none for plain text
-    first  the number of the first title; None for no titles, where a document has headings of its own
+    link  a source's address, such as ../npllama/ops.py#L19; none for plain text
     """
     parts = []
-    for i, step in enumerate(steps):
-        if first is not None:
-            parts.append(f"### {first + i}. {_escaped(step.title)}")
-        parts.append(_escaped(step.sentence))
+    for step in steps:
+        parts += [f"### {_escaped(step.title)}", _escaped(step.sentence)]
         facts = [("formula", step.formula), ("shape", step.shape)]
         if given := [f"{name:<9}{line}" for name, value in facts for line in value.splitlines()]:
             parts.append("```text\n" + "\n".join(given) + "\n```")
@@ -223,7 +221,5 @@ def _table_markdown(table: Table) -> str:
 
 
 def _escaped(s: str) -> str:
-    """Text that Markdown is to show as it is."""
-    for c in "\\`*_[]<>|#$~":
-        s = s.replace(c, "&" + {"<": "lt", ">": "gt"}[c] + ";" if c in "<>" else "\\" + c)
-    return s
+    """Text that Markdown is to show as it is: entities, which every dialect of it knows."""
+    return "".join(f"&#{ord(c)};" if c in "&\\`*_[]<>|#$~" else c for c in s)

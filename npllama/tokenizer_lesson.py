@@ -8,11 +8,18 @@ from __future__ import annotations
 
 import base64
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .lesson import Source, Step, Table, cell_width, label
-from .tokenizer import LLAMA3_PATTERN, SentencePieceTokenizer, TiktokenTokenizer, Tokenizer, load_tokenizer
+from .tokenizer import (
+    LLAMA3_PATTERN,
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    TiktokenTokenizer,
+    Tokenizer,
+    load_tokenizer,
+)
 
 # It meets each of the seven alternatives.
 SENTENCE = "Don't panic:\n  42 llamas can't eat 12345 mangosteens\n"
@@ -27,10 +34,10 @@ ALTERNATIVES = (
     "blanks, but for the last",
     "blanks",
 )
-PAIRS_SHOWN = 3
+CHAIN_CELLS, PAIRS_CELLS = 36, 33  # columns of a terminal for a word in bytes, and for its pairs
 SPECIAL_SHOWN = 12
 TOKENS_SHOWN = 40
-LONGEST_WORD = 24  # bytes of the word whose merges are shown
+IDS_CELLS = 24
 
 
 def alternatives(pattern: str = LLAMA3_PATTERN) -> list[str]:
@@ -39,7 +46,7 @@ def alternatives(pattern: str = LLAMA3_PATTERN) -> list[str]:
     for c in pattern:
         if not escaped:
             depth += (c in "([") - (c in ")]")
-        if c == "|" and depth == 0:
+        if c == "|" and depth == 0 and not escaped:
             found.append("")
         else:
             found[-1] += c
@@ -95,10 +102,8 @@ def ranks_of(tokenizer: TiktokenTokenizer) -> dict[bytes, int]:
 # ------------------------------------------------------------------------------------------------------------------ the steps
 
 
-def tokenizer_lesson(
-    tokenizer: Tokenizer, sentence: str = SENTENCE, beside: Mapping[str, Tokenizer] | None = None
-) -> list[Step]:
-    """The way of one sentence through a tokenizer; `beside` names others for the same sentence.
+def tokenizer_lesson(tokenizer: Tokenizer, sentence: str = SENTENCE, beside: Sequence[Tokenizer] = ()) -> list[Step]:
+    """The way of one sentence through a tokenizer; `beside` holds others for the same sentence.
 
     Files as Llama 3's have lines, a split and merges to show; other kinds only ids, special tokens and the comparison.
     """
@@ -106,13 +111,13 @@ def tokenizer_lesson(
     if isinstance(tokenizer, TiktokenTokenizer):
         ranks = ranks_of(tokenizer)
         steps += [_lines(tokenizer, sentence), _pattern(), _split(tokenizer, sentence, ranks)]
-        if sentence:
-            steps.append(_merges(tokenizer, sentence, ranks))
+        if word := _word(sentence, ranks):
+            steps.append(_merges(tokenizer, word, ranks))
     else:
         steps.append(_pieces(tokenizer, sentence))
     steps.append(_special(tokenizer))
     if beside:
-        steps.append(_beside({"this one": tokenizer, **beside}, sentence))
+        steps.append(_beside([tokenizer, *beside], sentence))
     return steps
 
 
@@ -153,7 +158,7 @@ def _split(tokenizer: TiktokenTokenizer, sentence: str, ranks: Mapping[bytes, in
     parts = split(_as_text(sentence))
     for part, which in parts[:TOKENS_SHOWN]:
         ids = ids_of(part.encode(), ranks)
-        rows.append((label(_visible(part)), which + 1, ALTERNATIVES[which], _list(ids)))
+        rows.append((label(_visible(part)), which + 1, ALTERNATIVES[which], _fitting(map(str, ids), IDS_CELLS)))
     if len(parts) > TOKENS_SHOWN:
         rows.append(("…",) * 4)
     used = len({which for _, which in parts})
@@ -167,18 +172,20 @@ def _split(tokenizer: TiktokenTokenizer, sentence: str, ranks: Mapping[bytes, in
     )
 
 
-def _merges(tokenizer: TiktokenTokenizer, sentence: str, ranks: Mapping[bytes, int]) -> Step:
+def _word(sentence: str, ranks: Mapping[bytes, int]) -> bytes | None:
+    """The part whose merging there is most to see of, and room for: the longest, best one that is no piece itself."""
     parts = [part.encode() for part, _ in split(_as_text(sentence))]
-    word = max(
-        (part for part in parts if len(part) <= LONGEST_WORD), key=lambda part: (part not in ranks, len(part)), default=parts[0]
-    )
+    fitting = [part for part in parts if cell_width(_chain(part[i : i + 1] for i in range(len(part)))) <= CHAIN_CELLS]
+    return max(fitting, key=lambda part: (part not in ranks, len(part)), default=None)
+
+
+def _merges(tokenizer: TiktokenTokenizer, word: bytes, ranks: Mapping[bytes, int]) -> Step:
     rows = []
     for i, merge in enumerate(merges(word, ranks)):
-        lowest = [f"{_bytes_text(piece)} {rank}" for rank, piece in merge.pairs[:PAIRS_SHOWN]]
-        more = ["…"] if len(merge.pairs) > PAIRS_SHOWN else []
-        rows.append((i, "·".join(map(_bytes_text, merge.parts)), ", ".join(lowest + more) or "none: done"))
+        lowest = _fitting([f"{_bytes_text(piece)} {rank}" for rank, piece in merge.pairs], PAIRS_CELLS)
+        rows.append((i, _chain(merge.parts), lowest or "none: done"))
     ids = ids_of(word, ranks)
-    end = f"What is left are its tokens: {_list(ids)}."
+    end = f"What is left are its tokens: {', '.join(map(str, ids))}."
     if word in ranks:
         end = f"The whole part is in the vocabulary, as {ranks[word]}, so that the library needs none of this."
     return Step(
@@ -236,23 +243,19 @@ def _role(tokenizer: Tokenizer, id: int) -> str:
     return "generation ends here" if id in tokenizer.stop_ids else ""
 
 
-def _beside(tokenizers: Mapping[str, Tokenizer], sentence: str) -> Step:
-    encoded = {name: tokenizer.encode(sentence) for name, tokenizer in tokenizers.items()}
-    longest = max(map(len, encoded.values()))
-    columns, rows = [], []
-    for name in tokenizers:
-        columns += ["id", label(name)[1:-1]]
+def _beside(tokenizers: Sequence[Tokenizer], sentence: str) -> Step:
+    encoded = [tokenizer.encode(sentence) for tokenizer in tokenizers]
+    longest = max(map(len, encoded))
+    rows: list[tuple[str | int, ...]] = []
     for i in range(min(longest, TOKENS_SHOWN)):
         row: list[str | int] = []
-        for name, tokenizer in tokenizers.items():
-            ids = encoded[name]
+        for tokenizer, ids in zip(tokenizers, encoded, strict=True):
             row += [ids[i], label(tokenizer.piece(ids[i]))] if i < len(ids) else ["", ""]
         rows.append(tuple(row))
     if longest > TOKENS_SHOWN:
-        rows.append(("…",) * len(columns))
-    counts = ", ".join(f"{name} {len(ids)}" for name, ids in encoded.items())
+        rows.append(("…",) * (2 * len(tokenizers)))
     told = "The same sentence. "
-    if any(isinstance(tokenizer, SentencePieceTokenizer) for tokenizer in tokenizers.values()):
+    if any(isinstance(tokenizer, SentencePieceTokenizer) for tokenizer in tokenizers):
         told += (
             "SentencePiece, LLaMA 1 and 2's, merges characters by a score instead of bytes by a rank, writes a blank as ▁ and "
             "puts one before the text, keeps digits apart, and falls back on single bytes such as <0x0A> for what it has no "
@@ -261,10 +264,19 @@ def _beside(tokenizers: Mapping[str, Tokenizer], sentence: str) -> Step:
     return Step(
         "Beside other tokenizers",
         told + "A larger vocabulary makes fewer tokens: a shorter way through the model, and a larger embedding.",
-        shape=f"tokens: {counts}",
-        tables=(Table(tuple(columns), tuple(rows)),),
-        sources=(Source.of(SentencePieceTokenizer._encode), Source.of(TiktokenTokenizer._encode)),
+        shape="\n".join(
+            f"{_kind(tokenizer)}, {tokenizer.vocab_size:,} ids  ->  {len(ids)} tokens"
+            for tokenizer, ids in zip(tokenizers, encoded, strict=True)
+        ),
+        tables=(Table(tuple(itertools.chain(*(("id", _kind(tokenizer)) for tokenizer in tokenizers))), tuple(rows)),),
+        sources=tuple(dict.fromkeys(Source.of(type(tokenizer)._encode) for tokenizer in tokenizers)),
     )
+
+
+def _kind(tokenizer: Tokenizer) -> str:
+    """What people call it."""
+    kinds = {TiktokenTokenizer: "tiktoken", SentencePieceTokenizer: "SentencePiece", HuggingFaceTokenizer: "tokenizer.json"}
+    return kinds[type(tokenizer)]
 
 
 # ------------------------------------------------------------------------------------------------------------------ characters
@@ -288,9 +300,16 @@ def _bytes_text(data: bytes) -> str:
     return text.replace(" ", "␣")
 
 
-def _list(ids: list[int], room: int = 24) -> str:
-    """Ids in a line that fits a table's column."""
-    shown = ", ".join(map(str, ids))
-    while cell_width(shown) > room:
-        shown = shown.removesuffix(", …").rpartition(", ")[0] + ", …"
-    return shown
+def _chain(parts: Iterable[bytes]) -> str:
+    return "·".join(map(_bytes_text, parts))
+
+
+def _fitting(items: Iterable[str], room: int) -> str:
+    """Items in a line of so many columns, with dots for those that don't fit."""
+    items, line = list(items), ""
+    for i, item in enumerate(items):
+        longer = f"{line}, {item}" if line else item
+        if cell_width(longer) > room - (3 if i < len(items) - 1 else 0):
+            return f"{line}, …" if line else "…"
+        line = longer
+    return line

@@ -18,7 +18,7 @@ import numpy as np
 
 from . import linear, model, ops, sampling
 from .checkpoint import Model
-from .lesson import Cell, Source, Step, Table, label
+from .lesson import HEADING_CELLS, LABEL_CELLS, Cell, Source, Step, Table, label
 from .model import Tap, no_tap
 
 SHOWN = 5  # numbers of a long row
@@ -83,8 +83,7 @@ def walkthrough(m: Model, tokens: Sequence[int], layer: int = 0, head: int = 0, 
         if not 0 <= value < n:
             raise ValueError(f"{name} {value} is not in this model, which has {name}s 0 to {n - 1}")
     seen = WatchedPass(m.params, config, tokens, layer, tap)
-    pieces = [label(m.tokenizer.piece(id)) if m.tokenizer else f"#{id}" for id in tokens]
-    told = _Teller(m, list(tokens), pieces, layer, head, seen)
+    told = _Teller(m, list(tokens), layer, head, seen)
     return [
         told.tokens(),
         told.embeddings(),
@@ -113,8 +112,9 @@ def walkthrough(m: Model, tokens: Sequence[int], layer: int = 0, head: int = 0, 
 class _Teller:
     """Makes each step of what a pass has left behind."""
 
-    def __init__(self, m: Model, ids: list[int], pieces: list[str], layer: int, head: int, seen: WatchedPass):
-        self.model, self.config, self.ids, self.pieces, self.seen = m, m.config, ids, pieces, seen
+    def __init__(self, m: Model, ids: list[int], layer: int, head: int, seen: WatchedPass):
+        self.model, self.config, self.ids, self.seen = m, m.config, ids, seen
+        self.pieces = [self._piece(id) for id in ids]
         self.layer, self.head, self.group = layer, head, head // (m.config.n_heads // m.config.n_kv_heads)
         self.name = f"layers.{layer}."
         self.last = len(ids) - 1
@@ -456,8 +456,8 @@ class _Teller:
         sources = tuple(Source.of(function) for function in functions)
         return {"taps": tuple(taps), "sources": sources, "called": self.seen.places[taps[0]]}
 
-    def _piece(self, id: int) -> str:
-        return label(self.model.tokenizer.piece(id)) if self.model.tokenizer else f"#{id}"
+    def _piece(self, id: int, cells: int = LABEL_CELLS) -> str:
+        return label(self.model.tokenizer.piece(id), cells) if self.model.tokenizer else f"#{id}"
 
     def _norm(self, title: str, sentence: str, before: str, after: str) -> Step:
         x, y, eps = self.seen[before][self.last], self.seen[after][self.last], self.config.norm_eps
@@ -490,11 +490,17 @@ class _Teller:
 
     def _square(self, x: np.ndarray, caption: str, sums: bool = False) -> Table:
         """Some tokens against the same.    x [T, S]"""
-        names = [self.pieces[i] if i is not None else "…" for i in self.shown]
+        names = [self._piece(self.ids[i], HEADING_CELLS) if i is not None else "…" for i in self.shown]
         rows = []
-        for i, name in zip(self.shown, names, strict=True):
+        for i in self.shown:
             row = [float(x[i, j]) if i is not None and j is not None else "…" for j in self.shown]
-            rows.append((name, *row, *([float(x[i].sum()) if i is not None else "…"] if sums else [])))
+            rows.append(
+                (
+                    self.pieces[i] if i is not None else "…",
+                    *row,
+                    *([float(x[i].sum()) if i is not None else "…"] if sums else []),
+                )
+            )
         return Table(("", *names, *(["sum"] if sums else [])), tuple(rows), caption)
 
 
