@@ -33,7 +33,7 @@ that line of code, and each step ends with the function and the line. The same l
 one command:
 
 ```console
-$ npllama walkthrough "First Citizen:\nBefore we proceed any further, hear me" --layer 3 --head 2
+$ npllama walkthrough "Before we proceed any further, hear me" --layer 3 --head 2
 $ npllama walkthrough --tokenizer "the sentence of your choice"
 ```
 
@@ -109,7 +109,7 @@ show(steps[0:2])
 
 # %% text
 The first token, BOS, is not in the text. It says "a text begins here", and it was there in every text of the training.
-To leave it out is the quietest of all mistakes: everything runs, and every answer is a little worse.
+To leave it out is a quiet mistake: everything runs, and only the first few words are guessed worse.
 
 ## 3. Attention, slowly
 
@@ -168,7 +168,7 @@ show(steps[10:13])
 # %% text
 ## 4. The feed-forward
 
-Two thirds of a layer's numbers are here, and no token sees another.
+Three quarters of a layer's weights are here, and no token sees another.
 
 # %%
 show(steps[13:16])
@@ -240,7 +240,7 @@ def draw_divergence(ax, wrong):
 def difference(a, b):
     """The largest difference over the largest number."""
     finite = np.isfinite(a)  # the mask's -inf is in both
-    return float(np.max(np.abs(a - b)[finite], initial=0) / np.max(np.abs(a[finite])))
+    return float(np.max(np.abs(a[finite] - b[finite]), initial=0) / np.max(np.abs(a[finite])))
 
 
 right, right_seen = run()
@@ -420,9 +420,11 @@ def execute(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 def to_markdown(notebook: nbformat.NotebookNode) -> tuple[str, dict[str, bytes]]:
     """The page, and its pictures by name."""
     parts, pictures = ["<!-- made by docs/make_walkthrough.py: edit that -->"], {}
+    heading = ""
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             parts.append(cell.source)
+            heading = ([heading] + [line.lstrip("# ") for line in cell.source.splitlines() if line.startswith("#")])[-1]
             continue
         parts.append(f"```python\n{cell.source}\n```")
         for output in cell.outputs:
@@ -430,7 +432,7 @@ def to_markdown(notebook: nbformat.NotebookNode) -> tuple[str, dict[str, bytes]]
             if "image/png" in data:
                 name = f"picture-{len(pictures) + 1}.png"
                 pictures[name] = base64.b64decode(data["image/png"])
-                parts.append(f"![what the code above draws]({PICTURES.name}/{name})")
+                parts.append(f"![{heading}: what it does to the output]({PICTURES.name}/{name})")
             elif "text/markdown" in data:
                 parts.append(data["text/markdown"].strip())
             else:

@@ -128,15 +128,20 @@ def table_text(table: Table) -> list[str]:
     cells = [[show(cell) for cell in row] for row in table.rows]
     every = ([list(table.columns)] if any(table.columns) else []) + cells
     widths = [max(cell_width(row[i]) for row in every) for i in range(len(table.columns))]
-    left = [all(isinstance(row[i], str) and row[i] != "…" for row in table.rows) for i in range(len(widths))]
+    right = _numeric(table)
     lines = []
     for row in every:
         padded = []
-        for cell, width, to_left in zip(row, widths, left, strict=True):
+        for cell, width, to_right in zip(row, widths, right, strict=True):
             blank = " " * (width - cell_width(cell))
-            padded.append(cell + blank if to_left else blank + cell)
+            padded.append(blank + cell if to_right else cell + blank)
         lines.append("  ".join(padded).rstrip())
     return lines
+
+
+def _numeric(table: Table) -> list[bool]:
+    """Which columns hold numbers."""
+    return [any(not isinstance(row[i], str) for row in table.rows) for i in range(len(table.columns))]
 
 
 def show(cell: Cell) -> str:
@@ -212,10 +217,9 @@ def _code_markdown(step: Step, link: Callable[[Source], str] | None) -> str:
 
 def _table_markdown(table: Table) -> str:
     def line(cells: Iterable[str]) -> str:
-        return "| " + " | ".join(_escaped(cell) for cell in cells) + " |"
+        return "| " + " | ".join(_escaped(cell).replace("' ", "'&nbsp;").replace("  ", "&nbsp; ") for cell in cells) + " |"
 
-    numeric = [not all(isinstance(row[i], str) and row[i] != "…" for row in table.rows) for i in range(len(table.columns))]
-    rule = "|" + "|".join("---:" if right else "---" for right in numeric) + "|"
+    rule = "|" + "|".join("---:" if right else "---" for right in _numeric(table)) + "|"
     lines = [line(table.columns), rule, *(line(map(show, row)) for row in table.rows)]
     return (_escaped(table.caption) + "\n\n" if table.caption else "") + "\n".join(lines)
 

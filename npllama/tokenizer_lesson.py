@@ -141,14 +141,17 @@ def _lines(tokenizer: TiktokenTokenizer, sentence: str) -> Step:
 
 
 def _pattern() -> Step:
-    rows = tuple((i, name, pattern) for i, (name, pattern) in enumerate(zip(ALTERNATIVES, alternatives(), strict=True), 1))
+    rows = tuple(
+        (i, name, pattern.replace(" ", "␣"))
+        for i, (name, pattern) in enumerate(zip(ALTERNATIVES, alternatives(), strict=True), 1)
+    )
     return Step(
         "The split pattern",
         "Before any merging the text is cut, so that no token reaches across a word's end. The pattern has seven "
         "alternatives; at each place the first that fits is taken, and what it matched is cut off. A word takes one character "
         "before it along, mostly its blank; of several blanks the last is left for the word after them.",
         formula="pattern = 1 | 2 | 3 | 4 | 5 | 6 | 7",
-        tables=(Table(("", "it matches", "alternative"), rows),),
+        tables=(Table(("", "it matches", "alternative (␣ is a blank)"), rows),),
         sources=(Source.of(TiktokenTokenizer.__init__),),
     )
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
-from types import FrameType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -45,7 +45,7 @@ class WatchedPass:
             x = tap(name, x)
             if name.startswith(chosen) or not name.startswith("layers.") or (name.count(".") == 2 and name.endswith(".out")):
                 self.taps[name] = x
-                self.places[name] = _place(inspect.currentframe())
+                self.places[name] = Source.running(inspect.currentframe().f_back)
             return x
 
         watched = {name: self._watched(name) for name in ("rope_frequencies", "rope_rotation", "causal_mask")}
@@ -54,20 +54,13 @@ class WatchedPass:
     def _watched(self, name: str):
         def operation(*args: object) -> object:
             self.returned[name] = result = getattr(ops, name)(*args)
-            self.places[name] = _place(inspect.currentframe())
+            self.places[name] = Source.running(inspect.currentframe().f_back)
             return result
 
         return operation
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.taps[name]
-
-
-def _place(frame: FrameType) -> Source:
-    """The line of model.py that is being run."""
-    while frame.f_globals["__name__"] != model.__name__:
-        frame = frame.f_back
-    return Source.running(frame)
 
 
 def walkthrough(m: Model, tokens: Sequence[int], layer: int = 0, head: int = 0, tap: Tap = no_tap) -> list[Step]:
@@ -389,7 +382,7 @@ class _Teller:
         return Step(
             "All the layers",
             f"The same block runs {self.config.n_layers} times in a loop, with other weights each time. What runs through is "
-            "called the residual stream: its size grows, as each layer adds to it.",
+            "called the residual stream: each layer adds to it, and mostly it grows.",
             formula=f"for layer in range({self.config.n_layers}):  x = block(x, layer)",
             shape=f"x [T, D] = {_shape(self.seen[names[-1]])} after every layer",
             tables=(Table(("after", "last token's x[0]", "its root mean square", "of all tokens"), tuple(rows)),),

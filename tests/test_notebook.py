@@ -62,6 +62,7 @@ def test_it_runs(script, stored):
     for name in ("nbclient", "ipykernel", "matplotlib"):
         pytest.importorskip(name, reason=f"{name} is not installed: pip install '.[notebook]'")
     made = script.execute(script.make_notebook())  # raises where a cell does
+    assert not [output for cell in made.cells for output in cell.get("outputs", []) if output.get("name") == "stderr"]
     printed = "".join(output.text for cell in made.cells for output in cell.get("outputs", []) if "text" in output)
     assert "rows of the logits that differ: [16]" in printed
     assert "position 0 is right to the last bit: True" in printed

@@ -105,10 +105,11 @@ def test_the_numbers_are_the_taps(demo, layer, head):
     assert [row[2] for row in softmax.tables[1].rows] == sorted(map(float, weights[last]), reverse=True)[:5]
 
 
-def test_what_is_not_tapped_is_what_the_pass_computed(demo):
+@pytest.mark.parametrize(("head", "group"), [(1, 0), (4, 1)])
+def test_what_is_not_tapped_is_what_the_pass_computed(demo, head, group):
     ids = demo.tokenizer.encode("ROMEO:", bos=True)
     seen = npllama.record(demo, ids)
-    steps = walkthrough(demo, ids, layer=2, head=4)  # of key/value head 1
+    steps = walkthrough(demo, ids, layer=2, head=head)
     c = demo.config
     θ = ops.rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling, np.float32)
     for j, shown, turn, angle in (row for row in step_of(steps, "RoPE: a speed").tables[0].rows if row[0] != "…"):
@@ -116,12 +117,16 @@ def test_what_is_not_tapped_is_what_the_pass_computed(demo):
         assert turn * shown == pytest.approx(2 * math.pi)
         assert angle == pytest.approx((len(ids) - 1) * θ[j])
     pair = step_of(steps, "RoPE: one pair").tables[0].rows
-    for row, what, head in ((0, "q", 4), (1, "q_rope", 4), (2, "k", 1), (3, "k_rope", 1)):
-        assert list(pair[row][1:3]) == seen[f"layers.2.attention.{what}"][-1, head, 2:4].tolist()
+    for row, what, n in ((0, "q", head), (1, "q_rope", head), (2, "k", group), (3, "k_rope", group)):
+        assert list(pair[row][1:3]) == seen[f"layers.2.attention.{what}"][-1, n, 2:4].tolist()
     assert pair[0][3] == pytest.approx(pair[1][3]) != pytest.approx(pair[2][3])  # a rotation keeps lengths
     turned = pair[1][4] - pair[0][4] - (len(ids) - 1) * θ[1]
     assert math.remainder(turned, 2 * math.pi) == pytest.approx(0, abs=1e-5)
     scores, masked = (step_of(steps, title).tables[0].rows for title in ("Scores", "The causal mask"))
+    q, k = seen["layers.2.attention.q_rope"][:, head], seen["layers.2.attention.k_rope"][:, group]
+    every = q @ k.T / math.sqrt(c.head_dim)
+    assert len(ids) <= 5  # so that every token is shown
+    np.testing.assert_allclose([row[1:] for row in scores], every, rtol=1e-4, atol=1e-6)
     for i, (row, masked_row) in enumerate(zip(scores, masked, strict=True)):
         for j, (score, masked_score) in enumerate(zip(row[1:], masked_row[1:], strict=True)):
             assert masked_score == (pytest.approx(score, rel=1e-5) if j <= i else -math.inf)
