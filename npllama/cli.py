@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -139,6 +140,18 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--rtol", type=float, metavar="X")
     p.add_argument("--all", action="store_true", help="every activation in the table, not only those around the first failure")
     p.add_argument("--report", action="append", default=[], metavar="FILE", help="x.json or x.html; may be repeated")
+
+    p = command("walkthrough", run_walkthrough, "follow a prompt through the model, step by step")
+    p.add_argument("prompt", nargs="?", help="text; with --tokenizer a sentence (default: one that shows everything)")
+    p.add_argument("--tokens", type=token_ids, metavar="1,2,3", help="a prompt of ids; no tokenizer is needed")
+    p.add_argument("--layer", type=int, default=0, metavar="N", help="the layer to look into (default 0)")
+    p.add_argument("--head", type=int, default=0, metavar="N", help="the query head to look into (default 0)")
+    p.add_argument("--tokenizer", action="store_true", help="instead: how the text becomes ids; -m may be a tokenizer file")
+    p.add_argument(
+        "--beside", action="append", default=[], metavar="MODEL", help="with --tokenizer: another model or tokenizer file"
+    )
+    p.add_argument("--markdown", action="store_true", help="print Markdown")
+    add_model_options(p)
 
     p = command("tokenize", run_tokenize, "text to ids on one line, or back")
     p.add_argument("text", nargs="?")
@@ -385,6 +398,31 @@ def run_tokenize(args: argparse.Namespace) -> None:
         print(",".join(map(str, ids)))
     else:
         print(tokenizer.decode(ids))
+
+
+def run_walkthrough(args: argparse.Namespace) -> None:
+    """The lesson of a pass, or of the tokenizer."""
+    from . import lesson, tokenizer_lesson
+    from .walkthrough import walkthrough
+
+    if args.tokenizer:
+        if args.tokens is not None:
+            raise ValueError("--tokenizer takes a text, not --tokens")
+        sentence = tokenizer_lesson.SENTENCE if args.prompt is None else args.prompt
+        beside = [tokenizer_of(path) for path in args.beside]
+        steps = tokenizer_lesson.tokenizer_lesson(tokenizer_of(args.model), sentence, beside)
+    else:
+        if args.beside:
+            raise ValueError("--beside compares tokenizers: expected --tokenizer with it")
+        if (args.prompt is None) == (args.tokens is None):
+            raise ValueError("expected a prompt, or --tokens instead of it")
+        model = load(args.model, args.dtype)
+        steps = walkthrough(model, prompt_ids(args, model), args.layer, args.head)
+    if args.markdown:
+        write(lesson.markdown(steps))
+    else:
+        colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        write(lesson.text(steps, min(max(80, shutil.get_terminal_size().columns), 100), colour))
 
 
 def run_perplexity(args: argparse.Namespace) -> None:
