@@ -76,7 +76,7 @@ def set_threads(n: int) -> None:
             _state.pool.shutdown()
         _state.pool, _state.n_threads = None, n
         for library in _blas():
-            library.set_num_threads(n)
+            _set(library, n)
 
 
 def controls_blas() -> bool:
@@ -96,6 +96,14 @@ def _blas() -> list:
         return _state.blas
 
 
+def _set(library: object, n: int) -> None:
+    """From any thread: threadpoolctl 3.8 otherwise obeys the first that asked, and no other. Ours take turns by the lock."""
+    release = getattr(library, "clear_controlling_thread", lambda force=False: None)
+    release(force=True)
+    library.set_num_threads(n)
+    release()
+
+
 @contextlib.contextmanager
 def _one_blas_thread() -> Iterator[None]:
     """BLAS at one thread; regions may overlap, and the last to end gives it back what it had."""
@@ -104,7 +112,7 @@ def _one_blas_thread() -> Iterator[None]:
         if state.at_one == 0:
             state.before = [library.get_num_threads() for library in libraries]
             for library in libraries:
-                library.set_num_threads(1)
+                _set(library, 1)
         state.at_one += 1
     try:
         yield
@@ -113,7 +121,7 @@ def _one_blas_thread() -> Iterator[None]:
             state.at_one -= 1
             if state.at_one == 0:
                 for library, before in zip(libraries, state.before, strict=True):
-                    library.set_num_threads(before)
+                    _set(library, before)
 
 
 def parallel(task: Callable[[int], object], n: int) -> None:
