@@ -33,6 +33,8 @@ ORDER = [
     "trace",
     "golden",
     "compare",
+    "exercises",
+    "grading",
     "cli",
     "__init__",
     "__main__",
