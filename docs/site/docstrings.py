@@ -24,7 +24,7 @@ def _block(block: str) -> str:
     if block.startswith("  "):
         return _fenced(".text .columns", textwrap.dedent(block))
     if rows := _rows(lines):
-        return "\n".join(["| | |", "|---|---|", *(f"| `{name}` | {_escaped(text)} |" for name, text in rows)])
+        return "\n".join(["| | |", "|---|---|", *(f"| `{name}` | {_escaped(GAP.sub('; ', text))} |" for name, text in rows)])
     if len(lines) == 1 and FORMULA.fullmatch(block):
         return _formula(lines)
     if any(map(_is_set, lines[1:])) or (_is_set(lines[0]) and not _is_sentence(lines[0])):
