@@ -1,11 +1,14 @@
 """What the site has beside docs/: a reference page for each module, and the source files that the pages link to.
 
-The pages link to files of the repository, `../npllama/ops.py`, so that the links work where the repository is read. On the site
-each such file becomes a page of its own. Both are made while the site is built, so that nothing can go stale.
+The pages link to files of the repository, [`ops.rms_norm`](../npllama/ops.py), so that the links work where the repository is
+read. On the site such a link leads to the function in the reference, or to its line in a page with the file's source. All is
+made while the site is built, so that nothing can go stale.
 """
 
 from __future__ import annotations
 
+import ast
+import itertools
 import posixpath
 import re
 from pathlib import Path
@@ -16,7 +19,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FIRST = ["config", "linear", "ops", "cache", "model"]  # what a reader wants first; the others follow by name
-LINK = re.compile(r"(?<=\]\()\.\./(?!docs/)([\w./-]+)(?=\))")
+LINK = re.compile(r"\[([^\[\]]*)\]\(\.\./(?!docs/)([\w./-]+)\)")
 LANGUAGES = {".py": "python", ".c": "c", ".cfg": "ini", ".json": "json", ".md": "markdown"}
 
 
@@ -28,15 +31,55 @@ def modules() -> list[str]:
     return first + sorted(set(names) - set(first))
 
 
-def source_page(path: str) -> str:
-    """Where a file of the repository is on the site."""
-    return f"source/{path}.md"
-
-
 def linked_files(docs: Path) -> list[str]:
-    """The files outside docs/ that its pages link to."""
-    found = {path for page in docs.glob("*.md") for path in LINK.findall(page.read_text(encoding="utf-8"))}
-    return sorted(path for path in found if (ROOT / path).is_file())
+    """The files outside docs/ that its pages link to, and that the reference has not."""
+    found = {path for page in docs.glob("*.md") for _, path in LINK.findall(page.read_text(encoding="utf-8"))}
+    return sorted(path for path in found if (ROOT / path).is_file() and module_of(path) not in modules())
+
+
+def module_of(path: str) -> str:
+    """npllama/ops.py as npllama.ops."""
+    return path.removesuffix(".py").replace("/", ".")
+
+
+def definitions(path: str) -> dict[str, int]:
+    """The functions and classes of a Python file with their first lines; `KVCache.update` is there too."""
+    found = {}
+
+    def visit(node: ast.AST, above: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.FunctionDef | ast.ClassDef):
+                found[above + child.name] = min([child.lineno, *(decorator.lineno for decorator in child.decorator_list)])
+                visit(child, f"{above}{child.name}.")
+
+    if path.endswith(".py"):
+        visit(ast.parse((ROOT / path).read_text(encoding="utf-8")), "")
+    return found
+
+
+def target_of(text: str, path: str) -> str:
+    """Where a link to a file of the repository leads on the site; its text may name a function there."""
+    words, found = text.strip("`").split("."), definitions(path)
+    name = next((".".join(words[i:]) for i in range(len(words)) if ".".join(words[i:]) in found), None)
+    module = module_of(path)
+    if module in modules():
+        return f"reference/{module}.md" + (f"#{module}.{name}" if name else "")
+    return f"source/{path}.md" + (f"#{name}" if name else "")
+
+
+def source_page(path: str) -> str:
+    """A file's source; in Python each function is a section of its own."""
+    language = LANGUAGES.get(Path(path).suffix, "text")
+    lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
+    starts = {line: name for name, line in definitions(path).items() if "." not in name}
+    bounds = [1, *sorted(starts), len(lines) + 1]
+    parts = [f"---\nsearch:\n  exclude: true\n---\n# {path}\n"]
+    for start, end in itertools.pairwise(bounds):
+        if start in starts:
+            parts.append(f"## {starts[start]} {{ #{starts[start]} }}\n")
+        code = "\n".join(lines[start - 1 : end - 1]).strip("\n")
+        parts.append(f'`````{{ .{language} linenums="{start}" }}\n{code}\n`````\n')
+    return "\n".join(parts)
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -48,23 +91,29 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """The pages that no file in docs/ stands for."""
     for name in modules():
-        content = f"# {name}\n\n::: {name}\n"
-        files.append(File.generated(config, f"reference/{name}.md", content=content))
+        files.append(File.generated(config, f"reference/{name}.md", content=f"# {name}\n\n::: {name}\n"))
     for path in linked_files(Path(config.docs_dir)):
-        language = LANGUAGES.get(Path(path).suffix, "text")
-        text = (ROOT / path).read_text(encoding="utf-8")
-        content = f"---\nsearch:\n  exclude: true\n---\n# {path}\n\n`````{language}\n{text}\n`````\n"
-        files.append(File.generated(config, source_page(path), content=content, inclusion=InclusionLevel.NOT_IN_NAV))
+        content, inclusion = source_page(path), InclusionLevel.NOT_IN_NAV
+        files.append(File.generated(config, f"source/{path}.md", content=content, inclusion=inclusion))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Links to files of the repository lead to their pages here."""
+    if posixpath.dirname(page.file.src_uri):
+        return markdown
 
     def on_site(link: re.Match) -> str:
-        here = posixpath.dirname(page.file.src_uri)
-        return (
-            posixpath.relpath(source_page(link[1]), here or ".") if files.get_file_from_path(source_page(link[1])) else link[0]
-        )
+        target = target_of(link[1], link[2]) if (ROOT / link[2]).is_file() else f"../{link[2]}"
+        return f"[{link[1]}]({target})"
 
-    return markdown if page.file.src_uri.startswith("source/") else LINK.sub(on_site, markdown)
+    return LINK.sub(on_site, markdown)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """In tables, long names break at their underscores and dots, and nowhere else."""
+
+    def breakable(cell: re.Match) -> str:
+        return re.sub(r"<code>[^<]*</code>", lambda code: re.sub(r"([_.])(?=\w)", r"\1<wbr>", code[0]), cell[0])
+
+    return re.sub(r"<td>.*?</td>", breakable, html)
