@@ -19,7 +19,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FIRST = ["config", "linear", "ops", "cache", "model"]  # what a reader wants first; the others follow by name
-LINK = re.compile(r"\[([^\[\]]*)\]\(\.\./(?!docs/)([\w./-]+)\)")
+LINK = re.compile(r"\[([^\[\]]*)\]\(\.\./(?!docs/)([\w./-]+)(?:#L\d+)?\)")  # a forge's #L12 is of no use on the site
 LANGUAGES = {".py": "python", ".c": "c", ".cfg": "ini", ".json": "json", ".md": "markdown"}
 
 
@@ -111,9 +111,10 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """In tables, long names break at their underscores and dots, and nowhere else."""
+    """In tables, long names break at their underscores and dots, and nowhere else; a function's source is not searched."""
 
     def breakable(cell: re.Match) -> str:
         return re.sub(r"<code>[^<]*</code>", lambda code: re.sub(r"([_.])(?=\w)", r"\1<wbr>", code[0]), cell[0])
 
+    html = html.replace('<details class="mkdocstrings-source">', '<details class="mkdocstrings-source" data-search-exclude>')
     return re.sub(r"<td>.*?</td>", breakable, html)
