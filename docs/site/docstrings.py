@@ -22,7 +22,7 @@ def _block(block: str) -> str:
     if block.startswith("|"):
         return block
     if block.startswith("  "):
-        return _fenced(".text .columns", textwrap.dedent(block))
+        return _fenced(".text", textwrap.dedent(block))
     if rows := _rows(lines):
         return "\n".join(["| | |", "|---|---|", *(f"| `{name}` | {_escaped(GAP.sub('; ', text))} |" for name, text in rows)])
     if len(lines) == 1 and FORMULA.fullmatch(block):
@@ -63,7 +63,7 @@ def _is_sentence(line: str) -> bool:
 
 def _formula(lines: list[str]) -> str:
     """As it stands, but that the shapes behind a formula get a line of their own."""
-    return _fenced(".text", re.sub(r"(?<=\S) {8}(?=\S)", "\n", "\n".join(lines)))
+    return _fenced(".text .formula", re.sub(r"(?<=\S) {8}(?=\S)", "\n", "\n".join(lines)))
 
 
 def _fenced(classes: str, text: str) -> str:

@@ -19,7 +19,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FIRST = ["config", "linear", "ops", "cache", "model"]  # what a reader wants first; the others follow by name
-LINK = re.compile(r"\[([^\[\]]*)\]\(\.\./(?!docs/)([\w./-]+)(?:#L\d+)?\)")  # a forge's #L12 is of no use on the site
+LINK = re.compile(r"\[([^\[\]]*)\]\(\.\./(?!docs/)([\w./-]+)(?:#L(\d+))?\)")
 LANGUAGES = {".py": "python", ".c": "c", ".cfg": "ini", ".json": "json", ".md": "markdown"}
 
 
@@ -33,7 +33,7 @@ def modules() -> list[str]:
 
 def linked_files(docs: Path) -> list[str]:
     """The files outside docs/ that its pages link to, and that the reference has not."""
-    found = {path for page in docs.glob("*.md") for _, path in LINK.findall(page.read_text(encoding="utf-8"))}
+    found = {path for page in docs.glob("*.md") for _, path, _ in LINK.findall(page.read_text(encoding="utf-8"))}
     return sorted(path for path in found if (ROOT / path).is_file() and module_of(path) not in modules())
 
 
@@ -57,10 +57,13 @@ def definitions(path: str) -> dict[str, int]:
     return found
 
 
-def target_of(text: str, path: str) -> str:
-    """Where a link to a file of the repository leads on the site; its text may name a function there."""
+def target_of(text: str, path: str, line: str | None) -> str:
+    """Where a link to a file of the repository leads on the site: to the function that its text or its line names."""
     words, found = text.strip("`").split("."), definitions(path)
     name = next((".".join(words[i:]) for i in range(len(words)) if ".".join(words[i:]) in found), None)
+    if line:
+        name = max((start, name) for name, start in [("", 0), *found.items()] if start <= int(line))[1]
+        name = name.partition("._")[0] if not name.startswith("_") else None  # what is private has no place in the reference
     module = module_of(path)
     if module in modules():
         return f"reference/{module}.md" + (f"#{module}.{name}" if name else "")
@@ -104,7 +107,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return markdown
 
     def on_site(link: re.Match) -> str:
-        target = target_of(link[1], link[2]) if (ROOT / link[2]).is_file() else f"../{link[2]}"
+        target = target_of(*link.groups()) if (ROOT / link[2]).is_file() else f"../{link[2]}"
         return f"[{link[1]}]({target})"
 
     return LINK.sub(on_site, markdown)
