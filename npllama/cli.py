@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -27,6 +28,10 @@ from .precision import CONVENTIONS, PRECISIONS, Precision
 from .sampling import Sampling
 from .store import folder, locate, names
 from .tokenizer import StreamDecoder, Tokenizer
+
+if TYPE_CHECKING:
+    from .exercises import Exercise
+    from .grading import Outcome
 
 DTYPES = ["auto", "stored", "float32", "float64"]
 
@@ -178,6 +183,15 @@ def build_parser() -> argparse.ArgumentParser:
     p = command("check", run_check, "recognise a published model by its shape, and run the answers known for it")
     p.add_argument("model", metavar="MODEL", help="model directory or name")
     p.add_argument("--dtype", choices=DTYPES, default="auto", help="as for generate")
+
+    p = command("exercise", run_exercise, "ten functions to write yourself, from softmax to the KV cache, each checked")
+    actions = p.add_subparsers(dest="action", required=True, metavar="ACTION")
+    actions.add_parser("list", help="a line for each")
+    action = actions.add_parser("start", help="write a file for each, to be filled in; what is there stays")
+    action.add_argument("folder", type=Path, metavar="DIR")
+    action = actions.add_parser("check", help="hold what you wrote against npllama's own, and name the usual mistakes")
+    action.add_argument("folder", type=Path, nargs="?", default=Path(), metavar="DIR", help="default: the current folder")
+    action.add_argument("name", nargs="?", metavar="NAME", help="only this exercise")
     return parser
 
 
@@ -539,6 +553,49 @@ def run_check(args: argparse.Namespace) -> int:
             print(f"  {verdict}  {finding.what}" + (f": {finding.found}" if finding.found else ""), flush=True)
             failed += not finding.holds
     return 1 if failed else 0
+
+
+def run_exercise(args: argparse.Namespace) -> int:
+    """The exercises: what they are, their files, and what is wrong with them; 1 unless all that were checked are done."""
+    from . import grading
+    from .exercises import EXERCISES, find
+
+    if args.action == "list":
+        for number, exercise in enumerate(EXERCISES, start=1):
+            print(f"{number:>2}  {exercise.name:<17} {exercise.summary}")
+        return 0
+    if args.action == "start":
+        written = grading.start(args.folder)
+        kept = len(EXERCISES) - len(written)
+        print(f"{args.folder}: {len(written)} files written" + (f", {kept} were there and stay as they are" if kept else ""))
+        return 0
+    folder, name = args.folder, args.name
+    if name is None and not folder.exists() and str(folder) in (exercise.name for exercise in EXERCISES):
+        folder, name = Path(), str(folder)  # `check softmax`, inside the folder
+    chosen = EXERCISES if name is None else [find(name)]
+    if not any((folder / grading.file_name(exercise)).is_file() for exercise in EXERCISES):
+        raise ValueError(f"{folder} holds no exercises: expected files that `npllama exercise start DIR` writes")
+    outcomes = [print_outcome(folder, exercise) for exercise in chosen]
+    n_passed = sum(outcome.passed for outcome in outcomes)
+    if name is None:
+        print(f"{n_passed} of {len(EXERCISES)} done")
+    return 0 if n_passed == len(chosen) else 1
+
+
+def print_outcome(folder: Path, exercise: Exercise) -> Outcome:
+    """Check an exercise and print what is wrong with it; an endless loop is ended by Ctrl-C, and its line named."""
+    from . import grading
+
+    try:
+        outcome = grading.check(folder, exercise)
+    except KeyboardInterrupt as error:
+        line = grading.where(error, folder / grading.file_name(exercise))
+        print(f"npllama exercise: {exercise.name} interrupted{line}: is there a loop without an end?", file=sys.stderr)
+        raise
+    print(f"{exercise.name:<17} {outcome.line}", flush=True)
+    if outcome.hint:
+        print(f"{'':<17} hint: {outcome.hint}", flush=True)
+    return outcome
 
 
 # ------------------------------------------------------------------------------------------------------------------ helpers

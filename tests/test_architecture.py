@@ -38,6 +38,8 @@ ORDER = [
     "lesson",
     "walkthrough",
     "tokenizer_lesson",
+    "exercises",
+    "grading",
     "cli",
     "__init__",
     "__main__",
