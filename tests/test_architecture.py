@@ -33,11 +33,13 @@ ORDER = [
     "trace",
     "golden",
     "compare",
+    "lens",
+    "plot",
     "cli",
     "__init__",
     "__main__",
 ]
-HEAVY = {"torch", "transformers", "tiktoken", "sentencepiece", "tokenizers", "blobfile", "matplotlib", "tqdm"} | {
+HEAVY = {"torch", "transformers", "tiktoken", "sentencepiece", "tokenizers", "blobfile", "matplotlib", "bokeh", "tqdm"} | {
     "npllama_convert"
 }
 FILES = sorted(path for path in (ROOT / "npllama").glob("*.py"))
