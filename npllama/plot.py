@@ -20,6 +20,7 @@ import functools
 import io
 import json
 import math
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,7 +139,7 @@ def _in_a_window(draw: Callable[[Figure], None]) -> None:
 
 
 def drawable(labels: Iterable[str]) -> list[str]:
-    """The labels, shortened, and what no installed font has a glyph for as `<U+4F60>`; later text is drawn in fonts that fit."""
+    """The labels, shortened, with `<U+4F60>` where no installed font has the glyph; later text is drawn in fonts that fit."""
     import matplotlib
 
     labels = [label if len(label) <= LONGEST_LABEL else label[: LONGEST_LABEL - 1] + "…" for label in labels]
@@ -152,23 +153,19 @@ def _fonts_for(chars: str) -> tuple[list[str], frozenset[str]]:
     """Font families that together have a glyph for each character, matplotlib's own first; and the characters that none has."""
     from matplotlib import font_manager
 
-    families, missing = ["DejaVu Sans"], set(chars)
-
-    def without_sans(font: font_manager.FontEntry) -> tuple[bool, bool, str]:
-        return (font.style != "normal" or font.weight not in (400, "normal"), "Sans" not in font.name, font.name)
-
     own = font_manager.findfont("DejaVu Sans")
-    fonts = [(own, "DejaVu Sans"), *((f.fname, f.name) for f in sorted(font_manager.fontManager.ttflist, key=without_sans))]
-    for file, name in fonts:
-        if not missing:
+    regular = [f for f in font_manager.fontManager.ttflist if f.style == "normal" and f.weight in (400, "normal", "regular")]
+    others = sorted({(" Sans" not in f.name, f.name): f.fname for f in regular if "Last Resort" not in f.name}.items())
+    families, missing = [], set(chars)
+    for name, file in [("DejaVu Sans", own), *((name, file) for (_, name), file in others)]:
+        if families and not missing:
             break
-        if name in families[1:] or "Last Resort" in name:
-            continue
         try:
-            has = {char for char in missing if font_manager.get_font(font_manager.findfont(name)).get_char_index(ord(char))}
-        except (OSError, RuntimeError, ValueError):  # a font that matplotlib can't draw, such as one of bitmaps
+            font = font_manager.get_font(file)
+        except (OSError, RuntimeError, ValueError):  # one that matplotlib can't draw, such as one of bitmaps
             continue
-        if has and name not in families:
+        has = {char for char in missing if font.get_char_index(ord(char))}
+        if has or not families:
             families.append(name)
         missing -= has
     return families, frozenset(missing)
@@ -212,7 +209,7 @@ def draw_rope(figure: Figure, subject: Subject) -> None:
         if abs(before[j]) > 0:
             _arrow(axes, before[j] / abs(before[j]), "#b0b0b0", 2.5)
             _arrow(axes, after[j] / abs(after[j]), colours[j], 1.6)
-            axes.set_title(f"{2 * j}: {np.degrees(np.angle(after[j] / before[j])) % 360:.0f}°", fontsize=7, pad=1)
+            axes.set_title(f"{2 * j}: {round(np.degrees(np.angle(after[j] / before[j]))) % 360}°", fontsize=7, pad=1)
     _draw_frequencies(right.subplots(), config)
 
 
@@ -254,9 +251,11 @@ def draw_attention(figure: Figure, subject: Subject) -> None:
     unmasked = ops.attention_scores(seen[prefix + "q_rope"], keys, no_mask)[head]
     masked, weights = seen[prefix + "scores"][head], seen[prefix + "weights"]  # [T, S], [H, T, S]
 
+    from matplotlib.colors import Normalize
+
     labels = drawable(subject.labels)
-    columns = min(config.n_heads, 8)
-    rows = math.ceil(config.n_heads / columns)
+    rows = math.ceil(config.n_heads / 9)
+    columns = math.ceil(config.n_heads / rows)
     side = float(np.clip(0.25 * T, 3.2, 8.5))
     width = 3 * (side + 1.6)
     small = (width - 1) / columns
@@ -266,30 +265,41 @@ def draw_attention(figure: Figure, subject: Subject) -> None:
     maps = top.subplots(1, 3)
     largest = float(np.abs(unmasked).max())
     for axes, title, x in ((maps[0], "scores q·k / √K", unmasked), (maps[1], "masked: hatched is −∞", masked)):
-        _heat_map(axes, x, "PuOr_r", -largest, largest, title, labels)
-    _heat_map(maps[2], weights[head], "viridis", 0, 1, "softmax: each row sums to 1", labels)
-    bottom.suptitle(f"the {config.n_heads} heads of layer {layer} after softmax, each with its own position axes")
+        _heat_map(axes, x, "PuOr_r", Normalize(-largest, largest), title, labels)
+    _heat_map(maps[2], weights[head], "viridis", _weights_norm(), "softmax: each row sums to 1", labels)
+    bottom.suptitle(f"all heads of layer {layer} after softmax, colours and axes as above")
     grid = bottom.subplots(rows, columns, squeeze=False)
     for h, axes in enumerate(grid.flat):
         if h >= config.n_heads:
             axes.axis("off")
             continue
-        axes.imshow(weights[h], cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+        axes.imshow(weights[h], cmap="viridis", norm=_weights_norm(), interpolation="nearest")
         axes.set(xticks=[], yticks=[])
         axes.set_title(f"head {h}" + (" (above)" if h == head else ""), fontsize=8, pad=2)
 
 
-def _heat_map(axes: Axes, x: np.ndarray, colours: str, low: float, high: float, title: str, labels: Sequence[str]) -> None:
-    """Cells with tokens on both axes; those that are -inf show the hatched ground, and say so where there is room."""
+def _weights_norm():
+    """Colours that grow with the square root: most weights are small, and would all be dark."""
+    from matplotlib.colors import PowerNorm
+
+    return PowerNorm(0.5, 0, 1)
+
+
+def _heat_map(axes: Axes, x: np.ndarray, colours: str, norm: object, title: str, labels: Sequence[str]) -> None:
+    """Cells with tokens on both axes; those that are -inf show the hatched ground. Numbers where there is room for them."""
     hidden = np.isneginf(x)
     axes.patch.set(hatch="////", facecolor="#eeeeee", edgecolor="#a8a8a8")
-    image = axes.imshow(np.ma.masked_where(hidden, x), cmap=colours, vmin=low, vmax=high, interpolation="nearest")
+    image = axes.imshow(np.ma.masked_where(hidden, x), cmap=colours, norm=norm, interpolation="nearest")
     axes.set_title(title)
     label_axis(axes.xaxis, labels, rotation=90)
     label_axis(axes.yaxis, labels)
     if len(x) <= 24:
         for row, column in np.argwhere(hidden):
             axes.text(column, row, "−∞", ha="center", va="center", fontsize=6)
+    if len(x) <= 6:
+        for row, column in np.argwhere(~hidden):
+            ground = {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 1.5}
+            axes.text(column, row, f"{x[row, column]:.2f}", ha="center", va="center", fontsize=8, bbox=ground)
     axes.figure.colorbar(image, ax=axes, shrink=0.8)
 
 
@@ -333,7 +343,7 @@ def draw_residual(figure: Figure, subject: Subject) -> None:
         "--",
         color=VERMILION,
         linewidth=2.2,
-        label=f"largest at the end: {largest} {labels[largest]}",
+        label=f"largest at the end: position {largest}, {labels[largest]}",
     )
     axes.set_yscale("log")
     _plain_numbers(axes.yaxis)
@@ -349,13 +359,13 @@ def draw_logit_lens(figure: Figure, subject: Subject) -> None:
     config, T = subject.model.config, len(subject.ids)
     ids, p = (x[..., 0] for x in logit_lens(subject.model, subject.record(*lens_names(config)), 1))  # [1 + L, T]
     texts = token_labels(subject.model.tokenizer, ids.ravel())
-    *texts, last = drawable([*texts, *subject.labels, ""])
+    texts = drawable([*texts, *subject.labels])
     predicted = np.array(texts[: ids.size], dtype=object).reshape(ids.shape)
     labels = texts[ids.size :]
     a_strip = 25
     strips = math.ceil(T / a_strip)
     height = 0.2 * len(ids) + 1.1
-    figure.set_size_inches(0.8 * min(T, a_strip) + 3, strips * height + 0.6)
+    figure.set_size_inches(max(6, 0.8 * min(T, a_strip) + 3), strips * height + 0.6)
     figure.suptitle("logit lens: the likeliest next token after each layer\n(the model's final norm and output matrix)")
     for strip, axes in enumerate(figure.subplots(strips, 1, squeeze=False).flat):
         at = slice(strip * a_strip, min((strip + 1) * a_strip, T))
@@ -367,9 +377,7 @@ def draw_logit_lens(figure: Figure, subject: Subject) -> None:
             text = text if len(text) <= 9 else text[:8] + "…"
             axes.text(column, row, text, ha="center", va="center", fontsize=6.5, color="white" if dark else "black")
         axes.set_xlim(-0.5, min(T, a_strip) - 0.5)
-        axes.set_xticks(
-            range(shown.shape[1]), [f"{at.start + i}\n{labels[at][i][:9]}" for i in range(shown.shape[1])], fontsize=7
-        )
+        axes.set_xticks(range(shown.shape[1]), [f"{i}\n{labels[i][:9]}" for i in range(T)[at]], fontsize=7)
         axes.set_yticks(range(len(ids)), ["embedding", *map(str, range(config.n_layers))], fontsize=7)
         axes.set_ylabel("after layer")
     figure.colorbar(image, ax=figure.axes, label="its probability", shrink=min(1.0, 4 / (strips * height)), aspect=25)
@@ -403,16 +411,14 @@ def draw_tokens(figure: Figure, subject: Subject) -> None:
 
     tints = [_tint(colour) for colour in (SKY, ORANGE, GREEN, YELLOW, PURPLE)]
     for i, ((x, y), width) in enumerate(zip(places, widths, strict=True)):
-        axes.add_patch(
-            Rectangle((x + 0.06, y), width - 0.12, 0.52, facecolor=tints[i % len(tints)], edgecolor="#606060", lw=0.5)
-        )
+        box = {"facecolor": tints[i % len(tints)], "edgecolor": "#606060", "linewidth": 0.5}
+        axes.add_patch(Rectangle((x + 0.06, y), width - 0.12, 0.52, **box))
         axes.text(x + width / 2, y + 0.27, labels[i], ha="center", va="center", fontsize=11)
         axes.text(x + width / 2, y + 0.7, str(subject.ids[i]), ha="center", va="center", fontsize=7.5, color="#404040")
 
 
 def _cells(char: str) -> int:
-    import unicodedata
-
+    """How many columns of a monospaced font a character takes."""
     if unicodedata.combining(char):
         return 0
     return 2 if unicodedata.east_asian_width(char) in "WF" else 1
