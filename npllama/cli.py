@@ -152,6 +152,12 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("-o", "--out", type=Path, metavar="FILE.png|FILE.svg", help="default: a window")
     add_model_options(p)
 
+    p = command("explain", run_explain, "write a page to play with: one HTML file that shows a pass")
+    p.add_argument("prompt", nargs="?", metavar="PROMPT")
+    p.add_argument("--tokens", type=token_ids, metavar="1,2,3", help="a prompt of ids")
+    p.add_argument("-o", "--out", type=Path, required=True, metavar="PAGE.html")
+    add_model_options(p)
+
     p = command("tokenize", run_tokenize, "text to ids on one line, or back")
     p.add_argument("text", nargs="?")
     p.add_argument("--bos", action="store_true", help="begin with the BOS token")
@@ -489,6 +495,17 @@ def run_plot(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.kind} draws a prompt, not {args.traces[0]}: expected --prompt or --tokens")
     model = load(args.model, args.dtype)
     plot.plot(args.kind, plot.Subject(model, lesson_ids(args, model), args.layer, args.head), args.out)
+
+
+def run_explain(args: argparse.Namespace) -> None:
+    """The page, and how large it is."""
+    from .explain import explain
+
+    if args.prompt is not None and args.tokens is not None:
+        raise ValueError("expected a prompt, or --tokens instead of it")
+    model = load(args.model, args.dtype)
+    size = explain(model, lesson_ids(args, model), args.out)
+    print(f"{args.out}: {size_text(size)}", file=sys.stderr)
 
 
 def run_info(args: argparse.Namespace) -> None:

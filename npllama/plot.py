@@ -451,8 +451,9 @@ def draw_error(figure: Figure, report: dict[str, object]) -> None:
         end = starts[i + 1] if i + 1 < len(starts) else len(x)
         if i % 2:
             upper.axvspan(start - 0.5, end - 0.5, color="#f2f2f2", zorder=0)
-    stride = math.ceil(len(groups) / MOST_LABELS)
-    upper.set_xticks(starts[::stride], list(groups)[::stride], rotation=90 if len(groups) > 12 else 0, fontsize=7, ha="left")
+    wide = [(indices[0], name) for name, indices in groups.items() if len(indices) > 2]
+    stride = math.ceil(len(wide) / MOST_LABELS)
+    upper.set_xticks([start for start, _ in wide[::stride]], [name for _, name in wide[::stride]], fontsize=8, ha="left")
     upper.set(xlim=(-0.5, len(x) - 0.5), ylim=(bottom, ceiling), ylabel="relative error")
 
     worst = {name: float(ratio[indices].max()) for name, indices in groups.items()}
@@ -467,8 +468,9 @@ def draw_error(figure: Figure, report: dict[str, object]) -> None:
     if limit is not None:
         lower.axhline(limit, color=GREY, linestyle="--", linewidth=1.2)
     lower.axhline(1, color=GREY, linewidth=2)
-    lower.set_xticks(range(0, len(worst), stride), list(worst)[::stride], rotation=90 if len(worst) > 12 else 0, fontsize=7)
-    lower.set(ylabel="worst error, in noise floors", ylim=(0.01, edge))
+    stride = math.ceil(len(worst) / MOST_LABELS)
+    lower.set_xticks(range(0, len(worst), stride), list(worst)[::stride], fontsize=8)
+    lower.set(xlabel="layer", xlim=(-0.6, len(worst) - 0.4), ylabel="worst error, in noise floors", ylim=(0.01, edge))
     for axes in (upper, lower):
         axes.set_yscale("log")
         _plain_numbers(axes.yaxis)
@@ -478,12 +480,13 @@ def draw_error(figure: Figure, report: dict[str, object]) -> None:
 
 
 def _by_layer(entries: Sequence[SimpleNamespace]) -> dict[str, list[int]]:
-    """Which entries belong to each layer, under the layer's label; what is before and after the layers has its own."""
+    """Which entries belong to each layer, under its number; what is before and after the layers has a name of its own."""
     groups: dict[str, list[int]] = {}
     for i, entry in enumerate(entries):
         here = entry.place
-        label = here.kind if here.layer is None else f"layer {here.layer}"
-        groups.setdefault(label if here.step is None else f"step {here.step} {label}", []).append(i)
+        label = {"tok_embeddings": "emb.", "norm": "end", "logits": "end"}.get(here.kind, here.kind)
+        label = label if here.layer is None else str(here.layer)
+        groups.setdefault(label if here.step is None else f"step {here.step}\n{label}", []).append(i)
     return groups
 
 

@@ -35,6 +35,7 @@ ORDER = [
     "compare",
     "lens",
     "plot",
+    "explain",
     "cli",
     "__init__",
     "__main__",
