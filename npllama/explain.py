@@ -95,7 +95,7 @@ def explain(model: Model, ids: Sequence[int], out: Path) -> int:
     except ImportError:
         raise ImportError("the page needs bokeh: pip install 'npllama[explain]'") from None
     data = page_data(model, ids)
-    library = "\n".join(Resources(mode="inline", components=["bokeh"], log_level="error").js_raw)
+    library = Resources(mode="inline", components=["bokeh"]).js_raw[0]  # what follows it sets the log level, and logs that
     parts = {
         "TITLE": html.escape(f"npllama explains: {''.join(data['labels'])[:60]}"),
         "LIBRARY": library,
@@ -223,7 +223,7 @@ def _file(function: Callable) -> str:
 def figures(data: Mapping[str, object]) -> dict[str, object]:
     """Bokeh's four figures as JSON, without their numbers: the page fills the sources by name, in the colours of its theme."""
     from bokeh.embed import json_item
-    from bokeh.models import ColumnDataSource, FixedTicker, HoverTool, LinearColorMapper, LogScale, PlainText, Range1d
+    from bokeh.models import ColumnDataSource, FixedTicker, HoverTool, LinearColorMapper, PlainText, Range1d
     from bokeh.palettes import Cividis256, Viridis256
     from bokeh.plotting import figure
 
@@ -250,7 +250,7 @@ def figures(data: Mapping[str, object]) -> dict[str, object]:
         shape = {"width": 1, "height": 1, "line_color": None, "fill_color": {"field": "shade", "transform": mapper}}
         made.rect("x", "y", source=source(name, "x", "y", "shade", *columns), **shape)
 
-    side = max(440, 90 + 12 * T)
+    side = max(320, 100 + 15 * T)
     attention = empty(side, side, x_range=Range1d(-0.5, T - 0.5), y_range=Range1d(T - 0.5, -0.5), x_axis_location="above")
     cells(attention, "attention", ["looks", "at", "weight"], Viridis256, 0)
     attention.rect(
@@ -261,6 +261,7 @@ def figures(data: Mapping[str, object]) -> dict[str, object]:
     ticks(attention.xaxis[0], data["labels"])
     ticks(attention.yaxis[0], data["labels"])
     attention.xaxis.major_label_orientation = 1.2
+    attention.axis.major_label_text_font_size = "10px"
 
     lens = empty(130 + 64 * T, 70 + 19 * (L + 1), x_range=Range1d(-0.5, T - 0.5), y_range=Range1d(-0.5, L + 0.5))
     cells(lens, "lens", ["text", "ink", "where", "candidates"], Cividis256, 0)
@@ -271,8 +272,10 @@ def figures(data: Mapping[str, object]) -> dict[str, object]:
     ticks(lens.yaxis[0], ["embedding", *map(str, range(L))])
     lens.yaxis.axis_label = "after layer"
 
-    norms = empty(900, 340, sizing_mode="stretch_width", y_axis_type="log", x_range=Range1d(-0.2, L + 0.2))
-    assert isinstance(norms.y_scale, LogScale)
+    lengths = np.frombuffer(base64.b64decode(data["norms"]), "<f4")
+    low, high = (float(bound(lengths[lengths > 0], initial=1)) for bound in (np.min, np.max))
+    range_ = Range1d(0.7 * low, 1.5 * high)
+    norms = empty(900, 340, sizing_mode="stretch_width", y_axis_type="log", x_range=Range1d(-0.2, L + 0.2), y_range=range_)
     norms.multi_line("xs", "ys", line_color="#8a8a8a", line_alpha=0.45, source=source("norms", "xs", "ys", "label"))
     norms.line("x", "y", line_color="#D55E00", line_width=3, source=source("norm", "x", "y", "name", "label"))
     norms.scatter("x", "y", color="#D55E00", size=6, source=norms.renderers[1].data_source)
