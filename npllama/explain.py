@@ -11,6 +11,7 @@ import base64
 import html
 import inspect
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -239,18 +240,20 @@ def figures(data: Mapping[str, object]) -> dict[str, object]:
     def source(name: str, *columns: str) -> ColumnDataSource:
         return ColumnDataSource({column: [] for column in columns}, name=name)
 
-    def ticks(axis, texts: Sequence[str]) -> None:
-        """Every token has a tick, or of many every n-th; PlainText, as a token that looks like a formula is none."""
-        stride = -(-len(texts) // 64)
-        axis.ticker = FixedTicker(ticks=list(range(0, len(texts), stride)))
-        axis.major_label_overrides = {i: PlainText(_shortened(texts[i])) for i in range(0, len(texts), stride)}
+    def ticks(axis, texts: Sequence[str], pixels: float) -> None:
+        """Every cell has a tick, or every n-th of small ones; PlainText, as a token that looks like a formula is none."""
+        stride = math.ceil(12 / pixels)
+        shown = range(0, len(texts), stride)
+        axis.ticker = FixedTicker(ticks=list(shown))
+        axis.major_label_overrides = {i: PlainText(_shortened(texts[i] if stride == 1 else f"{i} {texts[i]}")) for i in shown}
 
     def cells(made: figure, name: str, columns: Sequence[str], colours: Sequence[str], low: float) -> None:
         mapper = LinearColorMapper(palette=colours, low=low, high=1)
         shape = {"width": 1, "height": 1, "line_color": None, "fill_color": {"field": "shade", "transform": mapper}}
         made.rect("x", "y", source=source(name, "x", "y", "shade", *columns), **shape)
 
-    side = max(320, 100 + 15 * T)
+    cell = min(15.0, max(4.0, 720 / T))
+    side = max(320, round(100 + cell * T))
     attention = empty(side, side, x_range=Range1d(-0.5, T - 0.5), y_range=Range1d(T - 0.5, -0.5), x_axis_location="above")
     cells(attention, "attention", ["looks", "at", "weight"], Viridis256, 0)
     attention.rect(
@@ -258,8 +261,8 @@ def figures(data: Mapping[str, object]) -> dict[str, object]:
         source=source("row", "x", "y", "width"),
     )  # fmt: skip
     attention.add_tools(HoverTool(renderers=[attention.renderers[0]], tooltips="@looks looks at @at: @weight{0.0%}"))
-    ticks(attention.xaxis[0], data["labels"])
-    ticks(attention.yaxis[0], data["labels"])
+    ticks(attention.xaxis[0], data["labels"], cell)
+    ticks(attention.yaxis[0], data["labels"], cell)
     attention.xaxis.major_label_orientation = 1.2
     attention.axis.major_label_text_font_size = "10px"
 
@@ -268,8 +271,8 @@ def figures(data: Mapping[str, object]) -> dict[str, object]:
     lens.text("x", "y", "text", text_color="ink", text_align="center", text_baseline="middle", text_font_size="11px",
               source=lens.renderers[0].data_source)  # fmt: skip
     lens.add_tools(HoverTool(renderers=[lens.renderers[0]], tooltips=[("", "@where"), ("", "@candidates")]))
-    ticks(lens.xaxis[0], data["labels"])
-    ticks(lens.yaxis[0], ["embedding", *map(str, range(L))])
+    ticks(lens.xaxis[0], data["labels"], 64)
+    ticks(lens.yaxis[0], ["embedding", *map(str, range(L))], 19)
     lens.yaxis.axis_label = "after layer"
 
     lengths = np.frombuffer(base64.b64decode(data["norms"]), "<f4")
@@ -291,7 +294,7 @@ def figures(data: Mapping[str, object]) -> dict[str, object]:
     candidates.hbar("y", right="own", height=0.8, fill_alpha=0, line_color="#8a8a8a", source=bars)
     candidates.hbar("y", right="p", height=0.6, color="#0072B2", source=bars)
     candidates.add_tools(HoverTool(tooltips="@label: @p{0.00%}; the model's own: @own{0.00%}"))
-    ticks(candidates.yaxis[0], [candidate["label"] for candidate in data["candidates"]])
+    ticks(candidates.yaxis[0], [candidate["label"] for candidate in data["candidates"]], 20)
     candidates.xaxis.axis_label = "probability; the outline is the model's own"
     return {
         name: json_item(made, f"{name}-figure")
