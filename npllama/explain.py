@@ -235,6 +235,7 @@ def figures(data: Mapping[str, object]) -> dict[str, object]:
         options = {"tools": "", "toolbar_location": None, "width": width, "height": height, "min_border": 4, **options}
         made = figure(**options)
         made.grid.visible = False
+        made.background_fill_color = made.border_fill_color = None  # the page's own shows through, dark or light
         return made
 
     def source(name: str, *columns: str) -> ColumnDataSource:

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from npllama import load, record
+from npllama.checkpoint import Model
 from npllama.cli import main
 from npllama.explain import STEPS, explain, page_data
-from npllama.lens import logit_lens, residual_names
+from npllama.lens import logit_lens, residual_names, visible
 from npllama.trace import activation_shapes
 
 HOSTILE = '</script><script>document.title="pwned"</script> "q" \'s\' $$x^2$$ <!-- & <b>bold</b>\n\\u003c 你 {{DATA}}'
@@ -23,6 +24,21 @@ MILLION = 1_000_000
 
 def array(text: str, dtype: str, *shape: int) -> np.ndarray:
     return np.frombuffer(base64.b64decode(text), dtype).reshape(shape)
+
+
+class HostileTokenizer:
+    """Every token is the whole of HOSTILE: a real one may have </script> as one token, the embedded model's has not."""
+
+    vocab_size, silent_ids, special_tokens = 10**6, frozenset(), {}
+
+    def token_bytes(self, id, opening):
+        return HOSTILE.encode()
+
+
+def hostile_model() -> Model:
+    model = load()
+    model.__dict__["tokenizer"] = HostileTokenizer()
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -77,15 +93,15 @@ def test_every_activation_has_its_step_with_shape_line_and_code(model):
     }
 
 
-def test_a_hostile_prompt_ends_no_script(model, tmp_path):
+def test_a_hostile_prompt_ends_no_script(tmp_path):
     pytest.importorskip("bokeh", reason="bokeh is not installed")
     out = tmp_path / "page.html"
-    size = explain(model, model.tokenizer.encode(HOSTILE, bos=True), out)
+    size = explain(hostile_model(), [1, 2], out)
     page = out.read_text(encoding="utf-8")
     assert len(page.encode()) == size < 5 * MILLION
-    assert page.lower().count("<script") == page.lower().count("</script>")
+    assert len(re.findall("</script", page, re.IGNORECASE)) == 4
     [data] = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
-    assert "".join(json.loads(data)["labels"]).startswith("<|begin_of_text|></script><script>")
+    assert json.loads(data)["labels"] == [visible(HOSTILE)] * 2
     title = re.search("<title>(.*?)</title>", page)[1]
     assert "<" not in title
     assert "{{" not in re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL), "no part of the template is left unfilled"
