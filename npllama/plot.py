@@ -138,11 +138,11 @@ def _in_a_window(draw: Callable[[Figure], None]) -> None:
 # -------------------------------------------------------------------------------------------------------- the text of tokens
 
 
-def drawable(labels: Iterable[str]) -> list[str]:
+def drawable(labels: Iterable[str], longest: int = LONGEST_LABEL) -> list[str]:
     """The labels, shortened, with `<U+4F60>` where no installed font has the glyph; later text is drawn in fonts that fit."""
     import matplotlib
 
-    labels = [label if len(label) <= LONGEST_LABEL else label[: LONGEST_LABEL - 1] + "…" for label in labels]
+    labels = [label if len(label) <= longest else label[: longest - 1] + "…" for label in labels]
     families, missing = _fonts_for("".join(sorted({*"".join(labels)})))
     matplotlib.rcParams["font.family"] = families
     return ["".join(f"<U+{ord(char):04X}>" if char in missing else char for char in label) for label in labels]
@@ -193,7 +193,7 @@ def draw_rope(figure: Figure, subject: Subject) -> None:
     )
     token = drawable(subject.labels)[position]
     n_pairs = config.head_dim // 2
-    columns = min(8, n_pairs)
+    columns = min(8, math.ceil(math.sqrt(1.6 * n_pairs)))
     rows = math.ceil(n_pairs / columns)
     figure.set_size_inches(15, max(5.5, 1.15 * rows + 1.2))
     left, right = figure.subfigures(1, 2, width_ratios=[1.25, 1])
@@ -404,7 +404,7 @@ def draw_tokens(figure: Figure, subject: Subject) -> None:
     cell, line = 0.11, 0.5  # inches
     figure.set_size_inches(cell * max(used, 30) + 0.4, line * n_lines + 0.7)
     axes = figure.subplots()
-    axes.set(xlim=(-0.5, max(used, 30)), ylim=(n_lines - 0.1, -0.1))
+    axes.set(xlim=(-0.5, max(used, 30) + 0.5), ylim=(n_lines - 0.1, -0.1))
     axes.axis("off")
     axes.set_title(f"{len(labels)} token{'s' * (len(labels) != 1)}; ␣ blank, ↵ newline", loc="left", fontsize=9)
     from matplotlib.patches import Rectangle
@@ -476,7 +476,8 @@ def draw_error(figure: Figure, report: dict[str, object]) -> None:
         _plain_numbers(axes.yaxis)
         axes.grid(axis="y", alpha=0.25)
     upper.legend(frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    figure.suptitle(drawable_line(report["verdict"], 150), fontsize=10)
+    [verdict] = drawable([report["verdict"]], longest=150)  # it may have a name of the port's
+    figure.suptitle(verdict, fontsize=10)
 
 
 def _by_layer(entries: Sequence[SimpleNamespace]) -> dict[str, list[int]]:
@@ -488,11 +489,6 @@ def _by_layer(entries: Sequence[SimpleNamespace]) -> dict[str, list[int]]:
         label = label if here.layer is None else str(here.layer)
         groups.setdefault(label if here.step is None else f"step {here.step}\n{label}", []).append(i)
     return groups
-
-
-def drawable_line(text: str, longest: int) -> str:
-    """A sentence of ours, cut where it is too long for a title."""
-    return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
 def read_report(path: Path) -> dict[str, object]:

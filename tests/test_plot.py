@@ -320,7 +320,7 @@ def test_a_window_gets_the_picture(monkeypatch):
     from matplotlib import pyplot
 
     figure = Figure()
-    figure.canvas = SimpleNamespace(required_interactive_framework="qt")
+    figure.canvas = SimpleNamespace(required_interactive_framework="qt", manager=None)
     shown = []
     monkeypatch.setattr(pyplot, "figure", lambda: figure)
     monkeypatch.setattr(pyplot, "show", lambda: shown.append(len(figure.axes)))
