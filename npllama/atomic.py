@@ -215,3 +215,22 @@ def new_folder(path: str | Path, force: bool, foreign: Callable[[Path], str | No
 def _remove_if_empty(folder: Path) -> None:
     with contextlib.suppress(OSError):
         folder.rmdir()
+
+
+def write_file(path: str | Path, data: bytes) -> None:
+    """Write a file that appears complete or not at all, in the place of another of that name.
+
+    Raises ValueError where it can't be written.
+    """
+    target = Path(path)
+    partial = _sibling(target, "partial")
+    with _signals_unwind():
+        try:
+            partial.write_bytes(data)
+            _sync(partial)
+            os.replace(partial, target)
+        except OSError as error:
+            raise ValueError(f"{target}: {error.strerror or error}") from None
+        finally:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .exercises import Exercise
     from .grading import Outcome
 
+PLOTS = ["rope", "attention", "mask", "residual", "logit-lens", "tokens", "error"]
 DTYPES = ["auto", "stored", "float32", "float64"]
 
 
@@ -156,6 +157,23 @@ def build_parser() -> argparse.ArgumentParser:
         "--beside", action="append", default=[], metavar="MODEL", help="with --tokenizer: another model or tokenizer file"
     )
     p.add_argument("--markdown", action="store_true", help="print Markdown")
+    add_model_options(p)
+
+    p = command("plot", run_plot, "draw one thing of a pass")
+    p.add_argument("kind", metavar="KIND", choices=PLOTS, help="rope, attention, mask, residual, logit-lens, tokens or error")
+    p.add_argument(
+        "traces", nargs="*", type=Path, metavar="TRACE", help="error: REFERENCE and CANDIDATE, or a report of compare in JSON"
+    )
+    add_prompt_options(p, required=False)
+    p.add_argument("--layer", type=int, default=0, metavar="N", help="default 0")
+    p.add_argument("--head", type=int, default=0, metavar="N", help="default 0")
+    p.add_argument("-o", "--out", type=Path, metavar="FILE.png|FILE.svg", help="default: a window")
+    add_model_options(p)
+
+    p = command("explain", run_explain, "write a page to play with: one HTML file that shows a pass")
+    p.add_argument("prompt", nargs="?", metavar="PROMPT")
+    p.add_argument("--tokens", type=token_ids, metavar="1,2,3", help="a prompt of ids")
+    p.add_argument("-o", "--out", type=Path, required=True, metavar="PAGE.html")
     add_model_options(p)
 
     p = command("tokenize", run_tokenize, "text to ids on one line, or back")
@@ -509,6 +527,39 @@ def run_compare(args: argparse.Namespace) -> int:
     return comparison.exit_status
 
 
+def run_plot(args: argparse.Namespace) -> None:
+    """A picture, in a file or a window."""
+    from . import plot
+
+    if args.kind == "error":
+        from .compare import compare
+        from .compare.report import as_dict
+
+        if len(args.traces) not in (1, 2):
+            raise ValueError("error draws a comparison: expected REFERENCE and CANDIDATE, or one report of compare in JSON")
+        if len(args.traces) == 1:
+            report = plot.read_report(args.traces[0])
+        else:
+            report = as_dict(compare(*args.traces, model=args.model))
+        plot.plot_error(report, args.out)
+        return
+    if args.traces:
+        raise ValueError(f"{args.kind} draws a prompt, not {args.traces[0]}: expected --prompt or --tokens")
+    model = load(args.model, args.dtype)
+    plot.plot(args.kind, plot.Subject(model, lesson_ids(args, model), args.layer, args.head), args.out)
+
+
+def run_explain(args: argparse.Namespace) -> None:
+    """The page, and how large it is."""
+    from .explain import explain
+
+    if args.prompt is not None and args.tokens is not None:
+        raise ValueError("expected a prompt, or --tokens instead of it")
+    model = load(args.model, args.dtype)
+    size = explain(model, lesson_ids(args, model), args.out)
+    print(f"{args.out}: {size_text(size)}", file=sys.stderr)
+
+
 def run_info(args: argparse.Namespace) -> None:
     """The constants of a model and what its files hold."""
     model = open_model(args.model or demo_path())
@@ -620,6 +671,15 @@ def tokenizer_of(path: str | None) -> Tokenizer:
 def prompt_ids(args: argparse.Namespace, model: Model) -> list[int]:
     """--tokens, or --prompt encoded with BOS in front."""
     return args.tokens if args.tokens is not None else required_tokenizer(model).encode(args.prompt, bos=True)
+
+
+def lesson_ids(args: argparse.Namespace, model: Model) -> list[int]:
+    """--tokens, or --prompt, or else the sentence that the tutorials follow."""
+    if args.tokens is None and args.prompt is None:
+        args.prompt = "the answer to the ultimate question of life, the universe, and everything is "
+    if not (ids := prompt_ids(args, model)):
+        raise ValueError("the prompt is empty, and this model has no BOS token to start from")
+    return ids
 
 
 def trace_options(args: argparse.Namespace) -> dict[str, object]:

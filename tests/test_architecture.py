@@ -40,11 +40,14 @@ ORDER = [
     "tokenizer_lesson",
     "exercises",
     "grading",
+    "lens",
+    "plot",
+    "explain",
     "cli",
     "__init__",
     "__main__",
 ]
-HEAVY = {"torch", "transformers", "tiktoken", "sentencepiece", "tokenizers", "blobfile", "matplotlib", "tqdm"} | {
+HEAVY = {"torch", "transformers", "tiktoken", "sentencepiece", "tokenizers", "blobfile", "matplotlib", "bokeh", "tqdm"} | {
     "npllama_convert"
 }
 FILES = sorted(path for path in (ROOT / "npllama").glob("*.py"))

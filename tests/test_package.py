@@ -36,6 +36,6 @@ def test_the_version_is_one(distribution):
 def test_the_demo_model_and_the_type_marker_are_installed(distribution):
     files = {str(file) for file in distribution.files}
     demo = {f"npllama/demo/{name}" for name in ("config.json", "manifest.json", "tokenizer.model", "MODEL_CARD.md")}
-    assert demo | {"npllama/demo/layers.0.attention.wq.weight.npy", "npllama/py.typed"} <= files
+    assert demo | {"npllama/demo/layers.0.attention.wq.weight.npy", "npllama/py.typed", "npllama/explain.html"} <= files
     assert "npllama_convert/meta.py" in files
     assert not any(file.startswith("tests/") for file in files)

@@ -1,0 +1,311 @@
+"""`npllama explain`: one HTML file to play with a pass in. Opened by double-click, it asks the network for nothing.
+
+The charts are Bokeh's: a well-kept library whose Python package carries BokehJS whole (1.3 MB), so that a page takes it from
+there and no copy is in this repository. (plotly.js has 4.8 MB, and other libraries would have to be copied.) Choosing is done by
+the browser's own controls, which the keyboard works.
+
+Everything the page shows is from the taps, in one JSON text: attention weights as 16-bit integers (a 65535th), below the
+diagonal only; the last token's logits as the float32 numbers they are, so that the sliders compute what
+sampling.probabilities() does.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import inspect
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from . import __version__, linear, model, ops
+from .atomic import write_file
+from .checkpoint import Model
+from .compare.names import AFTER, BEFORE, LAYER, by_token
+from .config import Config
+from .lens import lens_names, logit_lens, residual_names, residual_norms, token_label, token_labels
+from .model import forward
+from .trace import Recording, Selection
+
+TEMPLATE = Path(__file__).with_name("explain.html")
+LENS_CANDIDATES = 5  # at each layer and position
+CANDIDATES = 20  # of the last token's, named in the page
+FIRST_NUMBERS = 4  # of each activation, for each token
+
+# What happens at each activation: a sentence, the formula, and the functions that compute it.
+STEPS: dict[str, tuple[str, str, tuple[Callable, ...]]] = {
+    "tok_embeddings": ("Each token's id picks a row of the embedding.", "x = E[id]", (linear.embed,)),
+    "attention_norm": (
+        "The residual stream is scaled to unit size before attention reads it.",
+        "y = x / √(mean(x²) + ε) · w",
+        (ops.rms_norm,),
+    ),
+    "attention.q": ("What each token asks for, cut into heads.", "q = y Wqᵀ", (linear.linear, model.split_heads)),
+    "attention.k": (
+        "What each token offers to be found by; several query heads share one of these.",
+        "k = y Wkᵀ",
+        (linear.linear, model.split_heads),
+    ),
+    "attention.v": ("What each token gives when it is looked at.", "v = y Wvᵀ", (linear.linear, model.split_heads)),
+    "attention.q_rope": (
+        "Each pair of a query's numbers is turned by an angle that grows with the token's position m.",
+        "(q₂ⱼ + i·q₂ⱼ₊₁) · e^(i·m·θⱼ)",
+        (ops.rope, ops.rope_rotation, ops.rope_frequencies),
+    ),
+    "attention.k_rope": (
+        "Keys are turned likewise, so that q·k depends on how far apart the two tokens are.",
+        "(k₂ⱼ + i·k₂ⱼ₊₁) · e^(i·m·θⱼ)",
+        (ops.rope, ops.rope_rotation, ops.rope_frequencies),
+    ),
+    "attention.scores": (
+        "How well each query matches each key; what comes later is −∞.",
+        "q·k / √K + mask",
+        (ops.attention_scores, ops.query_key_products, ops.causal_mask),
+    ),
+    "attention.weights": ("Scores become weights that sum to one.", "softmax(scores)", (ops.softmax,)),
+    "attention.heads": ("The values, averaged by the weights.", "weights · v", (ops.attention_heads,)),
+    "attention.out": (
+        "The heads side by side, mixed by one more matrix.",
+        "concat(heads) Woᵀ",
+        (model.join_heads, linear.linear),
+    ),
+    "attention_residual": ("What attention found is added to the stream.", "h = x + attention(y)", (model.block,)),
+    "ffn_norm": (
+        "The stream is scaled again, before the feed-forward reads it.",
+        "y = h / √(mean(h²) + ε) · w",
+        (ops.rms_norm,),
+    ),
+    "feed_forward.gate": ("One projection decides how far each of F channels opens.", "g = y W₁ᵀ", (linear.linear,)),
+    "feed_forward.up": ("Another says what goes through it.", "u = y W₃ᵀ", (linear.linear,)),
+    "feed_forward.act": ("The gate, smoothed, times the other.", "a = silu(g) · u", (ops.swiglu, ops.silu)),
+    "feed_forward.out": ("Back to the stream's width.", "a W₂ᵀ", (linear.linear, model.feed_forward)),
+    "out": ("What the feed-forward made is added to the stream: the layer's output.", "h + feed_forward(y)", (model.block,)),
+    "norm": ("After the last layer the stream is scaled once more.", "y = x / √(mean(x²) + ε) · w", (ops.rms_norm,)),
+    "logits": ("A score for every token of the vocabulary: which one comes next?", "y Outputᵀ", (linear.linear,)),
+}
+CALLERS = (model.forward, model.block, model.self_attention, model.feed_forward)
+
+
+def explain(model: Model, ids: Sequence[int], out: Path) -> int:
+    """Write the page of a pass over these tokens, complete or not at all, and return its size in bytes.
+
+    Raises ValueError, and ImportError without bokeh.
+    """
+    try:
+        from bokeh.resources import Resources
+    except ImportError:
+        raise ImportError("the page needs bokeh: pip install 'npllama[explain]'") from None
+    data = page_data(model, ids)
+    library = Resources(mode="inline", components=["bokeh"]).js_raw[0]  # what follows it sets the log level, and logs that
+    parts = {
+        "TITLE": html.escape(f"npllama explains: {''.join(data['labels'])[:60]}"),
+        "LIBRARY": library,
+        "DATA": _json(data),
+        "FIGURES": _json(figures(data)),
+    }
+    template = TEMPLATE.read_text(encoding="utf-8")
+    page = re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template).encode()
+    write_file(out, page)
+    return len(page)
+
+
+def _json(values: object) -> str:
+    """JSON that may stand in a <script>: no `<` can end it, whatever the prompt was."""
+    text = json.dumps(values, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+# ------------------------------------------------------------------------------------------------------------------- the data
+
+
+def page_data(model: Model, ids: Sequence[int]) -> dict[str, object]:
+    """Everything the page knows of the pass. Arrays are base64 of little-endian numbers, in C order.
+
+    weights        uint16 [L, H, T(T+1)/2]: round(65535 · attention.weights), each row up to its own token
+    norms          float32 [1 + 2L, T]: the residual stream's
+    lens_ids, lens int32, float32 [1 + L, T, LENS_CANDIDATES]: the logit lens
+    logits         float32 [V]: those after the last token, from the largest; the first have labels in `candidates`
+    numbers        activation -> float32 [T, FIRST_NUMBERS]: what each token's begin with
+    """
+    config, T = model.config, len(ids)
+    shown = {*residual_names(config), *(f"layers.{i}.attention.weights" for i in range(config.n_layers))}
+    recording = Recording(Selection(taps=(*shown, "logits")))
+    numbers: dict[str, str] = {}
+
+    def tap(name: str, x: np.ndarray) -> np.ndarray:
+        numbers[name] = _base64(by_token(name, x)[:, :FIRST_NUMBERS], "<f4")
+        return recording(name, x)
+
+    forward(model.params, config, ids, tap=tap)
+    lower = np.tril_indices(T)
+    weights = [recording[f"layers.{i}.attention.weights"][:, lower[0], lower[1]] for i in range(config.n_layers)]
+    lens_ids, lens = logit_lens(model, recording, LENS_CANDIDATES)
+    logits = recording["logits"][-1].astype(np.float32)
+    order = np.argsort(-logits, kind="stable")
+    return {
+        "version": __version__,
+        "model": model.path.name if model.path else "a model in memory",
+        "config": config.to_dict(),
+        "ids": [int(id) for id in ids],
+        "labels": token_labels(model.tokenizer, ids),
+        "weights": _base64(np.rint(65535.0 * np.stack(weights)), "<u2"),
+        "norms": _base64(residual_norms(recording, config), "<f4"),
+        "norm_names": residual_names(config),
+        "lens_ids": _base64(lens_ids, "<i4"),
+        "lens": _base64(lens, "<f4"),
+        "lens_names": lens_names(config),
+        "lens_labels": {int(id): token_label(model.tokenizer, int(id)) for id in np.unique(lens_ids)},
+        "logits": _base64(logits[order], "<f4"),
+        "candidates": [{"id": int(id), "label": token_label(model.tokenizer, int(id))} for id in order[:CANDIDATES]],
+        "numbers": numbers,
+        "steps": steps(config, T),
+    }
+
+
+def _base64(x: np.ndarray, dtype: str) -> str:
+    return base64.b64encode(np.ascontiguousarray(x, dtype)).decode("ascii")
+
+
+def steps(config: Config, n_tokens: int) -> list[dict[str, object]]:
+    """The steps of a pass in order, each with sentence, formula, shape, the line that calls it, and its functions' code."""
+    axes = {**BEFORE, **LAYER, **AFTER}
+    sizes = {
+        "T": n_tokens,
+        "S": n_tokens,
+        "D": config.dim,
+        "H": config.n_heads,
+        "G": config.n_kv_heads,
+        "K": config.head_dim,
+        "F": config.ffn_dim,
+        "V": config.vocab_size,
+    }
+    found = []
+    for kind, (sentence, formula, functions) in STEPS.items():
+        found.append(
+            {
+                "kind": kind,
+                "in_layer": kind in LAYER,
+                "sentence": sentence,
+                "formula": formula,
+                "shape": f"[{', '.join(axes[kind].split())}] = [{', '.join(str(sizes[a]) for a in axes[kind].split())}]",
+                "call": _call(kind),
+                "code": [_code(function) for function in functions],
+            }
+        )
+    return found
+
+
+def _call(kind: str) -> dict[str, str]:
+    """The line of the forward pass that has this activation, and where it is."""
+    last = kind.removeprefix("attention.").removeprefix("feed_forward.")
+    part = next((part for part in ("attention", "feed_forward") if kind.startswith(part + ".")), None)
+    callers = {"attention": (model.self_attention,), "feed_forward": (model.feed_forward,)}.get(part, (forward, model.block))
+    for function in callers:
+        lines, first = inspect.getsourcelines(function)
+        for number, line in enumerate(lines, start=first):
+            if re.search(rf'tap\((name \+ )?"{last}"', line):
+                return {"where": f"{_file(function)}:{number}, {function.__name__}()", "line": line.strip()}
+    raise LookupError(f"no line of model.py has the tap {kind}")
+
+
+def _code(function: Callable) -> dict[str, str]:
+    lines, first = inspect.getsourcelines(function)
+    module = function.__module__.rpartition(".")[2]
+    return {"name": f"{module}.{function.__name__}", "where": f"{_file(function)}:{first}", "source": "".join(lines)}
+
+
+def _file(function: Callable) -> str:
+    return "npllama/" + function.__module__.rpartition(".")[2] + ".py"
+
+
+# ---------------------------------------------------------------------------------------------------------------- the figures
+
+
+def figures(data: Mapping[str, object]) -> dict[str, object]:
+    """Bokeh's four figures as JSON, without their numbers: the page fills the sources by name, in the colours of its theme."""
+    from bokeh.embed import json_item
+    from bokeh.models import ColumnDataSource, FixedTicker, HoverTool, LinearColorMapper, PlainText, Range1d
+    from bokeh.palettes import Cividis256, Viridis256
+    from bokeh.plotting import figure
+
+    T, L = len(data["ids"]), data["config"]["n_layers"]
+
+    def empty(width: int, height: int, **options) -> figure:
+        """A figure that lets the page scroll under a finger, with no toolbar."""
+        options = {"tools": "", "toolbar_location": None, "width": width, "height": height, "min_border": 4, **options}
+        made = figure(**options)
+        made.grid.visible = False
+        made.background_fill_color = made.border_fill_color = None  # the page's own shows through, dark or light
+        return made
+
+    def source(name: str, *columns: str) -> ColumnDataSource:
+        return ColumnDataSource({column: [] for column in columns}, name=name)
+
+    def ticks(axis, texts: Sequence[str], pixels: float) -> None:
+        """Every cell has a tick, or every n-th of small ones; PlainText, as a token that looks like a formula is none."""
+        stride = math.ceil(12 / pixels)
+        shown = range(0, len(texts), stride)
+        axis.ticker = FixedTicker(ticks=list(shown))
+        axis.major_label_overrides = {i: PlainText(_shortened(texts[i] if stride == 1 else f"{i} {texts[i]}")) for i in shown}
+
+    def cells(made: figure, name: str, columns: Sequence[str], colours: Sequence[str], low: float) -> None:
+        mapper = LinearColorMapper(palette=colours, low=low, high=1)
+        shape = {"width": 1, "height": 1, "line_color": None, "fill_color": {"field": "shade", "transform": mapper}}
+        made.rect("x", "y", source=source(name, "x", "y", "shade", *columns), **shape)
+
+    cell = min(15.0, max(4.0, 720 / T))
+    side = max(320, round(100 + cell * T))
+    attention = empty(side, side, x_range=Range1d(-0.5, T - 0.5), y_range=Range1d(T - 0.5, -0.5), x_axis_location="above")
+    cells(attention, "attention", ["looks", "at", "weight"], Viridis256, 0)
+    attention.rect(
+        "x", "y", width="width", height=1, fill_alpha=0, line_width=2, line_color="#D55E00",
+        source=source("row", "x", "y", "width"),
+    )  # fmt: skip
+    attention.add_tools(HoverTool(renderers=[attention.renderers[0]], tooltips="@looks looks at @at: @weight{0.0%}"))
+    ticks(attention.xaxis[0], data["labels"], cell)
+    ticks(attention.yaxis[0], data["labels"], cell)
+    attention.xaxis.major_label_orientation = 1.2
+    attention.axis.major_label_text_font_size = "10px"
+
+    lens = empty(130 + 64 * T, 70 + 19 * (L + 1), x_range=Range1d(-0.5, T - 0.5), y_range=Range1d(-0.5, L + 0.5))
+    cells(lens, "lens", ["text", "ink", "where", "candidates"], Cividis256, 0)
+    lens.text("x", "y", "text", text_color="ink", text_align="center", text_baseline="middle", text_font_size="11px",
+              source=lens.renderers[0].data_source)  # fmt: skip
+    lens.add_tools(HoverTool(renderers=[lens.renderers[0]], tooltips=[("", "@where"), ("", "@candidates")]))
+    ticks(lens.xaxis[0], data["labels"], 64)
+    ticks(lens.yaxis[0], ["embedding", *map(str, range(L))], 19)
+    lens.yaxis.axis_label = "after layer"
+
+    lengths = np.frombuffer(base64.b64decode(data["norms"]), "<f4")
+    low, high = (float(bound(lengths[lengths > 0], initial=1)) for bound in (np.min, np.max))
+    range_ = Range1d(0.7 * low, 1.5 * high)
+    norms = empty(900, 340, sizing_mode="stretch_width", y_axis_type="log", x_range=Range1d(-0.2, L + 0.2), y_range=range_)
+    norms.multi_line("xs", "ys", line_color="#8a8a8a", line_alpha=0.45, source=source("norms", "xs", "ys", "label"))
+    norms.line("x", "y", line_color="#D55E00", line_width=3, source=source("norm", "x", "y", "name", "label"))
+    norms.scatter("x", "y", color="#D55E00", size=6, source=norms.renderers[1].data_source)
+    norms.add_tools(
+        HoverTool(renderers=[norms.renderers[2]], tooltips="@label, @name: @y{0.000}", mode="mouse"),
+        HoverTool(renderers=[norms.renderers[0]], tooltips="@label", line_policy="nearest"),
+    )
+    norms.xaxis.axis_label, norms.yaxis.axis_label = "layers passed; half steps are after attention", "‖x‖"
+
+    n = len(data["candidates"])
+    candidates = empty(600, 40 + 20 * n, sizing_mode="stretch_width", y_range=Range1d(n - 0.5, -0.5), x_range=Range1d(0, 1))
+    bars = source("candidates", "y", "p", "own", "label")
+    candidates.hbar("y", right="own", height=0.8, fill_alpha=0, line_color="#8a8a8a", source=bars)
+    candidates.hbar("y", right="p", height=0.6, color="#0072B2", source=bars)
+    candidates.add_tools(HoverTool(tooltips="@label: @p{0.00%}; the model's own: @own{0.00%}"))
+    ticks(candidates.yaxis[0], [candidate["label"] for candidate in data["candidates"]], 20)
+    candidates.xaxis.axis_label = "probability; the outline is the model's own"
+    return {
+        name: json_item(made, f"{name}-figure")
+        for name, made in (("attention", attention), ("lens", lens), ("norms", norms), ("candidates", candidates))
+    }
+
+
+def _shortened(label: str) -> str:
+    return label if len(label) <= 12 else label[:11] + "…"
