@@ -100,14 +100,14 @@ def test_a_sentencepiece_model_that_collapses_blanks(shared_data: Path, tmp_path
 
 @pytest.mark.parametrize("pre", PRE_TOKENIZERS)
 def test_every_pre_tokenizer(pre: str, tiny_chatml_file: Path, tmp_path: Path) -> None:
-    texts = CORPUS[::5]
+    texts = CORPUS[::10]
     with ours_and_theirs(metadata_of_json(tiny_chatml_file, pre), tmp_path) as (tokenizer, judge):
         found = differing(tokenizer, judge.tokenize, texts=texts)
         special = differing(tokenizer, judge.tokenize_special, special=True, texts=texts)
         if pre == "tekken":
             # llama.cpp's pattern doesn't count combining marks among the letters; that of the published tokenizer.json does.
             assert all(any(unicodedata.category(char)[0] == "M" for char in as_unicode(text)) for text in {*found, *special})
-            assert (len(found), len(special)) == (131, 132)
+            assert (len(found), len(special)) == (72, 73)
         else:
             assert found == special == []
 
