@@ -34,7 +34,7 @@ FORMAT_VERSION = 1
 STORAGE = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2"), "int8": np.dtype("i1")}
 BLOCK_BYTES = 1 << 18  # what is converted, checked, hashed and written at once: small enough for a core's cache
 WRITE_BYTES = 1 << 16  # at once: the page cache makes folios as large as a write is, and large ones can take it long to find
-BLOCKS_AHEAD = 16  # how many blocks the hashing may be behind the writing
+BLOCKS_AHEAD = 4  # how many blocks the hashing may be behind the writing
 JSON_LIMIT = 4 << 20  # bytes; the manifest of a 405B model has 0.4 million
 MANIFEST_SECTIONS = {
     "tensors": {"file": str, "dtype": str, "shape": list, "bytes": int, "sha256": str},
