@@ -15,7 +15,9 @@ import json
 import math
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -30,7 +32,9 @@ from .store import NAME, locate
 
 FORMAT_VERSION = 1
 STORAGE = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2"), "int8": np.dtype("i1")}
-BLOCK_BYTES = 1 << 20  # what is converted, checked, hashed and written at once: small enough for a core's cache
+BLOCK_BYTES = 1 << 18  # what is converted, checked, hashed and written at once: small enough for a core's cache
+WRITE_BYTES = 1 << 16  # at once: the page cache makes folios as large as a write is, and large ones can take it long to find
+BLOCKS_AHEAD = 4  # how many blocks the hashing may be behind the writing
 JSON_LIMIT = 4 << 20  # bytes; the manifest of a 405B model has 0.4 million
 MANIFEST_SECTIONS = {
     "tensors": {"file": str, "dtype": str, "shape": list, "bytes": int, "sha256": str},
@@ -392,9 +396,10 @@ def create(
                 raise CheckpointError(
                     f"{path}: the model needs {size_text(needed)}, but only {size_text(free)} are free on that disk"
                 )
-            writer = Writer(folder, shapes, dtypes)
-            yield writer
-            writer._finish(config, source, generation)
+            with ThreadPoolExecutor(max_workers=1) as hashing:  # one worker: it takes the blocks in their order
+                writer = Writer(folder, shapes, dtypes, hashing)
+                yield writer
+                writer._finish(config, source, generation)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -414,8 +419,8 @@ class Writer:
 
     progress: Callable[[int], object] | None = None  # set it to be called with the bytes just written
 
-    def __init__(self, folder: Path, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str]):
-        self._folder, self._shapes, self._dtypes = folder, shapes, dtypes
+    def __init__(self, folder: Path, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str], hashing: Executor):
+        self._folder, self._shapes, self._dtypes, self._hashing = folder, shapes, dtypes, hashing
         self._tensors: dict[str, dict[str, object]] = {}
         self._files: dict[str, dict[str, object]] = {}
 
@@ -436,7 +441,7 @@ class Writer:
         self._check_shape(name, shape)
         dtype, n_rows, scales = self._dtypes[name], 0, []
         with open(self._folder / f"{name}.npy", "xb") as file:
-            stream = _NpyStream(file, shape, STORAGE[dtype])
+            stream = _NpyStream(file, shape, STORAGE[dtype], self._hashing)
             for block in blocks:
                 if block.shape[1:] != shape[1:] or n_rows + len(block) > shape[0]:
                     raise CheckpointError(
@@ -454,7 +459,7 @@ class Writer:
         entry = {"file": f"{name}.npy", "dtype": dtype, "shape": list(shape), "bytes": stream.n_bytes, "sha256": stream.sha256}
         if scales:
             with open(self._folder / f"{name}.scale.npy", "xb") as file:
-                stream = _NpyStream(file, shape[:1], STORAGE["float32"])
+                stream = _NpyStream(file, shape[:1], STORAGE["float32"], self._hashing)
                 stream.write(np.concatenate(scales))
             entry["scale"] = {"file": f"{name}.scale.npy", "bytes": stream.n_bytes, "sha256": stream.sha256}
         self._tensors[name] = entry
@@ -492,24 +497,32 @@ class Writer:
 
 
 class _NpyStream:
-    """Writes an .npy file block by block, and hashes it on the way."""
+    """Writes an .npy file block by block, and has it hashed meanwhile, on another thread."""
 
-    def __init__(self, file: BinaryIO, shape: tuple[int, ...], dtype: np.dtype):
-        self._file, self._digest, self.n_bytes = file, hashlib.sha256(), 0
+    def __init__(self, file: BinaryIO, shape: tuple[int, ...], dtype: np.dtype, hashing: Executor):
+        self._file, self._hashing, self._digest, self.n_bytes = file, hashing, hashlib.sha256(), 0
+        self._behind: deque[Future[None]] = deque()
         self._put(_npy_header(shape, dtype))
 
     def write(self, block: np.ndarray) -> None:
-        """Add the next rows, contiguous and of the file's dtype."""
+        """Add the next rows, contiguous and of the file's dtype. They are not to be changed afterwards."""
         self._put(memoryview(block).cast("B"))
 
     @property
     def sha256(self) -> str:
+        self._catch_up(0)
         return self._digest.hexdigest()
 
     def _put(self, data: bytes | memoryview) -> None:
-        self._file.write(data)
-        self._digest.update(data)
+        self._catch_up(BLOCKS_AHEAD)
+        self._behind.append(self._hashing.submit(self._digest.update, data))
+        for start in range(0, len(data), WRITE_BYTES):
+            self._file.write(data[start : start + WRITE_BYTES])
         self.n_bytes += len(data)
+
+    def _catch_up(self, behind: int) -> None:
+        while len(self._behind) > behind:
+            self._behind.popleft().result()
 
 
 def _float64_to_odd_float32(array: np.ndarray) -> np.ndarray:

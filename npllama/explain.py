@@ -1,8 +1,8 @@
 """`npllama explain`: one HTML file to play with a pass in. Opened by double-click, it asks the network for nothing.
 
 The charts are Bokeh's: a well-kept library whose Python package carries BokehJS whole (1.3 MB), so that a page takes it from
-there and no copy is in this repository. (plotly.js has 4.8 MB, and other libraries would have to be copied.) Choosing is done by
-the browser's own controls, which the keyboard works.
+there and no copy is in this repository. (plotly.js has 4.8 MB, and other libraries would have to be copied.) Choosing is done
+by the browser's own controls, which the keyboard works.
 
 Everything the page shows is from the taps, in one JSON text: attention weights as 16-bit integers (a 65535th), below the
 diagonal only; the last token's logits as the float32 numbers they are, so that the sliders compute what

@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from npllama.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, TokenizerError, load_tokenizer
+from npllama.tokenizer import (
+    LLAMA3_SPECIAL_TOKENS,
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    TokenizerError,
+    load_tokenizer,
+)
 from npllama_convert.gguf_vocabulary import PRE_TOKENIZERS, tokenizer_config, tokenizer_file
 
 from make_corpus import as_unicode, make_corpus
@@ -53,6 +60,42 @@ def metadata_of_sentencepiece(path: Path, **more: object) -> dict[str, object]:
         "tokenizer.ggml.eos_token_id": model.eos_id(),
         **{f"tokenizer.ggml.{name}": value for name, value in more.items()},
     }
+
+
+def metadata_of_tiktoken(path: Path) -> dict[str, object]:
+    """As in the GGUF files of Llama 3, whose published tokenizer.json was made of tiktoken's file."""
+    from tiktoken.load import load_tiktoken_bpe
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIKTOKEN_CACHE_DIR", "")  # no cache
+        ranks = load_tiktoken_bpe(str(path))
+    chars = {byte: char for char, byte in byte_of_char().items()}
+    text = {token: "".join(chars[byte] for byte in token) for token in ranks}
+    # Every split of a token into two tokens is a merge, in the order of the tokens' ranks.
+    merges = [
+        f"{text[left]} {text[right]}"
+        for token in ranks
+        for _, _, left, right in sorted(
+            (ranks[token[:cut]], ranks[token[cut:]], token[:cut], token[cut:])
+            for cut in range(1, len(token))
+            if token[:cut] in ranks and token[cut:] in ranks
+        )
+    ]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "llama-bpe",
+        "tokenizer.ggml.tokens": [*text.values(), *LLAMA3_SPECIAL_TOKENS],
+        "tokenizer.ggml.token_type": [1] * len(ranks) + [3] * len(LLAMA3_SPECIAL_TOKENS),
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.bos_token_id": 128000,
+        "tokenizer.ggml.eos_token_id": 128009,
+    }
+
+
+def byte_of_char() -> dict[str, int]:
+    """GPT-2's alphabet as transformers spells it out."""
+    convert = pytest.importorskip("transformers.convert_slow_tokenizer", reason="transformers is not installed")
+    return {char: byte for byte, char in convert.bytes_to_unicode().items()}
 
 
 TEXTS = make_corpus(500, seed=7)

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from npllama.tokenizer import LLAMA3_PATTERN, LLAMA3_SPECIAL_TOKENS, Tokenizer, load_tokenizer
-from npllama_convert.gguf_vocabulary import tokenizer_file
 
 from make_corpus import as_unicode, make_corpus
+from test_gguf_vocabulary import byte_of_char, metadata_of_sentencepiece, metadata_of_tiktoken, write
 
 CORPUS = make_corpus(10_000)
 Judge = Callable[[str], list[int]]
@@ -77,41 +77,12 @@ def test_llama3(llama3_tokenizer: Tokenizer, llama3_judge) -> None:
 
 
 def test_llama3_as_a_gguf_vocabulary(llama3_judge, tokenizers, tmp_path: Path) -> None:
-    chars = {byte: char for char, byte in byte_of_char().items()}
-    ranks = llama3_judge._mergeable_ranks
-    text = {token: "".join(chars[byte] for byte in token) for token in ranks}
-    # As in the published tokenizer.json: every split of a token into two tokens is a merge, in the order of the tokens' ranks.
-    merges = [
-        f"{text[left]} {text[right]}"
-        for token in ranks
-        for _, _, left, right in sorted(
-            (ranks[token[:cut]], ranks[token[cut:]], token[:cut], token[cut:])
-            for cut in range(1, len(token))
-            if token[:cut] in ranks and token[cut:] in ranks
-        )
-    ]
-    metadata = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "llama-bpe",
-        "tokenizer.ggml.tokens": [*text.values(), *LLAMA3_SPECIAL_TOKENS],
-        "tokenizer.ggml.token_type": [1] * len(ranks) + [3] * len(LLAMA3_SPECIAL_TOKENS),
-        "tokenizer.ggml.merges": merges,
-        "tokenizer.ggml.bos_token_id": 128000,
-        "tokenizer.ggml.eos_token_id": 128009,
-    }
-    name, content = tokenizer_file(metadata)
-    (tmp_path / name).write_bytes(content)
-    tokenizer = load_tokenizer(tmp_path / name)
+    metadata = metadata_of_tiktoken(Path(os.environ["NPLLAMA_LLAMA3_TOKENIZER"]))
+    tokenizer = load_tokenizer(write(metadata, tmp_path))
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.adds_bos) == (128256, 128000, True)
     assert tokenizer.stop_ids == {128001, 128008, 128009}
     assert mismatches(tokenizer, llama3_judge.encode_ordinary) == []
     assert mismatches(tokenizer, lambda text: llama3_judge.encode(text, allowed_special="all"), special=True) == []
-
-
-def byte_of_char() -> dict[str, int]:
-    """GPT-2's alphabet as transformers spells it out."""
-    convert = pytest.importorskip("transformers.convert_slow_tokenizer", reason="transformers is not installed")
-    return {char: byte for byte, char in convert.bytes_to_unicode().items()}
 
 
 # LLaMA 1 and 2: SentencePiece, also by way of GGUF and of a tokenizer.json.
@@ -123,8 +94,6 @@ def test_llama2(llama2_tokenizer: Tokenizer, shared_data: Path) -> None:
 
 
 def test_llama2_as_a_gguf_vocabulary(shared_data: Path, tmp_path: Path) -> None:
-    from test_gguf_vocabulary import metadata_of_sentencepiece, write
-
     path = shared_data / "llama2-tokenizer" / "tokenizer.model"
     assert mismatches(load_tokenizer(write(metadata_of_sentencepiece(path), tmp_path)), sentencepiece_judge(path)) == []
 
