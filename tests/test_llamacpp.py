@@ -56,6 +56,8 @@ def ours_and_theirs(metadata: dict[str, object], folder: Path) -> Iterator[tuple
 
 
 def differing(tokenizer: Tokenizer, judge: Judge, special: bool = False, texts: list[str] = CORPUS) -> list[str]:
+    """Those of the texts whose ids differ; with special tokens, of those that may spell one, as in mismatches()."""
+    texts = [text for text in texts if "<" in text] if special else texts
     return [text for text in texts if tokenizer.encode(text, special=special) != judge(as_unicode(text))]
 
 
@@ -82,7 +84,7 @@ def test_llama2(shared_data: Path, tmp_path: Path) -> None:
         unknown = [text for text in CORPUS if "<unk>" in text]
         assert differing(tokenizer, judge.tokenize_special, special=True) == unknown
         assert len(unknown) == 212
-        assert differing(tokenizer, judge.tokenize_special, True, [text.replace("<unk>", "unk") for text in unknown]) == []
+        assert differing(tokenizer, judge.tokenize_special, True, [text.replace("<unk>", "<unk ") for text in unknown]) == []
 
 
 def test_a_sentencepiece_model_that_collapses_blanks(shared_data: Path, tmp_path: Path) -> None:
@@ -107,7 +109,7 @@ def test_every_pre_tokenizer(pre: str, tiny_chatml_file: Path, tmp_path: Path) -
         if pre == "tekken":
             # llama.cpp's pattern doesn't count combining marks among the letters; that of the published tokenizer.json does.
             assert all(any(unicodedata.category(char)[0] == "M" for char in as_unicode(text)) for text in {*found, *special})
-            assert (len(found), len(special)) == (72, 73)
+            assert (len(found), len(special)) == (72, 8)
         else:
             assert found == special == []
 
