@@ -13,8 +13,10 @@ import hashlib
 import io
 import json
 import math
+import mmap
 import os
 import shutil
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -25,6 +27,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from . import layout
 from .atomic import check_target, new_folder, survivor
 from .config import Config, ConfigError, parameter_shapes
 from .linear import Int8, Weight, is_packed, to_bfloat16, to_int8, widen
@@ -70,6 +73,7 @@ class Model:
     generation: dict[str, object] = field(default_factory=dict)  # recommended chat_format, system, temperature, top_p, or None
     path: Path | None = None
     manifest: dict[str, object] = field(default_factory=dict)
+    note: str = ""  # what load() decided for the user, and what to expect of it
 
     @cached_property
     def tokenizer(self):
@@ -90,9 +94,9 @@ def demo_path() -> Path:
 def load(path: str | Path | None = None, dtype: str = "auto") -> Model:
     """Open a model directory, by its path or its name in the store, to compute with; without one, the embedded demo model.
 
-    dtype "auto"     float32, if widening packed weights to it fits in half of the free memory, else "stored"
+    dtype "auto"     float32, if what that takes fits in half of the free memory, else "stored"
           "stored"   weights stay as they are on disk, memory-mapped: linear() widens packed ones tile by tile
-          "float32", "float64"
+          "float32", "float64"   in memory, where they aren't that and at their best already (layout.py)
 
     Vectors (the norms' weights) are always widened. Raises CheckpointError or ConfigError, both ValueError.
     """
@@ -100,13 +104,50 @@ def load(path: str | Path | None = None, dtype: str = "auto") -> Model:
         raise ValueError(f"dtype is {dtype!r}, expected auto, stored, float32 or float64")
     model = open_model(demo_path() if path is None else path)
     if dtype == "auto":
-        widened = sum(4 * array.size for array in model.params.values() if is_packed(array))
-        dtype = "float32" if widened <= available_memory() // 2 else "stored"
-    for name, array in model.params.items():
-        if dtype != "stored" or array.ndim == 1:
-            array = widen(array)
-        model.params[name] = array.astype(np.float64) if dtype == "float64" else array
+        needed, free = layout.new_bytes(model.params, model.config, np.float32), available_memory()
+        fits = needed <= free // 2
+        dtype = "float32" if fits else "stored"
+        if any(map(is_packed, model.params.values())):
+            model.note = (
+                f"in float32 the weights take {size_text(needed)}, {'within' if fits else 'over'} half of the free memory"
+            )
+            model.note += f" of {size_text(free)}: {'widened once' if fits else 'they stay as stored'}"
+    if dtype == "stored":
+        for name, array in model.params.items():
+            model.params[name] = widen(array) if array.ndim == 1 else array
+        model.note = "; ".join(filter(None, (model.note, _read_ahead(model))))
+    else:
+        model.params = layout.in_memory(model.params, model.config, dtype)
     return model
+
+
+def _read_ahead(model: Model) -> str:
+    """Tell the system how the mapped weights will be read; what the user should expect where they don't fit, else nothing.
+
+    Weights that fit are asked for at once, in the order they are used, on a thread beside: computing then overlaps with the
+    disk's reading. What doesn't fit is read anew for every token, and the system is told not to keep what was read.
+    """
+    if not hasattr(mmap.mmap, "madvise"):  # Windows
+        return ""
+    maps = [m for weight in model.params.values() if (m := _mapping(weight)) is not None]
+    n_bytes, free = sum(map(len, maps)), available_memory()
+    fits = n_bytes <= free
+    advice = mmap.MADV_WILLNEED if fits else mmap.MADV_SEQUENTIAL
+
+    def advise() -> None:
+        for mapping in maps:
+            with contextlib.suppress(OSError, ValueError):  # it is advice; ValueError: closed meanwhile
+                mapping.madvise(advice)
+
+    threading.Thread(target=advise, daemon=True, name="npllama-read-ahead").start()
+    if fits:
+        return ""
+    return f"the weights take {size_text(n_bytes)}, but {size_text(free)} are free: each token reads them from the disk again"
+
+
+def _mapping(weight: Weight) -> mmap.mmap | None:
+    base = (weight.values if isinstance(weight, Int8) else weight).base
+    return getattr(base, "_mmap", None)
 
 
 def open_model(path: str | Path) -> Model:
@@ -505,8 +546,8 @@ class _NpyStream:
         self._put(_npy_header(shape, dtype))
 
     def write(self, block: np.ndarray) -> None:
-        """Add the next rows, contiguous and of the file's dtype. They are not to be changed afterwards."""
-        self._put(memoryview(block).cast("B"))
+        """Add the next rows, of the file's dtype. They are not to be changed afterwards."""
+        self._put(memoryview(np.ascontiguousarray(block)).cast("B"))
 
     @property
     def sha256(self) -> str:

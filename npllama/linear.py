@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -105,7 +106,7 @@ def to_int8(x: np.ndarray) -> Int8:
 
 def embed(tokens: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """The rows of the embedding that the tokens name; padding takes any.    tokens [..., T], weight [V, D] -> [..., T, D]"""
-    return widen(weight[np.maximum(tokens, 0)])
+    return widen(np.ascontiguousarray(weight[np.maximum(tokens, 0)]))
 
 
 def linear(x: np.ndarray, weight: Weight) -> np.ndarray:
@@ -125,6 +126,36 @@ def linear(x: np.ndarray, weight: Weight) -> np.ndarray:
     else:
         y = _many_rows_product(rows, weight)
     return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def linears(x: np.ndarray, *weights: Weight) -> list[np.ndarray]:
+    """linear() of the same x by each weight; as one product where layout.py has laid them side by side."""
+    if (whole := _as_one(weights)) is None:
+        return [linear(x, weight) for weight in weights]
+    y, parts, start = linear(x, whole), [], 0
+    for weight in weights:
+        parts.append(y[..., start : start + len(weight)])
+        start += len(weight)
+    return parts
+
+
+def _as_one(weights: Sequence[Weight]) -> np.ndarray | None:
+    """The matrix whose rows are those of all the weights, if they are its rows, in this order and all of them."""
+    block = getattr(weights[0], "base", None)
+    if not isinstance(block, np.ndarray) or block.ndim != 2:
+        return None
+    n_out, address = 0, _address(block)
+    for weight in weights:
+        if weight.base is not block or weight.strides != block.strides[::-1]:
+            return None
+        if _address(weight) != address + n_out * block.strides[1]:
+            return None
+        n_out += len(weight)
+    return block.T if block.shape == (weights[0].shape[1], n_out) else None
+
+
+def _address(array: np.ndarray) -> int:
+    return array.__array_interface__["data"][0]
 
 
 def products(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -178,7 +209,10 @@ def _many_rows_product(rows: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
 
 def _few_columns(weight: np.ndarray, columns: np.ndarray, out: np.ndarray) -> None:
-    """weight [..., out, in] @ columns [..., in, B] for small B, as one stack of tiles.    out [..., out, B]"""
+    """weight [..., out, in] @ columns [..., in, B] for small B, as one stack of tiles.    out [..., out, B]
+
+    The last two axes of the weight may be in memory in either order: taken apart, the first of them stays a view.
+    """
     *stack, n_out, n_in = weight.shape
     B = columns.shape[-1]
     tile = min(FEW_TILE, 1 << max(0, int(math.log2(max(1, IN_PLACE // (n_in * B))))))

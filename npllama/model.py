@@ -23,7 +23,7 @@ from . import fast
 from . import ops as plain_ops
 from .cache import KVCache
 from .config import Config
-from .linear import Weight, embed, linear
+from .linear import Weight, embed, linear, linears
 
 Array = np.ndarray
 Params = Mapping[str, Weight]
@@ -102,9 +102,10 @@ def self_attention(
     attention = wo · concat over heads of softmax(q·k / sqrt(K) + mask) · v
     """
     name = f"layers.{layer}.attention."
-    q = tap(name + "q", split_heads(linear(x, params[name + "wq.weight"]), config.n_heads))  # [..., T, H, K]
-    k = tap(name + "k", split_heads(linear(x, params[name + "wk.weight"]), config.n_kv_heads))  # [..., T, G, K]
-    v = tap(name + "v", split_heads(linear(x, params[name + "wv.weight"]), config.n_kv_heads))  # [..., T, G, K]
+    q, k, v = linears(x, params[name + "wq.weight"], params[name + "wk.weight"], params[name + "wv.weight"])
+    q = tap(name + "q", split_heads(q, config.n_heads))  # [..., T, H, K]
+    k = tap(name + "k", split_heads(k, config.n_kv_heads))  # [..., T, G, K]
+    v = tap(name + "v", split_heads(v, config.n_kv_heads))  # [..., T, G, K]
     q = tap(name + "q_rope", ops.rope(q, *rotation))
     k = tap(name + "k_rope", ops.rope(k, *rotation))
     keys, values = cache.update(layer, k, v)  # [..., G, S, K]
@@ -123,8 +124,8 @@ def feed_forward(x: Array, params: Params, layer: int, tap: Tap, ops: Ops) -> Ar
     feed_forward = w2 · (silu(w1 · x) · (w3 · x))
     """
     name = f"layers.{layer}.feed_forward."
-    gate = tap(name + "gate", linear(x, params[name + "w1.weight"]))  # [..., T, F]
-    up = tap(name + "up", linear(x, params[name + "w3.weight"]))
+    gate, up = linears(x, params[name + "w1.weight"], params[name + "w3.weight"])
+    gate, up = tap(name + "gate", gate), tap(name + "up", up)  # [..., T, F]
     act = tap(name + "act", ops.swiglu(gate, up))
     return tap(name + "out", linear(act, params[name + "w2.weight"]))
 

@@ -16,6 +16,7 @@ ORDER = [
     "config",
     "threads",
     "linear",
+    "layout",
     "ops",
     "fast",
     "cache",
