@@ -73,7 +73,8 @@ class Model:
     generation: dict[str, object] = field(default_factory=dict)  # recommended chat_format, system, temperature, top_p, or None
     path: Path | None = None
     manifest: dict[str, object] = field(default_factory=dict)
-    note: str = ""  # what load() decided for the user, and what to expect of it
+    note: str = ""  # what load() decided for the user and why, and what to expect of it
+    widened: bool = False  # whether it decided to widen packed weights
 
     @cached_property
     def tokenizer(self):
@@ -108,10 +109,12 @@ def load(path: str | Path | None = None, dtype: str = "auto") -> Model:
         fits = needed <= free // 2
         dtype = "float32" if fits else "stored"
         if any(map(is_packed, model.params.values())):
-            model.note = (
-                f"in float32 the weights take {size_text(needed)}, {'within' if fits else 'over'} half of the free memory"
-            )
-            model.note += f" of {size_text(free)}: {'widened once' if fits else 'they stay as stored'}"
+            sizes = f"half of the free {size_text(free)}"
+            if fits:
+                model.note = f"weights widened to float32, whose {size_text(needed)} fit in {sizes}"
+            else:
+                model.note = f"weights stay as stored: in float32 they take {size_text(needed)}, more than {sizes}"
+            model.widened = fits
     if dtype == "stored":
         for name, array in model.params.items():
             model.params[name] = widen(array) if array.ndim == 1 else array

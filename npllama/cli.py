@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import __version__, chat, chat_loop, known_answers, perplexity
+from . import __version__, chat, chat_loop, known_answers, perplexity, threads
 from .cache import KVCache
 from .checkpoint import Model, demo_path, load, open_model, printable, size_text, verify
 from .config import n_parameters
@@ -25,6 +25,7 @@ from .console import Statistics, rate, write
 from .generation import PREFILL_CHUNK, Step, generate_steps, stream_text
 from .model import forward
 from .precision import CONVENTIONS, PRECISIONS, Precision
+from .profile import Profile
 from .sampling import Sampling
 from .store import folder, locate, names
 from .tokenizer import StreamDecoder, Tokenizer
@@ -98,6 +99,14 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--no-echo", action="store_true", help="print the continuation without the prompt")
     p.add_argument("--special", action="store_true", help="special tokens' spelling in the prompt means the tokens")
     p.add_argument("--logprobs", type=int, metavar="K", help="a line per token: id, piece, log-probability, the K likeliest")
+    p.add_argument(
+        "--lookup",
+        type=int,
+        default=0,
+        metavar="K",
+        help="greedy, and check up to K tokens at once that followed alike text before",
+    )
+    p.add_argument("--profile", action="store_true", help="print where a token's time goes, to standard error")
     add_model_options(p)
     add_sampling_options(p)
 
@@ -224,6 +233,9 @@ def add_model_options(parser: argparse.ArgumentParser, dtype: bool = True) -> No
         default="auto",
         help="what packed weights are widened to; auto: float32 if that fits half of the free memory, else stored",
     )
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help=f"compute with N threads (default: ${threads.VARIABLE}, or all)"
+    )
 
 
 def add_prompt_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -324,7 +336,7 @@ def run_generate(args: argparse.Namespace) -> None:
         raise ValueError("expected a prompt, or --tokens instead of it")
     if args.stop and args.tokens:
         raise ValueError("--stop compares text, and with --tokens there is none")
-    model = load(args.model, args.dtype)
+    model = load_model(args)
     sampling = sampling_of(args, model)
     if args.tokens is None:
         ids = required_tokenizer(model).encode(args.prompt, bos=True, special=args.special)
@@ -332,10 +344,14 @@ def run_generate(args: argparse.Namespace) -> None:
             raise ValueError("the prompt is empty, and this model has no BOS token to start from")
     else:
         ids = args.tokens
-    steps = generate_steps(model, ids, args.max_tokens, sampling, args.seed)  # refuses a bad prompt before it is echoed
-    statistics = Statistics(len(ids))
+    # Refuses a bad prompt before it is echoed.
+    steps = generate_steps(model, ids, args.max_tokens, sampling, args.seed, lookup=args.lookup)
+    statistics = Statistics(len(ids), model.note if model.widened else "")
     steps = statistics.watch(steps)
+    profile = Profile(model) if args.profile else None
     try:
+        if profile:
+            steps = profile.watch(steps)
         if args.logprobs is not None:
             print_logprobs(steps, args.logprobs, model.tokenizer)
         elif args.tokens is not None:
@@ -356,11 +372,13 @@ def run_generate(args: argparse.Namespace) -> None:
         raise
     finally:
         statistics.print()
+        if profile:
+            print(profile.text(), file=sys.stderr)
 
 
 def run_chat(args: argparse.Namespace) -> None:
     """Question and answer in turn, at a terminal or in a pipe."""
-    model = load(args.model, args.dtype)
+    model = load_model(args)
     tokenizer = required_tokenizer(model)
     sampling = sampling_of(args, model)
     encode = chat.FORMATS[args.format or model.generation.get("chat_format") or chat.chat_format_of(tokenizer)]
@@ -374,7 +392,7 @@ def run_chat(args: argparse.Namespace) -> None:
 
 def run_logits(args: argparse.Namespace) -> None:
     """Logits of every position into one .npy, which appears complete or not at all."""
-    model = load(args.model, args.dtype)
+    model = load_model(args)
     ids = prompt_ids(args, model)
     partial = args.out.with_name(f".{args.out.name}.partial-{os.getpid()}")
     try:
@@ -448,7 +466,7 @@ def run_walkthrough(args: argparse.Namespace) -> None:
             raise ValueError("--beside compares tokenizers: expected --tokenizer with it")
         if (args.prompt is None) == (args.tokens is None):
             raise ValueError("expected a prompt, or --tokens instead of it")
-        model = load(args.model, args.dtype)
+        model = load_model(args)
         steps = walkthrough(model, prompt_ids(args, model), args.layer, args.head)
     if args.markdown:
         write(lesson.markdown(steps))
@@ -460,7 +478,7 @@ def run_walkthrough(args: argparse.Namespace) -> None:
 def run_perplexity(args: argparse.Namespace) -> None:
     """The perplexity of a text; with --base also how far two models are from each other."""
     text = args.file.read_bytes().decode("utf-8", "replace")
-    model, base = load(args.model, args.dtype), load(args.base, args.dtype) if args.base else None
+    model, base = load_model(args), load(args.base, args.dtype) if args.base else None
     ids = required_tokenizer(model).encode(text, bos=True)
     if base is not None and required_tokenizer(base).encode(text, bos=True) != ids:
         raise ValueError(f"{model.path} and {base.path} make different tokens of {args.file}: expected models of one tokenizer")
@@ -545,7 +563,7 @@ def run_plot(args: argparse.Namespace) -> None:
         return
     if args.traces:
         raise ValueError(f"{args.kind} draws a prompt, not {args.traces[0]}: expected --prompt or --tokens")
-    model = load(args.model, args.dtype)
+    model = load_model(args)
     plot.plot(args.kind, plot.Subject(model, lesson_ids(args, model), args.layer, args.head), args.out)
 
 
@@ -555,7 +573,7 @@ def run_explain(args: argparse.Namespace) -> None:
 
     if args.prompt is not None and args.tokens is not None:
         raise ValueError("expected a prompt, or --tokens instead of it")
-    model = load(args.model, args.dtype)
+    model = load_model(args)
     size = explain(model, lesson_ids(args, model), args.out)
     print(f"{args.out}: {size_text(size)}", file=sys.stderr)
 
@@ -592,7 +610,7 @@ def run_verify(args: argparse.Namespace) -> int:
 
 def run_check(args: argparse.Namespace) -> int:
     """A line per known answer, and 1 unless all hold."""
-    model = load(args.model, args.dtype)
+    model = load_model(args)
     known = known_answers.recognise(model.config)
     stored = sorted({tensor["dtype"] for tensor in model.manifest["tensors"].values()})
     print(f"{model.path} has the shape of {known.name}; its weights are stored as {' and '.join(stored)}")
@@ -650,6 +668,19 @@ def print_outcome(folder: Path, exercise: Exercise) -> Outcome:
 
 
 # ------------------------------------------------------------------------------------------------------------------ helpers
+
+
+def load_model(args: argparse.Namespace) -> Model:
+    """The model of -m, --dtype and --threads; that it stays as stored, and why, goes to standard error."""
+    if args.threads is not None:
+        if not threads.controls_blas():
+            raise ValueError("--threads needs the package threadpoolctl: pip install 'npllama[fast]'")
+        threads.set_threads(args.threads)
+    threads.n_threads()  # a bad NPLLAMA_NUM_THREADS is refused before anything is read
+    model = load(args.model, args.dtype)
+    if model.note and not model.widened:  # it will be slower than one might expect: say so before
+        print(f"{args.model or model.path}: {model.note}", file=sys.stderr)
+    return model
 
 
 def required_tokenizer(model: Model) -> Tokenizer:

@@ -18,8 +18,8 @@ def write(text: str) -> None:
 class Statistics:
     """Counts tokens and seconds of one prompt."""
 
-    def __init__(self, n_prompt: int):
-        self.n_prompt, self.n_made = n_prompt, 0
+    def __init__(self, n_prompt: int, note: str = ""):
+        self.n_prompt, self.n_made, self.note = n_prompt, 0, note
         self.started = self.first = self.last = time.perf_counter()
 
     def watch(self, steps: Iterable[Step]) -> Iterator[Step]:
@@ -40,6 +40,8 @@ class Statistics:
             parts.append(f"decode {self.n_made - 1} tokens at {rate(self.n_made - 1, self.last - self.first)}")
         if (peak := peak_memory()) is not None:
             parts.append(f"peak memory {peak / 1e6:,.0f} MB")
+        if self.note:
+            parts.append(self.note)
         print("; ".join(parts), file=sys.stderr)
 
 

@@ -45,14 +45,18 @@ def generate(
     seed: int = 0,
     stop_ids: Iterable[int] | None = None,
     cache: KVCache | None = None,
+    lookup: int = 0,
 ) -> Iterator[int]:
     """Continue a prompt: yields ids as they are made, at most max_tokens.
 
     Ends before a stop id (the tokenizer's, unless given) and where the context is full. The same seed gives the same tokens. A
-    cache holds what came before `tokens`. Raises ValueError for a prompt that is empty, outside the vocabulary or longer than
-    the context.
+    cache holds what came before `tokens`. With `lookup` up to so many tokens are checked in one pass, which followed when the
+    last few came before: the same tokens sooner, where a text repeats itself or its prompt, and ties within rounding aside.
+    Raises ValueError for a prompt that is empty, outside the vocabulary or longer than the context, and for lookup with a
+    temperature.
     """
-    steps = generate_steps(model, tokens, max_tokens, Sampling(temperature, top_k, top_p, min_p), seed, stop_ids, cache)
+    sampling = Sampling(temperature, top_k, top_p, min_p)
+    steps = generate_steps(model, tokens, max_tokens, sampling, seed, stop_ids, cache, lookup)
     return (step.token for step in steps)
 
 
@@ -64,6 +68,7 @@ def generate_steps(
     seed: int = 0,
     stop_ids: Iterable[int] | None = None,
     cache: KVCache | None = None,
+    lookup: int = 0,
 ) -> Iterator[Step]:
     """As generate(), with the logits of each step."""
     if cache is None:
@@ -72,6 +77,10 @@ def generate_steps(
     if (smallest := tokens.min()) < 0:
         raise ValueError(f"token id {smallest} is outside the vocabulary: expected 0 to {model.config.vocab_size - 1}")
     _check_room(tokens, cache)
+    if lookup < 0 or (lookup and sampling.temperature > 0):
+        raise ValueError(f"lookup is {lookup} at temperature {sampling.temperature}: expected 0 or more, at temperature 0")
+    if lookup:
+        return _decode_by_lookup(model, tokens, max_tokens, _stop_ids(model, stop_ids), cache, lookup)
     return _decode(model, tokens, max_tokens, sampling, seed, _stop_ids(model, stop_ids), cache)
 
 
@@ -88,6 +97,64 @@ def _decode(
         if made + 1 == max_tokens or cache.n_tokens.max() == model.config.max_seq_len:
             return
         logits = forward(model.params, model.config, [token], cache, last_only=True)[-1]
+
+
+def _decode_by_lookup(
+    model: Model, tokens: np.ndarray, max_tokens: int, stop: frozenset[int], cache: KVCache, k: int
+) -> Iterator[Step]:
+    """Greedy decoding that lets one pass check what is likely to come: Saxena 2023, "Prompt lookup decoding".
+
+    A pass over the last token and proposals after it gives the logits after each. Proposals count as far as they are what
+    greedy decoding takes; the cache forgets the others.
+    """
+    known = _Lookup()
+    for token in tokens.tolist():
+        known.add(token)
+    proposed: list[int] = []
+    logits = prefill(model, tokens, cache)[None]
+    made = 0
+    while made < max_tokens:
+        accepted, before = 0, cache.length - len(proposed)
+        try:
+            for row in logits:
+                token = sample(row, Sampling(), None)
+                if token in stop:
+                    return
+                yield Step(token, row)
+                known.add(token)
+                made += 1
+                if made == max_tokens or accepted == len(proposed) or token != proposed[accepted]:
+                    break
+                accepted += 1
+        finally:
+            cache.truncate(before + accepted)
+        room = min(model.config.max_seq_len - int(cache.n_tokens), max_tokens - made)
+        if room <= 0:
+            return
+        proposed = known.propose(min(k, room - 1))
+        logits = forward(model.params, model.config, [token, *proposed], cache)
+
+
+class _Lookup:
+    """Tokens so far, and what followed when the last few of them came before."""
+
+    SIZES = (4, 3, 2)  # tokens that must be alike; the longest match is taken, and of those the latest
+
+    def __init__(self) -> None:
+        self._tokens: list[int] = []
+        self._follows: dict[tuple[int, ...], int] = {}  # tokens -> where in the text that follows them begins
+
+    def add(self, token: int) -> None:
+        for size in self.SIZES:
+            if len(self._tokens) >= size:
+                self._follows[tuple(self._tokens[-size:])] = len(self._tokens)
+        self._tokens.append(token)
+
+    def propose(self, k: int) -> list[int]:
+        for size in self.SIZES:
+            if (start := self._follows.get(tuple(self._tokens[-size:]))) is not None:
+                return self._tokens[start : start + k]
+        return []
 
 
 def generate_batch(

@@ -29,6 +29,7 @@ ORDER = [
     "chat",
     "sampling",
     "generation",
+    "profile",
     "perplexity",
     "console",
     "chat_loop",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import tracemalloc
 
 import numpy as np
@@ -14,7 +13,7 @@ from npllama.checkpoint import load
 import tiny
 from tiny import CONFIGS, random_params, relative_error
 
-CONFIG = dataclasses.replace(tiny.CONFIGS["grouped"], max_seq_len=64) if "grouped" in CONFIGS else next(iter(CONFIGS.values()))
+CONFIG = next(iter(CONFIGS.values()))
 
 
 def all_names(config):
@@ -97,7 +96,9 @@ def test_auto_says_what_it_did_and_why(tmp_path, free, dtype, monkeypatch):
     model = load(tmp_path / "m")
     matrix = model.params["layers.0.attention.wo.weight"]
     assert matrix.dtype == (np.float32 if dtype == "float32" else np.uint16)
-    assert ("widened once" in model.note) == (dtype == "float32")
+    assert model.widened == (dtype == "float32")
+    assert ("widened to float32" in model.note) == model.widened
+    assert ("stay as stored" in model.note) == (dtype == "stored")
     assert ("from the disk again" in model.note) == (dtype == "stored")
 
 
