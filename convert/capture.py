@@ -307,6 +307,8 @@ def _run(model, layout: Layout, config: Config, tokens: np.ndarray, n_steps: int
     device = next(model.parameters()).device
     batch = torch.as_tensor(np.atleast_2d(tokens).astype(np.int64), device=device)
     watch = _Watch(config, layout, tap, squeeze=tokens.ndim == 1)
+    # transformers 5.24 calls it cache, where it is given and where it comes back.
+    cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     fed, logits, cache, start = [], None, None, 0
     with _hooked(model, layout, watch), torch.inference_mode():
         for i in range(1 + n_steps):
@@ -318,8 +320,8 @@ def _run(model, layout: Layout, config: Config, tokens: np.ndarray, n_steps: int
             if layout is META:
                 logits = model(batch, start)
             else:
-                result = model(input_ids=batch, past_key_values=cache, use_cache=n_steps > 0)
-                logits, cache = result.logits, result.past_key_values
+                result = model(input_ids=batch, **{cache_name: cache}, use_cache=n_steps > 0)
+                logits, cache = result.logits, getattr(result, cache_name)
             start += batch.shape[1]
     return fed
 

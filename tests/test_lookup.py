@@ -71,6 +71,15 @@ def test_it_ends_before_a_stop_id_and_with_the_context():
         assert list(generate(short, PROMPTS[1], 40, lookup=k)) == list(generate(short, PROMPTS[1], 40))
 
 
+@pytest.mark.parametrize("k", [1, 3, 100])
+def test_wrong_proposals_change_nothing_and_never_pass_the_end(k, monkeypatch):
+    """Neither the context's nor that of the tokens asked for."""
+    monkeypatch.setattr(_Lookup, "propose", lambda self, k: [3] * k)
+    short = Model(dataclasses.replace(CONFIG, max_seq_len=24), MODEL.params)
+    for model, n in ((short, 40), (MODEL, 10)):
+        assert list(generate(model, PROMPTS[1], n, lookup=k)) == list(generate(model, PROMPTS[1], n))
+
+
 @pytest.mark.parametrize("settings", [{"temperature": 0.5, "lookup": 3}, {"lookup": -1}])
 def test_it_is_for_greedy_decoding(settings):
     with pytest.raises(ValueError, match="lookup is"):

@@ -1,0 +1,64 @@
+"""Every way through linear.py, layout.py and fast.py on a real model: its error against float64, and the same greedy tokens."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from npllama import KVCache, checkpoint, forward, generate, generate_batch, load, threads
+from npllama.linear import widen
+
+from tiny import relative_error
+
+TEXT = "ROMEO:\nBut soft, what light through yonder window breaks?\nIt is the east, and Juliet is the sun.\n"
+STORAGE = ["float32", "bfloat16", "float16", "int8"]
+
+
+@pytest.fixture(scope="module", params=STORAGE)
+def path(request, tmp_path_factory):
+    """The embedded model, stored so."""
+    model, path = checkpoint.open_model(checkpoint.demo_path()), tmp_path_factory.mktemp("paths") / request.param
+    auto = "float32" if request.param == "float32" else "bfloat16"
+    dtypes = {name: request.param if request.param != "int8" or checkpoint.takes_int8(name) else auto for name in model.params}
+    with checkpoint.create(path, model.config, dtypes, source={"kind": "test"}) as writer:
+        for name, weight in model.params.items():
+            writer.add(name, widen(weight) if request.param in ("float32", "float16", "int8") else weight)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return np.array(load().tokenizer.encode(TEXT, bos=True))
+
+
+@pytest.fixture(params=[1, 2], ids=["1thread", "2threads"])
+def n_threads(request):
+    before = threads.n_threads()
+    threads.set_threads(request.param)
+    yield
+    threads.set_threads(before)
+
+
+@pytest.mark.parametrize("dtype", ["stored", "float32"])
+@pytest.mark.parametrize("chunk", [1, 5, 16, 1000])
+def test_the_error_against_float64(path, tokens, dtype, chunk, n_threads):
+    """Row by row, a few at a time, and all at once."""
+    exact_model = load(path, "float64")
+    exact = forward(exact_model.params, exact_model.config, tokens)
+    model = load(path, dtype)
+    cache = KVCache(model.config)
+    parts = [forward(model.params, model.config, tokens[i : i + chunk], cache) for i in range(0, len(tokens), chunk)]
+    found = np.concatenate(parts)
+    assert found.dtype == np.float32
+    assert relative_error(found, exact) < 5e-6
+
+
+def test_greedy_takes_the_same_tokens_on_every_path(path, tokens, n_threads):
+    prompt = tokens.tolist()
+    expected = list(generate(load(path, "float64"), prompt, max_tokens=40))
+    for dtype in ("stored", "float32"):
+        model = load(path, dtype)
+        assert list(generate(model, prompt, max_tokens=40)) == expected
+        assert list(generate(model, prompt, max_tokens=40, lookup=5)) == expected
+        together = list(generate_batch(model, [prompt, prompt[:5], prompt], max_tokens=40))
+        assert [row[0] for row in together] == [row[2] for row in together] == expected
