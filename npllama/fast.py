@@ -19,7 +19,7 @@ from .threads import parallel
 _ = np.empty(31 << 20, np.uint8)
 del _
 
-TILE = 1 << 17  # scores
+TILE = 1 << 18  # scores
 SHARED = 1 << 17  # scores: waking a second thread costs more than it saves below
 
 
