@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+import threading
 import tracemalloc
 
 import numpy as np
@@ -106,3 +108,37 @@ def test_an_embedding_that_is_not_the_output_is_left_where_it_is():
     untied = next(config for config in CONFIGS.values() if not config.tied_embeddings)
     params = random_params(untied, seed=9)
     assert layout.in_memory(params, untied, np.float32)["tok_embeddings.weight"] is params["tok_embeddings.weight"]
+
+
+class Mapping:
+    """Stands in for a file's mapping, and notes what the system is told about it."""
+
+    def __init__(self, name: str, n_bytes: int, told: list[tuple[str, int]]):
+        self.name, self.n_bytes, self.told = name, n_bytes, told
+
+    def __len__(self) -> int:
+        return self.n_bytes
+
+    def madvise(self, advice: int) -> None:
+        self.told.append((self.name, advice))
+
+
+@pytest.mark.skipif(not hasattr(mmap.mmap, "madvise"), reason="this system's mmap takes no advice")
+@pytest.mark.parametrize("fits", [True, False])
+def test_the_system_is_told_how_mapped_weights_will_be_read(tmp_path, fits, monkeypatch):
+    params = random_params(CONFIG, seed=9)
+    with checkpoint.create(tmp_path / "m", CONFIG, "bfloat16", source={"kind": "test"}) as writer:
+        for name, x in params.items():
+            writer.add(name, x)
+    model, told = checkpoint.open_model(tmp_path / "m"), []
+    for name, x in model.params.items():
+        x.base._mmap = Mapping(name, x.nbytes, told)
+    n_bytes = sum(x.nbytes for x in model.params.values())
+    monkeypatch.setattr(checkpoint, "available_memory", lambda: n_bytes - (not fits))
+    note = checkpoint._read_ahead(model)
+    for thread in threading.enumerate():
+        if thread.name == "npllama-read-ahead":
+            thread.join()
+    advice = mmap.MADV_WILLNEED if fits else mmap.MADV_SEQUENTIAL
+    assert told == [(name, advice) for name in params]
+    assert ("from the disk again" in note) == (not fits)
