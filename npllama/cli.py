@@ -124,7 +124,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = command("trace", run_trace, "write every activation of a pass, one .npy each")
     add_prompt_options(p)
-    add_model_options(p, dtype=False)
+    add_model_options(p, computes=False)
     p.add_argument("--precision", choices=PRECISIONS, default="float32", help="bfloat16 and float16 are simulated")
     p.add_argument("--convention", choices=CONVENTIONS, help="where 16 bits are rounded: as Meta's code or as Hugging Face's")
     add_trace_options(p)
@@ -209,7 +209,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = command("check", run_check, "recognise a published model by its shape, and run the answers known for it")
     p.add_argument("model", metavar="MODEL", help="model directory or name")
-    p.add_argument("--dtype", choices=DTYPES, default="auto", help="as for generate")
+    add_compute_options(p)
 
     p = command("exercise", run_exercise, "ten functions to write yourself, from softmax to the KV cache, each checked")
     actions = p.add_subparsers(dest="action", required=True, metavar="ACTION")
@@ -222,11 +222,15 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_model_options(parser: argparse.ArgumentParser, dtype: bool = True) -> None:
-    """-m and --dtype."""
+def add_model_options(parser: argparse.ArgumentParser, computes: bool = True) -> None:
+    """-m, and what add_compute_options() adds unless the command computes in its own way."""
     parser.add_argument("-m", "--model", metavar="MODEL", help="model directory or name (default: the embedded demo model)")
-    if not dtype:
-        return
+    if computes:
+        add_compute_options(parser)
+
+
+def add_compute_options(parser: argparse.ArgumentParser) -> None:
+    """--dtype and --threads, as load_model() reads them."""
     parser.add_argument(
         "--dtype",
         choices=DTYPES,

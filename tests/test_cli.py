@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import npllama
-from npllama import checkpoint, forward
+from npllama import checkpoint, forward, threads
 from npllama.checkpoint import demo_path
 from npllama.cli import main
 
@@ -308,3 +308,35 @@ def test_memory_is_a_line_not_a_traceback(capsys, monkeypatch):
 
     monkeypatch.setattr(npllama.cli, "load", no_memory)
     assert "Unable to allocate 99 GiB" in fails(capsys, "generate", "x")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variable", "message"),
+    [
+        (["--threads", "0"], None, "the number of threads is 0, expected 1 or more"),
+        ([], "many", "NPLLAMA_NUM_THREADS is 'many', expected a whole number from 1"),
+    ],
+)
+def test_a_number_of_threads_that_is_none(arguments, variable, message, capsys, monkeypatch):
+    if variable:
+        monkeypatch.setenv(threads.VARIABLE, variable)
+    elif not threads.controls_blas():
+        pytest.skip("threadpoolctl is not installed")
+    monkeypatch.setattr(threads._state, "n_threads", None)
+    assert fails(capsys, "generate", "x", *arguments) == f"npllama generate: {message}"
+
+
+def test_threads_without_threadpoolctl_says_what_is_missing(capsys, monkeypatch):
+    monkeypatch.setattr(threads, "controls_blas", lambda: False)
+    assert "threadpoolctl: pip install 'npllama[fast]'" in fails(capsys, "generate", "x", "--threads", "2")
+
+
+def test_weights_that_stay_as_stored_are_said_before_the_text(capsys, monkeypatch):
+    monkeypatch.setattr(checkpoint, "available_memory", lambda: 1000)
+    assert main(["generate", "x", "-n", "1"]) == 0
+    first = capsys.readouterr().err.splitlines()[0]
+    assert "weights stay as stored" in first
+    assert "from the disk again" in first
+    monkeypatch.setattr(checkpoint, "available_memory", lambda: 1 << 40)
+    assert main(["generate", "x", "-n", "1"]) == 0
+    assert "weights widened to float32" in capsys.readouterr().err
