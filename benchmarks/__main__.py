@@ -93,7 +93,7 @@ def main() -> None:
         print("tiny models in place of those that are named: this shows that it runs, not how fast")
     lines: list[Line] = []
     with tempfile.TemporaryDirectory(prefix="npllama-benchmarks-", dir=args.folder) as folder:
-        bench = Bench(Path(folder), args.quick, 1 if args.quick else args.rounds)
+        bench = Bench(Path(folder).resolve(), args.quick, 1 if args.quick else args.rounds)
         for row, measure in ROWS.items():
             if args.only and row not in args.only:
                 continue

@@ -25,14 +25,14 @@ def draw(points: Sequence[dict[str, object]], file: Path) -> None:
     by_size, by_context = figure.subplots(1, 2, width_ratios=[3, 2])
     _draw_series(by_size, [point for point in points if point["figure"] == "size"])
     by_size.set(xscale="log", yscale="log", xlabel="parameters", ylabel="tokens/s", title="Decode, one sequence")
-    by_size.legend(fontsize=7)
     sizes = sorted({point["x"] for point in points if point["figure"] == "size"})
     by_size.set_xticks(sizes, [_size_text(size) for size in sizes])
     by_size.minorticks_off()
     _draw_series(by_context, [point for point in points if point["figure"] == "context"])
     by_context.set(xlabel="tokens before", ylabel="ms a token", title="Decode, SmolLM2-135M's shape", ylim=(0, None))
-    by_context.legend(fontsize=7)
     for axes in (by_size, by_context):
+        if axes.lines:
+            axes.legend(fontsize=7)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=110)

@@ -58,7 +58,8 @@ class Worker:
     def _answer(self) -> dict[str, float]:
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{' '.join(self.process.args)} ended with status {self.process.wait()}")
+            self.close()
+            raise RuntimeError(f"{' '.join(self.process.args)} ended with status {self.process.returncode}")
         return json.loads(line)
 
     def close(self) -> None:

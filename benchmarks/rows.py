@@ -127,7 +127,7 @@ def compared(
 
 def dense(
     bench: Bench, row: str, title: str, config: Config, names: tuple[str, ...], n_decode: int, n_prefill: int, rounds: int,
-    wanted: Mapping[str, Mapping[str, float]],
+    wanted: Mapping[str, Mapping[str, float]], prefill_rounds: int = 7,
 ) -> list[Line]:  # fmt: skip
     """float32 weights: tokens one by one, and a prompt, of a whole model."""
     shape = bench.shape(config)
@@ -141,7 +141,7 @@ def dense(
                 few = 3 if name == NAIVE else rounds
                 asks.append(Ask(name, f"decode {steps[name]}", few))
                 if n_prefill:
-                    asks.append(Ask(name, f"prefill {n_prefill}", few))
+                    asks.append(Ask(name, f"prefill {n_prefill}", min(few, prefill_rounds)))
         found = alternate(workers, asks, bench.rounds(rounds))
         memory = {name: workers[name].ask("memory")["bytes"] for name in (OURS, HF) if name in workers}
     present = [name for name in workers if name != LIMIT]
@@ -175,8 +175,9 @@ def smollm2_360m(bench: Bench) -> list[Line]:
 
 
 def tinyllama(bench: Bench) -> list[Line]:
-    wanted = {"decode": {HF: 1.2, LLAMA_CPP: 1, LIMIT: 0.85}}
-    lines = dense(bench, "1.1b", "1.1B", models.TINYLLAMA_1B, (OURS, HF, LLAMA_CPP), 8, 0, 5, wanted)
+    wanted = {"decode": {HF: 1.2, LLAMA_CPP: 1, LIMIT: 0.85}, "prefill": {HF: 1, LIMIT: 0.8}}
+    prompt = 128 if bench.quick else 512
+    lines = dense(bench, "1.1b", "1.1B", models.TINYLLAMA_1B, (OURS, HF, LLAMA_CPP), 8, prompt, 5, wanted, prefill_rounds=2)
     return lines + batches(bench, "1.1b", "1.1B", models.TINYLLAMA_1B, 4, 3)
 
 
@@ -384,7 +385,7 @@ def converting(bench: Bench) -> list[Line]:
 def lookup(bench: Bench) -> list[Line]:
     """Greedy decoding of a text that repeats its prompt: SmolLM2 where it was fetched, else the embedded model."""
     path = _smollm2() if not bench.quick else None
-    n = 16 if bench.quick else 96
+    n = 16 if bench.quick else 72  # about as long as the text that it repeats
     with bench.workers({OURS: ("npllama", str(path or demo_path()), "float32")}) as workers:
         plain, by_lookup = f"generate 0 {n}", f"generate {LOOKUP} {n}"
         same = workers[OURS].ask(plain)["tokens"] == workers[OURS].ask(by_lookup)["tokens"]
