@@ -9,11 +9,14 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from .processes import watch
 
 # Nine of the 32 layers of Llama 2 7B.
 PARAMS = {"dim": 4096, "n_layers": 9, "n_heads": 32, "multiple_of": 256, "norm_eps": 1e-5, "vocab_size": -1}
@@ -46,16 +49,9 @@ CONVERT = "import sys; from npllama_convert.sources import convert; convert(*sys
 def run_watched(command: list[str]) -> tuple[float, float, int | None]:
     """Seconds, processor seconds, and the peak of anonymous memory in bytes (Linux only; mapped files are not counted)."""
     before = os.times()
-    started, peak = time.perf_counter(), None
+    started = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        while process.poll() is None:
-            try:
-                status = Path(f"/proc/{process.pid}/status").read_text(encoding="ascii")
-                anonymous = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon"))
-                peak = max(peak or 0, anonymous)
-            except (OSError, StopIteration):
-                pass
-            time.sleep(0.005)
+        peak = watch(process.pid, lambda: process.poll() is None)
     if process.returncode:
         raise RuntimeError(f"{command[:2]} ended with status {process.returncode}")
     after = os.times()
@@ -74,8 +70,8 @@ def copy_and_sync(src: Path, dst: Path) -> float:
 
 
 def run(quick: bool = False) -> dict[str, object]:
-    """Make a checkpoint, convert it, copy it for comparison, print the figures. Needs torch, and 9 GB of disk (quick: 0.7)."""
-    params = PARAMS | ({"dim": 1024, "n_heads": 16, "n_layers": 2} if quick else {})
+    """Make a checkpoint, convert it and copy it in turn, print the figures. Needs torch, and 9 GB of disk (quick: 0.7)."""
+    params, rounds = PARAMS | ({"dim": 1024, "n_heads": 16, "n_layers": 2} if quick else {}), 1 if quick else 3
     with tempfile.TemporaryDirectory(prefix="npllama-conversion-") as name:
         folder = Path(name)
         src = folder / "checkpoint"
@@ -83,14 +79,21 @@ def run(quick: bool = False) -> dict[str, object]:
         (src / "params.json").write_text(json.dumps(params))
         subprocess.run([sys.executable, "-c", MAKE, str(src), str(VOCABULARY), str(SHARDS)], check=True)
         n_bytes = sum(file.stat().st_size for file in src.iterdir())
-        os.sync()
-        seconds, processor, peak = run_watched([sys.executable, "-c", CONVERT, str(src), str(folder / "model")])
-        shutil.rmtree(folder / "model")
-        os.sync()
-        cp_seconds = copy_and_sync(src, folder / "copy")
+        conversions, copies = [], []
+        for _ in range(rounds):
+            os.sync()
+            conversions.append(run_watched([sys.executable, "-c", CONVERT, str(src), str(folder / "model")]))
+            shutil.rmtree(folder / "model")
+            os.sync()
+            copies.append(copy_and_sync(src, folder / "copy"))
+            shutil.rmtree(folder / "copy")
+    seconds, processor = (statistics.median(values) for values in list(zip(*conversions, strict=True))[:2])
+    peak = max((peak for _, _, peak in conversions if peak is not None), default=None)
+    cp_seconds = statistics.median(copies)
     result = {
         "checkpoint_bytes": n_bytes,
         "shards": SHARDS,
+        "rounds": rounds,
         "seconds": round(seconds, 2),
         "processor_seconds": round(processor, 2),
         "gigabytes_per_second": round(n_bytes / seconds / 1e9, 3),

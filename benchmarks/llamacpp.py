@@ -13,7 +13,6 @@ from __future__ import annotations
 import http.client
 import json
 import multiprocessing
-import os
 import sys
 import tempfile
 import time
@@ -24,6 +23,7 @@ import numpy as np
 
 import npllama
 from npllama.checkpoint import open_model
+from npllama.threads import n_threads
 
 from .worker import PROMPT, peak_memory
 
@@ -78,7 +78,6 @@ class LlamaCpp:
 
 
 def main() -> None:
-    n_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with tempfile.TemporaryDirectory(prefix="npllama-llamacpp-") as folder:
         path = Path(folder) / "model.gguf"
         writing = multiprocessing.get_context("spawn").Process(target=write_float32_gguf, args=(path, sys.argv[1]))
@@ -86,7 +85,7 @@ def main() -> None:
         writing.join()
         config = open_model(sys.argv[1]).config
         started = time.perf_counter()
-        llama = LlamaCpp(path, min(config.max_seq_len, CONTEXT), n_threads)
+        llama = LlamaCpp(path, min(config.max_seq_len, CONTEXT), n_threads())
         llama.complete(np.arange(PROMPT) % config.vocab_size, 1)
         print(json.dumps({"seconds": time.perf_counter() - started}), flush=True)
         for line in sys.stdin:

@@ -1,82 +1,154 @@
 """One implementation in a process of its own, so that its memory and its threads are its own: reads commands, answers in JSON.
 
-    python -m benchmarks.worker npllama|torch MODEL_DIRECTORY
+    python -m benchmarks.worker npllama|naive|torch|limit MODEL_DIRECTORY DTYPE
 
-Commands on standard input: `prefill N`, `decode N`, `memory`.
+DTYPE is float32 (weights are widened) or stored. It answers `{"seconds": ...}` when the first logits are computed, then a line
+for each line on standard input: a command and its numbers.
+
+| command | what is timed |
+|---|---|
+| prefill N [LAYERS] | a prompt of N tokens |
+| decode N [LAYERS] | N tokens, one by one, after a prompt of 16; of the first LAYERS layers, if said, and the output matrix |
+| batch B N | N steps of B sequences |
+| context S N | N tokens, one by one, after S others |
+| load | opening the directory again |
+| bandwidth, sgemm N, copy BYTES | limit only: one large matrix-vector product, one of N×N matrices, np.copy |
+| generate K N | N greedy tokens that repeat their prompt, with --lookup K; the answer has the tokens |
+| memory | nothing: {"bytes": peak of the resident size, "anonymous": now} |
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 
+import npllama
+from npllama.generation import prefill
+from npllama.profile import LARGE
+
+from . import naive
+from .processes import anonymous_memory
+
 PROMPT = 16  # tokens before a decode
+TEXT = (
+    "Lily had a red ball. She took the ball to the park and threw it high in the air. A big dog ran up and took the ball in "
+    "his mouth. Lily was sad and sat down under a tree. The dog came back and put the ball at her feet. Lily laughed and said "
+    "thank you, and from that day on the two of them played in the park every morning until it was time to go home."
+)
+Run = Callable[[], object]
 
 
-def start_npllama(path: str) -> tuple[Callable[[np.ndarray], None], Callable[[int], None]]:
-    import npllama
-    from npllama.generation import prefill
+class Npllama:
+    def __init__(self, path: str, dtype: str):
+        self.path, self.dtype = path, dtype
+        self.model = npllama.load(path, dtype)
+        self.config = self.model.config
 
-    model = npllama.load(path, dtype="float32")
-    prompt = np.arange(PROMPT) % model.config.vocab_size
+    def prefill(self, n: int, n_layers: int | None = None) -> Run:
+        model = self._of(n_layers)
+        return lambda: prefill(model, self._tokens(n), npllama.KVCache(model.config))
 
-    def run_prefill(tokens: np.ndarray) -> None:
-        prefill(model, tokens % model.config.vocab_size, npllama.KVCache(model.config))
-
-    def prepare_decode() -> Callable[[int], None]:
+    def decode(self, n: int, n_layers: int | None = None) -> Run:
+        model = self._of(n_layers)
         cache = npllama.KVCache(model.config)
-        prefill(model, prompt, cache)
+        prefill(model, self._tokens(PROMPT), cache)
+        return lambda: self._steps(model, cache, n)
 
-        def run(n: int) -> None:
+    def batch(self, size: int, n: int) -> Run:
+        cache = npllama.KVCache(self.config, (size,))
+        prefill(self.model, np.tile(self._tokens(PROMPT), (size, 1)), cache)
+        return lambda: self._steps(self.model, cache, n)
+
+    def context(self, length: int, n: int) -> Run:
+        """What is in the cache is random: computing it takes long, and would not change what reading it takes."""
+        cache, config = npllama.KVCache(self.config), self.config
+        cache.extend(np.full(length, True))
+        k = np.random.default_rng(0).standard_normal((length, config.n_kv_heads, config.head_dim), dtype=np.float32)
+        for layer in range(config.n_layers):
+            cache.update(layer, k, k)
+        cache.commit()
+        self._steps(self.model, cache, 1)  # it grows
+        return lambda: self._steps(self.model, cache, n)
+
+    def generate(self, lookup: int, n: int) -> Run:
+        """A text, and the beginning of the same text; the answer has the tokens."""
+        encode = self.model.tokenizer.encode
+        ids = encode(f"{TEXT}\n\n{TEXT[: TEXT.index('.') + 1]}", bos=True)
+        return lambda: list(npllama.generate(self.model, ids, n, stop_ids=[], lookup=lookup))
+
+    def load(self) -> Run:
+        self.model = None
+        return lambda: setattr(self, "model", npllama.load(self.path, self.dtype))
+
+    def _of(self, n_layers: int | None) -> npllama.Model:
+        return replace(self.model, config=replace(self.config, n_layers=n_layers or self.config.n_layers))
+
+    def _tokens(self, n: int) -> np.ndarray:
+        return np.arange(n) % self.config.vocab_size
+
+    def _steps(self, model: npllama.Model, cache: npllama.KVCache, n: int) -> None:
+        for i in range(n):
+            tokens = np.full((*cache.batch_shape, 1), i % self.config.vocab_size)
+            npllama.forward(model.params, model.config, tokens, cache, last_only=True)
+
+
+class Naive:
+    def __init__(self, path: str, dtype: str):
+        self.model = npllama.load(path, dtype)
+        self.params = {name: np.ascontiguousarray(weight) for name, weight in self.model.params.items()}
+
+    def prefill(self, n: int) -> Run:
+        return lambda: self._forward(np.arange(n), {}, 0)
+
+    def decode(self, n: int) -> Run:
+        cache: naive.Cache = {}
+        self._forward(np.arange(PROMPT), cache, 0)
+
+        def run() -> None:
             for i in range(n):
-                npllama.forward(model.params, model.config, [i % model.config.vocab_size], cache, last_only=True)
+                self._forward(np.array([i]), cache, PROMPT + i)
 
         return run
 
-    return run_prefill, prepare_decode
+    def _forward(self, tokens: np.ndarray, cache: naive.Cache, start: int) -> None:
+        naive.forward(self.params, self.model.config, tokens % self.model.config.vocab_size, cache, start)
 
 
-def start_torch(path: str) -> tuple[Callable[[np.ndarray], None], Callable[[int], None]]:
-    import torch
+class Limit:
+    """What NumPy's BLAS and the memory give, without a model."""
 
-    import npllama
+    def __init__(self, path: str, dtype: str):
+        self.matrix, self.x = np.ones(LARGE, np.float32), np.ones(LARGE[1], np.float32)
+        self.squares: dict[int, np.ndarray] = {}
 
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-    import hf_reference
+    def prefill(self, n: int) -> Run:
+        return self.bandwidth()
 
-    torch.set_num_threads(len(hf_reference_cpus()))
-    model = npllama.load(path, dtype="float32")
-    config, hf = model.config, hf_reference.hf_model(model.config, model.params)
-    del model
-    prompt = torch.arange(PROMPT)[None] % config.vocab_size
+    def bandwidth(self) -> Run:
+        return lambda: self.matrix @ self.x
 
-    @torch.inference_mode()
-    def run_prefill(tokens: np.ndarray) -> None:
-        hf(torch.from_numpy(tokens % config.vocab_size)[None], use_cache=True, logits_to_keep=1)
+    def sgemm(self, n: int) -> Run:
+        square = self.squares.setdefault(n, np.ones((n, n), np.float32))
+        return lambda: square @ square
 
-    @torch.inference_mode()
-    def prepare_decode() -> Callable[[int], None]:
-        cache = hf(prompt, use_cache=True, logits_to_keep=1).past_key_values
-
-        @torch.inference_mode()
-        def run(n: int) -> None:
-            for i in range(n):
-                hf(torch.tensor([[i % config.vocab_size]]), past_key_values=cache, use_cache=True, logits_to_keep=1)
-
-        return run
-
-    return run_prefill, prepare_decode
+    def copy(self, n_bytes: int) -> Run:
+        source = np.ones(n_bytes, np.uint8)
+        return lambda: np.copy(source)
 
 
-def hf_reference_cpus() -> set[int]:
-    import os
+def torch_model(path: str, dtype: str) -> object:
+    from .huggingface import HuggingFace
 
-    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    return HuggingFace(path, dtype)
+
+
+KINDS = {"npllama": Npllama, "naive": Naive, "limit": Limit, "torch": torch_model}
 
 
 def peak_memory() -> int | None:
@@ -89,23 +161,23 @@ def peak_memory() -> int | None:
 
 
 def main() -> None:
+    kind, path, dtype = sys.argv[1:]
     started = time.perf_counter()
-    run_prefill, prepare_decode = {"npllama": start_npllama, "torch": start_torch}[sys.argv[1]](sys.argv[2])
-    run_prefill(np.arange(PROMPT))
+    implementation = KINDS[kind](path, dtype)
+    implementation.prefill(PROMPT)()
     print(json.dumps({"seconds": time.perf_counter() - started}), flush=True)
     for line in sys.stdin:
         command, *numbers = line.split()
         if command == "memory":
-            answer = {"bytes": peak_memory()}
+            answer = {"bytes": peak_memory(), "anonymous": anonymous_memory(os.getpid())}
         else:
-            n = int(numbers[0])
-            run = prepare_decode() if command == "decode" else None  # its prompt is not part of the time
+            run = getattr(implementation, command)(*map(int, numbers))  # what it prepares is not part of the time
             started = time.perf_counter()
-            if run:
-                run(n)
-            else:
-                run_prefill(np.arange(n))
+            made = run()
             answer = {"seconds": time.perf_counter() - started}
+            if isinstance(made, list):
+                answer["tokens"] = made
+            del run, made
         print(json.dumps(answer), flush=True)
 
 

@@ -1,0 +1,52 @@
+"""Tokens per second against the memory's limit by model size, and a token's cost by what came before it, as a PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+# Okabe and Ito's colours, which can be told apart without red or green.
+COLOURS = {
+    "npllama": "#0072B2",
+    "Hugging Face": "#E69F00",
+    "llama.cpp": "#009E73",
+    "naive NumPy": "#767676",
+    "torch bfloat16": "#D55E00",
+    "limit": "#000000",
+}
+MARKERS = {"float32": "o", "bfloat16": "s", "int8": "^"}
+
+
+def draw(points: Sequence[dict[str, object]], file: Path) -> None:
+    """Write the picture. Raises ImportError without matplotlib."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    by_size, by_context = figure.subplots(1, 2, width_ratios=[3, 2])
+    _draw_series(by_size, [point for point in points if point["figure"] == "size"])
+    by_size.set(xscale="log", yscale="log", xlabel="parameters", ylabel="tokens/s", title="Decode, one sequence")
+    sizes = sorted({point["x"] for point in points if point["figure"] == "size"})
+    by_size.set_xticks(sizes, [_size_text(size) for size in sizes])
+    by_size.minorticks_off()
+    _draw_series(by_context, [point for point in points if point["figure"] == "context"])
+    by_context.set(xlabel="tokens before", ylabel="ms a token", title="Decode, SmolLM2-135M's shape", ylim=(0, None))
+    for axes in (by_size, by_context):
+        if axes.lines:
+            axes.legend(fontsize=7)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=110)
+
+
+def _draw_series(axes: object, points: Sequence[dict[str, object]]) -> None:
+    for series in dict.fromkeys(point["series"] for point in points):
+        own = sorted((point["x"], point["y"]) for point in points if point["series"] == series)
+        colour = next(colour for name, colour in COLOURS.items() if series.startswith(name))
+        marker = next((marker for name, marker in MARKERS.items() if series.endswith(name)), "D")
+        limit = series.startswith("limit")
+        style = {"linestyle": "--", "marker": "_"} if limit else {"linestyle": "-", "marker": marker}
+        axes.plot(*zip(*own, strict=True), color=colour, label=series, linewidth=1.2, markersize=7 if limit else 5, **style)
+
+
+def _size_text(n: float) -> str:
+    return f"{n / 1e9:.1f}B" if n >= 1e9 else f"{n / 1e6:.0f}M" if n >= 1e6 else f"{n / 1e3:.0f}k"

@@ -1,0 +1,120 @@
+"""Implementations in processes of their own, asked in turn."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PAUSE = 0.05  # seconds until the threads of the one asked before, which spin for a while, have gone to sleep
+# These slow a current NumPy down, or change what torch computes with; nobody's own settings are to have a part in the result.
+REMOVED = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "ONEDNN_MAX_CPU_ISA", "KMP_BLOCKTIME", "OMP_WAIT_POLICY")
+THREADS = ("NPLLAMA_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+def prepare_environment(n_threads: int) -> None:
+    """For this process's children, and for itself as far as it hasn't read it yet."""
+    for name in REMOVED:
+        os.environ.pop(name, None)
+    os.environ.update(dict.fromkeys(THREADS, str(n_threads)))
+
+
+class Worker:
+    """A module that speaks benchmarks.worker's protocol, in a process; `load` is its time from start to first logits."""
+
+    def __init__(self, *arguments: str, module: str = "benchmarks.worker", environment: Mapping[str, str] | None = None):
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=os.environ | dict(environment or {}),
+        )
+        self.load = self._answer()["seconds"]
+
+    def ask(self, command: str) -> dict[str, float]:
+        self._send(command)
+        return self._answer()
+
+    def peak_anonymous(self, command: str) -> int | None:
+        """The largest anonymous memory in bytes while a command runs, looked at from outside every few milliseconds."""
+        self._send(command)
+        peak = watch(self.process.pid, lambda: not _readable(self.process.stdout))
+        self._answer()
+        return peak
+
+    def _send(self, command: str) -> None:
+        self.process.stdin.write(command + "\n")
+        self.process.stdin.flush()
+
+    def _answer(self) -> dict[str, float]:
+        line = self.process.stdout.readline()
+        if not line:
+            self.close()
+            raise RuntimeError(f"{' '.join(self.process.args)} ended with status {self.process.returncode}")
+        return json.loads(line)
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _readable(stream: object) -> bool:
+    import select
+
+    return bool(select.select([stream], [], [], 0)[0])
+
+
+def anonymous_memory(pid: int) -> int | None:
+    """Bytes of a process's memory that no file backs; None where /proc doesn't tell."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon"))
+    except (OSError, StopIteration):
+        return None
+
+
+def watch(pid: int, running) -> int | None:
+    """The largest anonymous memory while running() is true."""
+    peak = None
+    while running():
+        if (now := anonymous_memory(pid)) is not None:
+            peak = max(peak or 0, now)
+        time.sleep(0.005)
+    return peak
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A command for one worker, in the first `rounds` rounds."""
+
+    worker: str
+    command: str
+    rounds: int = 1 << 30
+
+
+def alternate(workers: Mapping[str, Worker], asks: Iterable[Ask], rounds: int) -> dict[tuple[str, str], float]:
+    """Ask everyone in turn, round after round; the median seconds of each (worker, command)."""
+    asks = list(asks)
+    seconds: dict[tuple[str, str], list[float]] = {(ask.worker, ask.command): [] for ask in asks}
+    for i in range(rounds):
+        for ask in asks:
+            if i < ask.rounds:
+                time.sleep(PAUSE)
+                seconds[ask.worker, ask.command].append(workers[ask.worker].ask(ask.command)["seconds"])
+    return {key: statistics.median(found) for key, found in seconds.items()}

@@ -1,0 +1,419 @@
+"""The rows of the table: each group measures one model, or one kind of work, and returns lines of ours against theirs."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from npllama import Config, n_parameters
+from npllama.checkpoint import available_memory, demo_path, open_model
+from npllama.layout import new_bytes
+from npllama.profile import LARGE
+from npllama.store import locate
+
+from . import conversion, models
+from .processes import ROOT, Ask, Worker, alternate
+
+OURS, HF, LLAMA_CPP, NAIVE, LIMIT = "npllama", "Hugging Face", "llama.cpp", "naive NumPy", "limit"
+TORCH_BF16, TORCH_AVX512 = "torch bfloat16", "torch bfloat16, AVX-512 without bf16"
+INT8 = "npllama int8"
+LARGE_BYTES = LARGE[0] * LARGE[1] * 4
+LOOKUP = 8  # tokens proposed
+
+
+@dataclass
+class Line:
+    """One comparison. `limit` is what the machine allows, in the unit of ours and theirs."""
+
+    row: str
+    work: str
+    unit: str
+    ours: float
+    peer: str = ""
+    theirs: float | None = None
+    wanted: float | None = None  # ours over theirs, at least; at most where less is better
+    limit: float | None = None
+    wanted_share: float | None = None  # of the limit, at least; or ours itself, at most, where nothing is compared
+    less_is_better: bool = False
+
+    @property
+    def ratio(self) -> float | None:
+        return self.ours / self.theirs if self.theirs else None
+
+    @property
+    def share(self) -> float | None:
+        return self.ours / self.limit if self.limit else None
+
+    @property
+    def met(self) -> bool | None:
+        """Whether it is what is wanted; None if nothing is."""
+        checks = [(self.ratio, self.wanted, self.less_is_better), (self.share, self.wanted_share, self.less_is_better)]
+        known = [found <= wanted if less else found >= wanted for found, wanted, less in checks if None not in (found, wanted)]
+        return all(known) if known else None
+
+
+@dataclass
+class Bench:
+    """Where models are made and who takes part; `points` collects what the plots show."""
+
+    folder: Path
+    quick: bool = False
+    most_rounds: int = 1 << 30
+    points: list[dict[str, object]] = field(default_factory=list)
+
+    has_torch = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
+    has_llama_cpp = all(importlib.util.find_spec(name) for name in ("xllamacpp", "gguf"))
+
+    def shape(self, config: Config) -> Config:
+        """The config itself, or a tiny one in its place."""
+        return replace(models.TINY, tied_embeddings=config.tied_embeddings) if self.quick else config
+
+    def rounds(self, n: int) -> int:
+        return min(n, self.most_rounds)
+
+    def square(self) -> str:
+        return "sgemm 512" if self.quick else "sgemm 4096"
+
+    def model(self, config: Config, dtype: str, sparse: bool = False) -> str:
+        """The directory of this shape, made when first asked for."""
+        kind = "-tied" * config.tied_embeddings + "-sparse" * sparse
+        path = self.folder / f"{config.dim}x{config.n_layers}-{dtype}{kind}"
+        return str(path if path.exists() else models.write(path, config, dtype, sparse))
+
+    @contextlib.contextmanager
+    def workers(self, kinds: Mapping[str, tuple[str, ...]]) -> Iterator[dict[str, Worker]]:
+        """Name -> (kind, path, dtype) as running workers; those whose packages are absent are left out."""
+        with contextlib.ExitStack() as stack:
+            started = {}
+            for name, (kind, path, dtype) in kinds.items():
+                if (kind == "torch" and not self.has_torch) or (kind == "llamacpp" and not self.has_llama_cpp):
+                    continue
+                if kind == "llamacpp":
+                    worker = Worker(path, module="benchmarks.llamacpp")
+                else:
+                    capped = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"} if name == TORCH_AVX512 else {}
+                    worker = Worker(kind, path, dtype, environment=capped)
+                started[name] = stack.enter_context(worker)
+            yield started
+
+    def point(self, figure: str, series: str, x: float, y: float) -> None:
+        self.points.append({"figure": figure, "series": series, "x": x, "y": y})
+
+
+def compared(
+    row: str, work: str, unit: str, rates: Mapping[str, float], limit: float | None = None,
+    wanted: Mapping[str, float] | None = None,
+) -> list[Line]:  # fmt: skip
+    """A line for each of the others, ours against it; the limit's share is wanted once, in the first."""
+    wanted = wanted or {}
+    others = [name for name in rates if name != OURS]
+    lines = [Line(row, work, unit, rates[OURS], name, rates[name], wanted.get(name), limit) for name in others]
+    lines = lines or [Line(row, work, unit, rates[OURS], limit=limit)]
+    lines[0].wanted_share = wanted.get(LIMIT)
+    return lines
+
+
+# ------------------------------------------------------------------------------------------------------ decode and prefill
+
+
+def dense(
+    bench: Bench, row: str, title: str, config: Config, names: tuple[str, ...], n_decode: int, n_prefill: int, rounds: int,
+    wanted: Mapping[str, Mapping[str, float]], prefill_rounds: int = 7,
+) -> list[Line]:  # fmt: skip
+    """float32 weights: tokens one by one, and a prompt, of a whole model."""
+    shape = bench.shape(config)
+    path = bench.model(shape, "float32")
+    kinds = {OURS: "npllama", HF: "torch", LLAMA_CPP: "llamacpp", NAIVE: "naive", LIMIT: "limit"}
+    with bench.workers({name: (kinds[name], path, "float32") for name in (*names, LIMIT)}) as workers:
+        steps = {name: min(n_decode, 4) if name == NAIVE else n_decode for name in workers}
+        asks = [Ask(LIMIT, "bandwidth"), Ask(LIMIT, square := bench.square())]
+        for name in workers:
+            if name != LIMIT:
+                few = 3 if name == NAIVE else rounds
+                asks.append(Ask(name, f"decode {steps[name]}", few))
+                if n_prefill:
+                    asks.append(Ask(name, f"prefill {n_prefill}", min(few, prefill_rounds)))
+        found = alternate(workers, asks, bench.rounds(rounds))
+        memory = {name: workers[name].ask("memory")["bytes"] for name in (OURS, HF) if name in workers}
+    present = [name for name in workers if name != LIMIT]
+    bandwidth = LARGE_BYTES / found[LIMIT, "bandwidth"]
+    limit = bandwidth / models.bytes_per_token(shape, 4)
+    rates = {name: steps[name] / found[name, f"decode {steps[name]}"] for name in present}
+    lines = compared(row, f"decode, float32, {title}", "tokens/s", rates, limit, wanted.get("decode"))
+    for name, rate in {**rates, "limit, float32": limit}.items():
+        bench.point(
+            "size", name if "limit" in name or name in (LLAMA_CPP, NAIVE) else f"{name}, float32", n_parameters(shape), rate
+        )
+    if n_prefill:
+        rates = {name: n_prefill / found[name, f"prefill {n_prefill}"] for name in present}
+        limit = n_prefill * sgemm_rate(square, found) / models.prefill_flops(shape, n_prefill)
+        lines += compared(row, f"prefill of {n_prefill}, float32, {title}", "tokens/s", rates, limit, wanted.get("prefill"))
+    lines += [
+        Line(row, f"peak memory, float32, {title}", "MB", memory[OURS] / 1e6, name, memory[name] / 1e6, less_is_better=True)
+        for name in memory
+        if name != OURS and memory[name]
+    ]
+    return lines
+
+
+def smollm2_135m(bench: Bench) -> list[Line]:
+    names, wanted = (OURS, HF, LLAMA_CPP, NAIVE), {"decode": {HF: 3, LLAMA_CPP: 1}, "prefill": {HF: 1, LIMIT: 0.8}}
+    return dense(bench, "135m", "SmolLM2-135M", models.SMOLLM2_135M, names, 32, 128 if bench.quick else 512, 7, wanted)
+
+
+def smollm2_360m(bench: Bench) -> list[Line]:
+    return dense(bench, "360m", "SmolLM2-360M", models.SMOLLM2_360M, (OURS, HF), 16, 0, 5, {})
+
+
+def tinyllama(bench: Bench) -> list[Line]:
+    wanted = {"decode": {HF: 1.2, LLAMA_CPP: 1, LIMIT: 0.85}, "prefill": {HF: 1, LIMIT: 0.8}}
+    prompt = 128 if bench.quick else 512
+    lines = dense(bench, "1.1b", "1.1B", models.TINYLLAMA_1B, (OURS, HF, LLAMA_CPP), 8, prompt, 5, wanted, prefill_rounds=2)
+    return lines + batches(bench, "1.1b", "1.1B", models.TINYLLAMA_1B, 4, 3)
+
+
+def sgemm_rate(square: str, found: Mapping[tuple[str, str], float]) -> float:
+    """Operations a second of one large product of square matrices."""
+    return 2 * int(square.split()[1]) ** 3 / found[LIMIT, square]
+
+
+def of_all_layers(few: float, one: float, n_few: int, n_layers: int) -> float:
+    """Seconds of a pass of n_layers, from those of a few layers and of one, the output matrix in each."""
+    return few + (n_layers - n_few) * (few - one) / (n_few - 1)
+
+
+def llama_3b(bench: Bench) -> list[Line]:
+    shape, n_few, n = bench.shape(models.LLAMA_3B), 4, 8
+    path = bench.model(replace(shape, n_layers=n_few), "float32")
+    kinds = {OURS: ("npllama", path, "float32"), HF: ("torch", path, "float32"), LIMIT: ("limit", path, "float32")}
+    with bench.workers(kinds) as workers:
+        few, one = f"decode {n} {n_few}", f"decode {n} 1"
+        names = [name for name in workers if name != LIMIT]
+        asks = [Ask(LIMIT, "bandwidth"), *(Ask(name, command) for name in names for command in (few, one))]
+        found = alternate(workers, asks, bench.rounds(5))
+    limit = LARGE_BYTES / found[LIMIT, "bandwidth"] / models.bytes_per_token(shape, 4)
+    rates = {name: n / of_all_layers(found[name, few], found[name, one], n_few, shape.n_layers) for name in names}
+    for name, rate in rates.items():
+        bench.point("size", f"{name}, float32", n_parameters(shape), rate)
+    bench.point("size", "limit, float32", n_parameters(shape), limit)
+    return compared("3b", f"decode, float32, 3B ({shape.n_layers} layers from {n_few})", "tokens/s", rates, limit)
+
+
+def llama_8b(bench: Bench) -> list[Line]:
+    """16-bit and 8-bit storage, memory-mapped and warm, in the shapes of Llama 3 8B: four layers and the output matrix."""
+    shape, n_few, n, prompt = bench.shape(models.LLAMA_8B), 4, 4, 64 if bench.quick else 512
+    bfloat16, int8 = (bench.model(replace(shape, n_layers=n_few), dtype) for dtype in ("bfloat16", "int8"))
+    kinds = {
+        OURS: ("npllama", bfloat16, "stored"),
+        INT8: ("npllama", int8, "stored"),
+        TORCH_BF16: ("torch", bfloat16, "stored"),
+        TORCH_AVX512: ("torch", bfloat16, "stored"),
+        LIMIT: ("limit", bfloat16, "stored"),
+    }
+    with bench.workers(kinds) as workers:
+        few, one, long = f"decode {n} {n_few}", f"decode {n} 1", f"prefill {prompt} 1"
+        names = [name for name in workers if name != LIMIT]
+        square = bench.square()
+        asks = [Ask(LIMIT, "bandwidth"), *(Ask(name, command) for name in names for command in (few, one))]
+        asks += [Ask(LIMIT, square, 3), *(Ask(name, long, 3) for name in names if name != INT8)]
+        found = alternate(workers, asks, bench.rounds(5))
+    limit = LARGE_BYTES / found[LIMIT, "bandwidth"] / models.bytes_per_token(shape, 2)
+    rates = {name: n / of_all_layers(found[name, few], found[name, one], n_few, shape.n_layers) for name in names}
+    by_int8 = rates.pop(INT8)
+    names.remove(INT8)
+    for name, rate in rates.items():
+        bench.point("size", "npllama, bfloat16" if name == OURS else name, n_parameters(shape), rate)
+    bench.point("size", "npllama, int8", n_parameters(shape), by_int8)
+    bench.point("size", "limit, bfloat16", n_parameters(shape), limit)
+    title = f"8B ({shape.n_layers} layers from {n_few})"
+    lines = compared("8b", f"decode, bfloat16, {title}", "tokens/s", rates, limit, {TORCH_BF16: 1})
+    lines.append(Line("8b", f"decode, int8, {title}", "tokens/s", by_int8, "npllama bfloat16", rates[OURS], 1.3))
+    prefill = {name: prompt / found[name, long] for name in names}
+    limit = prompt * sgemm_rate(square, found) / models.prefill_flops(shape, prompt, 1)
+    work = f"prefill of {prompt}, bfloat16, 1 layer of 8B"
+    return lines + compared("8b", work, "tokens/s", prefill, limit, {TORCH_BF16: 4})
+
+
+def whole_8b(bench: Bench) -> list[Line]:
+    """All 16 GB, warm: in sparse files, whose zeros the system keeps in memory as it does any file's content."""
+    shape = bench.shape(models.LLAMA_8B)
+    n_bytes = 2 * n_parameters(shape)
+    if available_memory() < 1.15 * n_bytes:
+        print(f"8b-whole: left out, {n_bytes / 1e9:.0f} GB don't fit in the free {available_memory() / 1e9:.0f} GB")
+        return []
+    path = bench.model(shape, "bfloat16", sparse=True)
+    with bench.workers({OURS: ("npllama", path, "stored"), LIMIT: ("limit", path, "stored")}) as workers:
+        peak = workers[OURS].peak_anonymous("decode 1")  # and everything is in memory afterwards
+        found = alternate(workers, [Ask(LIMIT, "bandwidth"), Ask(OURS, "decode 2")], bench.rounds(5))
+    limit = LARGE_BYTES / found[LIMIT, "bandwidth"] / models.bytes_per_token(shape, 2)
+    lines = [Line("8b-whole", "decode, bfloat16, 8B whole, of zeros", "tokens/s", 2 / found[OURS, "decode 2"], limit=limit)]
+    return lines + most("8b-whole", "peak anonymous memory, 8B whole", "MB", peak and peak / 1e6, 1500)
+
+
+def most(row: str, work: str, unit: str, found: float | None, allowed: float) -> list[Line]:
+    """A figure that has a ceiling; nothing where it couldn't be measured."""
+    if found is None:
+        return []
+    return [Line(row, work, unit, found, "at most", allowed, 1.0, less_is_better=True)]
+
+
+# ---------------------------------------------------------------------------------------------------- batches and contexts
+
+
+def batches(bench: Bench, row: str, title: str, config: Config, n: int, rounds: int) -> list[Line]:
+    path, sizes = bench.model(bench.shape(config), "float32"), (1, 2, 4, 8, 16)
+    with bench.workers({OURS: ("npllama", path, "float32")}) as workers:
+        found = alternate(workers, [Ask(OURS, f"batch {size} {n}") for size in sizes], bench.rounds(rounds))
+    rates = {size: size * n / found[OURS, f"batch {size} {n}"] for size in sizes}
+    wanted = {8: 2.5}
+    return [
+        Line(row, f"decode, {n} at once, float32, {title}", "tokens/s", rates[n], "one sequence", rates[1], wanted.get(n))
+        for n in sizes[1:]
+    ]
+
+
+def batch(bench: Bench) -> list[Line]:
+    return batches(bench, "batch", "SmolLM2-135M", models.SMOLLM2_135M, 8, 5)
+
+
+def context(bench: Bench) -> list[Line]:
+    """A token's cost by what is in the cache before it."""
+    shape, n = bench.shape(models.SMOLLM2_135M), 4
+    path = bench.model(shape, "float32")
+    lengths = (16, 256) if bench.quick else (16, 256, 512, 1024, 2048, 4096, 8000)
+    with bench.workers({OURS: ("npllama", path, "float32"), HF: ("torch", path, "float32")}) as workers:
+        asks = [Ask(name, f"context {length} {n}") for length in lengths for name in workers]
+        found = alternate(workers, asks, bench.rounds(5))
+    lines = []
+    for length in lengths:
+        rates = {name: n / found[name, f"context {length} {n}"] for name in workers}
+        for name, rate in rates.items():
+            bench.point("context", f"{name}, float32", length, 1000 / rate)
+        lines += compared("context", f"decode after {length:,} tokens, float32, SmolLM2-135M", "tokens/s", rates)
+    return lines
+
+
+def prompt_memory(bench: Bench) -> list[Line]:
+    """Anonymous memory until the first token, without weights and cache; with the interpreter and its libraries."""
+    config = bench.shape(models.SMOLLM2_135M)
+    path = bench.model(config, "float32")
+    lengths = (256, 512) if bench.quick else (1024, 2048, 4096)
+    per_token = 2 * 4 * config.n_layers * config.n_kv_heads * config.head_dim
+    weights = {OURS: new_bytes(open_model(path).params, config, np.float32), HF: 4 * n_parameters(config)}
+    lines = []
+    for length in lengths:
+        peaks = {}
+        kinds = {OURS: ("npllama", path, "float32"), HF: ("torch", path, "float32")}
+        with bench.workers(kinds if length == lengths[-1] else {OURS: kinds[OURS]}) as workers:
+            for name, worker in workers.items():
+                if peak := worker.peak_anonymous(f"prefill {length}"):
+                    peaks[name] = (peak - weights[name] - per_token * length) / 1e6
+        work = f"memory above weights and cache, prompt of {length:,}, SmolLM2-135M"
+        if OURS in peaks:
+            lines += most("prompt-memory", work, "MB", peaks[OURS], 300)
+        if HF in peaks:
+            lines.append(Line("prompt-memory", work, "MB", peaks[OURS], HF, peaks[HF], less_is_better=True))
+    return lines
+
+
+# --------------------------------------------------------------------------------------------------- opening and converting
+
+OPEN = """
+import sys, time
+import npllama
+from npllama import checkpoint
+started = time.perf_counter()
+checkpoint.open_model(sys.argv[1]) if sys.argv[2] == "open" else npllama.load(sys.argv[1], "stored")
+print(time.perf_counter() - started, flush=True)
+"""
+
+
+def opening(bench: Bench) -> list[Line]:
+    """The directory is one of sparse files: what opening reads of them, their headers, is real."""
+    path = bench.model(bench.shape(models.LLAMA_8B), "bfloat16", sparse=True)
+
+    def seconds(what: str) -> float:
+        command = [sys.executable, "-c", OPEN, path, what]
+        runs = [subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT) for _ in range(bench.rounds(5))]
+        return statistics.median(float(run.stdout) for run in runs)
+
+    return [
+        *most("opening", "opening an 8B directory: open_model()", "s", seconds("open"), 0.5),
+        *most("opening", "the same: load(dtype='stored')", "s", seconds("load"), 0.5),
+    ]
+
+
+def widening(bench: Bench) -> list[Line]:
+    """load(dtype="float32") of bfloat16 that is in memory, against np.copy of as many bytes."""
+    lines = []
+    for title, config in (("SmolLM2-360M", models.SMOLLM2_360M), ("1.1B", models.TINYLLAMA_1B)):
+        shape = bench.shape(config)
+        path, n = bench.model(shape, "bfloat16"), n_parameters(shape)
+        with bench.workers({OURS: ("npllama", path, "float32"), LIMIT: ("limit", path, "float32")}) as workers:
+            asks = [Ask(OURS, "load"), Ask(LIMIT, f"copy {4 * n}"), Ask(LIMIT, f"copy {2 * n}")]
+            found = alternate(workers, asks, bench.rounds(3))
+        work, ours = f"widening bfloat16 to float32, {title}", found[OURS, "load"]
+        wide, packed = found[LIMIT, f"copy {4 * n}"], found[LIMIT, f"copy {2 * n}"]
+        lines.append(Line("widening", work, "s", ours, "np.copy, its float32 bytes", wide, 2, less_is_better=True))
+        lines.append(Line("widening", work, "s", ours, "np.copy, its bfloat16 bytes", packed, less_is_better=True))
+    return lines
+
+
+def converting(bench: Bench) -> list[Line]:
+    if not bench.has_torch:
+        print("conversion: left out, torch is not installed")
+        return []
+    found = conversion.run(bench.quick)
+    work = f"conversion of {found['checkpoint_bytes'] / 1e9:.1f} GB"
+    peak = found["peak_anonymous_bytes"]
+    line = Line("conversion", work, "s", found["seconds"], "cp and sync", found["cp_seconds"], 2.5, less_is_better=True)
+    return [line, *most("conversion", "peak anonymous memory of it", "MB", peak and peak / 1e6, 1500)]
+
+
+# ------------------------------------------------------------------------------------------------------------------- lookup
+
+
+def lookup(bench: Bench) -> list[Line]:
+    """Greedy decoding of a text that repeats its prompt: SmolLM2 where it was fetched, else the embedded model."""
+    path = _smollm2() if not bench.quick else None
+    n = 16 if bench.quick else 72  # about as long as the text that it repeats
+    with bench.workers({OURS: ("npllama", str(path or demo_path()), "float32")}) as workers:
+        plain, by_lookup = f"generate 0 {n}", f"generate {LOOKUP} {n}"
+        same = workers[OURS].ask(plain)["tokens"] == workers[OURS].ask(by_lookup)["tokens"]
+        found = alternate(workers, [Ask(OURS, plain), Ask(OURS, by_lookup)], bench.rounds(5))
+    title = "SmolLM2-135M" if path else "the embedded model"
+    work = f"a text that repeats its prompt, --lookup {LOOKUP}, {title}, {'the same' if same else 'OTHER'} tokens"
+    return [Line("lookup", work, "tokens/s", n / found[OURS, by_lookup], "without", n / found[OURS, plain], 1.5)]
+
+
+def _smollm2() -> Path | None:
+    """SmolLM2-135M-Instruct as `npllama fetch smollm2-135m` got it."""
+    homes = [os.environ.get("NPLLAMA_TEST_MODELS")]
+    places = [Path(home) / "models" / "smollm2-135m" for home in homes if home] + [locate("smollm2-135m")]
+    return next((place for place in places if (place / "manifest.json").is_file()), None)
+
+
+ROWS: dict[str, Callable[[Bench], list[Line]]] = {
+    "135m": smollm2_135m,
+    "batch": batch,
+    "context": context,
+    "prompt-memory": prompt_memory,
+    "lookup": lookup,
+    "360m": smollm2_360m,
+    "1.1b": tinyllama,
+    "widening": widening,
+    "3b": llama_3b,
+    "8b": llama_8b,
+    "opening": opening,
+    "8b-whole": whole_8b,
+    "conversion": converting,
+}
