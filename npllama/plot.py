@@ -373,14 +373,17 @@ def draw_logit_lens(figure: Figure, subject: Subject) -> None:
         image = axes.imshow(shown, cmap="cividis", vmin=0, vmax=1, aspect="auto", origin="lower", interpolation="nearest")
         for row, column in np.ndindex(shown.shape):
             dark = shown[row, column] < 0.55
-            text = predicted[row, at][column]
-            text = text if len(text) <= 9 else text[:8] + "…"
+            text = _short(predicted[row, at][column])
             axes.text(column, row, text, ha="center", va="center", fontsize=6.5, color="white" if dark else "black")
         axes.set_xlim(-0.5, min(T, a_strip) - 0.5)
-        axes.set_xticks(range(shown.shape[1]), [f"{i}\n{labels[i][:9]}" for i in range(T)[at]], fontsize=7)
+        axes.set_xticks(range(shown.shape[1]), [f"{i}\n{_short(labels[i])}" for i in range(T)[at]], fontsize=7)
         axes.set_yticks(range(len(ids)), ["embedding", *map(str, range(config.n_layers))], fontsize=7)
         axes.set_ylabel("after layer")
     figure.colorbar(image, ax=figure.axes, label="its probability", shrink=min(1.0, 4 / (strips * height)), aspect=25)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 9 else text[:8] + "…"
 
 
 def draw_tokens(figure: Figure, subject: Subject) -> None:

@@ -31,7 +31,7 @@ class WatchedPass:
     """One forward pass that remembers what it did.
 
     taps      name -> activation, of the chosen layer, of what is in no layer, and every layer's `out`
-    places    name -> the line of model.py that made it
+    places    name -> the line of model.py that made it; and `block`, the line that ran the chosen layer
     returned  operation -> what it returned, for operations whose result is no activation
     """
 
@@ -45,7 +45,10 @@ class WatchedPass:
             x = tap(name, x)
             if name.startswith(chosen) or not name.startswith("layers.") or (name.count(".") == 2 and name.endswith(".out")):
                 self.taps[name] = x
-                self.places[name] = Source.running(inspect.currentframe().f_back)
+                frame = inspect.currentframe().f_back
+                self.places[name] = Source.running(frame)
+                if name == chosen + "out":
+                    self.places["block"] = Source.running(frame.f_back)
             return x
 
         watched = {name: self._watched(name) for name in ("rope_frequencies", "rope_rotation", "causal_mask")}
@@ -120,8 +123,8 @@ class _Teller:
         if self.model.tokenizer is None:
             return Step(
                 "Tokens",
-                "The prompt is given as ids: this model came without a tokenizer. The model never sees text, only these "
-                "numbers.",
+                "This model came without a tokenizer, so the prompt is given as ids: these numbers are all that the "
+                "model sees.",
                 shape=f"tokens [T] = [{len(self.ids)}]",
                 tables=(Table(("position", "id"), tuple(row[:2] for row in rows)),),
                 sources=(Source.of(model.check_tokens),),
@@ -129,7 +132,7 @@ class _Teller:
         return Step(
             "Tokens",
             "The tokenizer cuts the text into pieces that it knows, and gives each piece's number in its vocabulary of "
-            f"{self.model.tokenizer.vocab_size:,}. The model never sees text, only these numbers.",
+            f"{self.model.tokenizer.vocab_size:,}: these numbers are all that the model sees.",
             formula="ids = encode(text)",
             shape=f"tokens [T] = [{len(self.ids)}]",
             tables=(Table(("position", "id", "piece"), tuple(rows)),),
@@ -140,8 +143,8 @@ class _Teller:
         c = self.config
         return Step(
             "Embeddings",
-            f"Each id names a row of the embedding matrix: {c.dim} learned numbers that stand for the token, wherever it is. "
-            "Order plays no part yet.",
+            f"Each id names a row of the embedding matrix: {c.dim} learned numbers that stand for the token, wherever in "
+            "the text it is.",
             formula="x = tok_embeddings.weight[ids]",
             shape=f"weight [V, D] = [{c.vocab_size}, {c.dim}]  ->  x [T, D] = [{len(self.ids)}, {c.dim}]",
             tables=(self._token_table(self.seen["tok_embeddings"]),),
@@ -150,10 +153,10 @@ class _Teller:
 
     def attention_norm(self) -> Step:
         before = "tok_embeddings" if self.layer == 0 else f"layers.{self.layer - 1}.out"
-        passed = "" if self.layer == 0 else f"Layers 0 to {self.layer - 1} have run. "
+        each = "Each" if self.layer == 0 else f"After layer {self.layer - 1}, each"
         return self._norm(
             f"RMSNorm, before layer {self.layer}'s attention",
-            passed + "Each token's numbers are divided by their root mean square, so that their size is 1 whatever came in, "
+            f"{each} token's numbers are divided by their root mean square, so that their size is 1 whatever came in, "
             "and each is then multiplied by a learned weight of its own.",
             before,
             self.name + "attention_norm",
@@ -173,18 +176,18 @@ class _Teller:
             formula="q = x Wqᵀ,  k = x Wkᵀ,  v = x Wvᵀ",
             shape="\n".join(shapes),
             tables=(_numbers_table([("q", q), ("k", k), ("v", v)], f"the last token, {self.pieces[self.last]}"),),
-            **self._computed([name + "q", name + "k", name + "v"], linear.linear),
+            **self._computed([name + "q", name + "k", name + "v"], linear.linears, linear.linear),
         )
 
     def split_heads(self) -> Step:
         c, name = self.config, self.name + "attention."
         share = c.n_heads // c.n_kv_heads
         if share == 1:
-            sharing = "Every head has keys and values of its own."
+            sharing = "every head has keys and values of its own."
         else:
             sharing = (
-                f"There are {c.n_kv_heads} key/value head{'s' * (c.n_kv_heads > 1)}, shared by {share} query heads each "
-                f"(grouped queries): query head {self.head} uses key/value head {self.head} // {share} = {self.group}."
+                f"{share} query heads share each key/value head (grouped queries), so that query head {self.head} uses "
+                f"key/value head {self.head} // {share} = {self.group}."
             )
         rows = [
             (f"q, head {self.head}", self.seen[name + "q"][self.last, self.head]),
@@ -193,7 +196,7 @@ class _Teller:
         ]
         return Step(
             "Heads",
-            f"The long rows are cut into heads of {c.head_dim} numbers, which look at the text independently. {sharing}",
+            f"The long rows are cut into heads of {c.head_dim} numbers, which look at the text independently; {sharing}",
             formula="q.reshape(T, H, K),  k.reshape(T, G, K),  v.reshape(T, G, K)",
             shape=f"q [T, H, K] = {_shape(self.seen[name + 'q'])};  k, v [T, G, K] = {_shape(self.seen[name + 'k'])}",
             tables=(_numbers_table(rows, f"the last token, {self.pieces[self.last]}"),),
@@ -207,12 +210,12 @@ class _Teller:
         for j in _some(len(θ), SHOWN + 1):
             turns = ("…",) * 4 if j is None else (j, float(θ[j]), 2 * math.pi / float(θ[j]), self.last * float(θ[j]))
             rows.append(turns)
-        scaled = "" if c.rope_scaling is None else " This model's slow pairs are slowed further, for a longer context."
+        scaled = "" if c.rope_scaling is None else "; this model's slow pairs are slowed further, for a longer context"
         return Step(
             "RoPE: a speed for each pair",
             "A head's numbers are taken in neighbouring pairs, and each pair is a point on a plane that turns as the position "
             "grows: pair 0 by one radian a token, the later ones ever more slowly, so that some tell neighbours apart and some "
-            f"whole passages.{scaled}",
+            f"whole passages{scaled}.",
             formula=f"θ_j = theta^(-2j/K),  theta = {c.rope_theta:g},  K = {c.head_dim};  angle = m·θ_j",
             shape=f"frequencies [K/2] = {_shape(θ)}",
             tables=(Table(("pair j", "θ_j", "tokens a turn", f"angle at m = {self.last}"), tuple(rows)),),
@@ -232,12 +235,12 @@ class _Teller:
                 )
         θ = self.seen.returned["rope_frequencies"][j]
         turn = f"the last token's pair {j}: m·θ = {m} · {θ:.4f} = {m * θ:.4f}, cos {cos:.4f}, sin {sin:.4f}"
-        first = " At position 0 nothing turns." if m == 0 else ""
+        first = "; at position 0 nothing turns" if m == 0 else ""
         return Step(
             "RoPE: one pair followed",
-            "Queries and keys are turned, values are not. Turning keeps a pair's length and adds the angle to its direction "
-            "(up to whole turns), and the product of a query with a key then depends only on how far apart the two "
-            "are." + first,
+            "Queries and keys are turned, values are not: turning keeps a pair's length and adds the angle to its direction "
+            "(up to whole turns), so that a query's product with a key sees of their positions only the "
+            f"distance{first}.",
             formula=f"y[2j] + i·y[2j+1] = (x[2j] + i·x[2j+1]) · e^(i·m·θ_j),  here j = {j}",
             shape=f"q [T, H, K] = {_shape(self.seen[name + 'q_rope'])},  k [T, G, K] = {_shape(self.seen[name + 'k_rope'])}",
             tables=(Table(("", f"x[{2 * j}]", f"x[{2 * j + 1}]", "length", "direction"), tuple(rows), turn),),
@@ -251,8 +254,8 @@ class _Teller:
         unmasked = ops.attention_scores(q, keys, np.zeros_like(self.seen.returned["causal_mask"]))[0]
         return Step(
             "Scores",
-            "Every query is multiplied with every key: the larger the product, the better they match. Without the division by "
-            "√K the products would grow with the head's width.",
+            "Every query is multiplied with every key, and the larger the product, the better they match; the division by √K "
+            "keeps the products from growing with the head's width.",
             formula=f"scores = q·k / sqrt(K),  sqrt({c.head_dim}) = {math.sqrt(c.head_dim):.4f}",
             shape=f"q [T, H, K], k [G, S, K]  ->  [H, T, S] = {_shape(self.seen[name + 'scores'])}",
             tables=(self._square(unmasked, f"head {self.head} before the mask; a row is a query, a column a key"),),
@@ -281,7 +284,7 @@ class _Teller:
         looked = tuple((self.pieces[i], int(i), float(weights[self.last, i])) for i in most)
         return Step(
             "Softmax",
-            "Each row of scores becomes weights that are positive and sum to 1; minus infinity becomes exactly 0.",
+            "Each row of scores becomes weights that sum to 1, none negative; minus infinity becomes exactly 0.",
             formula="weights = exp(scores - max) / sum(exp(scores - max))",
             shape=f"[H, T, S] = {_shape(self.seen[name])}",
             tables=(
@@ -347,19 +350,19 @@ class _Teller:
         return Step(
             "SwiGLU",
             f"Now each token is worked on by itself, at a width of {c.ffn_dim}: one matrix makes gates, another makes "
-            "numbers, and each number passes as far as its gate is open. silu leaves large gates as they are and closes "
-            "negative ones.",
+            "numbers, and each number is multiplied by silu of its gate, which leaves large gates nearly as they are and all "
+            "but closes negative ones.",
             formula="act = silu(x W1ᵀ) · (x W3ᵀ),  silu(z) = z / (1 + exp(-z))",
             shape=f"w1, w3 [F, D] = [{c.ffn_dim}, {c.dim}]  ->  gate, up, act [T, F] = {_shape(self.seen[name + 'act'])}",
             tables=(_numbers_table(rows, f"the last token, {self.pieces[self.last]}"),),
-            **self._computed([name + "gate", name + "up", name + "act"], linear.linear, ops.silu, ops.swiglu),
+            **self._computed([name + "gate", name + "up", name + "act"], linear.linears, ops.silu, ops.swiglu),
         )
 
     def ffn_out(self) -> Step:
         c = self.config
         step = self._residual(
             "Back to the model's width, and the second residual",
-            "w2 brings the result back, and it is added too. This is what the next layer gets.",
+            "w2 brings the result back, and it is added too: this is what the layer passes on.",
             "out = h + act W2ᵀ",
             self.name + "attention_residual",
             self.name + "feed_forward.out",
@@ -381,14 +384,14 @@ class _Teller:
             rows.append((names[i], float(x[self.last, 0]), float(rms[self.last]), float(np.mean(rms))))
         return Step(
             "All the layers",
-            f"The same block runs {self.config.n_layers} times in a loop, with other weights each time. What runs through is "
-            "called the residual stream: each layer adds to it, and mostly it grows.",
+            f"The same block runs {self.config.n_layers} times in a loop, with other weights each time, and each layer adds "
+            "to what runs through, the residual stream, which mostly grows.",
             formula=f"for layer in range({self.config.n_layers}):  x = block(x, layer)",
             shape=f"x [T, D] = {_shape(self.seen[names[-1]])} after every layer",
             tables=(Table(("after", "last token's x[0]", "its root mean square", "of all tokens"), tuple(rows)),),
             taps=("layers.N.out",),
             sources=(Source.of(model.block),),
-            called=self.seen.places[names[-1]],
+            called=self.seen.places["block"],
         )
 
     def final_norm(self) -> Step:
@@ -403,9 +406,9 @@ class _Teller:
         weight = "tok_embeddings.weight" if c.tied_embeddings else "output.weight"
         return Step(
             "Logits",
-            f"The output matrix, here {output}, gives every token of the vocabulary a score: how well it would follow. Each "
-            "row answers for its own position, so that a text of T tokens is T lessons in training; what comes next is the "
-            "last row's.",
+            f"The output matrix, here {output}, gives every token of the vocabulary a score, how well it would follow: each "
+            "row answers for its own position, so that a text of T tokens is T lessons in training, and the last row says what "
+            "comes next.",
             formula=f"logits = x Wᵀ,  W = {weight}",
             shape=f"W [V, D] = [{c.vocab_size}, {c.dim}]  ->  [T, V] = {_shape(logits)}",
             tables=(self._token_table(logits, f"the scores of ids 0 to {min(SHOWN, c.vocab_size) - 1}"),),
@@ -419,8 +422,8 @@ class _Teller:
         rows = tuple((int(i), self._piece(int(i)), float(logits[i]), float(p[i])) for i in best)
         return Step(
             "Probabilities",
-            f"Softmax of the last row: how likely each of the {len(logits):,} tokens is to come next. These are the first "
-            f"{len(best)}, together {float(p[best].sum()):.1%}.",
+            f"Softmax of the last row: how likely each of the {len(logits):,} tokens is to come next; the first "
+            f"{len(best)} have {float(p[best].sum()):.1%} together.",
             formula="p = softmax(logits[last])",
             shape=f"[V] = {_shape(p)}, sums to {float(p.sum()):.6f}",
             tables=(Table(("id", "piece", "logit", "probability"), rows),),
@@ -433,8 +436,8 @@ class _Teller:
         id = sampling.sample(logits, sampling.Sampling(), np.random.default_rng(0))
         return Step(
             "The chosen token",
-            f"Greedily, the likeliest: {self._piece(id)}, id {id}. It is put behind the others and the pass runs again, for "
-            "the one new token alone: the keys and values of those before it are kept in the cache.",
+            f"Greedily, the likeliest: {self._piece(id)}, id {id}, which is put behind the others for the pass to run "
+            "again, with the one new token alone, since the keys and values of those before it are kept in the cache.",
             formula="next = argmax(logits[last])",
             shape=f"[V] = {_shape(logits)}  ->  one id",
             tables=(Table(("id", "piece", "logit"), ((id, self._piece(id), float(logits[id])),)),),

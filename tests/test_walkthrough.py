@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -206,9 +207,18 @@ def test_the_line_is_the_one_that_calls_the_tap(demo):
             continue
         assert step.called.file == "npllama/model.py"
         line = lines[step.called.line - 1]
-        if step.taps and "scores" not in step.taps[0]:
+        if step.title == "All the layers":
+            assert line.strip().startswith("x = block("), line
+        elif step.taps and "scores" not in step.taps[0]:
             suffix = step.taps[0].rpartition(".")[2]
             assert f'tap("{suffix}"' in line or f'tap(name + "{suffix}"' in line, (step.title, line)
+
+
+def test_each_step_is_one_sentence(demo):
+    for layer, tokens in ((0, [2000]), (1, [2000, 5, 7])):
+        for step in walkthrough(demo, tokens, layer=layer):
+            assert step.sentence.endswith("."), step.sentence
+            assert not re.search(r"\. [A-Z]", step.sentence), step.sentence
 
 
 # -------------------------------------------------------------------------------------------------------------- models and text
