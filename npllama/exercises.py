@@ -248,7 +248,7 @@ EXERCISES = (
         name="softmax",
         arguments="x",
         statement="""\
-Turn scores into weights that are positive and sum to one along the last axis.
+Turn scores into weights, none negative, that sum to one along the last axis.
 
     y = exp(x) / sum(exp(x))        x [..., S] -> [..., S]
 

@@ -29,7 +29,7 @@ def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
-    """Turn scores into weights that are positive and sum to one along the last axis.
+    """Turn scores into weights, none negative, that sum to one along the last axis.
 
     y = exp(x - max(x)) / sum(exp(x - max(x)))        x [..., S] -> [..., S]; -inf gives exactly 0
     Subtracting the maximum changes nothing but keeps exp from overflowing.
