@@ -22,11 +22,12 @@ from npllama.store import locate
 
 from . import conversion, models
 from .processes import ROOT, Ask, Worker, alternate
+from .worker import PRODUCTS
 
 OURS, HF, LLAMA_CPP, NAIVE, LIMIT = "npllama", "Hugging Face", "llama.cpp", "naive NumPy", "limit"
 TORCH_BF16, TORCH_AVX512 = "torch bfloat16", "torch bfloat16, AVX-512 without bf16"
 INT8 = "npllama int8"
-LARGE_BYTES = LARGE[0] * LARGE[1] * 4
+READ_BYTES = PRODUCTS * LARGE[0] * LARGE[1] * 4  # by the command `bandwidth`
 LOOKUP = 8  # tokens proposed
 
 
@@ -145,7 +146,7 @@ def dense(
         found = alternate(workers, asks, bench.rounds(rounds))
         memory = {name: workers[name].ask("memory")["bytes"] for name in (OURS, HF) if name in workers}
     present = [name for name in workers if name != LIMIT]
-    bandwidth = LARGE_BYTES / found[LIMIT, "bandwidth"]
+    bandwidth = READ_BYTES / found[LIMIT, "bandwidth"]
     limit = bandwidth / models.bytes_per_token(shape, 4)
     rates = {name: steps[name] / found[name, f"decode {steps[name]}"] for name in present}
     lines = compared(row, f"decode, float32, {title}", "tokens/s", rates, limit, wanted.get("decode"))
@@ -200,7 +201,7 @@ def llama_3b(bench: Bench) -> list[Line]:
         names = [name for name in workers if name != LIMIT]
         asks = [Ask(LIMIT, "bandwidth"), *(Ask(name, command) for name in names for command in (few, one))]
         found = alternate(workers, asks, bench.rounds(5))
-    limit = LARGE_BYTES / found[LIMIT, "bandwidth"] / models.bytes_per_token(shape, 4)
+    limit = READ_BYTES / found[LIMIT, "bandwidth"] / models.bytes_per_token(shape, 4)
     rates = {name: n / of_all_layers(found[name, few], found[name, one], n_few, shape.n_layers) for name in names}
     for name, rate in rates.items():
         bench.point("size", f"{name}, float32", n_parameters(shape), rate)
@@ -226,7 +227,7 @@ def llama_8b(bench: Bench) -> list[Line]:
         asks = [Ask(LIMIT, "bandwidth"), *(Ask(name, command) for name in names for command in (few, one))]
         asks += [Ask(LIMIT, square, 3), *(Ask(name, long, 3) for name in names if name != INT8)]
         found = alternate(workers, asks, bench.rounds(5))
-    limit = LARGE_BYTES / found[LIMIT, "bandwidth"] / models.bytes_per_token(shape, 2)
+    limit = READ_BYTES / found[LIMIT, "bandwidth"] / models.bytes_per_token(shape, 2)
     rates = {name: n / of_all_layers(found[name, few], found[name, one], n_few, shape.n_layers) for name in names}
     by_int8 = rates.pop(INT8)
     names.remove(INT8)
@@ -254,7 +255,7 @@ def whole_8b(bench: Bench) -> list[Line]:
     with bench.workers({OURS: ("npllama", path, "stored"), LIMIT: ("limit", path, "stored")}) as workers:
         peak = workers[OURS].peak_anonymous("decode 1")  # and everything is in memory afterwards
         found = alternate(workers, [Ask(LIMIT, "bandwidth"), Ask(OURS, "decode 2")], bench.rounds(5))
-    limit = LARGE_BYTES / found[LIMIT, "bandwidth"] / models.bytes_per_token(shape, 2)
+    limit = READ_BYTES / found[LIMIT, "bandwidth"] / models.bytes_per_token(shape, 2)
     lines = [Line("8b-whole", "decode, bfloat16, 8B whole, of zeros", "tokens/s", 2 / found[OURS, "decode 2"], limit=limit)]
     return lines + most("8b-whole", "peak anonymous memory, 8B whole", "MB", peak and peak / 1e6, 1500)
 
