@@ -17,7 +17,7 @@ from npllama.checkpoint import STORAGE, open_model
 from conftest import ROOT
 from tiny import CONFIGS, random_params, random_tokens, relative_error
 
-sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT))
 from benchmarks import models, naive
 from benchmarks.__main__ import table
 from benchmarks.processes import Ask, Worker, alternate
