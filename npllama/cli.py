@@ -104,7 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         default=0,
         metavar="K",
-        help="greedy, and check up to K tokens at once that followed alike text before",
+        help="greedy; check up to K tokens at once that followed like text before",
     )
     p.add_argument("--profile", action="store_true", help="print where a token's time goes, to standard error")
     add_model_options(p)

@@ -36,6 +36,8 @@ LENS_CANDIDATES = 5  # at each layer and position
 CANDIDATES = 20  # of the last token's, named in the page
 FIRST_NUMBERS = 4  # of each activation, for each token
 
+PRODUCT = (linear.linears, linear.linear)  # several matrices by one x
+
 # What happens at each activation: a sentence, the formula, and the functions that compute it.
 STEPS: dict[str, tuple[str, str, tuple[Callable, ...]]] = {
     "tok_embeddings": ("Each token's id picks a row of the embedding.", "x = E[id]", (linear.embed,)),
@@ -44,20 +46,28 @@ STEPS: dict[str, tuple[str, str, tuple[Callable, ...]]] = {
         "y = x / √(mean(x²) + ε) · w",
         (ops.rms_norm,),
     ),
-    "attention.q": ("What each token asks for, cut into heads.", "q = y Wqᵀ", (linear.linear, model.split_heads)),
+    "attention.q": (
+        "What each token asks for, cut into heads.",
+        "q = y Wqᵀ",
+        (*PRODUCT, model.split_heads),
+    ),
     "attention.k": (
         "What each token offers to be found by; several query heads share one of these.",
         "k = y Wkᵀ",
-        (linear.linear, model.split_heads),
+        (*PRODUCT, model.split_heads),
     ),
-    "attention.v": ("What each token gives when it is looked at.", "v = y Wvᵀ", (linear.linear, model.split_heads)),
+    "attention.v": (
+        "What each token gives when it is looked at.",
+        "v = y Wvᵀ",
+        (*PRODUCT, model.split_heads),
+    ),
     "attention.q_rope": (
         "Each pair of a query's numbers is turned by an angle that grows with the token's position m.",
         "(q₂ⱼ + i·q₂ⱼ₊₁) · e^(i·m·θⱼ)",
         (ops.rope, ops.rope_rotation, ops.rope_frequencies),
     ),
     "attention.k_rope": (
-        "Keys are turned likewise, so that q·k depends on how far apart the two tokens are.",
+        "Keys are turned likewise, so that of the positions q·k sees only how far apart they are.",
         "(k₂ⱼ + i·k₂ⱼ₊₁) · e^(i·m·θⱼ)",
         (ops.rope, ops.rope_rotation, ops.rope_frequencies),
     ),
@@ -79,15 +89,18 @@ STEPS: dict[str, tuple[str, str, tuple[Callable, ...]]] = {
         "y = h / √(mean(h²) + ε) · w",
         (ops.rms_norm,),
     ),
-    "feed_forward.gate": ("One projection decides how far each of F channels opens.", "g = y W₁ᵀ", (linear.linear,)),
-    "feed_forward.up": ("Another says what goes through it.", "u = y W₃ᵀ", (linear.linear,)),
+    "feed_forward.gate": (
+        "One projection decides how far each of F channels opens.",
+        "g = y W₁ᵀ",
+        PRODUCT,
+    ),
+    "feed_forward.up": ("Another says what goes through it.", "u = y W₃ᵀ", PRODUCT),
     "feed_forward.act": ("The gate, smoothed, times the other.", "a = silu(g) · u", (ops.swiglu, ops.silu)),
     "feed_forward.out": ("Back to the stream's width.", "a W₂ᵀ", (linear.linear, model.feed_forward)),
     "out": ("What the feed-forward made is added to the stream: the layer's output.", "h + feed_forward(y)", (model.block,)),
     "norm": ("After the last layer the stream is scaled once more.", "y = x / √(mean(x²) + ε) · w", (ops.rms_norm,)),
     "logits": ("A score for every token of the vocabulary: which one comes next?", "y Outputᵀ", (linear.linear,)),
 }
-CALLERS = (model.forward, model.block, model.self_attention, model.feed_forward)
 
 
 def explain(model: Model, ids: Sequence[int], out: Path) -> int:

@@ -1,8 +1,8 @@
 """Where dense weights lie in memory. What costs is reading them, and BLAS reads long runs of numbers faster than short ones.
 
 The rows of a matrix with few columns are short: such a matrix is kept transposed, so that what lies together are its columns.
-(SmolLM2-135M has rows of 576 numbers; read so, each takes three quarters of the time.) Matrices that are multiplied with the
-same x lie side by side, to be multiplied as one. linear.py takes a weight as it lies; its shape says the same in any order.
+(SmolLM2-135M has rows of 576 numbers; benchmarks/README.md says what it gains.) Matrices that are multiplied with the same x
+lie side by side, to be multiplied as one. linear.py takes a weight as it lies; its shape says the same in any order.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def in_memory(params: Mapping[str, Weight], config: Config, dtype: DTypeLike) ->
     jobs: list[tuple[np.ndarray, Weight]] = []
     for names in groups(config):
         weights = [params[name] for name in names]
-        n_out, turns = sum(weight.shape[0] for weight in weights), _turns(names, weights, config)
+        turns = _turns(names, weights, config)
         if not turns and all(weight.dtype == dtype for weight in weights):
             dense.update(zip(names, weights, strict=True))
             continue
         if turns:
-            block = np.empty((weights[0].shape[1], n_out), dtype).T
+            block = np.empty((weights[0].shape[1], sum(weight.shape[0] for weight in weights)), dtype).T
         start = 0
         for name, weight in zip(names, weights, strict=True):
             n_out = weight.shape[0]

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import functools
 import io
-import json
 import math
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
@@ -31,7 +30,7 @@ import numpy as np
 
 from . import ops
 from .atomic import write_file
-from .checkpoint import Model
+from .checkpoint import Model, read_json
 from .compare.names import place
 from .lens import lens_names, logit_lens, residual_names, residual_norms, token_labels
 from .trace import Recording, Selection, record
@@ -498,13 +497,8 @@ def read_report(path: Path) -> dict[str, object]:
     """What `npllama compare --report x.json` wrote. Raises ValueError for another file."""
     from .compare.report import FORMAT
 
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or error}") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
-    if not isinstance(report, dict) or report.get("format") != FORMAT:
+    report = read_json(path)
+    if report.get("format") != FORMAT:
         raise ValueError(f"{path}: expected a comparison that npllama compare --report x.json wrote")
     return report
 
