@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from npllama.checkpoint import available_memory
+from npllama.memory import available_memory
 from npllama.threads import available_cpus, controls_blas
 
 from . import storage

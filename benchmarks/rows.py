@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from npllama import Config, n_parameters
-from npllama.checkpoint import available_memory, demo_path, open_model
+from npllama.checkpoint import demo_path, open_model
 from npllama.layout import new_bytes
+from npllama.memory import available_memory
 from npllama.profile import LARGE
 from npllama.store import locate
 

@@ -31,6 +31,7 @@ from . import layout
 from .atomic import check_target, new_folder, survivor
 from .config import Config, ConfigError, parameter_shapes
 from .linear import Int8, Weight, is_packed, to_bfloat16, to_int8, widen
+from .memory import available_memory
 from .store import NAME, locate
 
 FORMAT_VERSION = 1
@@ -212,22 +213,6 @@ def sha256(path: Path, stop: Callable[[], bool] = lambda: False) -> str:
         while (n := file.readinto(block)) and not stop():
             digest.update(memoryview(block)[:n])
     return digest.hexdigest()
-
-
-def available_memory() -> int:
-    """Bytes that can be allocated without pushing anything out, within this process's cgroup."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        try:
-            free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-        except (AttributeError, OSError, ValueError):
-            return 4 << 30  # Windows; a guess on the small side
-    with contextlib.suppress(OSError, ValueError):  # ValueError: "max", no limit
-        cgroup = Path("/sys/fs/cgroup")
-        free = min(free, int((cgroup / "memory.max").read_text()) - int((cgroup / "memory.current").read_text()))
-    return max(free, 0)
 
 
 def read_json(path: Path) -> dict[str, object]:

@@ -1,18 +1,21 @@
-"""Attention at the machine's pace. No mathematics of its own: tiles of queries, small enough that their scores stay in a core's
-cache, are handed to the functions of ops.py, on all threads.
+"""The forward pass at the machine's pace, when nobody watches what is in between: a long prompt is shared among the threads.
 
-The results are those of ops.py within rounding, as products of matrices of other shapes are. Scores are never in memory whole,
-and those of slots after a tile's last query aren't computed: half of a prompt's.
+Attention goes by tiles of queries, small enough that their scores stay in a core's cache: they are never in memory whole, and
+those of slots after a tile's last query aren't computed, half of a prompt's. As in FlashAttention (Dao et al. 2022,
+arXiv:2205.14135) arithmetic is moved to where the numbers are fewer: queries are scaled instead of scores, and heads are divided
+by the sums of their weights instead of the weights. The results are those of ops.py within rounding.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
 from . import ops
-from .threads import parallel
+from .linear import products
+from .threads import n_threads, parallel
 
 # glibc's malloc gives the memory of an array back to the system when it is freed, and touching memory anew costs more than
 # computing with it, unless it has seen a larger one freed: then it keeps what is smaller. Untouched, this one costs nothing.
@@ -21,6 +24,23 @@ del _
 
 TILE = 1 << 18  # scores
 SHARED = 1 << 17  # scores: waking a second thread costs more than it saves below
+TOKENS = 256  # for a thread: with fewer, BLAS reorders weights longer than it multiplies with them
+
+
+def by_token(f: Callable[[np.ndarray], np.ndarray], x: np.ndarray) -> np.ndarray:
+    """f(x) of a function that takes each token by itself, tokens shared among the threads.    x [..., T, D] -> like x"""
+    rows = x.reshape(-1, x.shape[-1])
+    size = -(-len(rows) // n_threads())
+    if size < TOKENS or size == len(rows):
+        return f(x)
+    y = np.empty_like(rows)
+
+    def work(i: int) -> None:
+        part = slice(i * size, i * size + size)
+        y[part] = f(rows[part])
+
+    parallel(work, -(-len(rows) // size))
+    return y.reshape(x.shape)
 
 
 def attention(q: np.ndarray, keys: np.ndarray, values: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -37,16 +57,23 @@ def attention(q: np.ndarray, keys: np.ndarray, values: np.ndarray, mask: np.ndar
         return ops.attention_heads(ops.softmax(ops.attention_scores(q, keys, mask)), values)
     size = max(8, TILE // (R * S))  # queries
     n_tiles = -(-T // size)
-    y = np.empty_like(q)
+    q = q / math.sqrt(K)
+    padded = mask[..., -1, :].any()  # the last query sees all but padding
+    y, ones = np.empty_like(q), np.ones(S, q.dtype)
 
     def work(i: int) -> None:
         *at, g, tile = np.unravel_index(i, (*batch, G, n_tiles))
-        heads, group = slice(g * R, g * R + R), slice(g, g + 1)
-        queries = slice(tile * size, min(T, tile * size + size))
-        slots = slice(S - T + queries.stop)
-        q_tile, mask_tile = q[(*at, queries, heads)], mask[(*at, slice(None), queries, slots)]
-        scores = ops.attention_scores(q_tile, keys[(*at, group, slots)], mask_tile)
-        y[(*at, queries, heads)] = ops.attention_heads(ops.softmax(scores), values[(*at, group, slots)])
+        tokens, heads = slice(tile * size, min(T, tile * size + size)), slice(g * R, g * R + R)
+        first, stop = S - T + tokens.start, S - T + tokens.stop  # slots: of the first query, and after the last
+        queries = q[(*at, tokens, heads)].swapaxes(0, 1).reshape(-1, K)  # those of one head after another
+        scores = products(queries, keys[(*at, g, slice(stop))])
+        hidden = slice(0 if padded else first, stop)  # slots that may be, to some
+        scores.reshape(R, -1, stop)[..., hidden] += mask[(*at, slice(None), tokens, hidden)]
+        scores -= np.max(scores, axis=-1, keepdims=True)
+        weights = np.exp(scores, out=scores)
+        y_tile = weights @ values[(*at, g, slice(stop))]
+        y_tile /= (weights @ ones[:stop])[:, None]
+        y[(*at, tokens, heads)] = y_tile.reshape(R, -1, K).swapaxes(0, 1)
 
     parallel(work, math.prod(batch) * G * n_tiles)
     return y

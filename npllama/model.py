@@ -90,8 +90,12 @@ def block(
     name = f"layers.{layer}."
     normed = tap(name + "attention_norm", ops.rms_norm(x, params[name + "attention_norm.weight"], config.norm_eps))
     x = tap(name + "attention_residual", x + self_attention(normed, params, config, layer, rotation, mask, cache, tap, ops))
-    normed = tap(name + "ffn_norm", ops.rms_norm(x, params[name + "ffn_norm.weight"], config.norm_eps))
-    return tap(name + "out", x + feed_forward(normed, params, layer, tap, ops))
+
+    def rest(x: Array) -> Array:
+        normed = tap(name + "ffn_norm", ops.rms_norm(x, params[name + "ffn_norm.weight"], config.norm_eps))
+        return tap(name + "out", x + feed_forward(normed, params, layer, tap, ops))
+
+    return fast.by_token(rest, x) if tap is no_tap else rest(x)  # nobody looks: the tokens may go separate ways
 
 
 def self_attention(

@@ -30,6 +30,7 @@ class _State:
 
 
 _state = _State()
+_this_thread = threading.local()  # .busy: it runs a task of parallel()
 
 
 def _forget() -> None:
@@ -51,7 +52,12 @@ def available_cpus() -> int:
 
 
 def n_threads() -> int:
-    """How many threads compute: what set_threads() said, else NPLLAMA_NUM_THREADS, else one for each processor."""
+    """How many threads compute: what set_threads() said, else NPLLAMA_NUM_THREADS, else one for each processor.
+
+    One within a task of parallel(): the others have tasks of their own.
+    """
+    if getattr(_this_thread, "busy", False):
+        return 1
     if _state.n_threads is None:
         text = os.environ.get(VARIABLE)
         if text is None:
@@ -125,7 +131,10 @@ def _one_blas_thread() -> Iterator[None]:
 
 
 def parallel(task: Callable[[int], object], n: int) -> None:
-    """Run task(0) to task(n - 1), each thread taking the next when it is done with one. An exception of any is raised."""
+    """Run task(0) to task(n - 1), each thread taking the next when it is done with one. An exception of any is raised.
+
+    A task that calls this again runs those tasks itself.
+    """
     workers = min(n_threads(), n)
     if workers < 2 or not controls_blas():
         for i in range(n):
@@ -135,8 +144,12 @@ def parallel(task: Callable[[int], object], n: int) -> None:
     failed = False
 
     def work() -> None:
-        while not failed and (i := next(numbers)) < n:
-            task(i)
+        _this_thread.busy = True
+        try:
+            while not failed and (i := next(numbers)) < n:
+                task(i)
+        finally:
+            _this_thread.busy = False
 
     with _one_blas_thread():
         others = [_pool().submit(work) for _ in range(workers - 1)]

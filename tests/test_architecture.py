@@ -15,6 +15,7 @@ from conftest import ROOT
 ORDER = [
     "config",
     "threads",
+    "memory",
     "linear",
     "layout",
     "ops",

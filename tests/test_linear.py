@@ -107,6 +107,7 @@ def test_products_are_the_dot_products(n, slots):
 @pytest.mark.parametrize("tile", [1, 100, 1 << 17])
 def test_tiled_attention_is_attention(batch, T, S, tile, monkeypatch):
     monkeypatch.setattr(fast, "TILE", tile)
+    monkeypatch.setattr(fast, "SHARED", 0)
     H, G, K = 6, 2, 8
     q, keys, values = uniform(1, (*batch, T, H, K)), uniform(2, (*batch, G, S, K)), uniform(3, (*batch, G, S, K))
     slots = np.broadcast_to(np.arange(S), (*batch, S)).copy()
@@ -118,6 +119,37 @@ def test_tiled_attention_is_attention(batch, T, S, tile, monkeypatch):
     found = fast.attention(q, keys, values, mask)
     assert found.dtype == np.float32
     assert relative_error(found, expected) < 1e-6
+
+
+def test_tiled_attention_of_large_scores(monkeypatch):
+    """No float32 holds exp(1000): the largest is taken off first."""
+    monkeypatch.setattr(fast, "SHARED", 0)
+    q, keys, values = np.full((9, 2, 4), 500, np.float32), np.ones((2, 9, 4), np.float32), uniform(3, (2, 9, 4))
+    found = fast.attention(q, keys, values, ops.causal_mask(np.arange(9), np.arange(9), np.float32))
+    means = np.cumsum(values, axis=1) / np.arange(1, 10)[:, None]  # equal scores: every slot so far weighs the same
+    assert relative_error(found, means.swapaxes(0, 1)) < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(9, 5), (2, 9, 5), (8, 5), (3, 5), (1, 5)], ids=str)
+@pytest.mark.parametrize("n_threads", [1, 2, 3])
+def test_tokens_go_separate_ways(shape, n_threads, monkeypatch):
+    """Every token once, on as many threads as have enough of them; the rest of the function is its own."""
+    monkeypatch.setattr(fast, "TOKENS", 4)
+    x, sizes, before = uniform(10, shape), [], threads.n_threads()
+    n = x.size // 5
+
+    def f(x: np.ndarray) -> np.ndarray:
+        sizes.append(x.size // 5)
+        return x * 2 + np.max(x, axis=-1, keepdims=True)
+
+    threads.set_threads(n_threads)
+    try:
+        found = fast.by_token(f, x)
+    finally:
+        threads.set_threads(before)
+    np.testing.assert_array_equal(found, x * 2 + np.max(x, axis=-1, keepdims=True))
+    share = -(-n // n_threads)
+    assert sorted(sizes) == ([n] if share < 4 else sorted(min(share, n - i) for i in range(0, n, share)))
 
 
 def test_no_input_is_changed():

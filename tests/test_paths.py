@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from npllama import KVCache, checkpoint, forward, generate, generate_batch, load, threads
+from npllama import KVCache, checkpoint, fast, forward, generate, generate_batch, load, threads
 from npllama.linear import widen
 
 from tiny import relative_error
@@ -32,7 +32,12 @@ def tokens():
 
 
 @pytest.fixture(params=[1, 2], ids=["1thread", "2threads"])
-def n_threads(request):
+def n_threads(request, monkeypatch):
+    """On two, this short text is shared as a long one would be."""
+    if request.param == 2:
+        monkeypatch.setattr(fast, "TOKENS", 8)
+        monkeypatch.setattr(fast, "SHARED", 0)
+        monkeypatch.setattr(fast, "TILE", 64)
     before = threads.n_threads()
     threads.set_threads(request.param)
     yield
@@ -62,3 +67,17 @@ def test_greedy_takes_the_same_tokens_on_every_path(path, tokens, n_threads):
         assert list(generate(model, prompt, max_tokens=40, lookup=5)) == expected
         together = list(generate_batch(model, [prompt, prompt[:5], prompt], max_tokens=40))
         assert [row[0] for row in together] == [row[2] for row in together] == expected
+
+
+def test_who_watches_sees_every_token(n_threads):
+    """A tap is handed whole activations, in the order of the formulas."""
+    model, shapes = load(), {}
+    tokens = np.arange(40)
+
+    def tap(name: str, x: np.ndarray) -> np.ndarray:
+        assert name not in shapes
+        shapes[name] = x.shape
+        return x
+
+    forward(model.params, model.config, tokens, tap=tap)
+    assert shapes["layers.0.out"] == shapes["layers.0.ffn_norm"] == (40, model.config.dim)

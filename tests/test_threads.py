@@ -95,6 +95,26 @@ def test_two_callers_at_once_leave_blas_as_it_was():
 
 
 @needs_threadpoolctl
+def test_a_task_shares_its_own_work_with_nobody():
+    """It would wait for a thread that waits for it."""
+    threads.set_threads(2)
+    done = []
+
+    def task(i: int) -> None:
+        assert threads.n_threads() == 1
+        here = threading.get_ident()
+        threads.parallel(lambda j: done.append((i, j, threading.get_ident() == here)), 3)
+        if i == 5:
+            raise RuntimeError
+
+    threads.parallel(task, 5)
+    assert sorted(done) == [(i, j, True) for i in range(5) for j in range(3)]
+    with pytest.raises(RuntimeError):
+        threads.parallel(task, 6)
+    assert threads.n_threads() == 2
+
+
+@needs_threadpoolctl
 def test_set_threads_is_blas_threads_too():
     threads.set_threads(1)
     assert {library.get_num_threads() for library in threads._blas()} == {1}

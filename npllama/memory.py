@@ -1,0 +1,63 @@
+"""How much memory there is to take: of the machine, and within the limits of the control groups (cgroups) of this process.
+
+A container's limit, or a batch system's, is a control group's; beyond it a process is killed, however much the machine has free.
+The kernel's Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst describe the files read here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+CGROUPS = Path("/sys/fs/cgroup")
+PROC = Path("/proc")
+
+
+def available_memory() -> int:
+    """Bytes that this process can allocate without pushing anything out."""
+    return max(0, min([_of_the_machine(), *_of_its_cgroups()]))
+
+
+def _of_the_machine() -> int:
+    with contextlib.suppress(OSError, KeyError, ValueError):
+        return _table(PROC / "meminfo")["MemAvailable:"] * 1024
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    except (AttributeError, OSError, ValueError):
+        return 4 << 30  # Windows; a guess on the small side
+
+
+def _of_its_cgroups() -> Iterator[int]:
+    """What the limits of this process's groups, and of the groups these are in, leave free; files in memory count as free."""
+    for folder, limit, used, stat in _folders():
+        with contextlib.suppress(OSError, ValueError):  # ValueError: the limit is "max", none
+            cached = _table(folder / "memory.stat")
+            files = sum(cached.get(f"{stat}{kind}_file", 0) for kind in ("active", "inactive"))
+            yield int((folder / limit).read_text()) - int((folder / used).read_text()) + files
+
+
+def _folders() -> Iterator[tuple[Path, str, str, str]]:
+    """Each group's folder, and what version 1 or 2 calls the files of limit and use, and the children's part of memory.stat."""
+    try:
+        lines = (PROC / "self" / "cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        number, controllers, path = line.split(":", 2)
+        if number == "0":
+            root, names = CGROUPS, ("memory.max", "memory.current", "")
+        elif "memory" in controllers.split(","):
+            root, names = CGROUPS / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+        else:
+            continue
+        # In a container the path may be the host's, of which only the root, the container's own group, is to be seen.
+        folder = root / path.lstrip("/")
+        yield from ((group, *names) for group in (folder, *folder.parents) if group.is_relative_to(root))
+
+
+def _table(path: Path) -> dict[str, int]:
+    """Lines of a name and a number."""
+    rows = (line.split() for line in path.read_text().splitlines())
+    return {row[0]: int(row[1]) for row in rows if len(row) > 1}

@@ -1,0 +1,74 @@
+"""How much memory there is to take: the machine's, or what the control groups leave of it, by files as the kernel writes them."""
+
+from __future__ import annotations
+
+import pytest
+
+from npllama import memory
+
+GB = 10**9
+MEMINFO = "MemTotal:       24000000 kB\nMemFree:         1000000 kB\nMemAvailable:   20000000 kB\nHugePages_Total:       0\n"
+V1 = "9:cpuacct,cpu:/docker/7\n4:memory:/docker/7\n1:name=systemd:/\n0::/\n"
+V2 = "0::/user.slice/job\n"
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """Writes files of /proc and /sys/fs/cgroup: machine(path=text, ...)."""
+    monkeypatch.setattr(memory, "PROC", tmp_path / "proc")
+    monkeypatch.setattr(memory, "CGROUPS", tmp_path / "cgroup")
+
+    def write(files: dict[str, object]) -> None:
+        for name, content in files.items():
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{content}\n")
+
+    write({"proc/meminfo": MEMINFO})
+    return write
+
+
+def group(folder: str, limit: object, used: int, active: int = 0, inactive: int = 0, version: int = 2) -> dict[str, object]:
+    names, part = ("memory.max", "memory.current"), ""
+    if version == 1:
+        names, part = ("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_"
+    stat = f"anon 12\n{part}inactive_file {inactive}\n{part}active_file {active}\nthp 0"
+    return {f"{folder}/{names[0]}": limit, f"{folder}/{names[1]}": used, f"{folder}/memory.stat": stat}
+
+
+def test_without_groups_it_is_what_the_machine_has(machine):
+    assert memory.available_memory() == 20_480_000_000
+
+
+def test_the_smallest_group_counts(machine):
+    machine({"proc/self/cgroup": V2.strip(), **group("cgroup/user.slice/job", "max", GB)})
+    assert memory.available_memory() == 20_480_000_000
+    machine(group("cgroup/user.slice", 5 * GB, GB))
+    assert memory.available_memory() == 4 * GB
+    machine(group("cgroup/user.slice/job", 3 * GB, GB))
+    assert memory.available_memory() == 2 * GB
+
+
+def test_files_in_memory_are_free(machine):
+    """A model that was just read is in memory as files, which the kernel drops when something else needs the place."""
+    machine({"proc/self/cgroup": V2.strip(), **group("cgroup/user.slice/job", 8 * GB, 6 * GB, active=2 * GB, inactive=3 * GB)})
+    assert memory.available_memory() == 7 * GB
+
+
+def test_version_1(machine):
+    machine({"proc/self/cgroup": V1.strip(), **group("cgroup/memory/docker/7", 4 * GB, 3 * GB, GB, 0, version=1)})
+    assert memory.available_memory() == 2 * GB
+
+
+def test_a_container_sees_its_own_group_as_the_root(machine):
+    machine({"proc/self/cgroup": V1.strip(), **group("cgroup/memory", 4 * GB, GB, version=1)})
+    assert memory.available_memory() == 3 * GB
+
+
+def test_a_group_that_is_over_its_limit_has_nothing(machine):
+    machine({"proc/self/cgroup": V2.strip(), **group("cgroup/user.slice/job", GB, 2 * GB)})
+    assert memory.available_memory() == 0
+
+
+def test_this_machine_has_some():
+    assert 1 << 20 < memory.available_memory() < 1 << 50
