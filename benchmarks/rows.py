@@ -354,6 +354,49 @@ def opening(bench: Bench) -> list[Line]:
     ]
 
 
+COLD = """
+import sys, time
+from pathlib import Path
+import npllama
+started = time.perf_counter()
+if sys.argv[2] == "read":
+    piece = bytearray(1 << 23)
+    for name in sys.argv[3:]:
+        with open(name, "rb", buffering=0) as file:
+            while file.readinto(piece):
+                pass
+else:
+    model = npllama.load(sys.argv[1], "stored")
+    npllama.forward(model.params, model.config, [1], last_only=True)
+print(time.perf_counter() - started, flush=True)
+"""
+
+
+def cold(bench: Bench) -> list[Line]:
+    """Opening and a first token when nothing of the files is in memory, against reading them; each time in a new process."""
+    if not hasattr(os, "posix_fadvise"):
+        print("cold: left out, this system can't be told to forget a file")
+        return []
+    path = bench.model(bench.shape(models.TINYLLAMA_1B), "bfloat16")
+    files = sorted(str(file) for file in Path(path).rglob("*.npy"))
+
+    def seconds(what: str, forgotten: bool = True) -> float:
+        for file in files if forgotten else ():
+            with open(file, "rb") as opened:
+                os.fsync(opened.fileno())  # what isn't on the disk yet can't be forgotten
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        command = [sys.executable, "-c", COLD, path, what, *files]
+        return float(subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout)
+
+    rounds = [(seconds("read"), seconds("token"), seconds("token", forgotten=False)) for _ in range(bench.rounds(5))]
+    read, token, warm = map(statistics.median, zip(*rounds, strict=True))
+    work = "opening and a first token, bfloat16, 1.1B"
+    return [
+        Line("cold", f"{work}, from the disk", "s", token, "reading the files", read, less_is_better=True),
+        Line("cold", f"{work}, from the disk", "s", token, "the same, warm", warm, less_is_better=True),
+    ]
+
+
 def widening(bench: Bench) -> list[Line]:
     """load(dtype="float32") of bfloat16 that is in memory, against np.copy of as many bytes."""
     lines = []
@@ -416,6 +459,7 @@ ROWS: dict[str, Callable[[Bench], list[Line]]] = {
     "3b": llama_3b,
     "8b": llama_8b,
     "opening": opening,
+    "cold": cold,
     "8b-whole": whole_8b,
     "conversion": converting,
 }

@@ -14,7 +14,6 @@ import io
 import json
 import math
 import mmap
-import os
 import shutil
 import threading
 from collections import deque

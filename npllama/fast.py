@@ -2,8 +2,8 @@
 
 Attention goes by tiles of queries, small enough that their scores stay in a core's cache: they are never in memory whole, and
 those of slots after a tile's last query aren't computed, half of a prompt's. As in FlashAttention (Dao et al. 2022,
-arXiv:2205.14135) arithmetic is moved to where the numbers are fewer: queries are scaled instead of scores, and heads are divided
-by the sums of their weights instead of the weights. The results are those of ops.py within rounding.
+arXiv:2205.14135) arithmetic is moved to where the numbers are fewer: queries are scaled instead of scores, and heads divided by
+the sums of their weights instead of the weights. The results are those of ops.py within rounding.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How much memory there is to take: of the machine, and within the limits of the control groups (cgroups) of this process.
 
-A container's limit, or a batch system's, is a control group's; beyond it a process is killed, however much the machine has free.
+A container's limit, or a batch system's, is a control group's. Beyond it a process is killed, whatever the machine has free.
 The kernel's Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst describe the files read here.
 """
 

@@ -1,4 +1,4 @@
-"""How much memory there is to take: the machine's, or what the control groups leave of it, by files as the kernel writes them."""
+"""How much memory there is to take: the machine's, or what control groups leave of it, by files as the kernel writes them."""
 
 from __future__ import annotations
 
