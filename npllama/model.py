@@ -93,9 +93,9 @@ def block(
 
     def rest(x: Array) -> Array:
         normed = tap(name + "ffn_norm", ops.rms_norm(x, params[name + "ffn_norm.weight"], config.norm_eps))
-        return tap(name + "out", x + feed_forward(normed, params, layer, tap, ops))
+        return x + feed_forward(normed, params, layer, tap, ops)
 
-    return fast.by_token(rest, x) if tap is no_tap else rest(x)  # nobody looks: the tokens may go separate ways
+    return tap(name + "out", fast.by_token(rest, x) if tap is no_tap else rest(x))  # unwatched, tokens may go separate ways
 
 
 def self_attention(
