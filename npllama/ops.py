@@ -22,7 +22,7 @@ def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     y = x / sqrt(mean(x²) + eps) · weight        x [..., D], weight [D] -> [..., D]
     Zhang & Sennrich 2019, arXiv:1910.07467.
     """
-    mean_square = (x[..., None, :] @ x[..., :, None])[..., 0] / x.shape[-1]  # x·x / D, [..., 1]
+    mean_square = (x[..., None, :] @ x[..., :, None])[..., 0] / x.shape[-1]  # x·x / D, as a product: no array of squares
     y = x / np.sqrt(mean_square + eps)
     y *= weight
     return y
