@@ -58,8 +58,9 @@ def attention(q: np.ndarray, keys: np.ndarray, values: np.ndarray, mask: np.ndar
     size = max(8, TILE // (R * S))  # queries
     n_tiles = -(-T // size)
     q = q / math.sqrt(K)
-    padded = mask[..., -1, :].any()  # the last query sees all but padding
     y, ones = np.empty_like(q), np.ones(S, q.dtype)
+    # Without padding, what came before a tile's first query is hidden from none of its queries.
+    padded = any(mask[..., start : start + size, : S - T + start].any() for start in range(0, T, size))
 
     def work(i: int) -> None:
         *at, g, tile = np.unravel_index(i, (*batch, G, n_tiles))

@@ -69,6 +69,23 @@ def test_greedy_takes_the_same_tokens_on_every_path(path, tokens, n_threads):
         assert [row[0] for row in together] == [row[2] for row in together] == expected
 
 
+@pytest.mark.parametrize("T", [40, 300])  # as tests force it, and as a long prompt goes
+def test_padding_anywhere_is_attended_to_by_nothing(T, n_threads):
+    """Before, between and after the tokens of a row: what the tiles leave out is never a slot that is hidden."""
+    model, rng = load(dtype="float32"), np.random.default_rng(5)
+    rows = np.tile(rng.integers(0, model.config.vocab_size, T), (6, 1))
+    ends, middle = np.arange(T) < T // 3, abs(np.arange(T) - T // 2) < T // 8
+    last = np.arange(T) == T - 1
+    for row, padding in zip(rows, (ends, ends[::-1], ends | last, middle, middle | last, rng.random(T) < 0.5), strict=True):
+        row[padding] = -1
+        alone = forward(model.params, model.config, row)
+        kept = forward(model.params, model.config, row[~padding])
+        assert relative_error(alone[~padding], kept) < 5e-6
+    together = forward(model.params, model.config, rows)
+    for row, found in zip(rows, together, strict=True):
+        assert relative_error(found[row >= 0], forward(model.params, model.config, row[row >= 0])) < 5e-6
+
+
 def test_who_watches_sees_every_token(n_threads):
     """A tap is handed whole activations, in the order of the formulas."""
     model, shapes = load(), {}
