@@ -19,9 +19,10 @@ from make_corpus import as_unicode, make_corpus
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def take_ctrl_c() -> None:
-    """For Popen's preexec_fn: a shell's background jobs, and so a test run among them, are started deaf to SIGINT."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+def hear_signals() -> None:
+    """For Popen's preexec_fn: what a shell runs in the background it starts deaf to SIGINT, and nohup to SIGHUP."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from npllama import chat_loop
 from npllama.chat import encode_llama2, encode_llama3
 from npllama.chat_loop import Conversation
 
-from conftest import take_ctrl_c
+from conftest import hear_signals
 
 pty = pytest.importorskip("pty", reason="this system has no pseudo-terminals")
 
@@ -121,7 +121,7 @@ class Terminal:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "npllama", "chat", "--temperature", "0", *args],
             stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, env={**os.environ, "TERM": "dumb"},
-            preexec_fn=take_ctrl_c,
+            preexec_fn=hear_signals,
         )  # fmt: skip
         os.close(theirs)
         self.shown = ""

