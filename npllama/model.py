@@ -14,6 +14,7 @@ Papers: LLaMA (Touvron et al. 2023, arXiv:2302.13971), Llama 2 (arXiv:2307.09288
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -54,9 +55,9 @@ def forward(
     last_only  only after the last token, which saves most of the output matrix's work
     ops        the operations: those of ops.py, or the same names with another precision's rounding (precision.py)
 
-    Negative ids are padding: nothing attends to them, and the other tokens of their row are where they would be without.
-    Rows of different lengths make a batch when padded, on the left if they are to go on together. The dtype of the parameters
-    is that of the result; 16-bit and int8 parameters compute in float32.
+    Negative ids are padding: nothing attends to them, and the row's other tokens keep the positions they would have without.
+    Rows of different lengths make a batch when padded; pad on the left if generation is to continue. The result has the dtype
+    of the parameters; 16-bit and int8 parameters compute in float32.
 
     Raises ValueError for an id outside the vocabulary, and for more tokens than the context holds.
     """
@@ -89,13 +90,11 @@ def block(
     """
     name = f"layers.{layer}."
     normed = tap(name + "attention_norm", ops.rms_norm(x, params[name + "attention_norm.weight"], config.norm_eps))
-    x = tap(name + "attention_residual", x + self_attention(normed, params, config, layer, rotation, mask, cache, tap, ops))
-
-    def rest(x: Array) -> Array:
-        normed = tap(name + "ffn_norm", ops.rms_norm(x, params[name + "ffn_norm.weight"], config.norm_eps))
-        return x + feed_forward(normed, params, layer, tap, ops)
-
-    return tap(name + "out", fast.by_token(rest, x) if tap is no_tap else rest(x))  # unwatched, tokens may go separate ways
+    h = tap(name + "attention_residual", x + self_attention(normed, params, config, layer, rotation, mask, cache, tap, ops))
+    normed = tap(name + "ffn_norm", ops.rms_norm(h, params[name + "ffn_norm.weight"], config.norm_eps))
+    ffn = partial(feed_forward, params=params, layer=layer, tap=tap, ops=ops)
+    # Each token goes through it by itself: unless somebody watches, those of a long prompt are split among threads.
+    return tap(name + "out", h + (fast.by_token(ffn, normed) if tap is no_tap else ffn(normed)))
 
 
 def self_attention(
@@ -103,7 +102,7 @@ def self_attention(
 ) -> Array:
     """Let each token look at the tokens up to itself, with grouped queries.    x [..., T, D] -> like x
 
-    attention = wo · concat over heads of softmax(q·k / sqrt(K) + mask) · v
+    attention = wo (concat over heads of softmax(q·k / sqrt(K) + mask) v)
     """
     name = f"layers.{layer}.attention."
     q, k, v = linears(x, params[name + "wq.weight"], params[name + "wk.weight"], params[name + "wv.weight"])
@@ -125,7 +124,7 @@ def self_attention(
 def feed_forward(x: Array, params: Params, layer: int, tap: Tap, ops: Ops) -> Array:
     """Work on each token by itself.    x [..., T, D] -> like x
 
-    feed_forward = w2 · (silu(w1 · x) · (w3 · x))
+    feed_forward = w2 (silu(w1 x) ⊙ (w3 x))        ⊙ multiplies number by number
     """
     name = f"layers.{layer}.feed_forward."
     gate, up = linears(x, params[name + "w1.weight"], params[name + "w3.weight"])
@@ -145,7 +144,7 @@ def join_heads(x: Array) -> Array:
 
 
 def check_tokens(tokens: ArrayLike, config: Config) -> Array:
-    """The ids as an integer array [..., T]; ValueError unless there is one and each is below the vocabulary's size."""
+    """The ids as an integer array [..., T]; ValueError if there are none, or one is not below the vocabulary's size."""
     tokens = np.asarray(tokens)
     if tokens.size == 0 or tokens.dtype.kind not in "iu":
         raise ValueError(f"tokens of shape {tokens.shape} and dtype {tokens.dtype}: expected at least one whole number")

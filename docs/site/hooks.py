@@ -43,14 +43,18 @@ def module_of(path: str) -> str:
 
 
 def definitions(path: str) -> dict[str, int]:
-    """The functions and classes of a Python file with their first lines; `KVCache.update` is there too."""
+    """The functions and classes of a Python file with their first lines; `KVCache.update` is there too.
+
+    What is defined inside a function is not: no page has a place for it.
+    """
     found = {}
 
     def visit(node: ast.AST, above: str) -> None:
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.FunctionDef | ast.ClassDef):
                 found[above + child.name] = min([child.lineno, *(decorator.lineno for decorator in child.decorator_list)])
-                visit(child, f"{above}{child.name}.")
+                if isinstance(child, ast.ClassDef):
+                    visit(child, f"{above}{child.name}.")
 
     if path.endswith(".py"):
         visit(ast.parse((ROOT / path).read_text(encoding="utf-8")), "")
