@@ -204,7 +204,7 @@ def chat_settings(template: object, by_tokenizer: str | None, report: Report) ->
     if not isinstance(template, str):
         return {"chat_format": by_tokenizer}
     if (name := chat_format_of_template(template)) is None:
-        report("chat_format: none (the chat template is not Llama 3's, Llama 2's or ChatML)")
+        report("chat_format: none (the chat template is not Llama 3's, Llama 2's, Mistral's, ChatML or Zephyr's)")
     return {"chat_format": name, "system": default_system_of_template(template) if name == "chatml" else None}
 
 

@@ -18,7 +18,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # token type
 
 # From here on by `tokenizer.ggml.pre`: how a text is split before the merges, as in the published tokenizer.json of the models
 # that the name stands for; `default` as in llama.cpp, which alone defines it. llama.cpp's ids are the same, but for `tekken`'s
-# combining marks, which it doesn't count among the letters.
+# combining marks, which it doesn't count among the letters, and Mistral's own tekken.json does.
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
 _GPT2 = [{**_BYTE_LEVEL, "use_regex": True}]
 

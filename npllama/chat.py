@@ -2,7 +2,8 @@
 
 A conversation is a list of `{"role": ..., "content": ...}`: an optional "system" message, then "user" and "assistant" in turn,
 the last from the user. Its encoding, the answer's tokens and the end of the turn are the beginning of the encoding of the
-longer conversation, so a KV cache can be kept from one turn to the next.
+longer conversation, so a KV cache can be kept from one turn to the next. (But for a system message in Mistral's format: it
+moves on to the newest turn.)
 
 Special tokens come from the format alone: what a message's content spells stays text.
 """
@@ -48,10 +49,7 @@ def encode_llama2(tokenizer: Tokenizer, messages: Messages) -> list[int]:
     Source: Meta's llama repository, llama/generation.py, chat_completion.
     """
     turns = _checked(messages)
-    for role, content in turns:
-        for tag in ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"):
-            if role != "assistant" and tag in content:
-                raise ValueError(f"a {role} message holds {tag}, a tag of the Llama 2 chat format: expected text without it")
+    _refuse_tags(turns, ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"), "Llama 2")
     system = ""
     if turns[0][0] == "system":
         system = f"<<SYS>>\n{turns.pop(0)[1]}\n<</SYS>>\n\n"
@@ -79,16 +77,60 @@ def encode_chatml(tokenizer: Tokenizer, messages: Messages) -> list[int]:
     return [*ids, start, *tokenizer.encode("assistant\n")]
 
 
+def encode_zephyr(tokenizer: Tokenizer, messages: Messages) -> list[int]:
+    """Encode a conversation as TinyLlama's chat models were trained on it. Raises ValueError for a bad conversation.
+
+    BOS, per message <|role|>\\ncontent</s>\\n, and <|assistant|>\\n. The tags are plain text to this tokenizer, so a system or
+    user message that holds one could forge a turn, and is refused. What stands between two </s> is one text to the tokenizer.
+    Source: the chat template of TinyLlama-1.1B-Chat-v1.0.
+    """
+    turns = _checked(messages)
+    _refuse_tags(turns, ("<|system|>", "<|user|>", "<|assistant|>"), "Zephyr")
+    eos = _special_tokens(tokenizer, "zephyr")["</s>"]
+    ids, before = tokenizer.encode("", bos=True), ""
+    for role, content in turns:
+        ids += [*tokenizer.encode(f"{before}<|{role}|>\n{content}"), eos]
+        before = "\n"
+    return [*ids, *tokenizer.encode("\n<|assistant|>\n")]
+
+
+def encode_mistral(tokenizer: Tokenizer, messages: Messages) -> list[int]:
+    """Encode a conversation as Mistral 7B Instruct v0.3 was trained on it. Raises ValueError for a bad conversation.
+
+    <s>, per turn [INST]user[/INST]answer</s>, each tag a token; answers are stripped. The system message stands before the last
+    user's, with an empty line between.
+    Source: mistral-common 1.13, tokens/tokenizers/instruct.py, tokenizer version 3.
+    """
+    special = _special_tokens(tokenizer, "mistral")
+    turns = _checked(messages)
+    if turns[0][0] == "system":
+        system = turns.pop(0)[1]
+        turns[-1] = ("user", f"{system}\n\n{turns[-1][1]}")
+    ids = [special["<s>"]]
+    for role, content in turns:
+        if role == "user":
+            ids += [special["[INST]"], *tokenizer.encode(content), special["[/INST]"]]
+        else:
+            ids += [*tokenizer.encode(content.strip()), special["</s>"]]
+    return ids
+
+
 FORMATS: dict[str, Callable[[Tokenizer, Messages], list[int]]] = {
     "llama3": encode_llama3,
     "llama2": encode_llama2,
     "chatml": encode_chatml,
+    "mistral": encode_mistral,
+    "zephyr": encode_zephyr,
 }
 _SPECIAL_TOKENS = {
     "llama3": {"<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"},
     "chatml": {"<|im_start|>", "<|im_end|>"},
-    "llama2": {"<s>", "</s>"},  # last: chat models of other formats have these too
+    "mistral": {"<s>", "</s>", "[INST]", "[/INST]"},
+    "zephyr": {"</s>"},
+    "llama2": {"<s>", "</s>"},
 }
+# llama2 last: models of other formats have its tokens too. Zephyr's tags are no tokens: only a template tells of it.
+_TOLD_BY_TOKENS = ("llama3", "chatml", "mistral", "llama2")
 
 
 def chat_format_of(tokenizer: Tokenizer) -> str:
@@ -96,19 +138,20 @@ def chat_format_of(tokenizer: Tokenizer) -> str:
 
     A guess: a base model has the same tokens as the chat model made from it.
     """
-    for name, tokens in _SPECIAL_TOKENS.items():
-        if tokens <= tokenizer.special_tokens.keys():
+    for name in _TOLD_BY_TOKENS:
+        if _SPECIAL_TOKENS[name] <= tokenizer.special_tokens.keys():
             return name
     raise ValueError(
         f"no chat format is known for this tokenizer: found special tokens {', '.join(list(tokenizer.special_tokens)[:5])}, "
-        f"expected those of {' or '.join(FORMATS)}"
+        f"expected those of {' or '.join(_TOLD_BY_TOKENS)}"
     )
 
 
 def chat_format_of_template(template: str) -> str | None:
     """Name the format that a Hugging Face chat template (Jinja) writes, a key of FORMATS; None for one that isn't known.
 
-    Told by the tags it writes. Mistral's, which has [INST] and no <<SYS>>, is another format.
+    Told by the tags it writes. Where one of Mistral's has a blank before [/INST], its tags are no tokens (version 1 of their
+    tokenizers, that of Mistral 7B v0.1 and v0.2), which is another format. So is <|user|> without </s>.
     """
     if "<|start_header_id|>" in template and "<|eot_id|>" in template:
         return "llama3"
@@ -116,6 +159,10 @@ def chat_format_of_template(template: str) -> str | None:
         return "chatml"
     if "[INST]" in template and "<<SYS>>" in template:
         return "llama2"
+    if "[INST]" in template and re.search(r"""(['"])\[/INST\]\1""", template):
+        return "mistral"
+    if re.search(r"""<\|user\|>(?:\n|\\n)['"]\s*\+\s*\w+(?:\['content'\]|\.content)\s*\+\s*eos_token""", template):
+        return "zephyr"
     return None
 
 
@@ -129,6 +176,14 @@ def default_system_of_template(template: str) -> str | None:
     if literal is None:
         return None
     return re.sub(r"\\(.)", lambda escape: {"n": "\n", "t": "\t"}.get(escape[1], escape[1]), literal[2])
+
+
+def _refuse_tags(turns: Sequence[tuple[str, str]], tags: Sequence[str], name: str) -> None:
+    """Raise ValueError for a system or user message with one of the tags, which are plain text to the tokenizer."""
+    for role, content in turns:
+        for tag in tags:
+            if role != "assistant" and tag in content:
+                raise ValueError(f"a {role} message holds {tag}, a tag of the {name} chat format: expected text without it")
 
 
 def _special_tokens(tokenizer: Tokenizer, name: str) -> Mapping[str, int]:

@@ -385,9 +385,14 @@ def run_chat(args: argparse.Namespace) -> None:
     model = load_model(args)
     tokenizer = required_tokenizer(model)
     sampling = sampling_of(args, model)
-    encode = chat.FORMATS[args.format or model.generation.get("chat_format") or chat.chat_format_of(tokenizer)]
+    name = args.format or model.generation.get("chat_format")
+    if name is None:
+        name = chat.chat_format_of(tokenizer)
+        print(f"{model.path}: comes without a chat format; {name} is guessed from its tokenizer (--format)", file=sys.stderr)
+    elif name not in chat.FORMATS:
+        raise ValueError(f"{model.path / 'config.json'}: chat_format is {name!r}, expected {', '.join(chat.FORMATS)}")
     system = model.generation.get("system") if args.system is None else args.system
-    conversation = chat_loop.Conversation(model, encode, system, sampling, args.max_tokens, args.seed, args.stop)
+    conversation = chat_loop.Conversation(model, chat.FORMATS[name], system, sampling, args.max_tokens, args.seed, args.stop)
     if sys.stdin.isatty():
         chat_loop.at_a_terminal(conversation)
     else:

@@ -107,6 +107,16 @@ def tiny_tiktoken_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_sentencepiece_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A SentencePiece model trained as LLaMA's was: BPE, byte fallback, no normalisation."""
+    return _train_sentencepiece(tmp_path_factory.mktemp("sentencepiece"))
+
+
+@pytest.fixture(scope="session")
+def tiny_mistral_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with the tags of Mistral's chat format as tokens."""
+    return _train_sentencepiece(tmp_path_factory.mktemp("mistral"), control_symbols=["[INST]", "[/INST]"])
+
+
+def _train_sentencepiece(folder: Path, **options: object) -> Path:
     sentencepiece = pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
     sentences = ["Once upon a time there was a little girl named Lily.", "She went to the park to play with her ball."] * 20
     model = io.BytesIO()
@@ -121,8 +131,9 @@ def tiny_sentencepiece_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         split_digits=True,
         allow_whitespace_only_pieces=True,
         minloglevel=2,
+        **options,
     )
-    path = tmp_path_factory.mktemp("sentencepiece") / "tokenizer.model"
+    path = folder / "tokenizer.model"
     path.write_bytes(model.getvalue())
     return path
 
@@ -137,6 +148,12 @@ def tiny_tiktoken(tiny_tiktoken_file: Path) -> Tokenizer:
 def tiny_sentencepiece(tiny_sentencepiece_file: Path) -> Tokenizer:
     """The tokenizer of tiny_sentencepiece_file."""
     return SentencePieceTokenizer(tiny_sentencepiece_file)
+
+
+@pytest.fixture(scope="session")
+def tiny_mistral(tiny_mistral_file: Path) -> Tokenizer:
+    """The tokenizer of tiny_mistral_file."""
+    return SentencePieceTokenizer(tiny_mistral_file)
 
 
 @pytest.fixture(scope="session")

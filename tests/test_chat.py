@@ -18,6 +18,8 @@ from npllama.chat import (
     encode_chatml,
     encode_llama2,
     encode_llama3,
+    encode_mistral,
+    encode_zephyr,
 )
 from npllama.tokenizer import Tokenizer, load_tokenizer
 
@@ -42,7 +44,7 @@ def chatml(request: pytest.FixtureRequest) -> Tokenizer:
     return request.getfixturevalue(request.param)
 
 
-KINDS = ["tiny_tiktoken", "tiny_sentencepiece", "tiny_chatml", "tiny_llama3_json", "tiny_llama2_json"]
+KINDS = ["tiny_tiktoken", "tiny_sentencepiece", "tiny_chatml", "tiny_mistral", "tiny_llama3_json", "tiny_llama2_json"]
 KINDS += ["llama3_tokenizer", "llama2_tokenizer", "smollm2_tokenizer"]
 
 
@@ -151,10 +153,29 @@ LLAMA2_TEMPLATE = (
     "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}{% elif message['role'] == "
     "'assistant' %}{{ ' '  + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
-MISTRAL_TEMPLATE = (
+MISTRAL_V1_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + "
     "' [/INST]' }}{% else %}{{ message['content'] + eos_token}}{% endif %}{% endfor %}"
 )
+MISTRAL_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + "
+    "'[/INST]' }}{% else %}{{ ' ' + message['content'] + eos_token}}{% endif %}{% endfor %}"
+)
+ZEPHYR_TEMPLATE = """{% for message in messages %}
+{% if message['role'] == 'user' %}
+{{ '<|user|>
+' + message['content'] + eos_token }}
+{% elif message['role'] == 'system' %}
+{{ '<|system|>
+' + message['content'] + eos_token }}
+{% elif message['role'] == 'assistant' %}
+{{ '<|assistant|>
+'  + message['content'] + eos_token }}
+{% endif %}
+{% if loop.last and add_generation_prompt %}
+{{ '<|assistant|>' }}
+{% endif %}
+{% endfor %}"""
 
 
 @pytest.mark.parametrize(
@@ -171,8 +192,17 @@ MISTRAL_TEMPLATE = (
         (r"{{ '<|im_start|>system\nYou\'re \"it\".\n<|im_end|>\n' }}", "chatml", 'You\'re "it".\n'),
         (LLAMA3_TEMPLATE, "llama3", None),
         (LLAMA2_TEMPLATE, "llama2", None),
-        (MISTRAL_TEMPLATE, None, None),
-        ("{% for m in messages %}{{ '<|user|>\\n' + m['content'] + eos_token }}{% endfor %}", None, None),
+        (MISTRAL_V1_TEMPLATE, None, None),
+        (MISTRAL_TEMPLATE, "mistral", None),
+        (MISTRAL_TEMPLATE.replace("'", '"'), "mistral", None),
+        (ZEPHYR_TEMPLATE, "zephyr", None),
+        ("{% for m in messages %}{{ '<|user|>\\n' + m['content'] + eos_token }}{% endfor %}", "zephyr", None),
+        ("{% for m in messages %}{{ '<|user|>\\n' + m['content'] + '\\n' }}{% endfor %}", None, None),  # Tulu's
+        (
+            "{% for m in messages %}{{'<|' + m['role'] + '|>' + '\\n' + m['content'] + '<|end|>'}}{% endfor %}",
+            None,
+            None,
+        ),  # Phi 3's
         ("", None, None),
     ],
 )
@@ -194,6 +224,66 @@ def test_llama3_and_llama2_are_what_their_templates_write(
             messages=messages, bos_token=bos, eos_token=eos, add_generation_prompt=True
         )
         assert FORMATS[chat_format_of_template(template)](tokenizer, messages) == tokenizer.encode(text, special=True)
+
+
+@pytest.mark.parametrize("contents", [["hi"], [" hi", "Hello!\n", "\n\nAnd 3+3? \n"], ["", "a", ""]])
+@pytest.mark.parametrize("system", [None, "Be kind."])
+def test_zephyr_is_what_its_template_writes(llama2: Tokenizer, contents: list[str], system: str | None) -> None:
+    jinja2 = pytest.importorskip("jinja2", reason="jinja2 is not installed")
+    # As transformers has it: a block's newline is no part of the text.
+    template = jinja2.Template(ZEPHYR_TEMPLATE, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    messages = conversation(*contents, system=system)
+    text = template.render(messages=messages, eos_token="</s>", add_generation_prompt=True)
+    assert text.endswith("</s>\n<|assistant|>\n")
+    assert encode_zephyr(llama2, messages) == llama2.encode(text, bos=True, special=True)
+
+
+def test_zephyr_known_ids(llama2_tokenizer: Tokenizer) -> None:
+    # As TinyLlama's own tokenizer, which is LLaMA's, has its template's text.
+    user, assistant = [529, 29989, 1792, 29989, 29958, 13], [29871, 13, 29966, 29989, 465, 22137, 29989, 29958, 13]
+    assert encode_zephyr(llama2_tokenizer, conversation("hi")) == [1, *user, 2918, 2, *assistant]
+
+
+def test_mistral_is_the_published_format(tiny_mistral: Tokenizer) -> None:
+    bos, eos, start, end = (tiny_mistral.special_tokens[name] for name in ("<s>", "</s>", "[INST]", "[/INST]"))
+    text = tiny_mistral.encode
+    assert encode_mistral(tiny_mistral, conversation(" hi ")) == [bos, start, *text(" hi "), end]
+    assert encode_mistral(tiny_mistral, conversation("hi", " Hello! ", "bye", system="Be kind.")) == [
+        *[bos, start, *text("hi"), end, *text("Hello!"), eos],
+        *[start, *text("Be kind.\n\nbye"), end],
+    ]
+
+
+@pytest.mark.parametrize("contents", [["hi"], [" hi", "Hello!", "\n\nAnd 3+3? \n"], ["[INST]</s>", "a", "🦙", "b", "c"]])
+@pytest.mark.parametrize("system", [None, "Be kind."])
+@pytest.mark.parametrize("version", ["v3", "v3-tekken"])
+def test_mistral_is_what_mistral_encodes(version: str, contents: list[str], system: str | None, tmp_path: Path) -> None:
+    """Their own package is the judge, with the tokenizers of Mistral 7B v0.3 and Mistral Nemo that come in it."""
+    package = pytest.importorskip("mistral_common", reason="mistral-common is not installed")
+    from mistral_common.protocol.instruct.request import ChatCompletionRequest
+    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+    judge = MistralTokenizer.v3(is_tekken=version == "v3-tekken")
+    messages = conversation(*contents, system=system)
+    expected = judge.encode_chat_completion(ChatCompletionRequest(messages=messages)).tokens
+    if version == "v3":
+        (file,) = (Path(package.__file__).parent / "data").glob("*.model.v3")
+        tokenizer = load_tokenizer(file)
+        assert chat_format_of(tokenizer) == "mistral"
+    else:
+        tokenizer = TekkenStandIn(judge)
+    assert encode_mistral(tokenizer, messages) == expected
+
+
+class TekkenStandIn:
+    """Mistral's own tokenizer in our interface: what is judged is the format."""
+
+    def __init__(self, judge: object):
+        self._tekken = judge.instruct_tokenizer.tokenizer
+        self.special_tokens = {name: self._tekken.get_special_token(name) for name in ("<s>", "</s>", "[INST]", "[/INST]")}
+
+    def encode(self, text: str) -> list[int]:
+        return self._tekken.encode(text, bos=False, eos=False)
 
 
 def test_a_format_that_the_tokenizer_has_no_tokens_for_is_refused(tiny_tiktoken: Tokenizer, tiny_chatml: Tokenizer) -> None:
@@ -218,7 +308,11 @@ def test_the_longer_conversation_begins_with_the_shorter_one(
     encode = FORMATS[chat_format_of(any_kind)]
     shorter = encode(any_kind, conversation(*contents[:-2], system=system))
     longer = encode(any_kind, conversation(*contents, system=system))
-    if encode is encode_llama3:
+    if encode is encode_mistral:
+        if system is not None:  # it moves on to the newest turn
+            return
+        end = [any_kind.eos_id]
+    elif encode is encode_llama3:
         end = [any_kind.special_tokens["<|eot_id|>"]]
     elif encode is encode_chatml:
         end = [any_kind.special_tokens["<|im_end|>"]]
@@ -249,6 +343,13 @@ def test_llama2_refuses_its_own_tags(llama2: Tokenizer, tag: str) -> None:
     encode_llama2(llama2, conversation("a", f"the model may say {tag}", "b"))
 
 
+def test_zephyr_refuses_its_own_tags(llama2: Tokenizer) -> None:
+    for tag in ("<|user|>", "<|assistant|>", "<|system|>"):
+        with pytest.raises(ValueError, match=r"a user message holds .* a tag of the Zephyr chat format"):
+            encode_zephyr(llama2, conversation(f"a {tag} b"))
+        encode_zephyr(llama2, conversation("a", f"the model may say {tag}", "b"))
+
+
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
@@ -276,5 +377,8 @@ def test_the_format_is_told_from_the_special_tokens(tiny_tiktoken: Tokenizer, ti
     both = SimpleNamespace(special_tokens=dict.fromkeys(["<s>", "</s>", "<|im_start|>", "<|im_end|>"], 0))
     assert chat_format_of(both) == "chatml"
     unknown = SimpleNamespace(special_tokens={"<|endoftext|>": 0})
-    with pytest.raises(ValueError, match=r"no chat format is known .* <\|endoftext\|>, expected those of llama3 or .* chatml"):
+    with pytest.raises(
+        ValueError,
+        match=r"no chat format is known .* <\|endoftext\|>, expected those of llama3 or chatml or mistral or llama2$",
+    ):
         chat_format_of(unknown)

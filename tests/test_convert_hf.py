@@ -165,6 +165,8 @@ TEMPLATES = {
     "llama3": "{{ '<|start_header_id|>' + role + '<|end_header_id|>\n\n' + content + '<|eot_id|>' }}",
     "chatml": "{{'<|im_start|>' + role + '\n' + content + '<|im_end|>' + '\n'}}",
     "llama2": "{{ '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' }}{{ bos_token + '[INST] ' + content + ' [/INST]' }}",
+    "zephyr": "{{ '<|user|>\n' + message['content'] + eos_token }}",
+    "mistral": "{{ '[INST] ' + message['content'] + '[/INST]' }}",
     None: "{{ '<|user|>\n' + content }}",
 }
 

@@ -142,6 +142,12 @@ def test_texts_are_split_as_llama_cpp_splits_them(pre: str, tiny_chatml_file: Pa
         assert [text[begin:end] for _, (begin, end) in library.pre_tokenizer.pre_tokenize_str(text)] == parts
 
 
+def test_tekken_splits_as_mistral_does() -> None:
+    package = pytest.importorskip("mistral_common", reason="mistral-common is not installed")
+    values = json.loads((Path(package.__file__).parent / "data" / "tekken_240718.json").read_text(encoding="utf-8"))
+    assert PRE_TOKENIZERS["tekken"][0]["pattern"] == {"Regex": values["config"]["pattern"]}
+
+
 def test_bos_is_added_where_llama_cpp_adds_it(tiny_llama3_json_file: Path, tmp_path: Path) -> None:
     bos = load_tokenizer(tiny_llama3_json_file).bos_id
     for pre, said, adds in [
