@@ -1,4 +1,4 @@
-"""A folder that is written whole or not at all, however the process ends. Standard library only.
+"""A folder, or a file, that is written whole or not at all, however the process ends. Standard library only.
 
     with new_folder("model", force=False, foreign=reason_to_refuse) as folder: ...write files into folder...
 
@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import BinaryIO
 
 try:
     import fcntl
@@ -34,14 +35,19 @@ class FolderError(ValueError):
     """The folder can't be written: it exists, is foreign, or another run is writing it."""
 
 
+class FileError(ValueError):
+    """The file can't be written."""
+
+
 def _sibling(target: Path, kind: str) -> Path:
     return target.parent / f".{target.name}.{kind}-{secrets.token_hex(4)}"
 
 
-def _siblings(target: Path, kind: str) -> list[Path]:
+def _siblings(target: Path, kind: str, files: bool = False) -> list[Path]:
     pattern = re.compile(rf"\.{re.escape(target.name)}\.{kind}-[0-9a-f]{{8}}")
     with os.scandir(target.parent) as entries:
-        return [Path(e.path) for e in entries if pattern.fullmatch(e.name) and e.is_dir(follow_symlinks=False)]
+        found = [entry for entry in entries if pattern.fullmatch(entry.name)]
+    return [Path(e.path) for e in found if (e.is_file if files else e.is_dir)(follow_symlinks=False)]
 
 
 def _try_lock(descriptor: int) -> bool | None:
@@ -192,12 +198,14 @@ def new_folder(path: str | Path, force: bool, foreign: Callable[[Path], str | No
     finds no reason not to. Raises FolderError, a ValueError.
     """
     target = Path(path).resolve()
-    missing_parents = [parent for parent in target.parents if not parent.exists()]
     with _signals_unwind(), contextlib.ExitStack() as cleanup:
-        for parent in reversed(missing_parents):
-            parent.mkdir(exist_ok=True)
-            cleanup.callback(_remove_if_empty, parent)
-        partial, descriptor = _claim(target)
+        try:
+            for parent in reversed([parent for parent in target.parents if not parent.exists()]):
+                parent.mkdir(exist_ok=True)
+                cleanup.callback(_remove_if_empty, parent)
+            partial, descriptor = _claim(target)
+        except OSError as error:
+            raise FolderError(f"{target} can't be made: {error.strerror or error}") from None
         if descriptor is not None:
             cleanup.callback(os.close, descriptor)
         cleanup.callback(_remove, partial)
@@ -217,20 +225,49 @@ def _remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def write_file(path: str | Path, data: bytes) -> None:
-    """Write a file that appears complete or not at all, in the place of another of that name.
+@contextlib.contextmanager
+def new_file(path: str | Path) -> Iterator[BinaryIO]:
+    """Give a file to write into, which becomes `path` when the block ends, and vanishes on an exception.
 
-    Raises ValueError where it can't be written.
+    A symbolic link stays, and what it points to is replaced; a device or a pipe is written to as it is. What a killed run left
+    beside is removed. Raises ValueError where it can't be written.
     """
-    target = Path(path)
-    partial = _sibling(target, "partial")
-    with _signals_unwind():
-        try:
-            partial.write_bytes(data)
-            _sync(partial)
+    target = Path(path).resolve()
+    if target.is_dir():
+        raise FileError(f"{path} is a folder, expected a file to write")
+    try:
+        if target.exists() and not target.is_file():
+            with open(target, "wb") as file:
+                yield file
+            return
+        partial = _sibling(target, "partial")
+        with _signals_unwind(), contextlib.ExitStack() as cleanup:
+            cleanup.callback(partial.unlink, missing_ok=True)
+            file = cleanup.enter_context(open(partial, "xb"))
+            _try_lock(file.fileno())
+            for left in _siblings(target, "partial", files=True):
+                if left != partial and _is_dead_file(left):
+                    left.unlink(missing_ok=True)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            if fcntl is None:
+                file.close()  # Windows renames no open file
             os.replace(partial, target)
-        except OSError as error:
-            raise ValueError(f"{target}: {error.strerror or error}") from None
-        finally:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
+    except BrokenPipeError:  # its reader has gone: no error of the file's
+        raise
+    except OSError as error:
+        raise FileError(f"{path}: {error.strerror or error}") from None
+
+
+def _is_dead_file(partial: Path) -> bool:
+    with contextlib.suppress(OSError), open(partial, "r+b") as file:
+        locked = _try_lock(file.fileno())
+        return time.time() - partial.stat().st_mtime > DEAD_AFTER_SECONDS if locked is None else locked
+    return False
+
+
+def write_file(path: str | Path, data: bytes) -> None:
+    """Write a file that appears complete or not at all, as new_file() does. Raises ValueError where it can't be written."""
+    with new_file(path) as file:
+        file.write(data)

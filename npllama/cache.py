@@ -40,7 +40,9 @@ class KVCache:
         return np.count_nonzero(self._positions[..., : self.length] != PADDING, axis=-1)
 
     def truncate(self, length: int) -> None:
-        """Forget all slots from `length` on."""
+        """Forget all slots from `length` on. Raises ValueError for a negative one."""
+        if length < 0:
+            raise ValueError(f"length is {length}, expected 0 or more")
         self.length = self.end = min(self.length, length)
 
     def extend(self, is_token: np.ndarray) -> np.ndarray:

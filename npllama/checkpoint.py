@@ -28,7 +28,7 @@ import numpy as np
 
 from . import layout
 from .atomic import check_target, new_folder, survivor
-from .config import Config, ConfigError, parameter_shapes
+from .config import Config, ConfigError, n_parameters, parameter_shapes
 from .linear import Int8, Weight, is_packed, to_bfloat16, to_int8, widen
 from .memory import available_memory
 from .store import NAME, locate
@@ -64,7 +64,7 @@ class CheckpointError(ValueError):
 # ------------------------------------------------------------------------------------------------------------------ reading
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Model:
     """A model in memory, or mapped from its directory."""
 
@@ -75,6 +75,9 @@ class Model:
     manifest: dict[str, object] = field(default_factory=dict)
     note: str = ""  # what load() decided for the user and why, and what to expect of it
     widened: bool = False  # whether it decided to widen packed weights
+
+    def __repr__(self) -> str:
+        return f"<npllama.Model {self.path}: {n_parameters(self.config):,} parameters>"
 
     @cached_property
     def tokenizer(self):
@@ -157,7 +160,7 @@ def open_model(path: str | Path) -> Model:
     """Map every parameter exactly as it is stored; names, shapes, dtypes and sizes are checked, their content is not."""
     path = survivor(locate(path))
     if not path.is_dir():
-        raise CheckpointError(f"{path}: {_no_directory(path)}, expected a model directory")
+        raise _no_directory(path)
     manifest = _read_manifest(path)
     config, generation = _read_config(path)
     tensors = manifest["tensors"]
@@ -231,18 +234,20 @@ def read_json(path: Path) -> dict[str, object]:
     return values
 
 
-def _no_directory(path: Path) -> str:
+def _no_directory(path: Path) -> CheckpointError:
+    expected = "expected a model directory"
     if path.exists():
-        return "a file"
-    return "not found, and no name that `npllama models` lists" if NAME.fullmatch(str(path)) else "not found"
+        return CheckpointError(f"{path}: a file, {expected} (npllama convert makes one of a checkpoint)")
+    names = ", and no name that `npllama models` lists" if NAME.fullmatch(str(path)) else ""
+    return CheckpointError(f"{path}: not found{names}, {expected}")
 
 
 def _read_manifest(path: Path) -> dict[str, object]:
     file = path / "manifest.json"
     if not path.is_dir():
-        raise CheckpointError(f"{path}: {_no_directory(path)}, expected a model directory")
+        raise _no_directory(path)
     if not file.exists():
-        raise CheckpointError(f"{path} is not a model directory: it has no manifest.json")
+        raise CheckpointError(f"{path} is not a model directory: it has no manifest.json (npllama convert makes one)")
     manifest = read_json(file)
     version = manifest.get("npllama_format")
     if type(version) is not int:
@@ -356,6 +361,8 @@ def _map_array(file: Path, n_bytes: int, dtype: np.dtype, shape: tuple[int, ...]
         raise CheckpointError(f"{file} is missing") from None
     except CheckpointError:
         raise
+    except OSError as error:
+        raise CheckpointError(f"{file}: {error.strerror or error}") from None
     except Exception as error:  # a broken header surfaces as ValueError, SyntaxError, TokenError, EOFError...
         raise CheckpointError(f"{file} is not a NumPy array file: {str(error).splitlines()[0]}") from None
     if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:

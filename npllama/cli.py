@@ -13,11 +13,12 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
 from . import __version__, chat, chat_loop, known_answers, perplexity, threads
+from .atomic import new_file
 from .cache import KVCache
 from .checkpoint import Model, demo_path, load, open_model, printable, size_text, verify
 from .config import n_parameters
@@ -40,6 +41,9 @@ DTYPES = ["auto", "stored", "float32", "float64"]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed, as by `npllama chat <&-`
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that can't show a character shows another
@@ -52,14 +56,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError, ImportError, MemoryError) as error:
-        message = printable(" ".join(str(error).split())) or type(error).__name__
-        print(f"npllama {args.command}: {message}", file=sys.stderr)
+        text = str(error)
+        if isinstance(error, OSError) and error.filename is not None and error.strerror:
+            text = f"{error.filename}: {error.strerror}"  # without Python's "[Errno 2]"
+        message = printable(" ".join(text.split())) or type(error).__name__
+        with contextlib.suppress(OSError):  # standard error is full or closed
+            print(f"npllama {args.command}: {message}", file=sys.stderr)
         return 2
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with the arguments in one line, as everything else is said, and not the usage before it."""
+
+    def error(self, message: str) -> NoReturn:  # noqa: D102
+        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of every command; each sets `run`."""
-    parser = argparse.ArgumentParser(prog="npllama", description="Llama in pure NumPy.")
+    parser = Parser(prog="npllama", description="Llama in pure NumPy.")
     parser.add_argument("--version", action="version", version=f"npllama {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -93,12 +108,12 @@ def build_parser() -> argparse.ArgumentParser:
     command("models", run_models, "list the models that have a name, and those that can be fetched")
 
     p = command("generate", run_generate, "continue a prompt")
-    p.add_argument("prompt", nargs="?", help="text; empty starts from the BOS token")
+    p.add_argument("prompt", nargs="?", help="text; empty starts from the BOS token, - reads standard input")
     p.add_argument("--tokens", type=token_ids, metavar="1,2,3", help="a prompt of ids; ids are printed, no tokenizer is needed")
     p.add_argument("-n", "--max-tokens", type=int, default=64, metavar="N", help="at most N new tokens (default 64)")
     p.add_argument("--no-echo", action="store_true", help="print the continuation without the prompt")
     p.add_argument("--special", action="store_true", help="special tokens' spelling in the prompt means the tokens")
-    p.add_argument("--logprobs", type=int, metavar="K", help="a line per token: id, piece, log-probability, the K likeliest")
+    p.add_argument("--logprobs", type=count, metavar="K", help="a line per token: id, piece, log-probability, the K likeliest")
     p.add_argument(
         "--lookup",
         type=int,
@@ -186,7 +201,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_model_options(p)
 
     p = command("tokenize", run_tokenize, "text to ids on one line, or back")
-    p.add_argument("text", nargs="?")
+    p.add_argument("text", nargs="?", help="- reads standard input")
     p.add_argument("--bos", action="store_true", help="begin with the BOS token")
     p.add_argument("--special", action="store_true", help="special tokens' spelling means the tokens")
     p.add_argument("--pieces", action="store_true", help="a line per token: its id beside its piece")
@@ -245,7 +260,7 @@ def add_compute_options(parser: argparse.ArgumentParser) -> None:
 def add_prompt_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """--prompt or --tokens."""
     group = parser.add_mutually_exclusive_group(required=required)
-    group.add_argument("--prompt", metavar="TEXT")
+    group.add_argument("--prompt", metavar="TEXT", help="- reads standard input")
     group.add_argument("--tokens", type=token_ids, metavar="1,2,3")
 
 
@@ -284,7 +299,16 @@ def token_ids(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r:.60} is not a list of token ids such as 1,2,3") from None
     if min(ids) < 0:
         raise argparse.ArgumentTypeError(f"token id {min(ids)} is negative")
+    if max(ids) >= 1 << 31:
+        raise argparse.ArgumentTypeError(f"token id {max(ids)} is in no vocabulary")
     return ids
+
+
+def count(text: str) -> int:
+    """A whole number, 0 or more; an error of argparse's otherwise."""
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is not a whole number, 0 or more")
+    return int(text)
 
 
 def stop_text(text: str) -> str:
@@ -338,16 +362,11 @@ def run_generate(args: argparse.Namespace) -> None:
     """A prompt and its continuation, as it is made."""
     if (args.prompt is None) == (args.tokens is None):
         raise ValueError("expected a prompt, or --tokens instead of it")
-    if args.stop and args.tokens:
-        raise ValueError("--stop compares text, and with --tokens there is none")
+    if args.stop and (args.tokens or args.logprobs is not None):
+        raise ValueError(f"--stop ends a text, and with {'--tokens' if args.tokens else '--logprobs'} there is none")
     model = load_model(args)
     sampling = sampling_of(args, model)
-    if args.tokens is None:
-        ids = required_tokenizer(model).encode(args.prompt, bos=True, special=args.special)
-        if not ids:
-            raise ValueError("the prompt is empty, and this model has no BOS token to start from")
-    else:
-        ids = args.tokens
+    ids = prompt_ids(args, model)
     # Refuses a bad prompt before it is echoed.
     steps = generate_steps(model, ids, args.max_tokens, sampling, args.seed, lookup=args.lookup)
     statistics = Statistics(len(ids), model.note if model.widened else "")
@@ -403,17 +422,14 @@ def run_logits(args: argparse.Namespace) -> None:
     """Logits of every position into one .npy, which appears complete or not at all."""
     model = load_model(args)
     ids = prompt_ids(args, model)
-    partial = args.out.with_name(f".{args.out.name}.partial-{os.getpid()}")
-    try:
-        out = np.lib.format.open_memmap(partial, "w+", np.dtype("<f4"), (len(ids), model.config.vocab_size))
+    shape = (len(ids), model.config.vocab_size)
+    with new_file(args.out) as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
         cache = KVCache(model.config)
         for start in range(0, len(ids), PREFILL_CHUNK):
-            out[start : start + PREFILL_CHUNK] = forward(model.params, model.config, ids[start : start + PREFILL_CHUNK], cache)
-        out.flush()
-        os.replace(partial, args.out)
-    finally:
-        partial.unlink(missing_ok=True)
-    print(f"{args.out}: float32 {list(out.shape)}", file=sys.stderr)
+            logits = forward(model.params, model.config, ids[start : start + PREFILL_CHUNK], cache)
+            file.write(np.ascontiguousarray(logits, "<f4"))
+    print(f"{args.out}: float32 {list(shape)}", file=sys.stderr)
 
 
 def run_trace(args: argparse.Namespace) -> None:
@@ -447,7 +463,7 @@ def run_tokenize(args: argparse.Namespace) -> None:
         raise ValueError("expected a text, or --decode instead of it")
     tokenizer = tokenizer_of(args.model)
     if args.decode is None:
-        ids = tokenizer.encode(args.text, bos=args.bos, special=args.special)
+        ids = tokenizer.encode(read_text("-") if args.text == "-" else args.text, bos=args.bos, special=args.special)
     else:
         ids = [tokenizer.checked(id) for id in args.decode]
     if args.pieces:
@@ -486,12 +502,14 @@ def run_walkthrough(args: argparse.Namespace) -> None:
 
 def run_perplexity(args: argparse.Namespace) -> None:
     """The perplexity of a text; with --base also how far two models are from each other."""
-    text = args.file.read_bytes().decode("utf-8", "replace")
-    model, base = load_model(args), load(args.base, args.dtype) if args.base else None
+    text = read_text(args.file)
+    model, base = load_model(args), load(args.base, args.dtype) if args.base is not None else None
     ids = required_tokenizer(model).encode(text, bos=True)
     if base is not None and required_tokenizer(base).encode(text, bos=True) != ids:
         raise ValueError(f"{model.path} and {base.path} make different tokens of {args.file}: expected models of one tokenizer")
     n = len(ids) // max(1, args.context) * args.context
+    if not n and args.context > 0:
+        raise ValueError(f"{args.file} has {len(ids):,} tokens, expected at least one window of {args.context:,} (--context)")
     started = time.perf_counter()
     with progress_bar(n) as progress:
         if base is None:
@@ -589,7 +607,7 @@ def run_explain(args: argparse.Namespace) -> None:
 
 def run_info(args: argparse.Namespace) -> None:
     """The constants of a model and what its files hold."""
-    model = open_model(args.model or demo_path())
+    model = open_model(demo_path() if args.model is None else args.model)
     config, tensors = model.config, model.manifest["tensors"].values()
     n_bytes = sum(t["bytes"] + (t["scale"]["bytes"] if t["dtype"] == "int8" else 0) for t in tensors)
     print(f"{model.path}")
@@ -608,7 +626,7 @@ def run_info(args: argparse.Namespace) -> None:
 
 def run_verify(args: argparse.Namespace) -> int:
     """Hash every file again; each problem is a line."""
-    path = args.model or demo_path()
+    path = demo_path() if args.model is None else args.model
     problems = verify(path)
     for problem in problems:
         print(problem)
@@ -709,17 +727,33 @@ def tokenizer_of(path: str | None) -> Tokenizer:
 
 
 def prompt_ids(args: argparse.Namespace, model: Model) -> list[int]:
-    """--tokens, or --prompt encoded with BOS in front."""
-    return args.tokens if args.tokens is not None else required_tokenizer(model).encode(args.prompt, bos=True)
+    """--tokens, or the prompt encoded with BOS in front; `-` is standard input's. ValueError for a prompt of no tokens."""
+    if args.tokens is not None:
+        return args.tokens
+    tokenizer = required_tokenizer(model)
+    if args.prompt == "-":
+        args.prompt = read_text("-")
+    if not (ids := tokenizer.encode(args.prompt, bos=True, special=getattr(args, "special", False))):
+        raise ValueError("the prompt is empty, and this model has no BOS token to start from")
+    return ids
 
 
 def lesson_ids(args: argparse.Namespace, model: Model) -> list[int]:
     """--tokens, or --prompt, or else the sentence that the tutorials follow."""
     if args.tokens is None and args.prompt is None:
         args.prompt = "the answer to the ultimate question of life, the universe, and everything is "
-    if not (ids := prompt_ids(args, model)):
-        raise ValueError("the prompt is empty, and this model has no BOS token to start from")
-    return ids
+    return prompt_ids(args, model)
+
+
+def read_text(path: Path | str) -> str:
+    """The text of a file, or of standard input for `-`. Raises ValueError unless it is UTF-8."""
+    stdin = getattr(sys.stdin, "buffer", sys.stdin)
+    data = Path(path).read_bytes() if path != "-" else stdin.read()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        name = "standard input" if path == "-" else path
+        raise ValueError(f"{name}: found the byte 0x{data[error.start]:02x} at {error.start:,}, expected UTF-8") from None
 
 
 def trace_options(args: argparse.Namespace) -> dict[str, object]:
@@ -738,8 +772,9 @@ def trace_options(args: argparse.Namespace) -> dict[str, object]:
 
 def sampling_of(args: argparse.Namespace, model: Model) -> Sampling:
     """What the user asked for, else what was stored with the model, else greedy."""
-    if args.max_tokens < 0:
-        raise ValueError(f"-n is {args.max_tokens}, expected 0 or more")
+    for option, value in (("-n", args.max_tokens), ("--seed", args.seed)):
+        if value < 0:
+            raise ValueError(f"{option} is {value}, expected 0 or more")
 
     def choice(name: str, otherwise: float) -> float:
         return next(x for x in (getattr(args, name), model.generation.get(name), otherwise) if x is not None)

@@ -73,10 +73,9 @@ def generate_steps(
     """As generate(), with the logits of each step."""
     if cache is None:
         cache = KVCache(model.config)
-    tokens = check_tokens(tokens, model.config)
-    if (smallest := tokens.min()) < 0:
-        raise ValueError(f"token id {smallest} is outside the vocabulary: expected 0 to {model.config.vocab_size - 1}")
+    tokens = _check_prompt(tokens, model)
     _check_room(tokens, cache)
+    _check_counts(max_tokens, seed)
     if lookup < 0 or (lookup and sampling.temperature > 0):
         raise ValueError(f"lookup is {lookup} at temperature {sampling.temperature}: expected 0 or more, at temperature 0")
     if lookup:
@@ -167,22 +166,31 @@ def generate_batch(
 ) -> Iterator[list[int | None]]:
     """Continue several prompts at once: yields one id per prompt and step, None for those that have ended.
 
-    Each prompt gets the tokens it would get alone, up to ties within rounding; prompt i draws from the stream (seed, i).
+    Each prompt gets the tokens it would get alone, up to ties within rounding; prompt i draws from the stream (seed, i). Their
+    lengths may differ, and they are given without padding. Raises ValueError as generate() does.
     """
-    sampling = sampling or Sampling()
-    stop = _stop_ids(model, stop_ids)
-    longest = max(map(len, prompts), default=0)
-    if not longest or not min(map(len, prompts)):
-        raise ValueError("a prompt is empty: expected at least one token in each")
-    batch = np.full((len(prompts), longest), -1)
-    for row, prompt in zip(batch, prompts, strict=True):
-        row[longest - len(prompt) :] = prompt  # padded on the left, so that all go on from the same slot
-    rngs = [np.random.default_rng([seed, i]) for i in range(len(prompts))]
-    cache = KVCache(model.config, (len(prompts),))
+    rows = [_check_prompt(prompt, model) for prompt in prompts]
+    if not rows:
+        raise ValueError("there is no prompt, expected at least one")
+    longest = max(map(len, rows))
+    batch = np.full((len(rows), longest), -1)
+    for padded, row in zip(batch, rows, strict=True):
+        padded[longest - len(row) :] = row  # on the left, so that all go on from the same slot
+    cache = KVCache(model.config, (len(rows),))
+    _check_room(batch, cache)
+    _check_counts(max_tokens, seed)
+    return _decode_batch(model, batch, max_tokens, sampling or Sampling(), seed, _stop_ids(model, stop_ids), cache)
+
+
+def _decode_batch(
+    model: Model, batch: np.ndarray, max_tokens: int, sampling: Sampling, seed: int, stop: frozenset[int], cache: KVCache
+) -> Iterator[list[int | None]]:
+    n = len(batch)
+    rngs = [np.random.default_rng([seed, i]) for i in range(n)]
     logits = prefill(model, batch, cache)
-    running = np.full(len(prompts), True)
+    running = np.full(n, True)
     for made in range(max_tokens):
-        ids = [sample(logits[i], sampling, rngs[i]) if running[i] else -1 for i in range(len(prompts))]
+        ids = [sample(logits[i], sampling, rngs[i]) if running[i] else -1 for i in range(n)]
         running &= [id not in stop for id in ids]
         if not running.any():
             return
@@ -231,6 +239,21 @@ def _pushed(ids: Iterable[int], decoder: StreamDecoder) -> Iterator[str]:
     for id in ids:
         yield decoder.push(id)
     yield decoder.flush()
+
+
+def _check_prompt(tokens: Sequence[int], model: Model) -> np.ndarray:
+    tokens = check_tokens(tokens, model.config)
+    if (smallest := tokens.min()) < 0:
+        raise ValueError(f"token id {smallest} is outside the vocabulary: expected 0 to {model.config.vocab_size - 1}")
+    if tokens.ndim != 1:
+        raise ValueError(f"a prompt of shape {tokens.shape}: expected the ids of one text (generate_batch takes several)")
+    return tokens
+
+
+def _check_counts(max_tokens: int, seed: int) -> None:
+    for name, value in (("max_tokens", max_tokens), ("seed", seed)):
+        if value < 0:
+            raise ValueError(f"{name} is {value}, expected 0 or more")
 
 
 def _check_room(tokens: np.ndarray, cache: KVCache) -> None:

@@ -52,7 +52,7 @@ def forward(
     params     name -> array, as config.parameter_shapes names them
     cache      the tokens before these, to which these are added; a new one if not given
     tap        called as x = tap(name, x) on every activation
-    last_only  only after the last token, which saves most of the output matrix's work
+    last_only  only after the last slot, which saves most of the output matrix's work; in a batch, pad on the left then
     ops        the operations: those of ops.py, or the same names with another precision's rounding (precision.py)
 
     Negative ids are padding: nothing attends to them, and the row's other tokens keep the positions they would have without.
@@ -145,9 +145,13 @@ def join_heads(x: Array) -> Array:
 
 def check_tokens(tokens: ArrayLike, config: Config) -> Array:
     """The ids as an integer array [..., T]; ValueError if there are none, or one is not below the vocabulary's size."""
-    tokens = np.asarray(tokens)
-    if tokens.size == 0 or tokens.dtype.kind not in "iu":
-        raise ValueError(f"tokens of shape {tokens.shape} and dtype {tokens.dtype}: expected at least one whole number")
+    try:
+        tokens = np.asarray(tokens)
+    except ValueError:  # NumPy's words for it are "inhomogeneous shape"
+        raise ValueError("rows of tokens have different lengths: expected the shorter ones padded with -1") from None
+    if tokens.ndim == 0 or tokens.size == 0 or tokens.dtype.kind not in "iu":
+        found = f"shape {tokens.shape} and dtype {tokens.dtype}"
+        raise ValueError(f"tokens of {found}: expected a list or an array of at least one whole number")
     if (largest := tokens.max()) >= config.vocab_size:
         raise ValueError(f"token id {largest} is outside the vocabulary: expected 0 to {config.vocab_size - 1}")
     return tokens

@@ -18,12 +18,16 @@ NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 def home() -> Path:
     """The folder of everything npllama keeps for this user; it may not exist yet. Raises ValueError where none is known."""
     if chosen := os.environ.get("NPLLAMA_HOME"):
-        return Path(chosen).expanduser()
+        try:
+            return Path(chosen).expanduser()
+        except RuntimeError:
+            raise ValueError(f"NPLLAMA_HOME is {chosen!r}: there is no such user's home, expected a folder") from None
     try:
         return importlib.import_module("platformdirs").user_cache_path("npllama", appauthor=False)
     except ImportError:
         raise ValueError(
-            "no folder for models is known: set NPLLAMA_HOME to one, or pip install platformdirs for your system's own"
+            "no folder for models is known: set NPLLAMA_HOME to one, or pip install platformdirs for your system's own "
+            "('npllama[fetch]' brings it)"
         ) from None
 
 
@@ -43,6 +47,8 @@ def locate(model: str | Path) -> Path:
 
     Raises ValueError for a bare name that is neither, where no folder for models is known.
     """
+    if not str(model):
+        raise ValueError("the model's name is empty, expected a model directory or a name")
     path = Path(model)
     if os.path.lexists(path) or not NAME.fullmatch(str(model)):
         return path

@@ -60,7 +60,7 @@ def n_threads() -> int:
         return 1
     if _state.n_threads is None:
         text = os.environ.get(VARIABLE)
-        if text is None:
+        if not text:
             _state.n_threads = available_cpus()
         else:
             set_threads(_whole(text))

@@ -83,6 +83,8 @@ class Tokenizer(ABC):
         Half a surrogate pair, which is no Unicode text, becomes U+FFFD, and two halves that belong together their character
         (as in tiktoken).
         """
+        if not isinstance(text, str):
+            raise TypeError(f"the text is {type(text).__name__}, expected str")
         try:
             text.encode()
         except UnicodeEncodeError:

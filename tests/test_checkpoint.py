@@ -546,8 +546,14 @@ def truncate(file: Path) -> None:
 
 BAD = {
     "no folder": (lambda m: shutil.rmtree(m), r"m: not found, expected a model directory$"),
-    "a file": (lambda m: (shutil.rmtree(m), m.write_text("")), r"m: a file, expected a model directory$"),
-    "no manifest": (lambda m: (m / "manifest.json").unlink(), r"m is not a model directory: it has no manifest\.json$"),
+    "a file": (
+        lambda m: (shutil.rmtree(m), m.write_text("")),
+        r"m: a file, expected a model directory \(npllama convert makes",
+    ),
+    "no manifest": (
+        lambda m: (m / "manifest.json").unlink(),
+        r"m is not a model directory: it has no manifest\.json \(",
+    ),
     "no config": (lambda m: (m / "config.json").unlink(), r"config\.json is missing$"),
     "no tensor": (lambda m: (m / f"{NAME}.npy").unlink(), rf"{NAME}\.npy is missing$"),
     "no other file": (lambda m: (m / "tokenizer.model").unlink(), r"tokenizer\.model is missing$"),

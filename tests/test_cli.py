@@ -272,6 +272,11 @@ def test_verify_tells_whole_from_altered(copy_of_demo, capsys):
         (["tokenize", "x", "-m", "/nowhere/tokenizer.model"], "/nowhere/tokenizer.model"),
         (["verify", "/nowhere"], "/nowhere: not found"),
         (["info", "/nowhere"], "/nowhere: not found"),
+        *[([*command, ""], "the model's name is empty") for command in (["info"], ["verify"], ["generate", "x", "-m"])],
+        (["generate", "x", "--stop", "y", "--logprobs", "1"], "--stop ends a text, and with --logprobs there is none"),
+        (["generate", "x", "--seed", "-1"], "--seed is -1, expected 0 or more"),
+        (["perplexity", "/nowhere"], "npllama perplexity: /nowhere: No such file or directory"),
+        (["logits", "--tokens", "1", "--out", "/nowhere/x.npy"], "/nowhere/x.npy: No such file or directory"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,
 )
@@ -281,13 +286,45 @@ def test_bad_use_gets_one_line_and_status_2(args, words, capsys):
 
 @pytest.mark.parametrize(
     "args",
-    [["generate", "x", "--tokens", "1,x"], ["generate", "--tokens", "1,-2"], ["generate", "x", "--stop", ""], ["nonsense"], []],
+    [
+        *[["generate", "x", "--tokens", "1,x"], ["generate", "--tokens", "1,-2"], ["generate", "x", "--stop", ""]],
+        *[["generate", "x", "--logprobs", "-1"], ["generate", "--tokens", "1,99999999999999999999"], ["nonsense"], []],
+    ],
     ids=str,
 )
-def test_bad_arguments_get_status_2(args):
+def test_bad_arguments_get_one_line_and_status_2(args):
     done = run(*args)
     assert done.returncode == 2
-    assert "Traceback" not in done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("npllama")
+    assert line.endswith("(--help lists the options)")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="streams are closed as POSIX's shells do")
+def test_closed_streams_are_no_traceback():
+    def closed(*numbers: int, command: str = "generate ROMEO: -n 1") -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [*COMMAND, *command.split()], capture_output=True, text=True, preexec_fn=lambda: [os.close(n) for n in numbers]
+        )
+
+    assert closed(0, command="chat").returncode == 0  # nothing is asked
+    for streams in ((1,), (2,), (0, 1, 2)):
+        done = closed(*streams)
+        assert done.returncode == 0
+        assert "Traceback" not in done.stderr
+    assert closed(2, command="generate x -m /nowhere").returncode == 2
+
+
+def test_a_prompt_from_standard_input(tmp_path):
+    done = run("tokenize", "-", input="To be,\nor not")
+    assert done.stdout == run("tokenize", "To be,\nor not").stdout
+    told = run("generate", "-", "-n", "3", "--temperature", "0", input="To be,\nor not")
+    assert told.stdout == run("generate", "To be,\nor not", "-n", "3", "--temperature", "0").stdout
+    run("logits", "--prompt", "-", "--out", str(tmp_path / "x.npy"), input="To be")
+    assert len(np.load(tmp_path / "x.npy")) == 1 + len(npllama.load().tokenizer.encode("To be"))
+    done = subprocess.run([*COMMAND, "generate", "-"], input=b"caf\xe9", capture_output=True)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr.decode() == "npllama generate: standard input: found the byte 0xe9 at 3, expected UTF-8\n"
 
 
 def _missing(path):

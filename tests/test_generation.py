@@ -187,3 +187,41 @@ def test_text_up_to_the_first_stop_string_always(text, stop):
     seen = text[: min(ends)] if ends else text  # a stop string is seen when its last letter comes
     cut = min((i for s in stop if (i := seen.find(s)) >= 0), default=len(seen))
     assert "".join(shown(text, stop)) == text[:cut]
+
+
+def test_a_batch_takes_prompts_and_nothing_else():
+    """Padding is the batch's own: a prompt that brings some was given other tokens in silence."""
+    model = npllama.load()
+    for prompts, line in (
+        ([[1, 2], [3, -1]], "token id -1 is outside the vocabulary"),
+        ([[1, 2], [3, 2256]], "token id 2256 is outside the vocabulary"),
+        ([[1.5, 2.0]], "dtype float64: expected a list or an array of at least one whole number"),
+        ([[1], []], "expected a list or an array of at least one whole number"),
+        ([1, 2], r"tokens of shape \(\) and dtype int64"),
+        ([[[1, 2]]], r"a prompt of shape \(1, 2\): expected the ids of one text"),
+        ([], "there is no prompt, expected at least one"),
+    ):
+        with pytest.raises(ValueError, match=line):  # at once, and not at the first token
+            npllama.generate_batch(model, prompts)
+    ours = list(npllama.generate_batch(model, (prompt for prompt in ([1, 2], [3])), max_tokens=3))
+    assert [row[1] for row in ours] == list(npllama.generate(model, [3], max_tokens=3))
+
+
+@pytest.mark.parametrize("options", [{"max_tokens": -1}, {"seed": -1}])
+def test_negative_counts_are_refused_at_once(options):
+    (name,) = options
+    for function, prompt in ((generate, [1]), (generate_batch, [[1]])):
+        with pytest.raises(ValueError, match=f"{name} is -1, expected 0 or more"):
+            function(npllama.load(), prompt, **options)
+
+
+def test_a_cache_is_not_cut_to_less_than_nothing():
+    with pytest.raises(ValueError, match="length is -1, expected 0 or more"):
+        npllama.KVCache(npllama.load().config).truncate(-1)
+
+
+def test_a_model_shows_itself_in_a_line_and_is_only_itself():
+    model = npllama.load()
+    assert repr(model) == f"<npllama.Model {model.path}: 2,794,944 parameters>"
+    assert model == model
+    assert model != npllama.load()

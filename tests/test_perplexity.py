@@ -169,7 +169,8 @@ def directories(tmp_path_factory, tiny_tiktoken_file, tiny_sentencepiece_file):
                 writer.add(parameter, array * np.float32(factor))
             if tokenizer:
                 writer.add_file("tokenizer.model", tokenizer)
-    (path / "text.txt").write_bytes("hello hello wor é\r\n".encode() * 30 + b"\xff")
+    (path / "text.txt").write_bytes("hello hello wor é\r\n".encode() * 30)
+    (path / "latin1.txt").write_bytes("hello é".encode("latin-1"))
     return path
 
 
@@ -177,7 +178,7 @@ def test_command(directories, capsys) -> None:
     assert main(["perplexity", "-m", str(directories / "one"), str(directories / "text.txt"), "--context", "32"]) == 0
     out, err = capsys.readouterr()
     model = npllama.load(directories / "one")
-    text = (directories / "text.txt").read_bytes().decode("utf-8", "replace")
+    text = (directories / "text.txt").read_bytes().decode()
     assert "\r\n" in text
     expected = perplexity(model, model.tokenizer.encode(text, bos=True), 32)
     assert out == f"perplexity          {expected.value:.4f} +/- {expected.error:.4f}\n"
@@ -214,9 +215,10 @@ def test_command_with_a_base(directories, capsys) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["-m", "one", "none.txt"], "No such file"),
+        (["-m", "one", "none.txt"], "none.txt: No such file"),
+        (["-m", "one", "latin1.txt"], "latin1.txt: found the byte 0xe9 at 6, expected UTF-8"),
         (["-m", "bare", "text.txt"], "has no tokenizer"),
-        (["-m", "one", "text.txt"], "tokens, expected at least one window of 512"),
+        (["-m", "one", "text.txt"], "text.txt has 241 tokens, expected at least one window of 512 (--context)"),
         (["-m", "one", "text.txt", "--context", "0"], "a window of 0 tokens"),
         (["-m", "one", "text.txt", "--base", "foreign", "--context", "32"], "make different tokens of text.txt"),
     ],

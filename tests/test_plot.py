@@ -271,7 +271,7 @@ def test_a_picture_at_the_command_line(tmp_path):
         (["--layer", "6", "-o", "a.png"], "layer 6 is not in this model, which has layers 0 to 5"),
         (["--head", "-1", "-o", "a.png"], "head -1 is not in this model"),
         (["-o", "nowhere/a.png"], "a.png: No such file or directory"),
-        (["-o", "folder.png"], "folder.png: Is a directory"),
+        (["-o", "folder.png"], "folder.png is a folder, expected a file to write"),
         (["trace", "-o", "a.png"], "residual draws a prompt, not trace"),
     ],
 )

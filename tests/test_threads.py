@@ -120,7 +120,7 @@ def test_set_threads_is_blas_threads_too():
     assert {library.get_num_threads() for library in threads._blas()} == {1}
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "two", "", "1.5", "²"])
+@pytest.mark.parametrize("value", ["0", "-1", "two", " ", "1.5", "²"])
 def test_a_bad_variable_is_one_line(value, monkeypatch):
     monkeypatch.setenv(threads.VARIABLE, value)
     monkeypatch.setattr(threads._state, "n_threads", None)
@@ -129,9 +129,10 @@ def test_a_bad_variable_is_one_line(value, monkeypatch):
 
 
 def test_the_variable_is_taken(monkeypatch):
-    monkeypatch.setenv(threads.VARIABLE, "3")
-    monkeypatch.setattr(threads._state, "n_threads", None)
-    assert threads.n_threads() == 3
+    for value, expected in (("3", 3), ("", threads.available_cpus())):  # empty is as good as unset
+        monkeypatch.setenv(threads.VARIABLE, value)
+        monkeypatch.setattr(threads._state, "n_threads", None)
+        assert threads.n_threads() == expected
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
