@@ -24,6 +24,7 @@ between """ and """ a message may have any number of lines.
 /reset      forget the conversation, keep the system prompt
 /save FILE  write the conversation as JSON: a list of role and content
 /help       this text
+/exit       end the chat, as Ctrl-D does
 Ctrl-C stops the answer, Ctrl-D ends the chat. A blank before the / makes it
 part of a message.'''
 
@@ -66,6 +67,9 @@ class Conversation:
         shared = common_prefix(ids[:-1], self.held)  # the last one is always computed: its logits are the answer's first token
         self.cache.truncate(shared)
         self.held = ids[:shared]
+        room = self.model.config.max_seq_len
+        if len(ids) > room:
+            raise ValueError(f"the conversation has {len(ids):,} tokens, the model's context holds {room:,}: /reset forgets it")
         steps = generate_steps(self.model, ids[shared:], self.max_tokens, self.sampling, self.seed, cache=self.cache)
         self.statistics = Statistics(len(ids) - shared)
         made: list[int] = []
@@ -133,6 +137,8 @@ def at_a_terminal(conversation: Conversation) -> None:
                 obey(command[1], command[2], conversation, saved)
             elif message.strip():
                 answer(conversation, message)
+        except EOFError:
+            return
         except KeyboardInterrupt:
             say("stopped")
         except (ValueError, OSError) as error:
@@ -153,7 +159,7 @@ def typed() -> str:
 
 
 def obey(command: str, argument: str | None, conversation: Conversation, saved: set[Path]) -> None:
-    """Do what /command says. Raises ValueError or OSError where that can't be done."""
+    """Do what /command says. Raises ValueError or OSError where that can't be done, EOFError at the end of the chat."""
     if command == "save" and argument:
         path = Path(argument).expanduser().resolve()
         if path.exists() and path not in saved:
@@ -164,10 +170,12 @@ def obey(command: str, argument: str | None, conversation: Conversation, saved: 
     elif command == "reset" and not argument:
         conversation.reset()
         say("the conversation is forgotten")
+    elif command in ("exit", "quit") and not argument:
+        raise EOFError
     elif command == "help" and not argument:
         print(HELP)
     else:
-        raise ValueError(f"/{command} is not understood: expected /help, /reset or /save FILE")
+        raise ValueError(f"/{command} is not understood: expected /help, /reset, /save FILE or /exit")
 
 
 def say(line: str) -> None:

@@ -97,7 +97,7 @@ def test_an_interrupted_answer_is_kept_and_the_cache_stays_right(conversation):
 def test_a_question_that_does_not_fit_leaves_the_conversation_as_it_was(conversation, computed):
     said(conversation, "Who art thou?")
     before = list(conversation.messages)
-    with pytest.raises(ValueError, match="the model's context holds 512"):
+    with pytest.raises(ValueError, match=r"the conversation has \d+ tokens, the model's context holds 512: /reset forgets it"):
         conversation.ask("word " * 600, print)
     assert conversation.messages == before
     expected = fresh(conversation, "And I?")
@@ -198,6 +198,13 @@ def test_a_conversation_at_a_terminal(open_terminal, tmp_path):
     terminal.type(f"/save {tmp_path}/no/where\n")
     terminal.until("No such file.*\n> ")
     assert terminal.close() == 0
+
+
+@pytest.mark.parametrize("command", ["/exit", "/quit"])
+def test_a_command_ends_the_chat(open_terminal, command):
+    terminal = open_terminal()
+    terminal.type(f"{command}\n")
+    assert terminal.process.wait(60) == 0
 
 
 def test_a_bad_message_is_said_and_dropped(open_terminal):
