@@ -173,6 +173,8 @@ def _context_length(
         if norm_eps == 1e-6 or is_65b:
             return 2048, "LLaMA 1"
         return 4096, "Llama 2"
+    if rope_theta == 1000000.0 and "hidden_dim" not in known:  # which Mistral's params.json has, with the same θ
+        return 16384, "Code Llama"
     raise ConfigError(
         f'rope_theta {rope_theta:g} belongs to no family we know: add "max_seq_len", the context length, to the file'
     )

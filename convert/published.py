@@ -1,11 +1,13 @@
 """The models this must be right for: their params.json, and the number of parameters they were published with.
 
-Facts from the models' own params.json (LLaMA 1 to Llama 3.3) and config.json (the others, said in the words of params.json).
+Facts from the models' own params.json (LLaMA 1 to Llama 3.3, Code Llama) and config.json (the others, said in the words of
+params.json).
 vocab_size is -1 in the files of LLaMA 1 and 2: there `vocabulary` is what their weights have.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 
@@ -29,6 +31,11 @@ def _llama1(dim: int, n_layers: int, n_heads: int, n_parameters: int, shards: in
 def _llama2(dim: int, n_layers: int, n_heads: int, n_parameters: int, shards: int, **grouped: object) -> Published:
     params = {"dim": dim, "multiple_of": 256, "n_heads": n_heads, "n_layers": n_layers, "norm_eps": 1e-5, "vocab_size": -1}
     return Published(params | grouped, n_parameters, shards, vocabulary=32000, max_seq_len=4096)
+
+
+def _code_llama(dim: int, n_layers: int, n_heads: int, n_parameters: int, shards: int, **more: object) -> Published:
+    llama2 = _llama2(dim, n_layers, n_heads, n_parameters, shards, rope_theta=1000000.0, **more)
+    return dataclasses.replace(llama2, vocabulary=32000 if "n_kv_heads" in more else 32016, max_seq_len=16384)
 
 
 def _llama3(dim, n_layers, n_heads, multiplier, multiple_of, n_parameters, shards, scaled=True, tied=False) -> Published:
@@ -71,6 +78,9 @@ PUBLISHED = {
     "Llama 2 7B": _llama2(4096, 32, 32, 6_738_415_616, 1),
     "Llama 2 13B": _llama2(5120, 40, 40, 13_015_864_320, 2),
     "Llama 2 70B": _llama2(8192, 80, 64, 68_976_648_192, 8, n_kv_heads=8, multiple_of=4096, ffn_dim_multiplier=1.3),
+    "Code Llama 7B": _code_llama(4096, 32, 32, 6_738_546_688, 1),
+    "Code Llama 13B": _code_llama(5120, 40, 40, 13_016_028_160, 2),
+    "Code Llama 34B": _code_llama(8192, 48, 64, 33_743_970_304, 4, n_kv_heads=8, ffn_dim_multiplier=1.0),
     "Llama 3 8B": _llama3(4096, 32, 32, 1.3, 1024, 8_030_261_248, 1, scaled=False),
     "Llama 3 70B": _llama3(8192, 80, 64, 1.3, 4096, 70_553_706_496, 8, scaled=False),
     "Llama 3.1 8B": _llama3(4096, 32, 32, 1.3, 1024, 8_030_261_248, 1),

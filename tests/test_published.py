@@ -35,6 +35,8 @@ def test_context_length_is_the_published_one(name):
         ("LLaMA 65B", "layers.79.feed_forward.w3.weight", (22016, 8192)),
         ("Llama 2 70B", "layers.79.attention.wk.weight", (1024, 8192)),
         ("Llama 2 70B", "layers.79.feed_forward.w1.weight", (28672, 8192)),
+        ("Code Llama 7B", "output.weight", (32016, 4096)),
+        ("Code Llama 34B", "layers.47.feed_forward.w1.weight", (22016, 8192)),
         ("Llama 3 8B", "output.weight", (128256, 4096)),
         ("Llama 3 8B", "layers.31.attention.wv.weight", (1024, 4096)),
         ("Llama 3 8B", "layers.31.feed_forward.w2.weight", (4096, 14336)),
