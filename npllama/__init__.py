@@ -1,6 +1,7 @@
 """Llama in pure NumPy: the reference implementation that others check themselves against."""
 
 import importlib
+from typing import TYPE_CHECKING
 
 from .cache import KVCache
 from .checkpoint import CheckpointError, Model, load, verify
@@ -9,6 +10,11 @@ from .generation import Step, generate, generate_batch, generate_steps
 from .model import forward, no_tap
 from .sampling import Sampling
 from .tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from .golden import write_golden
+    from .precision import Precision
+    from .trace import Recording, Selection, Trace, TraceError, read_trace, record, write_trace
 
 __version__ = "0.1.0"
 

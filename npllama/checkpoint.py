@@ -22,7 +22,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
@@ -32,6 +32,9 @@ from .config import Config, ConfigError, n_parameters, parameter_shapes
 from .linear import Int8, Weight, is_packed, to_bfloat16, to_int8, widen
 from .memory import available_memory
 from .store import NAME, locate
+
+if TYPE_CHECKING:
+    from .tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
 STORAGE = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2"), "int8": np.dtype("i1")}
@@ -80,7 +83,7 @@ class Model:
         return f"<npllama.Model {self.path}: {n_parameters(self.config):,} parameters>"
 
     @cached_property
-    def tokenizer(self):
+    def tokenizer(self) -> Tokenizer | None:
         """The tokenizer that came with the model, or None."""
         for name in TOKENIZER_FILES:
             if name in self.manifest.get("files", {}):

@@ -36,7 +36,7 @@ class Step:
 
 def generate(
     model: Model,
-    tokens: Sequence[int],
+    tokens: Sequence[int] | np.ndarray,
     max_tokens: int = 64,
     temperature: float = 0.0,
     top_k: int = 0,
@@ -62,7 +62,7 @@ def generate(
 
 def generate_steps(
     model: Model,
-    tokens: Sequence[int],
+    tokens: Sequence[int] | np.ndarray,
     max_tokens: int,
     sampling: Sampling,
     seed: int = 0,
@@ -158,7 +158,7 @@ class _Lookup:
 
 def generate_batch(
     model: Model,
-    prompts: Sequence[Sequence[int]],
+    prompts: Iterable[Sequence[int] | np.ndarray],
     max_tokens: int = 64,
     sampling: Sampling | None = None,
     seed: int = 0,
@@ -241,7 +241,7 @@ def _pushed(ids: Iterable[int], decoder: StreamDecoder) -> Iterator[str]:
     yield decoder.flush()
 
 
-def _check_prompt(tokens: Sequence[int], model: Model) -> np.ndarray:
+def _check_prompt(tokens: Sequence[int] | np.ndarray, model: Model) -> np.ndarray:
     tokens = check_tokens(tokens, model.config)
     if (smallest := tokens.min()) < 0:
         raise ValueError(f"token id {smallest} is outside the vocabulary: expected 0 to {model.config.vocab_size - 1}")
