@@ -233,7 +233,7 @@ def build_parser() -> argparse.ArgumentParser:
     action.add_argument("folder", type=Path, metavar="DIR")
     action = actions.add_parser("check", help="hold what you wrote against npllama's own, and name the usual mistakes")
     action.add_argument("folder", type=Path, nargs="?", default=Path(), metavar="DIR", help="default: the current folder")
-    action.add_argument("name", nargs="?", metavar="NAME", help="only this exercise")
+    action.add_argument("names", nargs="*", metavar="NAME", help="only these exercises")
     return parser
 
 
@@ -665,16 +665,16 @@ def run_exercise(args: argparse.Namespace) -> int:
         kept = len(EXERCISES) - len(written)
         print(f"{args.folder}: {len(written)} files written" + (f", {kept} were there and stay as they are" if kept else ""))
         return 0
-    folder, name = args.folder, args.name
-    if name is None and not folder.exists() and str(folder) in (exercise.name for exercise in EXERCISES):
-        folder, name = Path(), str(folder)  # `check softmax`, inside the folder
-    chosen = EXERCISES if name is None else [find(name)]
+    folder, names = args.folder, args.names
+    if not folder.exists() and str(folder) in (exercise.name for exercise in EXERCISES):
+        folder, names = Path(), [str(folder), *names]  # `check softmax rms_norm`, inside the folder
+    chosen = [find(name) for name in names] or EXERCISES
     if not any((folder / grading.file_name(exercise)).is_file() for exercise in EXERCISES):
         raise ValueError(f"{folder} holds no exercises: expected files that `npllama exercise start DIR` writes")
     outcomes = [print_outcome(folder, exercise) for exercise in chosen]
     n_passed = sum(outcome.passed for outcome in outcomes)
-    if name is None:
-        print(f"{n_passed} of {len(EXERCISES)} done")
+    if len(chosen) > 1:
+        print(f"{n_passed} of {len(chosen)} done")
     return 0 if n_passed == len(chosen) else 1
 
 

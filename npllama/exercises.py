@@ -91,12 +91,17 @@ def mask_cases() -> list[tuple]:
 
 
 def scores_cases() -> list[tuple]:
-    """Four query heads on two key heads; decode, with one query and no mask to speak of; and a head for each."""
+    """Four query heads on two key heads; decode, with one query and no mask to speak of; a head for each; and masks that are no
+    triangle: behind a slot of padding, and of finite numbers."""
     triangle = ops.causal_mask(np.arange(3), np.arange(3), np.float32)
+    padded = ops.causal_mask(np.array([1, 2]), np.array([9, 0, 1, 2]), np.float32)
+    finite = np.array([[[0, -np.inf, -np.inf], [-1.5, 0, -np.inf]]], np.float32)
     return [
         (normal(1, 3, 4, 8), normal(2, 2, 3, 8), triangle),
         (normal(3, 1, 6, 4), normal(4, 2, 5, 4), np.zeros((1, 1, 5), np.float32)),
         (normal(5, 3, 2, 4), normal(6, 2, 3, 4), triangle),
+        (normal(7, 2, 2, 4), normal(8, 1, 4, 4), padded),
+        (normal(9, 2, 2, 4), normal(10, 2, 3, 4), finite),
     ]
 
 
@@ -115,9 +120,15 @@ def swiglu_cases() -> list[tuple]:
 
 
 def probabilities_cases() -> list[tuple]:
-    """Logits in no order, at several temperatures; where one token alone has top_p; where nothing is cut."""
+    """Logits in no order, at several temperatures; where one token alone has top_p; where nothing is cut; and an edge.
+
+    At (2.0, 0.8) and (0.5, 0.75) top_p keeps other tokens than it would without the temperature, 4 and 2 instead of 3. The last
+    case is 1/2, 1/4 and 1/4, to the bit, in float32 and in float64: the first token reaches 1/2 exactly.
+    """
     logits = np.log(np.array([0.05, 0.4, 0.1, 0.3, 0.15], np.float32)) + 2
-    return [(logits, 1.0, 0.6), (logits, 0.7, 0.8), (logits, 2.0, 0.5), (logits, 1.0, 0.3), (logits * 1000, 1.0, 1.0)]
+    halves = np.array([-1, 0, -1], np.float32)
+    settings = [(1.0, 0.6), (0.7, 0.8), (2.0, 0.5), (2.0, 0.8), (0.5, 0.75), (1.0, 0.3)]
+    return [*((logits, *pair) for pair in settings), (logits * 1000, 1.0, 1.0), (halves, 1 / math.log(2), 0.5)]
 
 
 def cache_cases() -> list[tuple]:
@@ -180,6 +191,10 @@ def _tiled(keys: np.ndarray, n_heads: int) -> np.ndarray:
     return np.tile(keys, (n_heads // len(keys), 1, 1))
 
 
+def _triangle(n_queries: int, n_slots: int) -> np.ndarray:
+    return _mask_of(np.tri(n_queries, n_slots, n_slots - n_queries, dtype=bool))
+
+
 def _products(q: np.ndarray, keys: np.ndarray, spread: Callable[[np.ndarray, int], np.ndarray] = _repeated) -> np.ndarray:
     return q.swapaxes(0, 1) @ spread(keys, q.shape[1]).swapaxes(1, 2)
 
@@ -201,12 +216,21 @@ def _beyond(p: np.ndarray, top_p: float) -> np.ndarray:
     return np.cumsum(p) - p >= top_p
 
 
+def _beyond_by_more(p: np.ndarray, top_p: float) -> np.ndarray:
+    return np.cumsum(p) - p > top_p
+
+
 def _at_or_beyond(p: np.ndarray, top_p: float) -> np.ndarray:
     return np.cumsum(p) > top_p
 
 
 def _at_or_beyond_but_one(p: np.ndarray, top_p: float) -> np.ndarray:
     return _at_or_beyond(p, top_p) & (np.arange(len(p)) > 0)
+
+
+def _cut_before_the_temperature(logits: np.ndarray, temperature: float, top_p: float) -> np.ndarray:
+    kept = _chosen(ops.softmax(logits), top_p, _beyond) > 0
+    return _normalised(ops.softmax(logits / temperature) * kept)
 
 
 def _written(store: np.ndarray, at: int, k: np.ndarray) -> None:
@@ -305,6 +329,10 @@ Each token, a row of D numbers, is scaled by itself.""",
                 lambda x, weight, eps: x / np.sqrt(_mean_square(x)) * weight,
             ),
             Mistake(
+                "np.var and np.std subtract the mean before they square: RMSNorm has the mean of x² itself",
+                lambda x, weight, eps: x / np.sqrt(np.var(x, axis=-1, keepdims=True) + eps) * weight,
+            ),
+            Mistake(
                 "the squares are summed, not averaged: RMS is the root of their mean",
                 lambda x, weight, eps: x / np.sqrt(np.sum(x * x, axis=-1, keepdims=True) + eps) * weight,
             ),
@@ -358,6 +386,14 @@ The first pair turns by 1 radian per position, each further one more slowly.""",
             Mistake(
                 "each frequency is there twice, as Hugging Face's code needs it: here a pair has one, so there are K/2",
                 lambda head_dim, theta: np.tile(theta ** -(np.arange(0, head_dim, 2, dtype=np.float32) / head_dim), 2),
+            ),
+            Mistake(
+                "theta is 10000 whatever the argument says: LLaMA 1 and 2 have that, Llama 3 has 500000",
+                lambda head_dim, theta: ops.rope_frequencies(head_dim, 10000.0, None, np.float32),
+            ),
+            Mistake(
+                "theta is 500000 whatever the argument says: Llama 3 has that, LLaMA 1 and 2 have 10000",
+                lambda head_dim, theta: ops.rope_frequencies(head_dim, 500000.0, None, np.float32),
             ),
         ),
     ),
@@ -428,7 +464,7 @@ In decoding, T is 1 and S is all tokens so far. Slots need not be in order.""",
             ),
             Mistake(
                 "a triangle shifted by S - T is right only while the slots are in order, without padding: compare positions",
-                lambda q, s: _mask_of(np.tri(len(q), len(s), len(s) - len(q), dtype=bool)),
+                lambda q, s: _triangle(len(q), len(s)),
             ),
             Mistake(
                 "it is 1 and 0, to be multiplied: the mask is added to the scores, so it is 0 and -inf",
@@ -437,6 +473,22 @@ In decoding, T is 1 and S is all tokens so far. Slots need not be in order.""",
             Mistake(
                 "hidden is a large negative number: only -inf gives exactly 0 after softmax, whatever the scores",
                 lambda q, s: _mask_of(s[None] <= q[:, None], hidden=-1e9),
+            ),
+            Mistake(
+                "hidden is the lowest finite number: a row that sees nothing would then look at what is hidden; use -inf",
+                lambda q, s: _mask_of(s[None] <= q[:, None], hidden=np.finfo(np.float32).min),
+            ),
+            Mistake(
+                "the sign is wrong: hidden is -inf, whose exp is 0; +inf makes the whole row NaN",
+                lambda q, s: _mask_of(s[None] <= q[:, None], hidden=np.inf),
+            ),
+            Mistake(
+                "0 times inf is NaN: choose with np.where instead of multiplying by -inf",
+                lambda q, s: (s[None] > q[:, None])[None] * np.float32(-np.inf),
+            ),
+            Mistake(
+                "what may be seen is hidden, and 0 times inf is NaN: np.where(slot <= query, 0, -inf)",
+                lambda q, s: (s[None] <= q[:, None])[None] * np.float32(-np.inf),
             ),
             Mistake(
                 "the axes are exchanged: rows are queries, columns are slots, [1, T, S]",
@@ -476,6 +528,14 @@ H is a multiple of G: the first H/G query heads share key head 0, the next H/G k
             Mistake(
                 "the mask is missing: every token sees those after it",
                 lambda q, keys, mask: _products(q, keys) / math.sqrt(q.shape[-1]),
+            ),
+            Mistake(
+                "the mask is scaled too: divide the products by sqrt(K) first, then add it as it is",
+                lambda q, keys, mask: (_products(q, keys) + mask) / math.sqrt(q.shape[-1]),
+            ),
+            Mistake(
+                "the mask is one of your own, a triangle: add the one that is given, which also hides padding",
+                lambda q, keys, mask: _products(q, keys) / math.sqrt(q.shape[-1]) + _triangle(len(q), keys.shape[1]),
             ),
             Mistake(
                 "rows are keys and columns queries: [H, T, S] has a row for each query",
@@ -573,6 +633,14 @@ At least one token is always kept, and top_p = 1 keeps all. The result may be fl
                 lambda logits, temperature, top_p: _chosen(ops.softmax(logits / temperature), top_p, _at_or_beyond_but_one),
             ),
             Mistake(
+                "top-p keeps one token too many where the others reach it exactly: once the sum is top_p, it is reached (>=)",
+                lambda logits, temperature, top_p: _chosen(ops.softmax(logits / temperature), top_p, _beyond_by_more),
+            ),
+            Mistake(
+                "top-p is applied before the temperature: divide by it first, and choose from the probabilities that result",
+                _cut_before_the_temperature,
+            ),
+            Mistake(
                 "top-p adds up the probabilities in the order of the ids: sort them first, the most likely in front",
                 lambda logits, temperature, top_p: _normalised(
                     np.where(_beyond(p := ops.softmax(logits / temperature), top_p), np.float32(0), p)
@@ -583,7 +651,8 @@ At least one token is always kept, and top_p = 1 keeps all. The result may be fl
                 lambda logits, temperature, top_p: _chosen(ops.softmax(logits * temperature), top_p, _beyond),
             ),
             Mistake(
-                "the temperature divides the probabilities, and normalising undoes that: divide the logits",
+                "the temperature has no effect (dividing probabilities by it is undone by normalising): divide the logits "
+                "by it",
                 lambda logits, temperature, top_p: _chosen(ops.softmax(logits), top_p, _beyond),
             ),
             Mistake(

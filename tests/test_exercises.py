@@ -84,6 +84,18 @@ BLUNDERS = [
         "LayerNorm",
     ),
     ("rms_norm", "return x / (np.sqrt((x ** 2).mean(-1, keepdims=True)) + eps) * weight", "it belongs inside"),
+    ("rms_norm", "return x / np.sqrt(x.var(axis=-1, keepdims=True) + eps) * weight", "np.var and np.std subtract the mean"),
+    ("rms_norm", "return x / np.sqrt(x.std(-1, keepdims=True) ** 2 + eps) * weight", "np.var and np.std subtract the mean"),
+    (
+        "rope_frequencies",
+        "return (1.0 / 10000 ** (np.arange(0, head_dim, 2) / head_dim)).astype('f4')",
+        "theta is 10000 whatever",
+    ),
+    (
+        "rope_frequencies",
+        "return (1.0 / 5e5 ** (np.arange(0, head_dim, 2) / head_dim)).astype('f4')",
+        "theta is 500000 whatever",
+    ),
     (
         "rope_frequencies",
         "return np.float32(1) / theta ** (np.arange(head_dim // 2) / head_dim).astype('f4')",
@@ -119,6 +131,26 @@ BLUNDERS = [
         "a token doesn't see itself",
     ),
     (
+        "causal_mask",
+        "f = np.finfo('f4').min; return np.where(slot_positions <= query_positions[:, None], 0, f).astype('f4')[None]",
+        "the lowest finite number",
+    ),
+    (
+        "causal_mask",
+        "return np.where(slot_positions > query_positions[:, None], np.float32(np.inf), np.float32(0))[None]",
+        "the sign is wrong",
+    ),
+    (
+        "causal_mask",
+        "m = 1 - (slot_positions <= query_positions[:, None]).astype('f4'); return (m * -np.inf)[None]",
+        "0 times inf is NaN: choose",
+    ),
+    (
+        "causal_mask",
+        "return (-np.inf * (query_positions[:, None] >= slot_positions))[None]",
+        "what may be seen is hidden",
+    ),
+    (
         "attention_scores",
         "return np.einsum('thk,hsk->hts', q, np.repeat(keys, q.shape[1] // len(keys), 0)) / q.shape[-1] + mask",
         "it is the square root",
@@ -127,6 +159,21 @@ BLUNDERS = [
         "attention_scores",
         "h = np.arange(q.shape[1]) % len(keys); return q.swapaxes(0, 1) @ keys[h].swapaxes(1, 2) / q.shape[-1] ** 0.5 + mask",
         "np.tile does not",
+    ),
+    (
+        "attention_scores",
+        "k = np.repeat(keys, q.shape[1] // len(keys), 0); return (np.einsum('thk,hsk->hts', q, k) + mask) / q.shape[-1] ** 0.5",
+        "the mask is scaled too",
+    ),
+    (
+        "attention_scores",
+        """
+        k = np.repeat(keys, q.shape[1] // len(keys), 0)
+        T, S = len(q), k.shape[1]
+        future = np.triu(np.full((T, S), -np.inf, np.float32), k=S - T + 1)
+        return np.einsum('thk,hsk->hts', q, k) / np.float32(q.shape[-1] ** 0.5) + future
+        """,
+        "a triangle: add the one that is given",
     ),
     ("attention_heads", "return weights @ np.repeat(values, len(weights) // len(values), axis=0)", "swap the two axes"),
     ("swiglu", "return gate * up / (1 + np.exp(-up))", "it belongs to the gate"),
@@ -140,6 +187,48 @@ BLUNDERS = [
         return p / p.sum()
         """,
         "the token whose probability crosses",
+    ),
+    (
+        "probabilities",
+        """
+        p = np.exp(logits.astype(np.float64) - logits.max())
+        p /= p.sum()
+        order = np.argsort(-p)
+        reached = np.cumsum(p[order]) - p[order] >= top_p
+        scaled = logits / temperature
+        scaled[order[reached]] = -np.inf
+        q = np.exp(scaled - scaled.max())
+        return q / q.sum()
+        """,
+        "top-p is applied before the temperature",
+    ),
+    *(
+        (
+            "probabilities",
+            f"""
+            p = np.exp((logits.astype({dtype!r}) - logits.max()) / temperature)
+            p /= p.sum()
+            order = np.argsort(-p)
+            kept = np.cumsum(p[order]) - p[order] <= top_p
+            p[order[~kept]] = 0
+            return p / p.sum()
+            """,
+            "one token too many where the others reach it exactly",
+        )
+        for dtype in ("float32", "float64")
+    ),
+    (
+        "probabilities",
+        """
+        p = np.exp(logits - logits.max()) / temperature
+        p /= p.sum()
+        total = 0
+        for i in np.argsort(-p):
+            p[i] *= total < top_p
+            total += p[i]
+        return p / p.sum()
+        """,
+        "the temperature has no effect",
     ),
     ("cache_update", "store[:, :len(k)] = k.swapaxes(0, 1); return store[:, :length + len(k)]", "overwrite the first ones"),
     (
@@ -180,6 +269,17 @@ def test_the_real_one_exists(exercise):
     assert callable(found)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_one_case_of_probabilities_is_on_the_edge_to_the_bit(dtype):
+    """Only there "reach" differs from "exceed"; and rounding must not decide it."""
+    logits, temperature, top_p = find("probabilities").cases()[-1]
+    p = np.exp(logits.astype(dtype) / temperature)
+    assert p.dtype == dtype
+    assert (p / p.sum()).tolist() == [0.25, 0.5, 0.25]
+    assert top_p == 0.5
+    assert find("probabilities").reference(logits, temperature, top_p).tolist() == [0, 1, 0]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_solution_passes(tmp_path, name):
     outcome = check_body(tmp_path, name, SOLUTIONS[name])
@@ -217,7 +317,7 @@ def test_a_mistake_as_students_write_it_is_recognised(tmp_path, name, body, word
 
 @pytest.mark.parametrize("exercise", EXERCISES, ids=NAMES)
 def test_a_wrong_result_that_is_no_known_mistake_gets_no_hint(exercise):
-    for wrong in (lambda *a: exercise.reference(*a) + np.float32(0.125), lambda *a: np.negative(exercise.reference(*a))):
+    for wrong in (lambda *a: exercise.reference(*a) + np.float32(0.125), lambda *a: -1 - exercise.reference(*a)):
         outcome = judge(exercise, outputs(exercise, wrong))
         assert not outcome.passed
         assert outcome.hint is None
@@ -356,6 +456,21 @@ def test_inside_the_folder_a_name_is_enough(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["exercise", "check", "softmax"]) == 0
     assert main(["exercise", "check"]) == 1
+
+
+def test_several_names_at_once(tmp_path, capsys, monkeypatch):
+    for name in ("softmax", "swiglu"):
+        write(tmp_path, name, SOLUTIONS[name])
+    assert main(["exercise", "check", str(tmp_path), "softmax", "swiglu"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in out] == ["softmax", "swiglu", "2"]
+    assert out[-1] == "2 of 2 done"
+    assert main(["exercise", "check", str(tmp_path), "swiglu", "rope"]) == 1
+    assert capsys.readouterr().out.endswith("1 of 2 done\n")
+    monkeypatch.chdir(tmp_path)
+    assert main(["exercise", "check", "softmax", "swiglu"]) == 0
+    assert main(["exercise", "check", "softmax", "swigloo"]) == 2
+    assert "there is no exercise 'swigloo'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
