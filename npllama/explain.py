@@ -25,7 +25,7 @@ import numpy as np
 from . import __version__, linear, model, ops
 from .atomic import write_file
 from .checkpoint import Model
-from .compare.names import AFTER, BEFORE, LAYER, by_token
+from .compare.names import AFTER, BEFORE, LAYER, place
 from .config import Config
 from .lens import lens_names, logit_lens, residual_names, residual_norms, token_label, token_labels
 from .model import forward
@@ -95,7 +95,11 @@ STEPS: dict[str, tuple[str, str, tuple[Callable, ...]]] = {
         PRODUCT,
     ),
     "feed_forward.up": ("Another says what goes through it.", "u = y W₃ᵀ", PRODUCT),
-    "feed_forward.act": ("The gate, smoothed, times the other.", "a = silu(g) · u", (ops.swiglu, ops.silu)),
+    "feed_forward.act": (
+        "silu of the gate, times the other projection, number by number.",
+        "a = silu(g) · u",
+        (ops.swiglu, ops.silu),
+    ),
     "feed_forward.out": ("Back to the stream's width.", "a W₂ᵀ", (linear.linear, model.feed_forward)),
     "out": ("What the feed-forward made is added to the stream: the layer's output.", "h + feed_forward(y)", (model.block,)),
     "norm": ("After the last layer the stream is scaled once more.", "y = x / √(mean(x²) + ε) · w", (ops.rms_norm,)),
@@ -142,7 +146,7 @@ def page_data(model: Model, ids: Sequence[int]) -> dict[str, object]:
     norms          float32 [1 + 2L, T]: the residual stream's
     lens_ids, lens int32, float32 [1 + L, T, LENS_CANDIDATES]: the logit lens
     logits         float32 [V]: those after the last token, from the largest; the first have labels in `candidates`
-    numbers        activation -> float32 [T, FIRST_NUMBERS]: what each token's begin with
+    numbers        activation -> float32 [T, heads, FIRST_NUMBERS], or [T, FIRST_NUMBERS] without heads: what each begins with
     """
     config, T = model.config, len(ids)
     shown = {*residual_names(config), *(f"layers.{i}.attention.weights" for i in range(config.n_layers))}
@@ -150,7 +154,8 @@ def page_data(model: Model, ids: Sequence[int]) -> dict[str, object]:
     numbers: dict[str, str] = {}
 
     def tap(name: str, x: np.ndarray) -> np.ndarray:
-        numbers[name] = _base64(by_token(name, x)[:, :FIRST_NUMBERS], "<f4")
+        by_token = np.moveaxis(x, place(name).axes.index("T"), 0)  # scores and weights are [H, T, S]
+        numbers[name] = _base64(by_token[..., :FIRST_NUMBERS], "<f4")
         return recording(name, x)
 
     forward(model.params, config, ids, tap=tap)
@@ -184,7 +189,10 @@ def _base64(x: np.ndarray, dtype: str) -> str:
 
 
 def steps(config: Config, n_tokens: int) -> list[dict[str, object]]:
-    """The steps of a pass in order, each with sentence, formula, shape, the line that calls it, and its functions' code."""
+    """The steps of a pass in order, each with sentence, formula, shape, the line that calls it, and its functions' code.
+
+    heads is how many heads its activation has, 0 if it isn't cut into any.
+    """
     axes = {**BEFORE, **LAYER, **AFTER}
     sizes = {
         "T": n_tokens,
@@ -198,13 +206,15 @@ def steps(config: Config, n_tokens: int) -> list[dict[str, object]]:
     }
     found = []
     for kind, (sentence, formula, functions) in STEPS.items():
+        letters = axes[kind].split()
         found.append(
             {
                 "kind": kind,
                 "in_layer": kind in LAYER,
+                "heads": next((sizes[letter] for letter in letters if letter in "HG"), 0),
                 "sentence": sentence,
-                "formula": formula,
-                "shape": f"[{', '.join(axes[kind].split())}] = [{', '.join(str(sizes[a]) for a in axes[kind].split())}]",
+                "formula": "y Eᵀ" if kind == "logits" and config.tied_embeddings else formula,
+                "shape": f"[{', '.join(letters)}] = [{', '.join(str(sizes[letter]) for letter in letters)}]",
                 "call": _call(kind),
                 "code": [_code(function) for function in functions],
             }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import os
 import re
@@ -14,7 +15,7 @@ import pytest
 from npllama import load, record
 from npllama.checkpoint import Model
 from npllama.cli import main
-from npllama.explain import STEPS, explain, page_data
+from npllama.explain import STEPS, explain, page_data, steps
 from npllama.lens import logit_lens, residual_names, visible
 from npllama.trace import activation_shapes
 
@@ -70,8 +71,12 @@ def test_the_data_is_the_trace(n_tokens, model):
     assert np.array_equal(array(data["logits"], "<f4", config.vocab_size), last[order])
     assert [candidate["id"] for candidate in data["candidates"]] == order[:20].tolist()
     assert set(data["numbers"]) == set(recording)
-    numbers = array(data["numbers"]["layers.2.attention.q_rope"], "<f4", T, 4)
-    assert np.array_equal(numbers, recording["layers.2.attention.q_rope"][:, 0, :4])
+    for name, n_heads in (("q_rope", H), ("k", config.n_kv_heads), ("heads", H)):
+        numbers = array(data["numbers"][f"layers.2.attention.{name}"], "<f4", T, n_heads, 4)
+        assert np.array_equal(numbers, recording[f"layers.2.attention.{name}"][..., :4])
+    weights = array(data["numbers"]["layers.2.attention.weights"], "<f4", T, H, min(T, 4))
+    assert np.array_equal(weights, recording["layers.2.attention.weights"].swapaxes(0, 1)[..., :4])
+    assert np.array_equal(array(data["numbers"]["layers.3.out"], "<f4", T, 4), recording["layers.3.out"][:, :4])
 
 
 def test_every_activation_has_its_step_with_shape_line_and_code(model):
@@ -91,6 +96,15 @@ def test_every_activation_has_its_step_with_shape_line_and_code(model):
     assert {step["kind"] for step in data["steps"]} == {
         name.removeprefix("layers.0.") for name in shapes if "layers" not in name
     }
+
+
+def test_the_output_matrix_has_the_embedding_s_letter_where_it_is_the_embedding(model):
+    formulas = {}
+    for tied in (True, False):
+        steps_ = steps(dataclasses.replace(model.config, tied_embeddings=tied), 3)
+        formulas[tied] = [step["formula"] for step in steps_]
+        assert formulas[tied][0] == "x = E[id]"
+    assert (formulas[True][-1], formulas[False][-1]) == ("y Eᵀ", "y Outputᵀ")
 
 
 def test_a_hostile_prompt_ends_no_script(tmp_path):

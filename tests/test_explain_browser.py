@@ -199,9 +199,13 @@ def test_layer_head_and_step_are_picked_with_the_keyboard(opened, model, ids, re
         seen.append(kind)
         name = f"layers.4.{kind}" if page.evaluate("data.steps[state.step].in_layer") else kind
         x = recording[name]
-        first = (x[:, 2] if "scores" in name or "weights" in name else x[2]).ravel()[:4]
+        x = x[:, 2] if "scores" in name or "weights" in name else x[2]
+        head = 2 * len(x) // model.config.n_heads  # of head 2: its own, or the key/value head that it shares
+        kind = "head" if len(x) == model.config.n_heads else "key/value head"
+        first = (x if x.ndim == 1 else x[head])[:4]
+        which = "" if x.ndim == 1 else f", {kind} {head},"
         numbers = page.inner_text("#step-numbers")
-        assert numbers.startswith(f"{name} of {labels[2]} (2) begins with ")
+        assert numbers.startswith(f"{name} of {labels[2]} (2){which} begins with ")
         shown = [float(part.replace("−∞", "-inf")) for part in numbers.rsplit("begins with ", 1)[1].rstrip(".").split(", ")]
         assert np.allclose(shown, first, rtol=6e-4)
         assert str(x.shape[-1]) in page.inner_text("#step-shape")
@@ -244,6 +248,22 @@ def test_light_and_dark_wide_and_narrow(viewport, scheme, opened, tmp_path):
     if viewport is PHONE:
         page.locator("#tokens button").nth(1).tap()
         assert page.evaluate("state.token") == 1
+
+
+def test_a_lens_wider_than_the_screen_begins_at_the_last_token_and_fades_where_there_is_more(opened):
+    page = opened(viewport=PHONE)
+    lens = page.locator(".scroll:has(#lens-figure)")
+    at = "e => [e.scrollWidth - e.clientWidth - e.scrollLeft, e.scrollLeft, e.classList.contains('before'), " + (
+        "e.classList.contains('after')]"
+    )
+    to_the_right, to_the_left, before, after = lens.evaluate(at)
+    assert abs(to_the_right) <= 1
+    assert to_the_left > 100
+    assert (before, after) == (True, False)
+    lens.evaluate("e => { e.scrollLeft = 0 }")
+    page.locator(".scroll.after:not(.before):has(#lens-figure)").wait_for()
+    wide = opened(viewport=DESKTOP).locator(".scroll:has(#lens-figure)")
+    assert wide.evaluate(at)[2:] == [False, False]
 
 
 def test_a_hostile_prompt_is_text(opened, tmp_path):
