@@ -119,7 +119,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         default=0,
         metavar="K",
-        help="greedy; check up to K tokens at once that followed like text before",
+        help="check up to K tokens at once that followed like text before (with --temperature 0)",
     )
     p.add_argument("--profile", action="store_true", help="print where a token's time goes, to standard error")
     add_model_options(p)

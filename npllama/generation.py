@@ -76,8 +76,10 @@ def generate_steps(
     tokens = _check_prompt(tokens, model)
     _check_room(tokens, cache)
     _check_counts(max_tokens, seed)
-    if lookup < 0 or (lookup and sampling.temperature > 0):
-        raise ValueError(f"lookup is {lookup} at temperature {sampling.temperature}: expected 0 or more, at temperature 0")
+    if lookup < 0:
+        raise ValueError(f"lookup is {lookup}, expected 0 or more")
+    if lookup and sampling.temperature > 0:
+        raise ValueError(f"lookup works only at temperature 0, found {sampling.temperature}")
     if lookup:
         return _decode_by_lookup(model, tokens, max_tokens, _stop_ids(model, stop_ids), cache, lookup)
     return _decode(model, tokens, max_tokens, sampling, seed, _stop_ids(model, stop_ids), cache)

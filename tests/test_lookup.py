@@ -80,9 +80,16 @@ def test_wrong_proposals_change_nothing_and_never_pass_the_end(k, monkeypatch):
         assert list(generate(model, PROMPTS[1], n, lookup=k)) == list(generate(model, PROMPTS[1], n))
 
 
-@pytest.mark.parametrize("settings", [{"temperature": 0.5, "lookup": 3}, {"lookup": -1}])
-def test_it_is_for_greedy_decoding(settings):
-    with pytest.raises(ValueError, match="lookup is"):
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"temperature": 0.5, "lookup": 3}, "^lookup works only at temperature 0, found 0.5$"),
+        ({"lookup": -1}, "^lookup is -1, expected 0 or more$"),
+        ({"temperature": 0.5, "lookup": -1}, "^lookup is -1, expected 0 or more$"),
+    ],
+)
+def test_it_is_for_greedy_decoding(settings, line):
+    with pytest.raises(ValueError, match=line):
         generate(MODEL, PROMPTS[0], **settings)
 
 
