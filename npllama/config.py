@@ -30,7 +30,7 @@ def _check_positive(values: object, names: tuple[str, ...], kind: type) -> None:
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How Llama 3.1 and later stretch the RoPE frequencies beyond the context length they were first trained on.
+    """How Llama 3.1 and later lower the RoPE frequencies, for texts longer than the context they were first trained on.
 
     Wavelengths shorter than original_max_seq_len / high_freq_factor stay, those longer than
     original_max_seq_len / low_freq_factor grow by `factor`, the ones between are interpolated (ops.rope_frequencies).

@@ -1,9 +1,10 @@
 """The forward pass at the machine's pace, when nobody watches what is in between: a long prompt is shared among the threads.
 
 Attention goes by tiles of queries, small enough that their scores stay in a core's cache: they are never in memory whole, and
-those of slots after a tile's last query aren't computed, half of a prompt's. As in FlashAttention (Dao et al. 2022,
-arXiv:2205.14135) arithmetic is moved to where the numbers are fewer: queries are scaled instead of scores, and heads divided by
-the sums of their weights instead of the weights. The results are those of ops.py within rounding.
+scores after a tile's last query, about half of a prompt's, are never computed. Unlike FlashAttention (Dao et al. 2022,
+arXiv:2205.14135), a tile of queries sees all its keys at once, so no running maximum is needed. Arithmetic is moved to where
+the numbers are fewer: queries are scaled instead of scores, and, as in FlashAttention-2 (Dao 2023, arXiv:2307.08691), the
+output is divided by the sum of weights instead of each weight. The results are those of ops.py within rounding.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from . import ops
 from .linear import products
 from .threads import n_threads, parallel
 
-# glibc's malloc gives the memory of an array back to the system when it is freed, and touching memory anew costs more than
-# computing with it, unless it has seen a larger one freed: then it keeps what is smaller. Untouched, this one costs nothing.
+# glibc unmaps large arrays when they are freed, and touching fresh memory costs more than computing with it. Freeing one block
+# of 31 MiB raises its threshold, so that the memory of smaller arrays is reused. Untouched, this block costs nothing.
 _ = np.empty(31 << 20, np.uint8)
 del _
 
 TILE = 1 << 18  # scores
-SHARED = 1 << 17  # scores: waking a second thread costs more than it saves below
-TOKENS = 256  # for a thread: with fewer, BLAS reorders weights longer than it multiplies with them
+SHARED = 1 << 17  # scores: below this, a second thread costs more than it saves
+TOKENS = 256  # per thread, at least: with fewer, BLAS spends longer packing the weights than multiplying
 
 
 def by_token(f: Callable[[np.ndarray], np.ndarray], x: np.ndarray) -> np.ndarray:

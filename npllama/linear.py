@@ -8,10 +8,13 @@ floats.
 | float16 | IEEE half precision | float32 |
 | Int8 | int8 with one float32 scale for each row | float32 |
 
-What costs is reading the weight: once from memory, whatever the number of rows. One row of dense weights goes straight to BLAS,
-which reads as fast as the machine does; many rows too. A few rows don't: BLAS copies the whole weight into an order of its own
-first, so that two rows cost as much as eight. Tiles small enough for its kernels that read in place avoid that. A packed weight
-is widened tile by tile into a buffer that stays in a core's cache, and multiplied from there. benchmarks/README.md has figures.
+What costs is reading the weight: once from memory, whatever the number of rows. With dense weights, a single row of x goes
+straight to BLAS, which reads the weight as fast as the machine does. Many rows are multiplied by BLAS too, each of our threads
+taking a part of the weight. A few rows are the problem: BLAS copies the whole weight into an order of its own first, so that
+two rows cost as much as eight. Tiles small enough for its kernels that read in place avoid that. A packed weight is widened
+tile by tile into a buffer that stays in a core's cache, and multiplied from there. benchmarks/README.md has figures.
+
+N is the number of rows of x, here alone: the tokens of all sequences of a batch.
 """
 
 from __future__ import annotations
@@ -31,8 +34,8 @@ FEW_TILE = 64  # rows of a weight in one such product
 UPPER_SHIFT, UPPER_HALF = np.uint32(16), np.uint32(0xFFFF0000)
 HALF_BITS = np.uint32(0x8FFFE000)  # sign, lower exponent bits and mantissa of a float16 within a float32
 HALF_SCALE, HALF_LIMIT = np.float32(2.0**112), np.float32(2.0**15)
-SHARED = 1 << 20  # multiplications: waking a second thread costs more than it saves below
-TILE = 1 << 20  # elements widened at once: in time much more than what Python does between NumPy's calls
+SHARED = 1 << 20  # multiplications: below this, a second thread costs more than it saves
+TILE = 1 << 20  # elements widened at once: large enough that Python's overhead per tile doesn't show
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +108,10 @@ def to_int8(x: np.ndarray) -> Int8:
 
 
 def embed(tokens: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """The rows of the embedding that the tokens name; padding takes any.    tokens [..., T], weight [V, D] -> [..., T, D]"""
+    """The rows of the embedding that the tokens name.    tokens [..., T], weight [V, D] -> [..., T, D]
+
+    Padding takes row 0; nothing attends to it.
+    """
     return widen(np.ascontiguousarray(weight[np.maximum(tokens, 0)]))
 
 
@@ -114,7 +120,8 @@ def linear(x: np.ndarray, weight: Weight) -> np.ndarray:
 
     y = x Wᵀ        x [..., in], weight [out, in] -> [..., out]
 
-    A packed weight is never widened whole. A row's scale multiplies the result, which is shorter.
+    A packed weight is never widened whole. An int8 row's scale is applied to the result: `out` numbers for each row of x
+    instead of `out·in`.
     """
     rows = x.reshape(-1, x.shape[-1])
     if is_packed(weight):
@@ -159,14 +166,14 @@ def _address(array: np.ndarray) -> int:
 
 
 def products(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """The dot product of every row of x with every row of y.    x [..., M, K], y [..., N, K] -> [..., M, N]
+    """The dot product of every row of x with every row of y.    x [..., N, K], y [..., S, K] -> [..., N, S]
 
     A few rows of x are transposed first: small products of that form read y in place.
     """
     if x.shape[-2] > FEW_ROWS:
         return x @ y.swapaxes(-1, -2)
-    columns = np.ascontiguousarray(x.swapaxes(-1, -2))  # [..., K, M]
-    out = np.empty((*y.shape[:-1], x.shape[-2]), np.result_type(x, y))  # [..., N, M]
+    columns = np.ascontiguousarray(x.swapaxes(-1, -2))  # [..., K, N]
+    out = np.empty((*y.shape[:-1], x.shape[-2]), np.result_type(x, y))  # [..., S, N]
     step = max(1, IN_PLACE // max(1, columns.shape[-2] * columns.shape[-1]))
     for start in range(0, y.shape[-2], step):
         part = slice(start, start + step)
@@ -175,7 +182,7 @@ def products(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _few_rows_product(rows: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """[B, in] by [out, in] -> [B, out] for a few rows, tiles of the weight shared among the threads."""
+    """[N, in] by [out, in] -> [N, out] for a few rows, tiles of the weight shared among the threads."""
     n_out = len(weight)
     y = np.empty((n_out, len(rows)), weight.dtype)
     n_parts = n_threads() if weight.size * len(rows) >= SHARED else 1
@@ -191,7 +198,7 @@ def _few_rows_product(rows: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
 
 def _many_rows_product(rows: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """[B, in] by [out, in] -> [B, out], parts of the weight shared among our threads.
+    """[N, in] by [out, in] -> [N, out], parts of the weight shared among our threads.
 
     BLAS would do it in its own threads as well, but these spin for a while when they are done, in the way of those that do the
     attention next.
@@ -209,17 +216,17 @@ def _many_rows_product(rows: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
 
 def _few_columns(weight: np.ndarray, columns: np.ndarray, out: np.ndarray) -> None:
-    """weight [..., out, in] @ columns [..., in, B] for small B, as one stack of tiles.    out [..., out, B]
+    """weight [..., out, in] @ columns [..., in, N] for small N, as one stack of tiles.    out [..., out, N]
 
     The last two axes of the weight may be in memory in either order: taken apart, the first of them stays a view.
     """
     *stack, n_out, n_in = weight.shape
-    B = columns.shape[-1]
-    tile = min(FEW_TILE, 1 << max(0, int(math.log2(max(1, IN_PLACE // (n_in * B))))))
+    N = columns.shape[-1]
+    tile = min(FEW_TILE, 1 << max(0, int(math.log2(max(1, IN_PLACE // (n_in * N))))))
     whole = n_out // tile * tile
     if whole:
         tiles = weight[..., :whole, :].reshape(*stack, -1, tile, n_in)
-        np.matmul(tiles, columns[..., None, :, :], out=out[..., :whole, :].reshape(*stack, -1, tile, B))
+        np.matmul(tiles, columns[..., None, :, :], out=out[..., :whole, :].reshape(*stack, -1, tile, N))
     if whole < n_out:
         np.matmul(weight[..., whole:, :], columns, out=out[..., whole:, :])
 
@@ -235,25 +242,25 @@ def _buffer(size: int) -> np.ndarray:
 
 
 def _packed_product(rows: np.ndarray, weight: Weight) -> np.ndarray:
-    """[B, in] by a packed [out, in] -> [B, out] in float32, tiles shared among the threads."""
+    """[N, in] by a packed [out, in] -> [N, out] in float32, tiles shared among the threads."""
     values = weight.values if isinstance(weight, Int8) else weight
-    n_out, B = len(values), len(rows)
+    n_out, N = len(values), len(rows)
     in_pairs = _comes_in_pairs(values, rows)
-    sides = rows.reshape(B, -1, 2).transpose(2, 0, 1) if in_pairs else rows[None]  # [P, B, in / P]
+    sides = rows.reshape(N, -1, 2).transpose(2, 0, 1) if in_pairs else rows[None]  # [P, N, in / P]
     sides = sides * HALF_SCALE if in_pairs and values.dtype == np.float16 else np.ascontiguousarray(sides)
     columns = sides.swapaxes(-1, -2)
     n_tiles = max(1, round(values.size / TILE))
-    if values.size * B >= SHARED:
+    if values.size * N >= SHARED:
         n_tiles = -(-n_tiles // n_threads()) * n_threads()
     size = -(-n_out // n_tiles)
-    few = B <= FEW_ROWS
-    y = np.empty((n_out, B) if few else (B, n_out), np.float32)
+    few = N <= FEW_ROWS
+    y = np.empty((n_out, N) if few else (N, n_out), np.float32)
 
     def work(i: int) -> None:
         part = slice(i * size, (i + 1) * size)
         tile = _widen_tile(values[part], in_pairs)  # [P, size, in / P]
         if few:
-            summands = np.empty((*tile.shape[:2], B), np.float32)
+            summands = np.empty((*tile.shape[:2], N), np.float32)
             _few_columns(tile, columns, out=summands)
             np.add.reduce(summands, axis=0, out=y[part])
         else:

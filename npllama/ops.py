@@ -1,8 +1,8 @@
 """The mathematics of Llama as pure functions of arrays.
 
 Shapes are in the dimension key of model.py. Every result has the dtype of its input: a scalar from Python or an array made with
-the input's dtype never promotes, while `np.sqrt(64)` or `np.zeros(n)` would turn a float32 model into float64. An array that a
-function has made itself it goes on with in place (`y += 1`): new memory costs more than the arithmetic. No input is changed.
+the input's dtype never promotes, while `np.sqrt(64)` or `np.zeros(n)` would turn a float32 model into float64. A function may
+update in place an array it has made itself (`y += 1`): new memory costs more than the arithmetic. No input is changed.
 """
 
 from __future__ import annotations
@@ -69,9 +69,14 @@ def rope_frequencies(
 ) -> np.ndarray:
     """How far each pair of a head's numbers turns per position, in radians.
 
-    θ_j = theta^(-2j/K), then stretched by `scaling`        -> [K/2]
-    Su et al. 2021, arXiv:2104.09864; RopeScaling is Llama 3.1's (apply_scaling in llama-models 0.3.0, llama3/model.py), which
-    stretches long wavelengths alone; LinearRopeScaling stretches all.
+    θ_j = theta^(-2j/K), then lowered by `scaling`        -> [K/2]
+    Su et al. 2021, arXiv:2104.09864.
+
+    RopeScaling is Llama 3.1's (apply_scaling in llama-models 0.3.0, llama3/model.py). It divides the frequencies of long waves
+    by its factor f, and L, the original context, says which are long. LinearRopeScaling divides all frequencies by f.
+
+        λ = 2π/θ_j,  s = (L/λ - low_freq_factor) / (high_freq_factor - low_freq_factor)
+        θ_j where s > 1,  θ_j/f where s < 0,  else (1 - s)·θ_j/f + s·θ_j
 
     In float32 this follows torch's order of operations, every intermediate rounded to float32: the result is torch's, within
     one unit in the last place at most, while rounding the exact frequencies is not. float64 is the exact formula.
@@ -97,8 +102,8 @@ def rope_rotation(positions: np.ndarray, frequencies: np.ndarray) -> tuple[np.nd
 
     positions [..., T], frequencies [K/2] -> cos, sin [..., T, 1, K/2]
 
-    The angles are formed in the dtype of the frequencies. In float32, as in torch, an angle of 16,000 radians is off by up to
-    1e-3: that is part of how the published models were trained and run, so the float32 model reproduces it.
+    The angles are formed in the dtype of the frequencies. In float32, as in torch, angles of thousands of radians are off by up
+    to about 1e-3: that is part of how the published models were trained and run, so the float32 model reproduces it.
     """
     angles = positions[..., None].astype(frequencies.dtype) * frequencies  # [..., T, K/2]
     angles = angles[..., None, :]

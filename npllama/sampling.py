@@ -14,7 +14,8 @@ class Sampling:
     temperature  divides the logits; 0 is greedy: always the most likely token, the first of equals
     top_k        keep the k most likely; 0 keeps all
     top_p        keep the most likely that together reach this probability; 1 keeps all (Holtzman et al. 2019, arXiv:1904.09751)
-    min_p        keep what is this share as likely as the most likely; 0 keeps all (Nguyen et al. 2024, arXiv:2407.01082)
+    min_p        keep tokens at least this fraction as likely as the likeliest; 0 keeps all
+                 (Nguyen et al. 2024, arXiv:2407.01082)
 
     Raises ValueError for a setting out of range.
     """

@@ -97,7 +97,7 @@ def test_the_complex_form_of_rope_is_the_same():
 
 
 def test_float32_angles_differ_from_exact_ones_as_torch_s_do():
-    """At position 16,000 an angle formed in float32 is off by up to 1e-3 radians: documented in rope_rotation, seen here."""
+    """Angles of thousands of radians are off by up to about 1e-3 in float32: documented in rope_rotation, seen here."""
     positions = np.arange(15_900, 16_000)
     single, exact = (ops.rope_frequencies(128, 500000.0, None, dtype) for dtype in DTYPES)
     error = np.abs((positions[:, None].astype("float32") * single).astype("float64") - positions[:, None] * exact)
