@@ -26,11 +26,13 @@ CELLS = r'''
 
 This page follows a prompt through a real Llama model, from its letters to the next word. The model is the small one
 inside npllama: six layers that have read Shakespeare. It is built as Llama 3 is, so every step here is a step of Llama
-3 8B, with smaller numbers.
+3 8B, with smaller numbers. To run it yourself, `pip install '.[notebook]'` and open
+the notebook beside this page, [walkthrough.ipynb](walkthrough.ipynb), in Jupyter or an editor that runs notebooks.
 
-Nothing on this page is computed beside the model. Each table shows what the forward pass itself had in its hands at
-that line of code, and each step ends with the function and the line. The same lesson, for any model and any prompt, is
-one command:
+Each table shows what the forward pass itself had in its hands at that line of code, and each step ends with the function
+and the line. A few numbers it never holds by themselves: scores before the mask, silu of the gate, lengths and sizes,
+probabilities. These are computed from the others with the model's own functions. The same lesson, for any model and any
+prompt, is one command:
 
 ```console
 $ npllama walkthrough "Before we proceed any further, hear me" --layer 3 --head 2
@@ -91,7 +93,7 @@ def tokenizer_at(variable):
 llama3, llama2 = tokenizer_at("NPLLAMA_LLAMA3_TOKENIZER"), tokenizer_at("NPLLAMA_LLAMA2_TOKENIZER")
 if llama3 and llama2:
     beside = tokenizer_lesson(llama3, beside=[llama2])
-    comparison = show([beside[3], beside[-1]])  # the merges, and both side by side
+    comparison = show([beside[4], beside[-1]])  # the merges, and both side by side
 else:
     comparison = None
 comparison
@@ -109,7 +111,7 @@ show(steps[0:2])
 
 # %% text
 The first token, BOS, is not in the text. It says "a text begins here", and it was there in every text of the training.
-To leave it out is a quiet mistake: everything runs, and only the first few words are guessed worse.
+To leave it out is a quiet mistake: everything runs, and in this small model only the first few words are guessed worse.
 
 ## 3. Attention, slowly
 
@@ -120,8 +122,8 @@ itself. Both get a normed copy of the stream and add their result to the origina
 show(steps[2:5])
 
 # %% text
-So far every token is alone, and no number depends on where it stands. "Dog bites man" and "man bites dog" would be the
-same three rows in another order. Position enters in the next two steps, and only there.
+So far every token is alone, and no number depends on where it stands: exchange two tokens, and their rows are exchanged
+as they are. Position enters in two places: RoPE, in the next two steps, and the causal mask after them.
 
 # %%
 show(steps[5:7])
@@ -263,7 +265,7 @@ draw_divergence(left, wrong)
 names = ["q", "k", "v", "q_rope", "k_rope", "scores", "weights", "heads", "out"]
 sizes = [difference(*(seen[f"layers.0.attention.{name}"] for seen in (right_seen, wrong_seen))) for name in names]
 axis.barh(names[::-1], sizes[::-1], color=ORANGE, hatch="//", edgecolor="white")
-axis.set(xlabel="relative difference", title="layer 0's attention: right up to the weights")
+axis.set(xlabel="relative difference", title="layer 0's attention: scores and weights are right")
 plt.show()
 
 # %% text

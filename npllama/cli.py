@@ -174,8 +174,8 @@ def build_parser() -> argparse.ArgumentParser:
     p = command("walkthrough", run_walkthrough, "follow a prompt through the model, step by step")
     p.add_argument("prompt", nargs="?", help="text; with --tokenizer a sentence (default: one that shows everything)")
     p.add_argument("--tokens", type=token_ids, metavar="1,2,3", help="a prompt of ids; no tokenizer is needed")
-    p.add_argument("--layer", type=int, default=0, metavar="N", help="the layer to look into (default 0)")
-    p.add_argument("--head", type=int, default=0, metavar="N", help="the query head to look into (default 0)")
+    p.add_argument("--layer", type=int, metavar="N", help="the layer to look into (default 0)")
+    p.add_argument("--head", type=int, metavar="N", help="the query head to look into (default 0)")
     p.add_argument("--tokenizer", action="store_true", help="instead: how the text becomes ids; -m may be a tokenizer file")
     p.add_argument(
         "--beside", action="append", default=[], metavar="MODEL", help="with --tokenizer: another model or tokenizer file"
@@ -483,6 +483,8 @@ def run_walkthrough(args: argparse.Namespace) -> None:
     if args.tokenizer:
         if args.tokens is not None:
             raise ValueError("--tokenizer takes a text, not --tokens")
+        if (args.layer, args.head) != (None, None):
+            raise ValueError("--tokenizer shows no layer and no head of a pass: expected no --layer and no --head with it")
         sentence = tokenizer_lesson.SENTENCE if args.prompt is None else args.prompt
         beside = [tokenizer_of(path) for path in args.beside]
         steps = tokenizer_lesson.tokenizer_lesson(tokenizer_of(args.model), sentence, beside)
@@ -492,7 +494,7 @@ def run_walkthrough(args: argparse.Namespace) -> None:
         if (args.prompt is None) == (args.tokens is None):
             raise ValueError("expected a prompt, or --tokens instead of it")
         model = load_model(args)
-        steps = walkthrough(model, prompt_ids(args, model), args.layer, args.head)
+        steps = walkthrough(model, prompt_ids(args, model), args.layer or 0, args.head or 0)
     if args.markdown:
         write(lesson.markdown(steps))
     else:

@@ -5,6 +5,9 @@ Who makes the steps (walkthrough.py, tokenizer_lesson.py) knows nothing of their
 
 from __future__ import annotations
 
+import ast
+import dataclasses
+import functools
 import inspect
 import math
 import os
@@ -44,8 +47,31 @@ class Source:
         code = frame.f_code
         return cls(f"{_module(code)}.{code.co_name}", _relative(code), frame.f_lineno)
 
+    def calling(self, function: Callable) -> Source:
+        """The nearest line that calls a function, here or above in the same function; this line if there is none."""
+        body = _innermost(_syntax(self.file), self.line)
+        calls = (node for node in ast.walk(body) if isinstance(node, ast.Call) and node.lineno <= self.line)
+        named = (call.lineno for call in calls if _called(call) == function.__name__)
+        return dataclasses.replace(self, line=max(named, default=self.line))
+
     def __str__(self) -> str:
         return f"{self.name} ({self.file}:{self.line})"
+
+
+@functools.cache
+def _syntax(file: str) -> ast.Module:
+    return ast.parse((ROOT / file).read_text(encoding="utf-8"))
+
+
+def _innermost(tree: ast.Module, line: int) -> ast.AST:
+    """The function that a line is in; the whole file if it is in none."""
+    around = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.lineno <= line <= node.end_lineno)
+    return max(around, key=lambda node: node.lineno, default=tree)
+
+
+def _called(call: ast.Call) -> str | None:
+    """`f` of f(x) and of module.f(x)."""
+    return getattr(call.func, "id", getattr(call.func, "attr", None))
 
 
 def _relative(code: CodeType) -> str:

@@ -35,6 +35,7 @@ ALTERNATIVES = (
     "blanks",
 )
 CHAIN_CELLS, PAIRS_CELLS = 36, 33  # columns of a terminal for a word in bytes, and for its pairs
+SENTENCE_CELLS, SENTENCE_LINES = 64, 12  # columns of the sentence itself, and lines
 SPECIAL_SHOWN = 12
 TOKENS_SHOWN = 40
 IDS_CELLS = 24
@@ -107,7 +108,7 @@ def tokenizer_lesson(tokenizer: Tokenizer, sentence: str = SENTENCE, beside: Seq
 
     Files as Llama 3's have lines, a split and merges to show; other kinds only ids, special tokens and the comparison.
     """
-    steps = []
+    steps = [_sentence(tokenizer, sentence)]
     if isinstance(tokenizer, TiktokenTokenizer):
         ranks = ranks_of(tokenizer)
         steps += [_lines(tokenizer, sentence), _pattern(), _split(tokenizer, sentence, ranks)]
@@ -119,6 +120,20 @@ def tokenizer_lesson(tokenizer: Tokenizer, sentence: str = SENTENCE, beside: Seq
     if beside:
         steps.append(_beside([tokenizer, *beside], sentence))
     return steps
+
+
+def _sentence(tokenizer: Tokenizer, sentence: str) -> Step:
+    lines = _folded(_as_text(sentence))
+    rows = [(label(_visible(line), SENTENCE_CELLS + 2),) for line in lines[:SENTENCE_LINES]]
+    if len(lines) > SENTENCE_LINES:
+        rows.append(("…",))
+    return Step(
+        "The sentence",
+        r"What a tokenizer is given: characters, blanks and line ends (\n) among them.",
+        shape=f"{len(sentence)} characters  ->  {len(tokenizer.encode(sentence))} ids",
+        tables=(Table(("",), tuple(rows)),),
+        sources=(Source.of(Tokenizer.encode),),
+    )
 
 
 def _lines(tokenizer: TiktokenTokenizer, sentence: str) -> Step:
@@ -164,11 +179,13 @@ def _split(tokenizer: TiktokenTokenizer, sentence: str, ranks: Mapping[bytes, in
         rows.append((label(_visible(part)), which + 1, ALTERNATIVES[which], _fitting(map(str, ids), IDS_CELLS)))
     if len(parts) > TOKENS_SHOWN:
         rows.append(("…",) * 4)
-    used = len({which for _, which in parts})
+    n_used = len({which for _, which in parts})
+    used = "all seven" if n_used == len(ALTERNATIVES) else f"{n_used} of the seven"
+    told = f"The sentence falls into {len(parts)} part{'s' * (len(parts) != 1)}, using {used} alternatives. "
     return Step(
         "The pattern at work",
-        f"The sentence falls into {len(parts)} part{'s' * (len(parts) != 1)}, by {used} of the seven alternatives. What is a "
-        "piece of the vocabulary is a token at once; what is not is merged from its bytes.",
+        (told if parts else "The sentence is empty: there is nothing to cut. ")
+        + "What is a piece of the vocabulary is a token at once; what is not is merged from its bytes.",
         shape=f"{len(sentence)} characters  ->  {len(parts)} parts  ->  {len(tokenizer.encode(sentence))} ids",
         tables=(Table(("part", "", "matched by", "ids"), tuple(rows)),),
         sources=(Source.of(TiktokenTokenizer._encode),),
@@ -288,6 +305,16 @@ def _kind(tokenizer: Tokenizer) -> str:
 def _as_text(sentence: str) -> str:
     """The sentence without halves of surrogate pairs, as encode() reads it."""
     return sentence.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _folded(text: str) -> list[str]:
+    """A text in lines: a new one after each newline, and where the one before is full."""
+    lines = [""]
+    for c in text:
+        if lines[-1].endswith("\n") or cell_width(_visible(lines[-1] + c)) > SENTENCE_CELLS:
+            lines.append("")
+        lines[-1] += c
+    return lines
 
 
 def _visible(s: str) -> str:

@@ -3,8 +3,10 @@
     steps = walkthrough(npllama.load(), [2000, 51, 86])
     print(lesson.text(steps))
 
-Nothing is computed beside the model. Activations are what forward() gave to its tap; frequencies, rotation and mask are what
-its operations returned in that same pass; and the line of model.py is where the pass stood when it called the tap.
+Activations are what forward() gave to its tap; frequencies, rotation and mask are what its operations returned in that same
+pass. What a pass never holds by itself is computed from these with the model's own functions: the scores before the mask, silu
+of the gate, the probabilities and the choice; so are lengths, directions, sums and root mean squares. The line of model.py is
+the one that calls the step's function.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ class WatchedPass:
     """One forward pass that remembers what it did.
 
     taps      name -> activation, of the chosen layer, of what is in no layer, and every layer's `out`
-    places    name -> the line of model.py that made it; and `block`, the line that ran the chosen layer
+    places    name -> the line of model.py that gave it to the tap; and `block`, the line that ran the chosen layer
     returned  operation -> what it returned, for operations whose result is no activation
     """
 
@@ -333,6 +335,7 @@ class _Teller:
             self.name + "attention.out",
             self.name + "attention_residual",
             model.self_attention,
+            ("x", "= h (attention_residual)"),
         )
 
     def ffn_norm(self) -> Step:
@@ -350,8 +353,8 @@ class _Teller:
         return Step(
             "SwiGLU",
             f"Now each token is worked on by itself, at a width of {c.ffn_dim}: one matrix makes gates, another makes "
-            "numbers, and each number is multiplied by silu of its gate, which leaves large gates nearly as they are and all "
-            "but closes negative ones.",
+            "numbers, and each number is multiplied by silu of its gate, which leaves large gates nearly as they are and lets "
+            "through little of negative ones: it is never below -0.28.",
             formula="act = silu(x W1ᵀ) · (x W3ᵀ),  silu(z) = z / (1 + exp(-z))",
             shape=f"w1, w3 [F, D] = [{c.ffn_dim}, {c.dim}]  ->  gate, up, act [T, F] = {_shape(self.seen[name + 'act'])}",
             tables=(_numbers_table(rows, f"the last token, {self.pieces[self.last]}"),),
@@ -368,6 +371,7 @@ class _Teller:
             self.name + "feed_forward.out",
             self.name + "out",
             model.feed_forward,
+            ("h", "= out"),
         )
         shape = f"w2 [D, F] = [{c.dim}, {c.ffn_dim}]  ->  [T, D] = {_shape(self.seen[self.name + 'out'])}"
         return Step(**{**vars(step), "shape": shape})
@@ -385,13 +389,27 @@ class _Teller:
         return Step(
             "All the layers",
             f"The same block runs {self.config.n_layers} times in a loop, with other weights each time, and each layer adds "
-            "to what runs through, the residual stream, which mostly grows.",
+            f"to what runs through, the residual stream, which mostly grows.{self._outlier(names)}",
             formula=f"for layer in range({self.config.n_layers}):  x = block(x, layer)",
             shape=f"x [T, D] = {_shape(self.seen[names[-1]])} after every layer",
             tables=(Table(("after", "last token's x[0]", "its root mean square", "of all tokens"), tuple(rows)),),
             taps=("layers.N.out",),
             sources=(Source.of(model.block),),
             called=self.seen.places["block"],
+        )
+
+    def _outlier(self, names: list[str]) -> str:
+        """A sentence, where in a line of the table one token makes the mean of all much larger than the last token's."""
+        shown = [names[i] for i in _some(len(names), LAYERS_SHOWN) if i is not None]
+        rms = np.array([np.sqrt(np.mean(np.square(self.seen[name], dtype=np.float64), axis=-1)) for name in shown])  # [., T]
+        line = int(np.argmax(rms.mean(axis=1) / rms[:, self.last]))
+        token, sizes = int(np.argmax(rms[line])), rms[line]
+        if sizes.mean() < 4 * sizes[self.last] or sizes[token] < sizes.sum() / 2:
+            return ""
+        which = "the first" if token == 0 else f"position {token}"
+        return (
+            f" The mean of all tokens is large because of one, {which}, {self.pieces[token]}: after {shown[line]} its own is "
+            f"{sizes[token]:.0f}. Many models have such massive activations (Sun et al. 2024, arXiv:2402.17762)."
         )
 
     def final_norm(self) -> Step:
@@ -406,9 +424,8 @@ class _Teller:
         weight = "tok_embeddings.weight" if c.tied_embeddings else "output.weight"
         return Step(
             "Logits",
-            f"The output matrix, here {output}, gives every token of the vocabulary a score, how well it would follow: each "
-            "row answers for its own position, so that a text of T tokens is T lessons in training, and the last row says what "
-            "comes next.",
+            f"The output matrix is {output}. It gives every token of the vocabulary a score for how well it would follow. "
+            "Row t scores what comes after token t, so one text trains T predictions; the last row predicts what comes next.",
             formula=f"logits = x Wᵀ,  W = {weight}",
             shape=f"W [V, D] = [{c.vocab_size}, {c.dim}]  ->  [T, V] = {_shape(logits)}",
             tables=(self._token_table(logits, f"the scores of ids 0 to {min(SHOWN, c.vocab_size) - 1}"),),
@@ -436,8 +453,8 @@ class _Teller:
         id = sampling.sample(logits, sampling.Sampling(), np.random.default_rng(0))
         return Step(
             "The chosen token",
-            f"Greedily, the likeliest: {self._piece(id)}, id {id}, which is put behind the others for the pass to run "
-            "again, with the one new token alone, since the keys and values of those before it are kept in the cache.",
+            f"Greedily, the likeliest: {self._piece(id)}, id {id}. It is appended, and the pass runs again on that token "
+            "alone: the keys and values of the others are in the cache.",
             formula="next = argmax(logits[last])",
             shape=f"[V] = {_shape(logits)}  ->  one id",
             tables=(Table(("id", "piece", "logit"), ((id, self._piece(id), float(logits[id])),)),),
@@ -450,7 +467,7 @@ class _Teller:
     def _computed(self, taps: str | list[str], *functions) -> dict[str, object]:
         taps = [taps] if isinstance(taps, str) else taps
         sources = tuple(Source.of(function) for function in functions)
-        return {"taps": tuple(taps), "sources": sources, "called": self.seen.places[taps[0]]}
+        return {"taps": tuple(taps), "sources": sources, "called": self.seen.places[taps[0]].calling(functions[0])}
 
     def _piece(self, id: int, cells: int = LABEL_CELLS) -> str:
         return label(self.model.tokenizer.piece(id), cells) if self.model.tokenizer else f"#{id}"
@@ -468,10 +485,12 @@ class _Teller:
             **self._computed(after, ops.rms_norm),
         )
 
-    def _residual(self, title: str, sentence: str, formula: str, before: str, added: str, after: str, function) -> Step:
-        rows = [(name, self.seen[name][self.last]) for name in (before, added, after)]
-        labels = ["x", f"+ {added.removeprefix(self.name)}", f"= {after.removeprefix(self.name)}"]
-        rows = [(text, x) for text, (_, x) in zip(labels, rows, strict=True)]
+    def _residual(
+        self, title: str, sentence: str, formula: str, before: str, added: str, after: str, function, labels: tuple[str, str]
+    ) -> Step:
+        first, last = labels
+        texts = {before: first, added: f"+ {added.removeprefix(self.name)}", after: last}
+        rows = [(text, self.seen[name][self.last]) for name, text in texts.items()]
         return Step(
             title,
             sentence,

@@ -112,9 +112,33 @@ def test_the_lesson_of_any_text(demo, text):
     assert lesson.markdown(steps).count("### ") == len(steps)
 
 
+def test_the_sentence_itself_comes_first(demo):
+    (table,) = tokenizer_lesson(demo)[0].tables
+    assert table.rows == (('"Don\'t panic:\\n"',), ('"  42 llamas can\'t eat 12345 mangosteens\\n"',))
+    long = "word " * 100
+    rows = [row[0] for row in tokenizer_lesson(demo, long)[0].tables[0].rows]
+    assert "".join(row[1:-1] for row in rows) == long
+    assert tokenizer_lesson(demo, "x\n" * 100)[0].tables[0].rows[11:] == (("'x\\n'",), ("…",))
+    assert tokenizer_lesson(demo, "")[0].tables[0].rows == (("''",),)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (SENTENCE, "falls into 16 parts, using all seven alternatives."),
+        ("hear me 12", "falls into 4 parts, using 3 of the seven alternatives."),
+        ("hear", "falls into 1 part, using 1 of the seven alternatives."),
+        ("", "is empty: there is nothing to cut."),
+    ],
+)
+def test_how_much_of_the_pattern_a_sentence_uses(demo, text, words):
+    step = next(step for step in tokenizer_lesson(demo, text) if step.title == "The pattern at work")
+    assert step.sentence.startswith(f"The sentence {words}")
+
+
 def test_lines_are_the_file_s(demo):
     file = (demo_path() / "tokenizer.model").read_text().splitlines()
-    rows = tokenizer_lesson(demo)[0].tables[0].rows
+    rows = tokenizer_lesson(demo)[1].tables[0].rows
     for line, _, n_bytes, rank in rows:
         assert file[rank] == line
         assert len(base64.b64decode(line.split()[0])) == n_bytes
@@ -134,7 +158,7 @@ def test_other_kinds_of_tokenizer(tiny_sentencepiece, tiny_chatml, demo):
     for tokenizer in (tiny_sentencepiece, tiny_chatml):
         steps = tokenizer_lesson(tokenizer, "a 12\n", beside=[demo])
         ids = tokenizer.encode("a 12\n")
-        assert [row[0] for row in steps[0].tables[0].rows] == ids
+        assert [row[0] for row in steps[1].tables[0].rows] == ids
         assert [row[0] for row in steps[-1].tables[0].rows][: len(ids)] == ids
         assert max(map(cell_width, lesson.text(steps).splitlines())) <= 80
     assert "SentencePiece" in tokenizer_lesson(demo, "x", beside=[tiny_sentencepiece])[-1].sentence

@@ -200,25 +200,71 @@ def test_sources_point_at_the_functions(demo):
     assert public <= named, "a formula of ops.py is in no step"
 
 
-def test_the_line_is_the_one_that_calls_the_tap(demo):
+def test_the_line_is_the_one_that_calls_the_function(demo):
     lines = (lesson.ROOT / "npllama" / "model.py").read_text(encoding="utf-8").splitlines()
+    found = set()
     for step in walkthrough(demo, [2000, 5, 7], layer=1):
         if not step.called:
             continue
         assert step.called.file == "npllama/model.py"
         line = lines[step.called.line - 1]
+        function = step.sources[0].name.rpartition(".")[2]
         if step.title == "All the layers":
             assert line.strip().startswith("x = block("), line
-        elif step.taps and "scores" not in step.taps[0]:
-            suffix = step.taps[0].rpartition(".")[2]
-            assert f'tap("{suffix}"' in line or f'tap(name + "{suffix}"' in line, (step.title, line)
+        elif step.title.startswith("Back to"):  # the feed-forward is called through a name of its own
+            assert 'tap(name + "out"' in line, line
+        elif step.title not in ("Scores", "The causal mask", "RoPE: a speed for each pair"):
+            assert re.search(rf"\b{function}\(", line), (step.title, line)
+            found.add(function)
+            if function != "linears":
+                suffix = step.taps[0].rpartition(".")[2]
+                assert f'tap("{suffix}"' in line or f'tap(name + "{suffix}"' in line, (step.title, line)
+    assert {"linears", "linear", "embed", "rms_norm", "split_heads", "rope", "join_heads"} <= found
 
 
-def test_each_step_is_one_sentence(demo):
+def test_a_call_is_looked_for_in_its_function_alone_and_not_below():
+    def calls(line, function):
+        return Source("model.x", "npllama/model.py", line).calling(function).line
+
+    lines = (ROOT / "npllama" / "model.py").read_text(encoding="utf-8").splitlines()
+    first, second = (i for i, line in enumerate(lines, start=1) if " = linears(" in line)
+    assert calls(second + 1, npllama.linear.linears) == second
+    assert calls(second, npllama.linear.linears) == second
+    assert calls(second - 1, npllama.linear.linears) == second - 1  # the first is in another function
+    assert calls(first + 5, npllama.linear.linears) == first
+    assert calls(first + 5, npllama.linear.embed) == first + 5
+
+
+def test_each_step_is_told_in_a_few_words(demo):
+    """One sentence, or up to three that are short."""
     for layer, tokens in ((0, [2000]), (1, [2000, 5, 7])):
         for step in walkthrough(demo, tokens, layer=layer):
             assert step.sentence.endswith("."), step.sentence
-            assert not re.search(r"\. [A-Z]", step.sentence), step.sentence
+            assert len(step.sentence) <= 280, step.sentence
+            *before, _ = sentences = re.split(r"(?<=\.) (?=[A-Z])", step.sentence)
+            assert len(sentences) <= 3, step.sentence
+            assert not before or max(map(len, sentences)) <= 130, step.sentence
+
+
+def test_one_token_that_is_much_larger_than_the_others_is_named(demo):
+    """Else the column that is a mean of all tokens can't be understood; SmolLM2's first token is such a one."""
+    ids = demo.tokenizer.encode("First Citizen:\nBefore", bos=True)
+
+    def sentence(which: int, factor: float) -> str:
+        def tap(name, x):
+            if name == "layers.2.out":
+                x = x.copy()
+                x[which] *= factor
+            return x
+
+        return step_of(walkthrough(demo, ids, tap=tap), "All the layers").sentence
+
+    usual = step_of(walkthrough(demo, ids), "All the layers").sentence
+    assert usual.endswith("mostly grows.")
+    assert sentence(0, 2) == sentence(len(ids) - 1, 1000) == usual  # the last token's own size is in the table
+    size = 1000 * np.sqrt(np.mean(np.square(npllama.record(demo, ids)["layers.2.out"][0])))
+    assert f"because of one, the first, '<|begin_o…': after layers.2.out its own is {size:.0f}." in sentence(0, 1000)
+    assert "because of one, position 2, " in sentence(2, 1000)
 
 
 # -------------------------------------------------------------------------------------------------------------- models and text
@@ -341,6 +387,8 @@ def test_it_says_in_a_line_what_it_cannot_do(capsys):
     assert "do not fit the model's context" in fails(capsys, "--tokens", ",".join(["1"] * 513))
     assert "--tokenizer" in fails(capsys, "x", "--beside", "y")
     assert "takes a text" in fails(capsys, "--tokenizer", "--tokens", "1")
+    for option in ("--layer", "--head"):
+        assert "--tokenizer shows no layer and no head" in fails(capsys, "x", "--tokenizer", option, 0)
 
 
 def test_a_model_without_a_tokenizer_takes_ids(tmp_path, capsys):
@@ -377,3 +425,4 @@ def test_a_real_model(smollm2, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert max(map(cell_width, lines)) <= 80
     assert any("query head 8 uses key/value head 8 // 3" in line for line in lines)
+    assert "large because of one, the first, 'the': after layers." in " ".join(" ".join(lines).split())
