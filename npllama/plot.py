@@ -196,7 +196,7 @@ def draw_rope(figure: Figure, subject: Subject) -> None:
     rows = math.ceil(n_pairs / columns)
     figure.set_size_inches(15, max(5.5, 1.15 * rows + 1.2))
     left, right = figure.subfigures(1, 2, width_ratios=[1.25, 1])
-    left.suptitle(f"RoPE turns position {position} ({token}): the pairs of the query of layer {layer}, head {head}")
+    left.suptitle(f"RoPE turns the query at position {position} ({token}), pair by pair: layer {layer}, head {head}")
     left.supxlabel("grey: before; coloured: after; the title is the turn, modulo 360°", fontsize=8)
     colours = _colours("viridis", n_pairs)
     for j, axes in enumerate(left.subplots(rows, columns, squeeze=False).flat):
@@ -208,7 +208,7 @@ def draw_rope(figure: Figure, subject: Subject) -> None:
         if abs(before[j]) > 0:
             _arrow(axes, before[j] / abs(before[j]), "#b0b0b0", 2.5)
             _arrow(axes, after[j] / abs(after[j]), colours[j], 1.6)
-            axes.set_title(f"{2 * j}: {round(np.degrees(np.angle(after[j] / before[j]))) % 360}°", fontsize=7, pad=1)
+            axes.set_title(f"pair {j}: {round(np.degrees(np.angle(after[j] / before[j]))) % 360}°", fontsize=7, pad=1)
     _draw_frequencies(right.subplots(), config)
 
 
@@ -223,17 +223,17 @@ def _arrow(axes: Axes, z: complex, colour: object, width: float) -> None:
 
 
 def _draw_frequencies(axes: Axes, config) -> None:
-    dimensions = np.arange(0, config.head_dim, 2)
+    pairs = np.arange(config.head_dim // 2)
     unscaled = ops.rope_frequencies(config.head_dim, config.rope_theta, None, np.float64)
     label = "as the model has them" if config.rope_scaling is None else "unscaled"
-    axes.plot(dimensions, unscaled, "o-", color=BLUE, markersize=4, label=label)
+    axes.plot(pairs, unscaled, "o-", color=BLUE, markersize=4, label=label)
     if config.rope_scaling is not None:
         scaled = ops.rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, np.float64)
-        axes.plot(dimensions, scaled, "s--", color=VERMILION, markersize=3.5, label="scaled, as the model has them")
+        axes.plot(pairs, scaled, "s--", color=VERMILION, markersize=3.5, label="scaled, as the model has them")
     context = 2 * math.pi / config.max_seq_len
     axes.axhline(context, color=GREY, linestyle=":", label=f"one turn in the context, {config.max_seq_len:,} positions")
     axes.set_title("frequencies" + ("; this model doesn't scale them" if config.rope_scaling is None else ""))
-    axes.set(xlabel="dimension of the head, 2j", ylabel="radians per position")
+    axes.set(xlabel="pair j", ylabel="radians per position")
     axes.set_yscale("log")
     _plain_numbers(axes.yaxis)
     axes.grid(alpha=0.25)

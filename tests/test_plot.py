@@ -158,10 +158,12 @@ def test_rope_says_how_far_each_pair_turns(model):
     frequencies = ops.rope_frequencies(model.config.head_dim, model.config.rope_theta, model.config.rope_scaling, np.float64)
     figure = drawn(plot.draw_rope, subject=given)
     turns = [axes.get_title() for axes in figure.axes[: model.config.head_dim // 2]]
-    expected = [f"{2 * j}: {round(np.degrees(8 * frequency)) % 360}°" for j, frequency in enumerate(frequencies)]
+    expected = [f"pair {j}: {round(np.degrees(8 * frequency)) % 360}°" for j, frequency in enumerate(frequencies)]
     assert turns == expected
     unscaled, scaled = (line.get_ydata() for line in figure.axes[-1].lines[:2])
     assert np.array_equal(scaled, frequencies)
+    assert [line.get_xdata().tolist() for line in figure.axes[-1].lines[:2]] == [list(range(len(frequencies)))] * 2
+    assert any(text.startswith("RoPE turns the query at position 8 (") for text in texts(figure))
     assert (unscaled >= scaled).all()
     assert unscaled[-1] == pytest.approx(8 * scaled[-1])  # Llama 3.1's factor
 
@@ -223,6 +225,13 @@ def test_error_shows_a_comparison(candidate, traces):
     expected = max(row.judged.ratio for row in rows if row.name.startswith("layers.3."))
     assert heights[1 + 3] == pytest.approx(expected)
     assert (candidate == "right") == comparison.equal
+
+
+def test_traces_without_any_difference_are_identical(traces):
+    comparison = compare(traces / "right", traces / "right")
+    assert comparison.equal
+    assert comparison.verdict == f"identical: {len(comparison.rows)} activations"
+    assert comparison.verdict in texts(drawn(plot.draw_error, report=as_dict(comparison)))
 
 
 def test_error_at_the_command_line(traces, tmp_path, capsys):

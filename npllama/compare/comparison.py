@@ -92,6 +92,8 @@ class Comparison:
         if self.tolerance is not None:
             return f"equal within atol {self.tolerance[0]:g} + rtol {self.tolerance[1]:g}: {count}"
         worst = max(self.rows, key=lambda row: row.judged.ratio)
+        if worst.judged.ratio == 0:
+            return f"identical: {count}"
         return (
             f"equal within rounding: {count}, none more than {worst.judged.ratio:.2g} times its noise floor "
             f"({worst.name}; the limit is {self.noise.limit:g})"
