@@ -1,4 +1,7 @@
-"""docs/finding-a-bug.md is true: its commands print what it shows, and the C port in it is right but for one mistake."""
+"""docs/finding-a-bug.md is true: its commands print what it shows, and the C port in it is right but for one mistake.
+
+README's two lines of a verdict are as true.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ import numpy as np
 import pytest
 
 from npllama.checkpoint import create, demo_path, load
+from npllama.cli import main
 from npllama.compare import compare
 from npllama.compare.noise import LIMITS
 from npllama.precision import Precision
@@ -117,3 +121,16 @@ def test_the_page_shows_what_its_commands_print(compiler, tmp_path):
         for line in expected.splitlines():
             if line.startswith("hint: "):
                 assert line in done.stdout.splitlines()
+
+
+def test_readme_shows_the_verdict_on_a_port_that_turns_halves(tmp_path, capsys):
+    model = load()
+    tokens = model.tokenizer.encode("Two households, both alike in dignity", bos=True)
+    write_trace(model, tokens, tmp_path / "reference", 0, Precision("float64"))
+    _, port = broken_ports.port("half_split", model)
+    write_trace(model, tokens, tmp_path / "mine", 0, port)
+    assert main(["compare", str(tmp_path / "reference"), str(tmp_path / "mine")]) == 1
+    printed = capsys.readouterr().out.splitlines()[:2]
+    (block,) = re.findall(r"```\n(first divergence: .*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert without_numbers("\n".join(printed)) == without_numbers(block)
+    assert printed[1] == block.splitlines()[1]
