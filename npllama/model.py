@@ -59,9 +59,10 @@ def forward(
     Rows of different lengths make a batch when padded; pad on the left if generation is to continue. The result has the dtype
     of the parameters; 16-bit and int8 parameters compute in float32.
 
-    Raises ValueError for an id outside the vocabulary, and for more tokens than the context holds.
+    Raises ValueError for an id outside the vocabulary, for more tokens than the context holds, and for a tap that returns
+    anything but an array of the activation's shape.
     """
-    tokens = check_tokens(tokens, config)
+    tokens, tap = check_tokens(tokens, config), checked(tap)
     if cache is None:
         cache = KVCache(config, tokens.shape[:-1])
     positions = cache.extend(tokens >= 0)  # [..., T]
@@ -155,3 +156,18 @@ def check_tokens(tokens: ArrayLike, config: Config) -> Array:
     if (largest := tokens.max()) >= config.vocab_size:
         raise ValueError(f"token id {largest} is outside the vocabulary: expected 0 to {config.vocab_size - 1}")
     return tokens
+
+
+def checked(tap: Tap) -> Tap:
+    """The same tap, but a ValueError where it returns no array of the activation's shape: as one that forgot `return x`."""
+    if tap is no_tap:
+        return tap
+
+    def check(name: str, x: Array) -> Array:
+        y = tap(name, x)
+        if not isinstance(y, np.ndarray) or y.shape != x.shape:
+            found = f"an array of shape {y.shape}" if isinstance(y, np.ndarray) else repr(y)[:60]
+            raise ValueError(f"the tap returned {found} for {name}, expected an array of shape {x.shape}")
+        return y
+
+    return check

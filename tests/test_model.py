@@ -224,3 +224,20 @@ def test_positions_count_from_zero_through_chunks():
     np.testing.assert_array_equal(cache.positions, np.arange(24))
     np.testing.assert_array_equal(seen["layers.0.attention.q_rope"][0], seen["layers.0.attention.q"][0])  # no turn at 0
     assert np.abs(seen["layers.0.attention.q_rope"][1] - seen["layers.0.attention.q"][1]).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "found"),
+    [
+        (lambda x: None, "None"),
+        (lambda x: x[..., :1], r"an array of shape \(3, 1\)"),  # which would broadcast, in silence
+        (lambda x: x.tolist(), r"\[\["),
+    ],
+)
+def test_a_tap_that_returns_something_else_is_named(wrong, found):
+    def tap(name, x):
+        return wrong(x) if name == "layers.0.ffn_norm" else x
+
+    expected = rf"the tap returned {found}.* for layers\.0\.ffn_norm, expected an array of shape \(3, {GROUPED.dim}\)"
+    with pytest.raises(ValueError, match=expected):
+        forward(PARAMS, GROUPED, [1, 2, 3], tap=tap)
