@@ -7,12 +7,11 @@ ours stay at one and BLAS keeps its own, which is slower for packed weights and 
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable
+from queue import SimpleQueue
 
 VARIABLE = "NPLLAMA_NUM_THREADS"
 
@@ -24,13 +23,15 @@ class _State:
         self.lock = threading.RLock()
         self.n_threads: int | None = None
         self.blas: list | None = None  # threadpoolctl's controllers of BLAS libraries; empty without threadpoolctl
-        self.pool: ThreadPoolExecutor | None = None
-        self.at_one = 0  # how many regions want BLAS at one thread
-        self.before: list[int] = []  # its threads outside of them
+        self.n_workers = 0  # threads of ours that wait for shares
+        self.shares: SimpleQueue[_Share | None] = SimpleQueue()
+        self.holders: set[int] = set()  # threads in a region, which want BLAS at one thread
+        self.at_one = False  # whether it is, or is being set
+        self.before: list[int] = []  # its threads otherwise
 
 
 _state = _State()
-_this_thread = threading.local()  # .busy: it runs a task of parallel()
+_this_thread = threading.local()  # .region: whose tasks it runs
 
 
 def _forget() -> None:
@@ -56,7 +57,8 @@ def n_threads() -> int:
 
     One within a task of parallel(): the others have tasks of their own.
     """
-    if getattr(_this_thread, "busy", False):
+    region = getattr(_this_thread, "region", None)
+    if region is not None and not region.over:
         return 1
     if _state.n_threads is None:
         text = os.environ.get(VARIABLE)
@@ -77,12 +79,16 @@ def set_threads(n: int) -> None:
     """Compute with n threads from now on, BLAS too where threadpoolctl is installed. Raises ValueError below 1."""
     if n < 1:
         raise ValueError(f"the number of threads is {n}, expected 1 or more")
-    with _state.lock:
-        if _state.pool is not None:
-            _state.pool.shutdown()
-        _state.pool, _state.n_threads = None, n
-        for library in _blas():
-            _set(library, n)
+    state, libraries = _state, _blas()
+    with state.lock:
+        state.n_threads = n
+        while state.n_workers > n - 1:
+            state.shares.put(None)  # ends one
+            state.n_workers -= 1
+        state.before = [n] * len(libraries)
+        state.holders.discard(threading.get_ident())
+        if not state.holders:  # else whoever leaves the last region sets them
+            _restore(state)
 
 
 def controls_blas() -> bool:
@@ -110,62 +116,116 @@ def _set(library: object, n: int) -> None:
     release()
 
 
-@contextlib.contextmanager
-def _one_blas_thread() -> Iterator[None]:
-    """BLAS at one thread; regions may overlap, and the last to end gives it back what it had."""
-    state, libraries = _state, _blas()
+# An interrupt (Ctrl-C) may come between any two steps of the main thread, here too. So nothing is held that a thread could wait
+# for in vain, and what one region could not put back, the next one of the same thread does.
+
+
+def _hold(state: _State) -> None:
+    """BLAS at one thread, while at least one thread of ours is in a region."""
     with state.lock:
-        if state.at_one == 0:
-            state.before = [library.get_num_threads() for library in libraries]
-            for library in libraries:
+        if not state.holders - {threading.get_ident()}:
+            if not state.at_one:
+                state.before = [library.get_num_threads() for library in _blas()]
+                state.at_one = True
+            for library in _blas():
                 _set(library, 1)
-        state.at_one += 1
-    try:
-        yield
-    finally:
-        with state.lock:
-            state.at_one -= 1
-            if state.at_one == 0:
-                for library, before in zip(libraries, state.before, strict=True):
-                    _set(library, before)
+        state.holders.add(threading.get_ident())
+
+
+def _release(state: _State) -> None:
+    """The last to leave a region gives BLAS back the threads that it had."""
+    with state.lock:
+        state.holders.discard(threading.get_ident())
+        if not state.holders:
+            _restore(state)
+
+
+def _restore(state: _State) -> None:
+    for library, before in zip(_blas(), state.before, strict=True):
+        _set(library, before)
+    state.at_one = False
+
+
+class _Region:
+    """Tasks that threads take in turn, until none is left or one has failed."""
+
+    def __init__(self, task: Callable[[int], object], n: int):
+        self.task, self.n = task, n
+        self.numbers = itertools.count()  # next() on it is one step under Python's lock
+        self.failed = self.over = False
+        self.errors: list[BaseException] = []  # of other threads than the caller's
+
+    def work(self) -> None:
+        _this_thread.region = self
+        try:
+            while not self.failed and (i := next(self.numbers)) < self.n:
+                self.task(i)
+        except BaseException:
+            self.failed = True
+            raise
+        finally:
+            _this_thread.region = None
+
+
+class _Share:
+    """One worker's part of a region, which the caller takes back if no worker has come to it."""
+
+    def __init__(self, region: _Region):
+        self.region, self.taken, self.ended = region, threading.Lock(), threading.Lock()
+        self.ended.acquire()
+
+    def run(self) -> None:
+        if self.taken.acquire(blocking=False):
+            try:
+                self.region.work()
+            except BaseException as error:
+                self.region.errors.append(error)
+            finally:
+                self.ended.release()
+
+    def wait(self) -> None:
+        if not self.taken.acquire(blocking=False):
+            self.ended.acquire()
+
+
+def _serve(shares: SimpleQueue[_Share | None]) -> None:
+    """What a worker does: share after share. It keeps none, as their tasks hold arrays."""
+    while (share := shares.get()) is not None:
+        share.run()
+        del share
 
 
 def parallel(task: Callable[[int], object], n: int) -> None:
     """Run task(0) to task(n - 1), each thread taking the next when it is done with one. An exception of any is raised.
 
-    A task that calls this again runs those tasks itself.
+    A task that calls this again runs those tasks itself. When this returns or raises, all tasks that were begun have ended, but
+    for an interrupt while it waits for them.
     """
     workers = min(n_threads(), n)
     if workers < 2 or not controls_blas():
         for i in range(n):
             task(i)
         return
-    numbers = itertools.count()  # next() on it is one step under Python's lock
-    failed = False
-
-    def work() -> None:
-        _this_thread.busy = True
+    state, region, shares = _state, _Region(task, n), []
+    try:
+        _hold(state)
+        with state.lock:
+            while state.n_workers < workers - 1:
+                threading.Thread(target=_serve, args=(state.shares,), daemon=True, name="npllama").start()
+                state.n_workers += 1
+        for _ in range(workers - 1):
+            shares.append(_Share(region))
+            state.shares.put(shares[-1])
+        region.work()
+    except BaseException:
+        region.failed = True
+        raise
+    finally:
         try:
-            while not failed and (i := next(numbers)) < n:
-                task(i)
+            for share in shares:
+                share.wait()
         finally:
-            _this_thread.busy = False
-
-    with _one_blas_thread():
-        others = [_pool().submit(work) for _ in range(workers - 1)]
-        try:
-            work()
-        except BaseException:
-            failed = True
-            raise
-        finally:
-            wait(others)
-    for other in others:
-        other.result()
-
-
-def _pool() -> ThreadPoolExecutor:
-    with _state.lock:
-        if _state.pool is None:
-            _state.pool = ThreadPoolExecutor(max(1, n_threads() - 1), thread_name_prefix="npllama")
-        return _state.pool
+            region.over = True
+            _release(state)
+    if region.errors:
+        raise region.errors[0]
