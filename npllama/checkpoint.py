@@ -160,8 +160,32 @@ def _mapping(weight: Weight) -> mmap.mmap | None:
 
 
 def open_model(path: str | Path) -> Model:
-    """Map every parameter exactly as it is stored; names, shapes, dtypes and sizes are checked, their content is not."""
-    path = survivor(locate(path))
+    """Map every parameter exactly as it is stored; names, shapes, dtypes and sizes are checked, their content is not.
+
+    A folder that another run replaces meanwhile is opened anew: its files would be those of two models.
+    """
+    for _ in range(100):
+        folder = survivor(locate(path))
+        before = _identity(folder)
+        try:
+            model = _open(folder)
+        except CheckpointError:
+            if _identity(folder) == before:
+                raise
+        else:
+            if _identity(folder) == before:
+                return model
+    raise CheckpointError(f"{folder} is replaced again and again while it is opened")
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    with contextlib.suppress(OSError):
+        found = path.stat()
+        return found.st_dev, found.st_ino
+    return None
+
+
+def _open(path: Path) -> Model:
     if not path.is_dir():
         raise _no_directory(path)
     manifest = _read_manifest(path)
@@ -230,6 +254,8 @@ def read_json(path: Path) -> dict[str, object]:
         raise CheckpointError(f"{path} is missing") from None
     except CheckpointError:
         raise
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from None
     if not isinstance(values, dict):

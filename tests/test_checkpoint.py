@@ -340,6 +340,25 @@ def test_a_really_full_disk(tmp_path, monkeypatch):
         subprocess.run(["umount", str(tmp_path)], check=True)
 
 
+@pytest.mark.parametrize("tensor", [1, 6])
+def test_a_folder_that_is_replaced_while_it_is_opened(tmp_path, tensor, monkeypatch):
+    """All files have the names and sizes of the model before: a mixture of the two would open."""
+    write(tmp_path / "m")
+    zeros = {name: np.zeros(shape, np.float32) for name, shape in parameter_shapes(CONFIG).items()}
+    original, calls = checkpoint._map_array, []
+
+    def replacing(*args):
+        calls.append(args)
+        if len(calls) == tensor:
+            write(tmp_path / "m", changes=zeros, force=True)
+        return original(*args)
+
+    monkeypatch.setattr(checkpoint, "_map_array", replacing)
+    model = open_model(tmp_path / "m")
+    assert not any(array.any() for array in model.params.values())
+    assert len(calls) > len(model.params)
+
+
 # ------------------------------------------------------------------------------------------------------- killed at any moment
 
 SLOW_WRITER = """
@@ -557,6 +576,10 @@ BAD = {
     "no config": (lambda m: (m / "config.json").unlink(), r"config\.json is missing$"),
     "no tensor": (lambda m: (m / f"{NAME}.npy").unlink(), rf"{NAME}\.npy is missing$"),
     "no other file": (lambda m: (m / "tokenizer.model").unlink(), r"tokenizer\.model is missing$"),
+    "manifest a folder": (
+        lambda m: ((m / "manifest.json").unlink(), (m / "manifest.json").mkdir()),
+        r"manifest\.json: Is a directory$",
+    ),
     "manifest not JSON": (lambda m: (m / "manifest.json").write_text("{"), r"manifest\.json is not JSON: "),
     "manifest deeply nested": (lambda m: (m / "manifest.json").write_text("[" * 10**6), r"manifest\.json is not JSON: "),
     "manifest a list": (
