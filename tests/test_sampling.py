@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from npllama.sampling import Sampling, log_probabilities, probabilities, sample
@@ -60,6 +60,7 @@ def test_draws_have_the_frequencies_of_the_distribution():
     assert np.sum((counts - expected) ** 2 / expected) < 18.5  # chi-squared, 4 degrees of freedom: p = 0.001
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=40),
     st.floats(0, 3),
