@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import random
+import shlex
 import shutil
 import subprocess
 import sys
@@ -273,7 +274,7 @@ WITNESS = Path(tempfile.gettempdir()) / f"npllama-was-here-{os.getpid()}"
 
 class Evil:
     def __reduce__(self):
-        return os.system, (f"touch {WITNESS}",)
+        return os.system, (f"touch {shlex.quote(str(WITNESS))}",)
 
 
 @pytest.fixture
