@@ -136,11 +136,13 @@ def endless(copy_of_demo):
 
 def test_tokens_stream_as_they_are_made(endless):
     """The first characters arrive long before the last: they are read while the process is still at work."""
-    process = subprocess.Popen(endless, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    process = subprocess.Popen(endless, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment)
     assert process.stdout.read(20).startswith(b"ROMEO:")
     assert process.poll() is None
     process.kill()
     process.wait()
+    assert len(process.stdout.read()) < 8000  # what a buffer held back would be more
     process.stdout.close()
 
 
