@@ -91,9 +91,19 @@ def _is_dead(partial: Path) -> bool:
     finally:
         os.close(descriptor)
     if locked is None:
-        newest = max(path.stat().st_mtime for path in (partial, *partial.iterdir()))
+        try:
+            newest = max(map(_changed, (partial, *partial.iterdir())))
+        except FileNotFoundError:  # all of it has gone meanwhile
+            return True
         return time.time() - newest > DEAD_AFTER_SECONDS
     return locked
+
+
+def _changed(path: Path) -> float:
+    """When it was, or long ago for what has gone meanwhile."""
+    with contextlib.suppress(FileNotFoundError):
+        return path.stat().st_mtime
+    return 0.0
 
 
 def _remove(folder: Path) -> None:

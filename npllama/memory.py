@@ -1,7 +1,8 @@
 """How much memory there is to take: of the machine, and within the limits of the control groups (cgroups) of this process.
 
-A container's limit, or a batch system's, is a control group's. Beyond it a process is killed, whatever the machine has free.
-The kernel's Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst describe the files read here.
+A container's limit, or a batch system's, is a control group's. Beyond it a process is killed, or slowed down
+(memory.high), whatever the machine has free. The kernel's Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst
+describe the files read here.
 """
 
 from __future__ import annotations
@@ -31,25 +32,29 @@ def _of_the_machine() -> int:
 
 def _of_its_cgroups() -> Iterator[int]:
     """What the limits of this process's groups, and of the groups these are in, leave free; files in memory count as free."""
-    for folder, limit, used, stat in _folders():
-        with contextlib.suppress(OSError, ValueError):  # ValueError: the limit is "max", none
+    for folder, limits, used, stat in _folders():
+        files = 0
+        with contextlib.suppress(OSError, ValueError):  # a limit holds without memory.stat too
             cached = _table(folder / "memory.stat")
             files = sum(cached.get(f"{stat}{kind}_file", 0) for kind in ("active", "inactive"))
-            yield int((folder / limit).read_text()) - int((folder / used).read_text()) + files
+        for limit in limits:
+            with contextlib.suppress(OSError, ValueError):  # ValueError: the limit is "max", none
+                yield int((folder / limit).read_text()) - int((folder / used).read_text()) + files
 
 
-def _folders() -> Iterator[tuple[Path, str, str, str]]:
-    """Each group's folder, and what version 1 or 2 calls the files of limit and use, and the children's part of memory.stat."""
+def _folders() -> Iterator[tuple[Path, tuple[str, ...], str, str]]:
+    """Each group's folder, what version 1 or 2 calls the files of limits and use, and what memory.stat's names begin with."""
     try:
-        lines = (PROC / "self" / "cgroup").read_text().splitlines()
+        lines = os.fsdecode((PROC / "self" / "cgroup").read_bytes()).split("\n")
     except OSError:
         return
     for line in lines:
-        number, controllers, path = line.split(":", 2)
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
         if number == "0":
-            root, names = CGROUPS, ("memory.max", "memory.current", "")
+            root, names = CGROUPS, (("memory.high", "memory.max"), "memory.current", "")
         elif "memory" in controllers.split(","):
-            root, names = CGROUPS / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+            root, names = CGROUPS / "memory", (("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_")
         else:
             continue
         # In a container the path may be the host's, of which only the root, the container's own group, is to be seen.

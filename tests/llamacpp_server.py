@@ -26,7 +26,7 @@ class LlamaCpp:
         if address is None:
             self.close()
             raise RuntimeError(f"llama.cpp didn't open {path}: its messages are in {self.log.name}")
-        self.connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=60)
+        self.connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=600)
 
     def ask(self, route: str, **values: object) -> dict[str, object]:
         self.connection.request("POST", route, json.dumps(values), {"Content-Type": "application/json"})

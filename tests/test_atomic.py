@@ -1,9 +1,13 @@
-"""A file that is written whole or not at all; folders are in test_checkpoint.py, with the model directory that they are for."""
+"""A file, or a folder, that is written whole or not at all.
+
+How folders are replaced, and what killed runs leave, is in test_checkpoint.py, with the model directory that they are for.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -110,3 +114,132 @@ def test_killed_at_work(tmp_path, name):
     atomic.write_file(path, b"whole")
     assert path.read_bytes() == b"whole"
     assert left_in(tmp_path) == ["x.npy"]
+
+
+@posix
+def test_a_file_is_on_the_disk_before_it_is_put_in_place(tmp_path, monkeypatch):
+    done, replace = [], os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: done.append(os.fstat(descriptor).st_size))
+    monkeypatch.setattr(os, "replace", lambda *paths: done.append("in place") or replace(*paths))
+    atomic.write_file(tmp_path / "x", b"new")
+    assert done == [3, "in place"]
+
+
+# ------------------------------------------------------------------------------------------------------------------- folders
+
+
+def new(path: Path):
+    return atomic.new_folder(path, force=False, foreign=lambda folder: None)
+
+
+@posix
+def test_a_folder_is_on_the_disk_before_it_is_put_in_place(tmp_path, monkeypatch):
+    """Each file, then the folder that names them; then the one that names it. An inode says which a descriptor is of."""
+    done, put_in_place = [], atomic._put_in_place
+    monkeypatch.setattr(os, "fsync", lambda descriptor: done.append(os.fstat(descriptor).st_ino))
+    monkeypatch.setattr(atomic, "_put_in_place", lambda *paths: done.append("in place") or put_in_place(*paths))
+    with new(tmp_path / "m") as folder:
+        for name in ("a", "b"):
+            (folder / name).write_bytes(b"new")
+        files = {path.stat().st_ino for path in folder.iterdir()}
+    assert set(done[: len(files)]) == files
+    assert done[len(files) :] == [(tmp_path / "m").stat().st_ino, "in place", tmp_path.stat().st_ino]
+
+
+def test_what_was_made_meanwhile_is_kept(tmp_path):
+    def meanwhile() -> None:
+        with new(tmp_path / "m"):
+            (tmp_path / "m").mkdir()
+            (tmp_path / "m" / "theirs").touch()
+
+    with pytest.raises(atomic.FolderError, match="exists"):
+        meanwhile()
+    assert left_in(tmp_path) == ["m"]
+    assert left_in(tmp_path / "m") == ["theirs"]
+
+
+def test_the_lock_is_removed_last(tmp_path, monkeypatch):
+    """Without it, a folder that was half removed when the process ended would be taken for one that is being made."""
+    folder = tmp_path / "m"
+    (folder / "sub").mkdir(parents=True)
+    for name in (atomic.LOCK, "a", "sub/b", "z"):
+        (folder / name).touch()
+    removed, iterdir, unlink = [], Path.iterdir, Path.unlink
+    monkeypatch.setattr(Path, "iterdir", lambda path: iter(sorted(iterdir(path))))  # the lock first
+    monkeypatch.setattr(Path, "unlink", lambda path, **options: removed.append(path.name) or unlink(path, **options))
+    atomic._remove(folder)
+    assert removed == ["a", "z", atomic.LOCK]
+    assert not folder.exists()
+
+
+def goes_while_looked_at(monkeypatch, name: str) -> None:
+    """A file, or with "" the folder, is removed by another process when the folder is listed."""
+    iterdir = Path.iterdir
+
+    def listed(path: Path):
+        if not name:
+            shutil.rmtree(path)
+        found = list(iterdir(path))
+        if name:
+            (path / name).unlink()
+        return iter(found)
+
+    monkeypatch.setattr(Path, "iterdir", listed)
+
+
+@pytest.mark.parametrize(("name", "dead"), [("x", False), ("", True)])
+def test_what_goes_while_it_is_looked_at_is_no_error(tmp_path, monkeypatch, name, dead):
+    """Where files can't be locked, a folder's files are looked at, which are their writer's to remove."""
+    monkeypatch.setattr(atomic, "fcntl", None)
+    for file in (atomic.LOCK, "x"):
+        (tmp_path / "m").mkdir(exist_ok=True)
+        (tmp_path / "m" / file).touch()
+    with monkeypatch.context() as patch:
+        goes_while_looked_at(patch, name)
+        assert atomic._is_dead(tmp_path / "m") == dead
+
+
+# ------------------------------------------------------------------------------------------------------------------- signals
+
+
+@pytest.fixture
+def handler():
+    """Sets SIGTERM's handler, and puts back what was."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield lambda handler: signal.signal(signal.SIGTERM, handler)
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_a_program_s_own_handler_stays(tmp_path, handler):
+    def own(number, frame) -> None: ...
+
+    handler(own)
+    with new(tmp_path / "m"):
+        assert signal.getsignal(signal.SIGTERM) is own
+    assert signal.getsignal(signal.SIGTERM) is own
+
+
+def test_the_default_is_put_back(tmp_path, handler):
+    handler(signal.SIG_DFL)
+    with new(tmp_path / "m"):
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_another_thread_sets_no_handler(tmp_path, handler):
+    """Python would refuse it."""
+    handler(signal.SIG_DFL)
+    failed = []
+
+    def work() -> None:
+        try:
+            with new(tmp_path / "m"):
+                pass
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(60)
+    assert not failed
+    assert (tmp_path / "m").is_dir()

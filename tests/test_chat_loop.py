@@ -129,7 +129,7 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.ours, text.encode())
 
-    def until(self, pattern: str, seconds: float = 20) -> str:
+    def until(self, pattern: str, seconds: float = 120) -> str:
         """What appears up to the pattern, which is taken off."""
         end = time.monotonic() + seconds
         os.set_blocking(self.ours, False)

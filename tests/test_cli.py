@@ -124,23 +124,31 @@ def test_text_without_a_tokenizer_is_refused(bare, capsys):
         assert "has no tokenizer" in fails(capsys, *command, "-m", bare)
 
 
-def test_tokens_stream_as_they_are_made():
+@pytest.fixture
+def endless(copy_of_demo):
+    """A command that goes on and on, as its model says id 0 for ever: should the reader stand still, it waits for him."""
+    config = json.loads((copy_of_demo / "config.json").read_text())
+    (copy_of_demo / "config.json").write_text(json.dumps(config | {"max_seq_len": 1 << 20}))
+    norm = copy_of_demo / "norm.weight.npy"
+    np.save(norm, np.zeros_like(np.load(norm)))
+    return [*COMMAND, "generate", "ROMEO:", "-m", str(copy_of_demo), "-n", "1000000", "--temperature", "0"]
+
+
+def test_tokens_stream_as_they_are_made(endless):
     """The first characters arrive long before the last: they are read while the process is still at work."""
-    process = subprocess.Popen(
-        [*COMMAND, "generate", "ROMEO:", "-n", "400", "--temperature", "1.5"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    process = subprocess.Popen(endless, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment)
     assert process.stdout.read(20).startswith(b"ROMEO:")
     assert process.poll() is None
     process.kill()
     process.wait()
+    assert len(process.stdout.read()) < 8000  # what a buffer held back would be more
     process.stdout.close()
 
 
-def test_ctrl_c_ends_cleanly():
-    process = subprocess.Popen(
-        [*COMMAND, "generate", "ROMEO:", "-n", "480", "--temperature", "1.5"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hear_signals,
-    )  # fmt: skip
+def test_ctrl_c_ends_cleanly(endless):
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(endless, text=True, preexec_fn=hear_signals, **pipes)
     process.stdout.read(20)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)

@@ -207,6 +207,19 @@ def test_other_divisors_are_refused(tmp_path, change):
     refused(src, tmp_path / "m", r"rope_freqs\.weight is a scaling of RoPE other than Llama 3\.1's")
 
 
+def test_the_old_name_of_linear_scaling_is_understood(tmp_path):
+    src = foreign.write_gguf(tmp_path / "m.gguf", CONFIG, PARAMS, llama__rope__scale_linear=4.0)
+    convert(src, tmp_path / "m")
+    assert open_model(tmp_path / "m").config.rope_scaling == LinearRopeScaling(4.0)
+
+
+def test_linear_scaling_and_divisors_are_one_too_many(tmp_path):
+    config = CONFIGS["linear"]
+    params = tiny.random_params(config, seed=5)
+    src = foreign.write_gguf(tmp_path / "m.gguf", config, params, divisors=np.ones(8, np.float32))
+    refused(src, tmp_path / "m", r"rope_freqs\.weight is float32 \[8\], expected float32 \[8\] alone$")
+
+
 def test_divisors_of_one_are_no_scaling(tmp_path):
     src = foreign.write_gguf(tmp_path / "m.gguf", CONFIG, PARAMS, divisors=np.ones(8, np.float32))
     convert(src, tmp_path / "m")

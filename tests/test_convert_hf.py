@@ -45,6 +45,17 @@ def test_a_folder_comes_back_bit_for_bit(tmp_path, name, old):
     assert verify(tmp_path / "m") == []
 
 
+@pytest.mark.parametrize("old", [False, True])
+def test_the_context_before_scaling_may_stand_beside_the_scaling(tmp_path, old):
+    config = tiny.CONFIGS["llama3.1"]
+    section = "rope_scaling" if old else "rope_parameters"
+    rope = foreign.hf_config(config, old)[section]
+    beside = {"original_max_position_embeddings": rope.pop("original_max_position_embeddings"), section: rope}
+    src = foreign.write_hf(tmp_path / "src", config, tiny.random_params(config, seed=5), old=old, **beside)
+    convert(src, tmp_path / "m")
+    assert open_model(tmp_path / "m").config == config
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("n_shards", [1, 3])
 def test_16_bits_stay_what_they_are_in_one_file_or_several(tmp_path, dtype, n_shards):

@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import random
+import shlex
 import shutil
 import subprocess
 import sys
@@ -273,7 +274,7 @@ WITNESS = Path(tempfile.gettempdir()) / f"npllama-was-here-{os.getpid()}"
 
 class Evil:
     def __reduce__(self):
-        return os.system, (f"touch {WITNESS}",)
+        return os.system, (f"touch {shlex.quote(str(WITNESS))}",)
 
 
 @pytest.fixture
@@ -292,7 +293,7 @@ def with_(name, tensor):
     return lambda tensors: tensors | {name: tensor}
 
 
-WQ, W1 = "layers.1.attention.wq.weight", "layers.0.feed_forward.w1.weight"
+WQ0, WQ, W1 = "layers.0.attention.wq.weight", "layers.1.attention.wq.weight", "layers.0.feed_forward.w1.weight"
 BAD_TENSORS = {
     "missing": (without(WQ), rf"^the shards: {WQ} is missing$"),
     "missing and needed early": (without(W1), rf"^{W1} is missing$"),
@@ -303,6 +304,7 @@ BAD_TENSORS = {
     ),
     "extra layer": (with_("layers.2.attention.wq.weight", torch.ones(96, 96)), r"n_layers is 2, but the shards have 3 layers$"),
     "misshapen": (with_(WQ, torch.ones(96, 95)), rf"^{WQ} is \[96, 95\] in 1 shard, expected \[96, 96\] in all$"),
+    "no rows": (with_(WQ0, torch.ones(0, 96)), rf"^{WQ0} is \[0, 96\] in 1 shard, expected \[96, 96\] in all$"),
     "three dimensions": (with_(WQ, torch.ones(1, 96, 96)), rf"^{WQ} is \[1, 96, 96\], expected 2 dimensions$"),
     "no dimensions": (with_("norm.weight", torch.tensor(1.0)), r"^norm\.weight is \[\], expected 1 dimensions$"),
     "NaN": (with_(WQ, torch.full((96, 96), torch.nan)), rf"^{WQ}: the value at \[0, 0\] is nan, which is not finite$"),

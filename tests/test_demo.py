@@ -45,7 +45,7 @@ def test_its_logits_are_torch_s(recorded, dtype):
     tokens = model.tokenizer.encode(json.loads(str(recorded["about"]))["prompt"], bos=True)
     assert tokens == recorded["tokens"].tolist()
     logits = npllama.forward(model.params, model.config, tokens)
-    assert relative_error(logits, recorded["float64/logits" if dtype == "float64" else "float32/logits"]) < 1e-5
+    assert relative_error(logits, recorded["float64/logits" if dtype == "float64" else "float32/logits"]) < 7e-6
     if dtype == "float64":  # recorded in float32: half a unit in its last place
         assert relative_error(logits, recorded["float64/logits"]) < 6e-8
 

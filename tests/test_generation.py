@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import npllama.generation
@@ -111,6 +111,19 @@ def test_each_prompt_of_a_batch_gets_the_tokens_it_gets_alone():
     assert len(rows[0]) < 6
 
 
+def test_each_row_of_a_batch_ends_where_its_context_is_full():
+    short = Model(dataclasses.replace(CONFIG, max_seq_len=12), MODEL.params)
+    prompts = [random_tokens(CONFIG, seed, n).tolist() for seed, n in enumerate((9, 4))]
+    rows = zip(*generate_batch(short, prompts, 50), strict=True)
+    for row, prompt in zip(rows, prompts, strict=True):
+        assert [id for id in row if id is not None] == list(generate(short, prompt, 50))
+
+
+def test_a_batch_ends_when_all_its_rows_have():
+    first = next(generate(MODEL, [1, 2, 3]))
+    assert list(generate_batch(MODEL, [[1, 2, 3]] * 2, 5, stop_ids=[first])) == []
+
+
 def test_a_row_s_draws_do_not_depend_on_its_batch():
     prompts = [random_tokens(CONFIG, seed, 5).tolist() for seed in range(3)]
     sampling = Sampling(1.2, top_p=0.9)
@@ -147,6 +160,18 @@ def test_a_bad_prompt_is_refused_in_one_line(tokens, line):
         list(generate(MODEL, tokens))
 
 
+def test_id_0_is_an_id_as_any():
+    assert list(generate(MODEL, [0, 5], 3)) == greedy([0, 5], 3)
+
+
+def test_prefill_refuses_what_does_not_fit_before_it_computes(monkeypatch):
+    monkeypatch.setattr(npllama.generation, "forward", lambda *args, **options: pytest.fail("computed"))
+    cache = KVCache(CONFIG)
+    with pytest.raises(ValueError, match="the prompt has 513 tokens, the model's context holds 512"):
+        prefill(MODEL, np.ones(513, int), cache)
+    assert cache.length == 0
+
+
 class Letters:
     """A stand-in for StreamDecoder: id 97 is "a"."""
 
@@ -181,6 +206,7 @@ def test_a_stop_string_ends_the_text_and_its_beginning_is_held_back(text, stop, 
     assert "".join(parts) == expected
 
 
+@settings(deadline=None)
 @given(st.text("abc", max_size=20), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3))
 def test_text_up_to_the_first_stop_string_always(text, stop):
     ends = [text.find(s) + len(s) for s in stop if s in text]

@@ -41,6 +41,20 @@ def test_every_value_is_where_its_name_says(config, storage, dtype, monkeypatch)
         np.testing.assert_array_equal(x, linear.widen(params[name]).astype(dtype))
 
 
+@pytest.mark.parametrize("packed", ["w1", "w3"])
+def test_a_group_stored_in_two_ways_is_widened_where_it_is_packed(packed, monkeypatch):
+    monkeypatch.setattr(layout, "SHORT_ROW", 8)  # nothing is turned
+    params = random_params(CONFIG, seed=3)
+    name = f"layers.0.feed_forward.{packed}.weight"
+    params[name] = linear.to_bfloat16(params[name])
+    dense = layout.in_memory(params, CONFIG, np.float32)
+    for name, x in dense.items():
+        assert x.dtype == np.float32
+        np.testing.assert_array_equal(x, linear.widen(params[name]))
+    new = [x.nbytes for name, x in dense.items() if x is not params[name]]
+    assert layout.new_bytes(params, CONFIG, np.float32) == sum(new)
+
+
 def test_matrices_of_one_x_are_multiplied_as_one(monkeypatch):
     params = layout.in_memory(random_params(CONFIG, seed=1), CONFIG, np.float32)
     q, k, v = (params[f"layers.0.attention.{leaf}.weight"] for leaf in ("wq", "wk", "wv"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from npllama import memory
@@ -60,6 +62,48 @@ def test_version_1(machine):
     assert memory.available_memory() == 2 * GB
 
 
+def test_version_1_s_other_controllers_are_no_groups_of_memory(machine):
+    lines = "9:cpuacct,cpu:/other\n4:hugetlb,memory:/job\n1:name=memory:/other"
+    machine({"proc/self/cgroup": lines, **group("cgroup/memory/job", 4 * GB, GB, version=1)})
+    machine(group("cgroup/memory/other", 2 * GB, GB, version=1))
+    assert memory.available_memory() == 3 * GB
+
+
+@pytest.mark.parametrize("stat", [None, "anon 12\nactive_file many"])
+def test_a_limit_holds_whatever_memory_stat_is(machine, tmp_path, stat):
+    machine({"proc/self/cgroup": V2.strip(), **group("cgroup/user.slice/job", GB, GB // 4)})
+    (tmp_path / "cgroup/user.slice/job/memory.stat").unlink()
+    if stat:
+        machine({"cgroup/user.slice/job/memory.stat": stat})
+    assert memory.available_memory() == GB - GB // 4
+
+
+@pytest.mark.parametrize(("high", "free"), [("max", 4 * GB), (3 * GB, 2 * GB), (8 * GB, 4 * GB)])
+def test_the_limit_beyond_which_a_group_is_slowed_down_is_one(machine, high, free):
+    machine({"proc/self/cgroup": V2.strip(), **group("cgroup/user.slice/job", 5 * GB, GB)})
+    machine({"cgroup/user.slice/job/memory.high": high})
+    assert memory.available_memory() == free
+
+
+def test_odd_lines_are_passed_over(machine, tmp_path):
+    (tmp_path / "proc/self").mkdir()
+    lines = b"\nodd\n7:\n1:name=\xff:/\xff\n0::/user.slice/job\n\n"
+    (tmp_path / "proc/self/cgroup").write_bytes(lines)
+    machine(group("cgroup/user.slice/job", 5 * GB, GB))
+    assert memory.available_memory() == 4 * GB
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a file's name is any bytes on POSIX")
+def test_a_group_s_name_need_not_be_utf_8(machine, tmp_path):
+    (tmp_path / "proc/self").mkdir()
+    (tmp_path / "proc/self/cgroup").write_bytes(b"0::/job\xff\n")
+    try:
+        machine(group(os.fsdecode(b"cgroup/job\xff"), 5 * GB, GB))
+    except OSError:  # macOS has no such names
+        pytest.skip("this file system's names are UTF-8")
+    assert memory.available_memory() == 4 * GB
+
+
 def test_a_container_sees_its_own_group_as_the_root(machine):
     machine({"proc/self/cgroup": V1.strip(), **group("cgroup/memory", 4 * GB, GB, version=1)})
     assert memory.available_memory() == 3 * GB
@@ -68,6 +112,15 @@ def test_a_container_sees_its_own_group_as_the_root(machine):
 def test_a_group_that_is_over_its_limit_has_nothing(machine):
     machine({"proc/self/cgroup": V2.strip(), **group("cgroup/user.slice/job", GB, 2 * GB)})
     assert memory.available_memory() == 0
+
+
+def test_without_proc_it_is_half_of_what_is_built_in_or_a_guess(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "PROC", tmp_path / "no")
+    monkeypatch.setattr(memory, "CGROUPS", tmp_path / "no")
+    monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}.__getitem__, raising=False)
+    assert memory.available_memory() == 2_048_000
+    monkeypatch.delattr(os, "sysconf")
+    assert memory.available_memory() == 4 << 30
 
 
 def test_this_machine_has_some():

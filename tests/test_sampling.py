@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from npllama.sampling import Sampling, log_probabilities, probabilities, sample
@@ -48,6 +50,10 @@ def test_filters_keep_what_their_definition_keeps(settings, kept):
     np.testing.assert_allclose(p[kept], P[kept] / P[kept].sum(), rtol=1e-12)
 
 
+def test_top_p_that_is_reached_exactly_needs_no_more():
+    assert probabilities(np.zeros(4), Sampling(1.0, top_p=0.5)).tolist() == [0.5, 0.5, 0, 0]
+
+
 def test_a_tiny_temperature_is_greedy():
     np.testing.assert_array_equal(probabilities(LOGITS.astype("float32"), Sampling(1e-308)), [0, 1, 0, 0, 0])
 
@@ -60,6 +66,7 @@ def test_draws_have_the_frequencies_of_the_distribution():
     assert np.sum((counts - expected) ** 2 / expected) < 18.5  # chi-squared, 4 degrees of freedom: p = 0.001
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=40),
     st.floats(0, 3),
@@ -78,12 +85,24 @@ def test_any_setting_leaves_a_distribution_with_the_most_likely_in_it(logits, te
 
 @pytest.mark.parametrize(
     "settings",
-    [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.1}, {"min_p": 2}],
+    [
+        {"temperature": -1},
+        {"temperature": math.nan},
+        {"temperature": math.inf},
+        {"top_k": -1},
+        {"top_p": 0},
+        {"top_p": 1.1},
+        {"min_p": 2},
+    ],
     ids=str,
 )
 def test_a_setting_out_of_range_is_refused_by_name(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         Sampling(**settings)
+
+
+def test_log_probabilities_of_any_size():
+    assert log_probabilities(np.array([1e3, 0, -math.inf])).tolist() == [0, -1000, -math.inf]
 
 
 def test_log_probabilities_against_torch():

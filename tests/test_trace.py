@@ -95,7 +95,7 @@ def test_steps_of_a_batch_take_one_id_for_each_row(tmp_path):
     assert trace.meta["steps"] == [[1, 2], [3, 4]]
     assert trace["step.1/logits"].shape == (2, 1, CONFIG.vocab_size)
     alone = record(MODEL, [2], steps=[2, 4])
-    assert tiny.relative_error(trace["step.1/logits"][1], alone["step.1/logits"]) < 1e-5
+    assert tiny.relative_error(trace["step.1/logits"][1], alone["step.1/logits"]) < 6e-6
 
 
 # ---------------------------------------------------------------------------------------------------------------- replacing
