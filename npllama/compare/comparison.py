@@ -282,7 +282,7 @@ def _judge_row(row: Row, aligned: Aligned, comparison: Comparison) -> None:
     if row.problem:
         return
     c, r, kept = pair(aligned, row.name, aligned.candidate[row.name], aligned.reference[row.name])
-    row.problem = problem_of(c, r)
+    row.problem = problem_of(row.name, c, r)
     logits = place(row.name).kind == "logits"
     of_tokens = [by_token(row.name, x) for x in (c, r)]  # [..., T, numbers]
     of_tokens = [x[kept[..., -x.shape[-2] :]] for x in of_tokens]
