@@ -325,6 +325,15 @@ def test_tolerances_are_numpys(traces, arrays, tmp_path):
         assert norm.passed == np.allclose(arrays["norm"].astype(float), reference, atol=atol, rtol=rtol), (atol, rtol)
 
 
+@pytest.mark.parametrize("option", ["--atol", "--rtol"])
+@pytest.mark.parametrize("value", ["nan", "-1", "inf"])
+def test_a_tolerance_that_judges_nothing_is_refused(option, value, traces, arrays, tmp_path, capsys):
+    arrays["norm"] *= 2
+    status, out, err = run(capsys, traces / "reference", save_npz(tmp_path, arrays), f"{option}={value}")
+    assert (status, out) == (2, "")
+    assert f"{option[2:]} is {value}, expected a finite number that is not below 0" in err
+
+
 def test_finite_numbers_that_mask_are_masks(traces, arrays, tmp_path):
     for stand_in in (-1e9, np.finfo(np.float32).min, -1e4):
         for name, x in arrays.items():

@@ -130,6 +130,9 @@ def compare(
     Raises ValueError, naming the file, when an input can't be used; what differs is in the result.
     """
     reference, candidate = (x if isinstance(x, Activations) else read_activations(x) for x in (reference, candidate))
+    for option, x in (("atol", atol), ("rtol", rtol)):
+        if x is not None and not 0 <= x < math.inf:
+            raise InputError(f"{option} is {x:g}, expected a finite number that is not below 0")
     warnings: list[str] = []
     tokens, steps = _tokens(reference, candidate)
     found = model if isinstance(model, Model) else _find_model(reference, model, warnings)
