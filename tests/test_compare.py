@@ -367,6 +367,17 @@ def test_the_noise_floor_can_come_from_a_trace(model, traces, arrays, tmp_path, 
     assert (status, "equal to the reference" in err) == (2, True)
 
 
+def test_the_candidate_is_no_noise_trace(model, traces, arrays, tmp_path, capsys):
+    """Else each of its mistakes would be its own excuse."""
+    wrong = save_npz(tmp_path, {name: x * np.float32(1.1) for name, x in arrays.items()})
+    copy = shutil.copy(wrong, tmp_path / "copy.npz")
+    for noise in (wrong, copy):
+        status, out, err = run(capsys, traces / "reference", wrong, "--noise", noise)
+        assert (status, out) == (2, "")
+        assert f"{noise}: equal to the candidate" in err
+        assert err.count("\n") == 1
+
+
 def test_the_references_own_model_measures_the_noise(model, tmp_path, capsys):
     with create(tmp_path / "model", model.config, "float32", {"kind": "test"}) as writer:
         for name in parameter_shapes(model.config):

@@ -271,14 +271,20 @@ def _noise_floor(
     if given is None:
         return measured or bundled_noise(reference, precision) or default_noise(precision)
     other = read_activations(given)
-    if (
-        other.meta
-        and reference.meta
-        and (other.meta["tokens"], other.meta["steps"]) != (aligned.tokens.tolist(), aligned.steps)
-    ):
+    if other.meta and reference.meta and any(other.meta[key] != reference.meta[key] for key in ("tokens", "steps")):
         raise InputError(f"{given}: its tokens are not the reference's")
+    if _is_the_candidate(other, aligned):
+        raise InputError(f"{given}: equal to the candidate; a noise trace is another, right program's in the same precision")
     floor = noise_between(reference, other, precision, str(given))
     return NoiseFloor(precision, floor.source, floor.accumulated, measured.local if measured else {})
+
+
+def _is_the_candidate(noise: Activations, aligned: Aligned) -> bool:
+    """Whether each number of the noise trace is the candidate's, so that any mistake would count as noise."""
+    shared = [name for name in noise if name in aligned.candidate]
+    pairs = [(noise[name], aligned.candidate[name], aligned.reference[name]) for name in shared]
+    same = all(np.array_equal(x, c, equal_nan=True) for x, c, _ in pairs)
+    return same and any(not np.array_equal(x, r, equal_nan=True) for x, _, r in pairs)
 
 
 def _judge_row(row: Row, aligned: Aligned, comparison: Comparison) -> None:
