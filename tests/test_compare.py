@@ -287,6 +287,71 @@ def test_other_tokens_are_no_comparison(model, traces, tmp_path, capsys):
     assert (status, "its tokens are" in err) == (2, True)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("precision", "int4", 'precision is "int4", expected float64, float32, bfloat16, float16'),
+        ("convention", "x", 'convention is "x", expected meta, hf or null'),
+        ("tokens", [1, 2, 3], "has tokens of shape [3], but in"),
+        ("tokens", [], "tokens is [], expected a list of token ids"),
+        ("tokens", [[1, 2], [3]], "tokens is [[1, 2], [3]], expected"),
+        ("tokens", [1, "2", 3], 'tokens is [1, "2", 3], expected'),
+        ("tokens", 7, "tokens is 7, expected"),
+        ("tokens", [10**6] * len(TOKENS), "token id 1000000 is outside the vocabulary"),
+        ("steps", 1, "steps is 1, expected a list with 1 token id for each step"),
+        ("steps", [[1, 2]], "steps is [[1, 2]], expected"),
+        ("steps", [["a"]], 'steps is [["a"]], expected'),
+        ("steps", [], "has 0 steps, but in"),
+        ("model", 5, "model is 5, expected its path"),
+        ("model", {"path": 5}, 'model is {"path": 5}, expected its path'),
+        ("model", {"path": None, "config": {"dim": 96}}, "the model's config: missing n_layers"),
+    ],
+)
+@pytest.mark.parametrize("side", ["reference", "candidate"])
+def test_a_trace_that_says_impossible_things_of_its_run_is_refused(side, key, value, message, traces, arrays, tmp_path, capsys):
+    """In one line that names its trace.json, whichever of the two it is; the other has none to disagree with."""
+    for name in ("reference", "mine"):
+        shutil.copytree(traces / name, tmp_path / name)
+    broken, other = ("reference", "mine") if side == "reference" else ("mine", "reference")
+    file = tmp_path / broken / "trace.json"
+    meta = json.loads(file.read_text())
+    file.write_text(json.dumps(meta | {key: value if key != "model" or value == 5 else {**meta["model"], **value}}))
+    if "outside the vocabulary" in message and side == "candidate":
+        pytest.skip("without a trace.json of the reference its vocabulary isn't known")
+    (tmp_path / other / "trace.json").unlink()
+    status, out, err = run(capsys, tmp_path / "reference", tmp_path / "mine")
+    assert (status, out, err.count("\n")) == (2, "", 1), err
+    assert str(file) in err
+    assert message.partition('{"path": 5')[0] in err
+
+
+def test_tokens_that_the_given_model_lacks_are_said_with_their_file(model, traces, tmp_path, capsys):
+    meta = json.loads((traces / "mine" / "trace.json").read_text())
+    mine = shutil.copytree(traces / "mine", tmp_path / "mine")
+    (mine / "trace.json").write_text(json.dumps({**meta, "tokens": [10**6] * len(TOKENS)}))
+    reference = shutil.copytree(traces / "reference", tmp_path / "reference")
+    (reference / "trace.json").unlink()
+    with pytest.raises(ValueError, match=r"mine/trace\.json: token id 1000000 is outside the vocabulary"):
+        compare(reference, mine, model=model)
+
+
+def test_a_trace_judges_arrays_with_a_batch_axis_of_one(model, traces, tmp_path):
+    """The candidate's trace.json has one sequence's tokens, and the reference's arrays a batch of one."""
+    shutil.copytree(traces / "reference", tmp_path / "reference")
+    arrays = {
+        f.relative_to(tmp_path / "reference").as_posix()[:-4]: np.load(f) for f in (tmp_path / "reference").rglob("*.npy")
+    }
+    reference = save_npz(tmp_path, {name: x[None] for name, x in arrays.items()})
+    batch = write_trace(
+        model, TOKENS[None], tmp_path / "batch", json.loads((traces / "mine" / "trace.json").read_text())["steps"]
+    )
+    file = batch.path / "trace.json"
+    file.write_text(json.dumps({**batch.meta, "tokens": TOKENS.tolist()}))
+    found = compare(reference, batch.path, model=model)
+    assert found.equal, found.verdict
+    assert found.noise.source.startswith("measured")
+
+
 def test_a_hash_that_does_not_match_is_a_warning(traces, arrays, tmp_path, capsys):
     mine = shutil.copytree(traces / "mine", tmp_path / "mine")
     np.save(mine / "norm.npy", np.nextafter(arrays["norm"], np.float32(np.inf)))

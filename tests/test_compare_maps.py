@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import broken_ports
 import numpy as np
@@ -207,6 +208,20 @@ def test_a_broken_map_is_said_to_be(content, message, tmp_path):
 def test_an_unknown_map_is_told_the_known_ones():
     with pytest.raises(MapError, match="hf, transformerlens, ggml"):
         read_map("mlx")
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        ("norm.wieght", "norm: weight is norm.wieght, which the model doesn't have; norm.weight it has"),
+        ("layers.0.attention.wk.weight", "norm: weight layers.0.attention.wk.weight has the shape [32, 96], expected [96]"),
+    ],
+)
+def test_a_maps_weight_that_the_model_lacks(weight, message, model, reference, ours, tmp_path):
+    (tmp_path / "map.json").write_text(json.dumps({"norm": {"name": "norm", "weight": weight}}))
+    np.savez(tmp_path / "mine.npz", norm=ours["norm"])
+    with pytest.raises(MapError, match=re.escape(f"map {tmp_path / 'map.json'}: {message}")):
+        compare(reference.path, tmp_path / "mine.npz", names=str(tmp_path / "map.json"), model=model)
 
 
 def test_two_names_for_one_activation_are_refused(reference, ours, tmp_path):

@@ -11,7 +11,7 @@ import numpy as np
 from ..checkpoint import Model, load
 from ..config import Config
 from ..precision import PRECISIONS, Precision
-from ..trace import model_facts, run
+from ..trace import checked_run, model_facts, run
 from .hints import hints
 from .inputs import Activations, InputError, read_activations
 from .judging import Aligned, Judged, judge, pair, problem_of
@@ -137,6 +137,8 @@ def compare(
     tokens, steps = _tokens(reference, candidate)
     found = model if isinstance(model, Model) else _find_model(reference, model, warnings)
     config = found.config if found else _config(reference)
+    if tokens is not None:
+        tokens = _checked_tokens(tokens, steps, reference, candidate, config)
     name_map = read_map(names)
     precision = precision or candidate.precision
     if precision not in PRECISIONS:
@@ -178,6 +180,29 @@ def _tokens(reference: Activations, candidate: Activations) -> tuple[np.ndarray 
                 theirs, ours = _start(metas[1][key]), _start(metas[0][key])
                 raise InputError(f"{candidate.path}: its {key} are {theirs}, those of {reference.path} {ours}")
     return (np.array(metas[0]["tokens"]), metas[0]["steps"]) if metas else (None, [])
+
+
+def _checked_tokens(
+    tokens: np.ndarray, steps: list, reference: Activations, candidate: Activations, config: Config | None
+) -> np.ndarray:
+    """The prompt's ids in the shape of the reference's batch; InputError if neither its arrays nor the model can have them."""
+    file = (reference if reference.meta else candidate).path / "trace.json"
+    for name in reference:
+        here, shape = place(name), reference.shape(name)
+        if here.axes is None or not len(here.axes) <= len(shape) <= len(here.axes) + 1:
+            continue
+        batch, own = shape[: len(shape) - len(here.axes)], shape[len(shape) - len(here.axes) + here.axes.index("T")]
+        if here.step is None and math.prod(batch) * own == tokens.size:
+            tokens = tokens.reshape(*batch, own)
+        elif here.step is None or here.step >= len(steps):
+            has = f"{len(steps)} steps" if here.step is not None else f"tokens of shape {list(tokens.shape)}"
+            raise InputError(f"{file} has {has}, but in {reference.path} {name} has the shape {list(shape)}")
+    if config is not None:
+        try:
+            checked_run(config, tokens, steps)
+        except ValueError as error:
+            raise InputError(f"{file}: {error}") from None
+    return tokens
 
 
 def _start(values: list) -> str:
@@ -242,6 +267,8 @@ def _align(aligned: Aligned, candidate: Activations, name_map: NameMap, partial:
             except NeedsModel:
                 skipped.append(name)
                 continue
+            except MapError as error:
+                raise MapError(f"map {name_map.title}: {own}: {error}") from None
             except LayoutError as error:
                 rows.append(Row(name, str(error)))
                 continue

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ..config import Config, ConfigError
 from ..linear import widen
+from ..precision import CONVENTIONS, PRECISIONS
 from ..trace import Trace, read_trace
 
 SHAPES_FILE = "shapes.json"
@@ -61,6 +63,10 @@ class Activations(Mapping[str, np.ndarray]):
         narrowest = min((self[name].dtype for name in self), key=lambda dtype: dtype.itemsize)
         return {2: "float16", 4: "float32"}.get(narrowest.itemsize, "float64")
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """An array's shape, from trace.json if there is one."""
+        return tuple(self.meta["activations"][name]["shape"]) if self.meta else self[name].shape
+
     def hash_matches(self, name: str) -> bool:
         """Whether a trace's file is the one that was written; true where there is no hash."""
         return self.trace is None or self.trace.hash_matches(name)
@@ -87,6 +93,7 @@ def read_activations(path: Path | str) -> Activations:
 def _read_folder(path: Path) -> Activations:
     if (path / "trace.json").exists():
         trace = read_trace(path)
+        _check_run(path / "trace.json", trace.meta)
         return Activations(path, {name: lambda n=name: trace[n] for name in trace}, trace)
     npy, raw = sorted(path.rglob("*.npy")), sorted(path.rglob("*.f32"))
     if npy and raw:
@@ -101,6 +108,44 @@ def _read_folder(path: Path) -> Activations:
         where = "has no shape in" if without[0] in names else "has no .f32 file, but is in"
         raise InputError(f"{path}: {without[0]} {where} {SHAPES_FILE}")
     return Activations(path, {n: lambda f=file, s=shapes[n]: _load_f32(f, s) for n, file in names.items()})
+
+
+def _check_run(file: Path, meta: dict) -> None:
+    """Raise InputError unless what trace.json says of the run can be used: read_trace() looks only at the arrays' entries."""
+
+    def refuse(key: str, expected: str) -> None:
+        found = json.dumps(meta[key])
+        raise InputError(f"{file}: {key} is {found if len(found) <= 60 else found[:57] + '...'}, expected {expected}")
+
+    if meta["precision"] not in PRECISIONS:
+        refuse("precision", ", ".join(PRECISIONS))
+    if meta["convention"] not in (None, *CONVENTIONS):
+        refuse("convention", f"{', '.join(CONVENTIONS)} or null")
+    rows = meta["tokens"] if isinstance(meta["tokens"], list) else []
+    batch = [row if isinstance(row, list) else [row] for row in rows]
+    if not rows or len({(type(row), len(ids)) for row, ids in zip(rows, batch, strict=True)}) > 1 or not _are_ids(batch, -1):
+        refuse("tokens", "a list of token ids, or one for each sequence, all as long")
+    n = len(rows) if isinstance(rows[0], list) else 1
+    steps = meta["steps"]
+    if (
+        not isinstance(steps, list)
+        or any(not isinstance(ids, list) or len(ids) != n for ids in steps)
+        or not _are_ids(steps, 0)
+    ):
+        refuse("steps", f"a list with {n} token id{'s' * (n > 1)} for each step")
+    model = meta["model"]
+    texts = isinstance(model, dict) and all(isinstance(model.get(k), str | None) for k in ("path", "manifest_sha256"))
+    if not texts:
+        refuse("model", "its path and manifest_sha256, each text or null, and its config")
+    if (config := model.get("config")) is not None:
+        try:
+            Config.from_dict(config)
+        except ConfigError as error:
+            raise InputError(f"{file}: the model's config: {error}") from None
+
+
+def _are_ids(rows: list[list], least: int) -> bool:
+    return all(ids and all(type(i) is int and least <= i < 2**31 for i in ids) for ids in rows)
 
 
 def _name(file: Path, folder: Path) -> str:
