@@ -12,10 +12,11 @@ import pytest
 from npllama.checkpoint import create, load
 from npllama.cli import main
 from npllama.compare import compare
+from npllama.compare.inputs import read_activations
 from npllama.compare.text import in_layers, ranges
 from npllama.config import parameter_shapes
 from npllama.precision import Precision
-from npllama.trace import Selection, write_trace
+from npllama.trace import Selection, record, write_trace
 
 import tiny
 
@@ -113,6 +114,50 @@ def test_bfloat16_safetensors_are_widened_and_judged_as_bfloat16(model, traces, 
     assert (found.precision, found.equal) == ("bfloat16", True), found.verdict
     strict = compare(traces / "reference", tmp_path / "b.safetensors", model=model, precision="float32")
     assert strict.first.name == "tok_embeddings"
+
+
+def save_one_in_bfloat16(folder, arrays):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    tensors = {name: torch.from_numpy(x) for name, x in arrays.items()}
+    tensors["layers.1.attention.weights"] = tensors["layers.1.attention.weights"].bfloat16()
+    safetensors.save_file(tensors, folder / "mine.safetensors")
+    return folder / "mine.safetensors"
+
+
+def save_one_in_float16(folder, arrays):
+    name = "layers.1.attention.weights"
+    return save_npz(folder, {**arrays, name: arrays[name].astype(np.float16)})
+
+
+@pytest.mark.parametrize("save", [save_one_in_float16, save_one_in_bfloat16])
+def test_one_16_bit_array_is_no_excuse_for_the_others(save, model, traces, tmp_path, capsys):
+    """An eps that is wrong is hidden by 16 bits, but only one activation has them."""
+    steps = json.loads((traces / "reference" / "trace.json").read_text())["steps"]
+    arrays = record(broken_ports.port("eps", model)[0], TOKENS, steps)
+    status, out, _ = run(capsys, traces / "reference", save(tmp_path, arrays))
+    verdict = out.splitlines()[0]
+    kind = save.__name__.removeprefix("save_one_in_")
+    assert (status, verdict[:41]) == (1, "first divergence: layers.0.attention_norm")
+    assert verdict.endswith(f"; judged as float32: of {len(arrays)} activations 1 is stored as {kind}")
+    assert (
+        "judged as"
+        not in run(capsys, traces / "reference", save(tmp_path, arrays), "--precision", "bfloat16")[1].split("\n")[0]
+    )
+
+
+def test_the_precision_is_what_most_arrays_are_stored_in(traces, arrays, tmp_path):
+    half = {name: x.astype(np.float16) if i % 2 else x for i, (name, x) in enumerate(arrays.items())}
+    assert len(half) % 2 == 0
+    assert read_activations(save_npz(tmp_path, half)).precision == "float32", "half of them are not most"
+    wider = {name: x.astype(np.float64) if i else x for i, (name, x) in enumerate(arrays.items())}
+    assert read_activations(save_npz(tmp_path, wider)).precision == "float32", "NumPy promotes in silence"
+    wider = {name: x.astype(np.float64) for name, x in arrays.items()}
+    assert read_activations(save_npz(tmp_path, wider)).precision == "float64"
+    most = {name: x if name.endswith("logits") else x.astype(np.float16) for name, x in arrays.items()}
+    found = compare(traces / "reference", save_npz(tmp_path, most))
+    assert found.precision == "float16", "as Meta's code returns the logits in float32 whatever it computes in"
+    assert found.verdict.endswith(f"; judged as float16: of {len(most)} activations 2 are stored as float32")
 
 
 def test_a_batch_axis_of_one_is_dropped_and_a_real_batch_compared(model, traces, arrays, tmp_path, capsys):

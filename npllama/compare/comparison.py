@@ -43,6 +43,7 @@ class Comparison:
     noise: NoiseFloor
     tolerance: tuple[float, float] | None  # atol and rtol, when they judge instead of the noise floor
     rows: list[Row]  # in the order of computation
+    assumed: str = ""  # why this precision, where the candidate's files are of several
     warnings: list[str] = field(default_factory=list)
     hints: list[str] = field(default_factory=list)
 
@@ -69,7 +70,10 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """One sentence."""
+        """One sentence, and the precision that is meant if the candidate doesn't say."""
+        return self._verdict() + (f"; judged as {self.precision}: {self.assumed}" if self.assumed else "")
+
+    def _verdict(self) -> str:
         row = self.first
         if row is None:
             return self._equal_verdict()
@@ -123,7 +127,7 @@ def compare(
     names      how the candidate's names and layouts become ours: "hf", "transformerlens", "ggml" or a JSON file (maps.py)
     model      measures the noise floor and each operation by itself; by default the one that the reference's trace.json names
     noise      a trace of the same tokens as the reference's, in the candidate's precision (one of the two in float64)
-    precision  the candidate's, when it isn't what its trace.json or its stored dtype says
+    precision  the candidate's, when it isn't what its trace.json says or, without one, what its arrays are stored in
     partial    compare what both sides have; else a name that one side lacks is a failure
     atol, rtol judge by |candidate - reference| <= atol + rtol · |reference| instead of the noise floor
 
@@ -140,6 +144,7 @@ def compare(
     if tokens is not None:
         tokens = _checked_tokens(tokens, steps, reference, candidate, config)
     name_map = read_map(names)
+    assumed = "" if precision else candidate.mixed
     precision = precision or candidate.precision
     if precision not in PRECISIONS:
         raise InputError(f"precision is {precision!r}, expected {', '.join(PRECISIONS)}")
@@ -155,7 +160,7 @@ def compare(
     tolerance = None if atol is None and rtol is None else (atol or 0.0, rtol or 0.0)
     convention = (candidate.meta or {}).get("convention")
     floor = _noise_floor(aligned, coarser, convention, noise, reference, tolerance is not None)
-    comparison = Comparison(str(reference.path), str(candidate.path), precision, floor, tolerance, rows, warnings)
+    comparison = Comparison(str(reference.path), str(candidate.path), precision, floor, tolerance, rows, assumed, warnings)
     for row in rows:
         if row.name in aligned.candidate:
             _judge_row(row, aligned, comparison)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -12,8 +14,9 @@ import numpy as np
 
 from ..config import Config, ConfigError
 from ..linear import widen
-from ..precision import CONVENTIONS, PRECISIONS
+from ..precision import CONVENTIONS, PRECISIONS, ROUND
 from ..trace import Trace, read_trace
+from .metrics import unit_roundoff
 
 SHAPES_FILE = "shapes.json"
 
@@ -25,7 +28,8 @@ class InputError(ValueError):
 class Activations(Mapping[str, np.ndarray]):
     """Name -> array, read when it is asked for.
 
-    .path; .meta, the content of trace.json if there is one; .precision, which the numbers were computed or stored in.
+    .path; .meta, the content of trace.json if there is one; .precision, which the numbers were computed or stored in;
+    .mixed, what is stored otherwise.
     """
 
     def __init__(
@@ -33,7 +37,7 @@ class Activations(Mapping[str, np.ndarray]):
         path: Path,
         readers: Mapping[str, Callable[[], np.ndarray]],
         trace: Trace | None = None,
-        stored: str | None = None,
+        stored: Mapping[str, str] | None = None,
     ):
         self.path = path
         self.trace = trace
@@ -53,15 +57,33 @@ class Activations(Mapping[str, np.ndarray]):
     def __len__(self) -> int:
         return len(self._readers)
 
+    @functools.cached_property
+    def _types(self) -> Counter[str]:
+        """How many arrays are stored in each precision; none when trace.json says which they were computed in."""
+        if self.meta:
+            return Counter()
+        types = {2: "float16", 4: "float32"}
+        return Counter((self._stored or {}).get(name) or types.get(self[name].dtype.itemsize, "float64") for name in self)
+
     @property
     def precision(self) -> str:
-        """As trace.json says; else the narrowest floating-point type that is stored."""
+        """As trace.json says; else a 16-bit type if most arrays are stored in one, else float32 if any is, else float64.
+
+        Few arrays of 16 bits don't loosen the judgement of all; few of float32 do, as what is float64 was computed from them.
+        """
         if self.meta:
             return self.meta["precision"]
-        if self._stored:
-            return self._stored
-        narrowest = min((self[name].dtype for name in self), key=lambda dtype: dtype.itemsize)
-        return {2: "float16", 4: "float32"}.get(narrowest.itemsize, "float64")
+        narrow = [name for name in self._types if name in ROUND]
+        if 2 * sum(self._types[name] for name in narrow) > len(self):
+            return min(narrow, key=lambda name: (-self._types[name], unit_roundoff(name)))
+        return max(self._types.keys() - ROUND.keys(), key=unit_roundoff)
+
+    @property
+    def mixed(self) -> str:
+        """What else is stored, for people: "1 of 105 activations is stored as float16", or nothing."""
+        others = {name: n for name, n in self._types.items() if name != self.precision}
+        counts = [f"{n} {'is' if n == 1 else 'are'} stored as {name}" for name, n in others.items()]
+        return f"of {len(self)} activations {' and '.join(counts)}" if counts else ""
 
     def shape(self, name: str) -> tuple[int, ...]:
         """An array's shape, from trace.json if there is one."""
@@ -215,6 +237,5 @@ def _read_safetensors(path: Path) -> Activations:
         x = np.frombuffer(tensor["data"], dtypes[tensor["dtype"]]).reshape(tensor["shape"])
         return widen(x) if tensor["dtype"] == "BF16" else x
 
-    bfloat16 = any(tensor["dtype"] == "BF16" for tensor in tensors.values())
-    readers = {name: lambda n=name: read(n) for name in tensors}
-    return Activations(path, readers, stored="bfloat16" if bfloat16 else None)
+    stored = {name: "bfloat16" for name, tensor in tensors.items() if tensor["dtype"] == "BF16"}
+    return Activations(path, {name: lambda n=name: read(n) for name in tensors}, stored=stored)
