@@ -136,6 +136,57 @@ def test_only_wrong_operations_are_wrong_by_themselves(model, reference, tmp_pat
     assert sum(not row.passed for row in found.rows) > 40
 
 
+def of_another_shape(x):
+    return x.reshape(len(x), -1)
+
+
+def not_a_number(x):
+    x = x.copy()
+    x[-1, 0, 0] = np.nan
+    return x
+
+
+@pytest.mark.parametrize("spoil", [of_another_shape, not_a_number])
+@pytest.mark.parametrize(
+    ("name", "unjudged"),
+    [
+        ("layers.1.attention.q", {"layers.1.attention.q", "layers.1.attention.q_rope"}),
+        ("layers.1.attention.v", {"layers.1.attention.v", "layers.1.attention.heads", "step.0/layers.1.attention.heads"}),
+    ],
+)
+def test_what_is_computed_from_unusable_numbers_is_not_accused(name, unjudged, spoil, model, reference, tmp_path):
+    """The operation after them may well be right: on which numbers it worked isn't known. In the cache they stay inputs."""
+    steps = read_trace(reference).meta["steps"]
+    mine = record(model, TOKENS, steps, patch={name: lambda x: x * 1.5})
+    np.savez(tmp_path / "mine.npz", **{**mine, name: spoil(mine[name])})
+    found = compare(reference, tmp_path / "mine.npz", model=model)
+    assert found.first.name == name
+    assert found.wrong_by_themselves == []
+    assert {row.name for row in found.rows if row.local is None} == unjudged
+    partial = {key: x for key, x in mine.items() if not key.endswith(("scores", "weights"))}
+    np.savez(tmp_path / "partial.npz", **{**partial, name: spoil(mine[name])})
+    found = compare(reference, tmp_path / "partial.npz", model=model, partial=True)
+    assert found.wrong_by_themselves == [], "nor is it by way of activations that aren't recorded"
+
+
+def test_inputs_are_what_an_activation_is_computed_from():
+    """Held against the computation itself: changing an input changes the activation, changing another one doesn't."""
+    from npllama.compare.names import in_order, place
+
+    model, tokens, steps = broken_ports.tiny_model(), TOKENS[:4], [[5], [6]]
+    exact = record(model, tokens, steps)
+    layer_1 = [name for name in exact if "layers.1." in name or name.rpartition("/")[2] in ("norm", "logits")]
+    for name in layer_1:
+        inputs = set(place(name).inputs(model.config.n_layers))
+        assert inputs <= exact.keys(), inputs - exact.keys()
+        fixed = {n: exact[n] for n in exact if n != name}
+        for other in in_order(exact)[: in_order(exact).index(name)][-60:]:
+            changed = record(
+                model, tokens, steps, patch={**fixed, other: 2 * np.where(np.isneginf(exact[other]), 0, exact[other])}
+            )
+            assert (not np.array_equal(changed[name], exact[name])) == (other in inputs), (other, name)
+
+
 def test_a_second_mistake_is_not_lost_in_what_follows_from_the_first(model, reference, tmp_path):
     steps = read_trace(reference).meta["steps"]
     broken, _ = broken_ports.port("transposed_w2", model)

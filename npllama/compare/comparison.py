@@ -344,19 +344,33 @@ def _within(row: Row, comparison: Comparison) -> bool:
 
 
 def _judge_operations(aligned: Aligned, comparison: Comparison) -> None:
-    """Compute every operation in float64 from the candidate's own activations, and judge what the candidate made of them."""
+    """Compute every operation in float64 from the candidate's own activations, and judge what the candidate made of them.
+
+    Where one of those can't be used (it has another shape, or numbers that are none), what is computed from it isn't judged:
+    the candidate's own input is not known then.
+    """
     rows = {row.name: row for row in comparison.rows}
+    n_layers = aligned.model.config.n_layers
+    unusable: set[str] = set()  # by themselves, or by what went into them unrecorded
 
     def tap(name: str, x: np.ndarray) -> np.ndarray:
+        inputs_known = unusable.isdisjoint(place(name).inputs(n_layers))
+        if name not in rows or rows[name].problem in ABSENT:  # not recorded: x goes on
+            if not inputs_known:
+                unusable.add(name)
+            return x
         c = aligned.candidate.get(name)
         if c is None or c.shape != x.shape:
+            unusable.add(name)
             return x
         c, expected, kept = pair(aligned, name, c, x)
-        if np.isnan(c).any() or np.isposinf(c).any() or not np.isfinite(expected[~np.isneginf(expected)]).all():
+        if np.isnan(c).any() or np.isposinf(c).any():
+            unusable.add(name)
             return x
-        rows[name].local = judge(name, c, expected, kept, comparison.noise, local=True)
-        if (np.isneginf(c) != np.isneginf(expected)).any():  # masked in one only
-            rows[name].local = replace(rows[name].local, error=math.inf, ratio=math.inf)
+        if inputs_known and np.isfinite(expected[~np.isneginf(expected)]).all():
+            rows[name].local = judge(name, c, expected, kept, comparison.noise, local=True)
+            if (np.isneginf(c) != np.isneginf(expected)).any():  # masked in one only
+                rows[name].local = replace(rows[name].local, error=math.inf, ratio=math.inf)
         return c
 
     run(aligned.model, aligned.tokens, aligned.steps, Precision("float64"), tap)
