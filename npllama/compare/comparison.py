@@ -66,7 +66,7 @@ class Comparison:
     @property
     def wrong_by_themselves(self) -> list[str]:
         """The activations whose operation is wrong even on the candidate's own inputs."""
-        return [row.name for row in self.rows if row.local and row.local.ratio > self.noise.limit]
+        return [row.name for row in self.rows if row.local and not row.local.passed]
 
     @property
     def verdict(self) -> str:
@@ -83,7 +83,7 @@ class Comparison:
         if row.judged is None:
             return f"first divergence: {row.name} ({row.problem})"
         shown, kind = row.judged, "relative error"
-        if self.tolerance is None and row.problem is None and row.judged.ratio <= self.noise.limit:
+        if self.tolerance is None and row.problem is None and row.judged.passed:
             shown, kind = row.local, "local relative error"
         against = f"noise floor {_short(shown.floor)}"
         if self.tolerance is not None:
@@ -98,7 +98,7 @@ class Comparison:
         worst = max(self.rows, key=lambda row: row.judged.ratio)
         return (
             f"equal within rounding: {count}, none more than {worst.judged.ratio:.2g} times its noise floor "
-            f"({worst.name}; the limit is {self.noise.limit:g})"
+            f"({worst.name}; the limit is {worst.judged.limit:g})"
         )
 
 
@@ -158,8 +158,7 @@ def compare(
         warnings += [f"{side.path}: {name} is not as trace.json's sha256 has it" for name in own if not side.hash_matches(name)]
 
     tolerance = None if atol is None and rtol is None else (atol or 0.0, rtol or 0.0)
-    convention = (candidate.meta or {}).get("convention")
-    floor = _noise_floor(aligned, coarser, convention, noise, reference, tolerance is not None)
+    floor = _noise_floor(aligned, coarser, noise, reference, tolerance is not None)
     comparison = Comparison(str(reference.path), str(candidate.path), precision, floor, tolerance, rows, assumed, warnings)
     for row in rows:
         if row.name in aligned.candidate:
@@ -291,24 +290,23 @@ def _align(aligned: Aligned, candidate: Activations, name_map: NameMap, partial:
 # ------------------------------------------------------------------------------------------------------------------ judging
 
 
-def _noise_floor(
-    aligned: Aligned, precision: str, convention: str | None, given, reference: Activations, by_tolerance: bool
-) -> NoiseFloor:
+def _noise_floor(aligned: Aligned, precision: str, given, reference: Activations, by_tolerance: bool) -> NoiseFloor:
     if isinstance(given, NoiseFloor):
         return given
     can_measure = aligned.model is not None and aligned.tokens is not None and not by_tolerance
     measured = None
     if can_measure:
-        measured = measure_noise(aligned.model, aligned.tokens, aligned.steps, precision, convention, aligned.candidate.keys())
+        measured = measure_noise(aligned.model, aligned.tokens, aligned.steps, precision, aligned.candidate.keys())
     if given is None:
-        return measured or bundled_noise(reference, precision) or default_noise(precision)
+        n_layers = 1 + max((place(name).layer or 0 for name in reference), default=0)
+        return measured or bundled_noise(reference, precision) or default_noise(precision, n_layers)
     other = read_activations(given)
     if other.meta and reference.meta and any(other.meta[key] != reference.meta[key] for key in ("tokens", "steps")):
         raise InputError(f"{given}: its tokens are not the reference's")
     if _is_the_candidate(other, aligned):
         raise InputError(f"{given}: equal to the candidate; a noise trace is another, right program's in the same precision")
     floor = noise_between(reference, other, precision, str(given))
-    return NoiseFloor(precision, floor.source, floor.accumulated, measured.local if measured else {})
+    return NoiseFloor(precision, floor.source, floor.accumulated, measured.local if measured else {}, floor.limits)
 
 
 def _is_the_candidate(noise: Activations, aligned: Aligned) -> bool:
@@ -340,7 +338,7 @@ def _judge_row(row: Row, aligned: Aligned, comparison: Comparison) -> None:
 def _within(row: Row, comparison: Comparison) -> bool:
     if comparison.tolerance is not None:
         return True
-    return all(judged is None or judged.ratio <= comparison.noise.limit for judged in (row.judged, row.local))
+    return all(judged is None or judged.passed for judged in (row.judged, row.local))
 
 
 def _judge_operations(aligned: Aligned, comparison: Comparison) -> None:
@@ -354,7 +352,8 @@ def _judge_operations(aligned: Aligned, comparison: Comparison) -> None:
     unusable: set[str] = set()  # by themselves, or by what went into them unrecorded
 
     def tap(name: str, x: np.ndarray) -> np.ndarray:
-        inputs_known = unusable.isdisjoint(place(name).inputs(n_layers))
+        inputs = place(name).inputs(n_layers)
+        inputs_known = unusable.isdisjoint(inputs)
         if name not in rows or rows[name].problem in ABSENT:  # not recorded: x goes on
             if not inputs_known:
                 unusable.add(name)
@@ -368,7 +367,8 @@ def _judge_operations(aligned: Aligned, comparison: Comparison) -> None:
             unusable.add(name)
             return x
         if inputs_known and np.isfinite(expected[~np.isneginf(expected)]).all():
-            rows[name].local = judge(name, c, expected, kept, comparison.noise, local=True)
+            one = all(source in aligned.candidate for source in inputs)
+            rows[name].local = judge(name, c, expected, kept, comparison.noise, local=True, one=one)
             if (np.isneginf(c) != np.isneginf(expected)).any():  # masked in one only
                 rows[name].local = replace(rows[name].local, error=math.inf, ratio=math.inf)
         return c

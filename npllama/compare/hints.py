@@ -95,7 +95,7 @@ class Scene:
         c, r, kept = pair(self.aligned, self.name, self.target, prediction)
         if (np.isneginf(c) != np.isneginf(r)).any():
             return False
-        if judge(self.name, c, r, kept, self.noise, local=self.name in self.noise.local).ratio <= self.noise.limit:
+        if judge(self.name, c, r, kept, self.noise, local=self.name in self.noise.local, one=True).passed:
             return True
         if wrong is None:
             return False

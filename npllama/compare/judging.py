@@ -24,8 +24,14 @@ class Judged:
     error: float  # relative to the reference's root mean square at that token
     floor: float  # likewise
     ratio: float  # error / floor
+    limit: float  # what the ratio may be
     norm: str  # "rms" or "max", as noise.py has them
     token: int  # counted along the reference's tokens, batch rows one after the other
+
+    @property
+    def passed(self) -> bool:
+        """Whether it is within the limit."""
+        return self.ratio <= self.limit
 
 
 @dataclass
@@ -92,8 +98,14 @@ def problem_of(name: str, c: np.ndarray, r: np.ndarray) -> str | None:
     return None
 
 
-def judge(name: str, c: np.ndarray, r: np.ndarray, kept: np.ndarray, noise: NoiseFloor, local: bool = False) -> Judged:
-    """The worst token of two arrays of the same shape; what is not finite in both is left out."""
+def judge(
+    name: str, c: np.ndarray, r: np.ndarray, kept: np.ndarray, noise: NoiseFloor, local: bool = False, one: bool = False
+) -> Judged:
+    """The worst token of two arrays of the same shape; what is not finite in both is left out.
+
+    local   r is computed from the candidate's own activations
+    one     by the one operation between those and this, so that the stricter limit holds
+    """
     with np.errstate(invalid="ignore"):
         error, size = norms(by_token(name, c - r)), norms(by_token(name, r))
     n = error.rms.shape[-1]
@@ -105,7 +117,8 @@ def judge(name: str, c: np.ndarray, r: np.ndarray, kept: np.ndarray, noise: Nois
         norm, at = np.unravel_index(np.argmax(ratios), ratios.shape)
         relative = [0.0 if x[norm][at] == 0 else float(x[norm][at] / size.rms[at]) for x in (error, floor)]
     token = int(np.flatnonzero(kept.reshape(-1))[at])
-    return Judged(*relative, float(ratios[norm, at]), Norms._fields[norm], token)
+    limit = noise.limits.one if one else noise.limits.several
+    return Judged(*relative, float(ratios[norm, at]), limit, Norms._fields[norm], token)
 
 
 def relative_error(c: np.ndarray, r: np.ndarray) -> float:
