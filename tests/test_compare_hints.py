@@ -8,6 +8,7 @@ import broken_ports
 import numpy as np
 import pytest
 
+from npllama import LinearRopeScaling
 from npllama.checkpoint import Model
 from npllama.compare import compare
 from npllama.precision import Precision
@@ -125,6 +126,93 @@ def test_found_in_the_weights_when_the_scores_are_not_recorded(bug, model, refer
     assert found.first.name == "layers.0.attention.weights"
     words = "keys and values are not repeated" if bug == "grouped_modulo" else EXPECTED[bug][1]
     assert words in found.hints[0]
+
+
+@pytest.fixture(scope="module")
+def bare_reference(reference, tmp_path_factory):
+    """The same numbers without trace.json: no constants are known."""
+    file = tmp_path_factory.mktemp("bare") / "reference.npz"
+    np.savez(file, **{name: np.array(x) for name, x in read_trace(reference).items()})
+    return file
+
+
+def test_without_constants_a_missing_scaling_is_no_wrong_theta(model, reference, bare_reference, tmp_path):
+    """No θ has the reference's angles, so that none can be expected."""
+    found = compare(bare_reference, trace_of("no_scaling", model, reference, tmp_path / "mine"))
+    assert found.hints == ["the reference's RoPE angles are scaled, yours are not: they are those of θ = 10000 alone"]
+    found = compare(bare_reference, trace_of("scale_factor", model, reference, tmp_path / "factor"))
+    assert found.hints[0].startswith("wrong RoPE angles: pair "), "both are scaled"
+
+
+def test_without_constants_a_wrong_theta_is_one(tmp_path):
+    model = broken_ports.tiny_model(rope_scaling=None)
+    np.savez(tmp_path / "reference.npz", **record(model, TOKENS, precision=Precision("float64")))
+    np.savez(tmp_path / "mine.npz", **record(broken_ports.port("theta", model)[0], TOKENS))
+    found = compare(tmp_path / "reference.npz", tmp_path / "mine.npz")
+    assert found.hints == ["wrong RoPE θ: the angles are those of θ = 20000, and 10000 was expected"]
+
+
+@pytest.mark.parametrize(
+    ("scaling", "hint"),
+    [
+        (None, "RoPE's scaling is missing: the angles are those of θ alone"),
+        (LinearRopeScaling(2.0), "wrong RoPE scale factor: every angle is 2 times the expected one"),
+    ],
+)
+def test_mistakes_in_linear_scaling(scaling, hint, tmp_path):
+    model = broken_ports.tiny_model(rope_scaling=LinearRopeScaling(4.0))
+    reference = write_trace(model, TOKENS, tmp_path / "reference", 0, Precision("float64")).path
+    mine = write_trace(broken_ports.tiny_model(rope_scaling=scaling), TOKENS, tmp_path / "mine").path
+    assert compare(reference, mine, model=model).hints == [hint]
+
+
+def half_split_rows_turned_adjacently(model):
+    """Hugging Face's rows in wq and wk, but RoPE as Meta's code has it; recorded in adjacent pairs, as a right map has it."""
+    broken, _ = broken_ports.port("rows_in_halves", model)
+    arrays = record(broken, TOKENS)
+    turned = [name for name in arrays if name.endswith(("q", "k", "q_rope", "k_rope"))]
+    return {**arrays, **{name: broken_ports.to_pairs(arrays[name]) for name in turned}}
+
+
+def test_adjacent_pairs_turned_in_hugging_faces_rows(model, reference, tmp_path):
+    np.savez(tmp_path / "mine.npz", **half_split_rows_turned_adjacently(model))
+    found = compare(reference, tmp_path / "mine.npz", model=model, partial=True)
+    assert found.first.name == "layers.0.attention.q_rope"
+    assert found.hints[0].startswith("interleaved RoPE on rows in Hugging Face's order")
+
+
+NEVER_WRITTEN = "every number is zero: was it ever written?"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "hints"),
+    [
+        ("layers.1.attention.v", lambda x: 0 * x, [NEVER_WRITTEN]),
+        ("layers.1.out", lambda x: 0 * x, [NEVER_WRITTEN]),
+        ("layers.1.ffn_norm", lambda x: 0 * x + 1, []),
+        ("layers.1.attention.weights", lambda x: (x == x.max(-1, keepdims=True)).astype(x.dtype), []),
+        ("layers.1.attention.weights", lambda x: np.where(x > 0, np.float32(0.125), np.float32(0)), []),
+        ("layers.1.ffn_norm", lambda x: broken_ports.round_bfloat16(3 * x), []),
+    ],
+)
+def test_numbers_that_bfloat16_has_are_not_always_rounded_ones(name, change, hints, model, reference, tmp_path):
+    steps = read_trace(reference).meta["steps"]
+    np.savez(tmp_path / "mine.npz", **record(model, TOKENS, steps, patch={name: change}))
+    found = compare(reference, tmp_path / "mine.npz", model=model)
+    assert (found.first.name, found.hints) == (name, hints)
+
+
+def test_a_bfloat16_models_embeddings_taken_for_their_norm_are_not_rounded_ones(model, tmp_path):
+    """All numbers are bfloat16's, as the embeddings are; what is wrong is that nothing was computed."""
+    params = {name: broken_ports.round_bfloat16(x) for name, x in model.params.items()}
+    model = Model(model.config, params)
+    reference = write_trace(model, TOKENS, tmp_path / "reference", 0, Precision("float64")).path
+    arrays = record(model, TOKENS)
+    arrays = record(model, TOKENS, patch={"layers.0.attention_norm": arrays["tok_embeddings"]})
+    np.savez(tmp_path / "mine.npz", **arrays)
+    found = compare(reference, tmp_path / "mine.npz", model=model)
+    assert found.first.name == "layers.0.attention_norm"
+    assert not any("bfloat16" in hint for hint in found.hints)
 
 
 def test_only_wrong_operations_are_wrong_by_themselves(model, reference, tmp_path):

@@ -277,7 +277,7 @@ def _align(aligned: Aligned, candidate: Activations, name_map: NameMap, partial:
                 rows.append(Row(name, str(error)))
                 continue
             rows.append(Row(name, None if x.size else "empty"))
-            aligned.candidate[name] = x
+            aligned.candidate[name], aligned.rules[name] = x, rule
     if not partial:
         rows += [Row(own, ABSENT[1]) for own in unknown]
     if out_of_reach:

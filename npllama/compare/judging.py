@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from ..checkpoint import Model
 from ..config import Config
+from .maps import Rule
 from .names import by_token, place
 from .noise import NoiseFloor, Norms, norms
 
@@ -44,6 +45,7 @@ class Aligned:
     model: Model | None
     tokens: np.ndarray | None
     steps: list
+    rules: dict[str, Rule] = field(default_factory=dict)  # canonical name -> how its map had it arranged
 
     def padding(self, name: str) -> np.ndarray | None:
         """Which of the activation's tokens are padding, bool [..., T]; None if none is."""
