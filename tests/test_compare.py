@@ -259,6 +259,13 @@ def test_what_no_number_shows_is_a_difference_with_its_name(spoil, verdict, trac
     assert out.splitlines()[0].endswith(end)
 
 
+def test_other_names_ask_for_a_map(traces, arrays, tmp_path, capsys):
+    path = save_npz(tmp_path, {f"model.{name}": arrays[name] for name in ("logits", "norm")})
+    status, out, _ = run(capsys, traces / "reference", path)
+    names = "tok_embeddings in the reference, model.logits in the candidate"
+    assert (status, out.splitlines()[0]) == (1, f"different: no name in common ({names}): is a --map missing?")
+
+
 def test_an_unmatched_name_is_listed_too(traces, arrays, tmp_path):
     unmatched(arrays)
     found = compare(traces / "reference", save_npz(tmp_path, arrays))

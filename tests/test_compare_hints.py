@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import broken_ports
 import numpy as np
 import pytest
 
-from npllama import LinearRopeScaling
+from npllama import LinearRopeScaling, ops
 from npllama.checkpoint import Model
 from npllama.compare import compare
 from npllama.precision import Precision
@@ -179,6 +180,99 @@ def test_adjacent_pairs_turned_in_hugging_faces_rows(model, reference, tmp_path)
     found = compare(reference, tmp_path / "mine.npz", model=model, partial=True)
     assert found.first.name == "layers.0.attention.q_rope"
     assert found.hints[0].startswith("interleaved RoPE on rows in Hugging Face's order")
+
+
+def gelu_tanh(x):
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi, dtype=x.dtype) * (x + np.float32(0.044715) * x**3)))
+
+
+def gelu_erf(x):
+    return (x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))).astype(x.dtype)
+
+
+def swiglu_of(function):
+    return {"swiglu": lambda gate, up: function(gate) * up}
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def layer_norm(x, weight, eps):
+    return ops.rms_norm(x - x.mean(-1, keepdims=True), weight, eps)
+
+
+@pytest.mark.parametrize(
+    ("replaced", "where", "words"),
+    [
+        (swiglu_of(lambda x: np.maximum(x, 0)), "feed_forward.act", "ReLU instead of silu"),
+        (swiglu_of(gelu_tanh), "feed_forward.act", "GELU instead of silu in the feed-forward, by its formula with tanh"),
+        (swiglu_of(gelu_erf), "feed_forward.act", "GELU instead of silu in the feed-forward, by its formula with erf"),
+        (swiglu_of(lambda x: x * sigmoid(np.float32(1.702) * x)), "feed_forward.act", "QuickGELU"),
+        (swiglu_of(sigmoid), "feed_forward.act", "the sigmoid instead of silu"),
+        (swiglu_of(lambda x: x), "feed_forward.act", "silu is missing"),
+        ({"swiglu": lambda gate, up: ops.swiglu(up, gate)}, "feed_forward.act", "the gate and up are exchanged"),
+        (
+            {"rms_norm": lambda x, weight, eps: ops.rms_norm(x, np.ones_like(weight), eps)},
+            "attention_norm",
+            "weight is missing",
+        ),
+        ({"rms_norm": lambda x, weight, eps: ops.rms_norm(x, 1 + weight, eps)}, "attention_norm", "1 + weight"),
+        ({"rms_norm": lambda x, weight, eps: x}, "attention_norm", "the norm is missing"),
+        ({"rms_norm": layer_norm}, "attention_norm", "LayerNorm"),
+    ],
+)
+@pytest.mark.parametrize("known", ["model", "constants"])
+def test_other_architectures_operations_are_named(known, replaced, where, words, model, reference, tmp_path):
+    steps = read_trace(reference).meta["steps"]
+    path = write_trace(model, TOKENS, tmp_path / "mine", steps, broken_ports.Port(**replaced)).path
+    found = compare(reference, path, model=model if known == "model" else None)
+    assert found.first.name == f"layers.0.{where}"
+    assert words in found.hints[0]
+    assert len(found.hints) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("norm", lambda a: a["layers.1.out"], "the norm is missing"),
+        ("layers.1.attention_residual", lambda a: a["layers.1.attention.out"], "the residual connection is missing"),
+        ("layers.1.out", lambda a: a["layers.1.attention_residual"], "feed_forward.out is not added"),
+        ("layers.1.out", lambda a: a["layers.1.ffn_norm"] + a["layers.1.feed_forward.out"], "starts after the norm"),
+        ("layers.0.attention_residual", lambda a: a["tok_embeddings"], "attention.out is not added"),
+        (
+            "layers.1.feed_forward.act",
+            lambda a: a["layers.1.feed_forward.gate"] * sigmoid(a["layers.1.feed_forward.gate"]),
+            "up is",
+        ),
+    ],
+)
+def test_what_is_left_out_is_named(name, change, words, model, reference, tmp_path):
+    steps = read_trace(reference).meta["steps"]
+    right = record(model, TOKENS, steps)
+    np.savez(tmp_path / "mine.npz", **record(model, TOKENS, steps, patch={name: change(right)}))
+    found = compare(reference, tmp_path / "mine.npz", model=model)
+    assert found.first.name == name
+    assert words in found.hints[0]
+
+
+def test_an_output_matrix_taken_for_the_embedding(model, reference, tmp_path):
+    steps = read_trace(reference).meta["steps"]
+    broken = Model(model.config, {**model.params, "output.weight": model.params["tok_embeddings.weight"]})
+    found = compare(reference, write_trace(broken, TOKENS, tmp_path / "mine", steps).path, model=model)
+    assert found.first.name == "logits"
+    assert found.hints[0].startswith("the output matrix is taken to be the embedding")
+
+
+def test_weights_cut_to_bfloat16(model, reference, tmp_path):
+    def cut(name, x):
+        return (x.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+
+    broken = Model(model.config, broken_ports.changed(model.params, "wq.weight", cut))
+    steps = read_trace(reference).meta["steps"]
+    found = compare(reference, write_trace(broken, TOKENS, tmp_path / "mine", steps).path, model=model)
+    assert found.first.name == "layers.0.attention.q"
+    assert "cut off instead of rounded" in found.hints[0]
 
 
 NEVER_WRITTEN = "every number is zero: was it ever written?"

@@ -78,6 +78,10 @@ class Comparison:
         if row is None:
             return self._equal_verdict()
         if row.problem in ABSENT:
+            theirs, ours = ([r.name for r in self.rows if r.problem == absent] for absent in ABSENT)
+            if theirs and ours and len(theirs) + len(ours) == len(self.rows):
+                names = f"{theirs[0]} in the reference, {ours[0]} in the candidate"
+                return f"different: no name in common ({names}): is a --map missing?"
             others = sum(r.problem == row.problem for r in self.rows) - 1
             return f"different: {row.name} is {row.problem}" + (f", and {others} more" if others else "")
         if row.judged is None:

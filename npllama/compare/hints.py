@@ -144,6 +144,12 @@ def right_operation(scene: Scene) -> np.ndarray | None:
         return None if x is None or frequencies is None else rotate(x, scene.positions()[0], frequencies)
     if kind in ("attention.scores", "attention.weights", "attention.heads"):
         return attend(scene)
+    if kind == "feed_forward.act":
+        gate, up = scene.get("feed_forward.gate"), scene.get("feed_forward.up")
+        return None if gate is None or up is None else ops.swiglu(gate, up)
+    if kind in RESIDUALS:
+        x, y = residual_inputs(scene)
+        return None if x is None or y is None else x + y
     return None
 
 
@@ -454,10 +460,16 @@ def norm_input(scene: Scene) -> tuple[np.ndarray, np.ndarray] | tuple[None, None
 
 
 def norm_mistakes(scene: Scene) -> Iterator[Prediction]:
-    """Another eps, solved for from each token's scale."""
+    """Parts of it left out, a weight meant otherwise, another eps, solved for from each token's scale."""
     x, weight = norm_input(scene)
     if weight is None or x.shape != scene.target.shape:
         return
+    eps = scene.config.norm_eps
+    yield "the norm is missing: these are the numbers that go into it", x
+    yield "the norm's weight is missing: the numbers are scaled to unit size only", ops.rms_norm(x, np.ones(()), eps)
+    yield "the norm multiplies by 1 + weight, as Gemma's does, and Llama's by weight", ops.rms_norm(x, 1 + weight, eps)
+    centred = x - x.mean(axis=-1, keepdims=True)
+    yield "LayerNorm, which takes the mean away, instead of RMSNorm", ops.rms_norm(centred, weight, eps)
     weighted = x * weight
     inverse = np.sum(scene.target * weighted, -1) / np.sum(weighted * weighted, -1)  # 1 / sqrt(mean x² + eps)
     mean_square = np.mean(x * x, axis=-1)
@@ -505,6 +517,12 @@ def linear_mistakes(scene: Scene) -> Iterator[Prediction]:
     if x is None or weight is None:
         return
     n_out, n_in = weight.shape
+    if kind == "logits" and not scene.config.tied_embeddings:
+        tied = np.asarray(widen(scene.params["tok_embeddings.weight"]), np.float64)
+        yield (
+            "the output matrix is taken to be the embedding, but this model has one of its own (output.weight)",
+            linear(x, tied),
+        )
     text = f"transposed weights: the product is x · W with the {n_out} x {n_in} weight read as {n_in} x {n_out}, not x · Wᵀ"
     yield text, shaped(scene, x @ weight.reshape(n_in, n_out))
     for precision, r in ROUND.items():
@@ -516,6 +534,53 @@ def linear_mistakes(scene: Scene) -> Iterator[Prediction]:
         ):
             text = f"{precision} where float32 was meant: it fits the product with the {what} rounded to {precision}"
             yield text, shaped(scene, linear(a, w))
+    cut = (np.asarray(weight, np.float32).view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32).astype(np.float64)
+    text = "bfloat16 where float32 was meant, cut off instead of rounded: it fits the product with the weights cut to 16 bits"
+    yield text, shaped(scene, linear(x, cut))
+
+
+def activation_mistakes(scene: Scene) -> Iterator[Prediction]:
+    """Another function than silu, or its arguments exchanged."""
+    gate, up = scene.get("feed_forward.gate"), scene.get("feed_forward.up")
+    if gate is None or up is None or gate.shape != scene.target.shape:
+        return
+    silu = ops.silu(gate)
+    yield "the gate and up are exchanged: it is silu(up) · gate, and silu(gate) · up was expected", ops.silu(up) * gate
+    yield "silu is missing: it is gate · up, and silu(gate) · up was expected", gate * up
+    yield "up is missing: it is silu(gate), and silu(gate) · up was expected", silu
+    yield "the gate is taken for up: it is silu(gate) · gate, and silu(gate) · up was expected", silu * gate
+    yield "ReLU instead of silu in the feed-forward", np.maximum(gate, 0.0) * up
+    sigmoid = silu / np.where(gate == 0, 1.0, gate)
+    yield "the sigmoid instead of silu in the feed-forward: silu(x) is x · sigmoid(x)", sigmoid * up
+    tanh = np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))
+    yield "GELU instead of silu in the feed-forward, by its formula with tanh", 0.5 * gate * (1 + tanh) * up
+    erf = np.vectorize(math.erf, otypes=[np.float64])(gate / math.sqrt(2))
+    yield "GELU instead of silu in the feed-forward, by its formula with erf", 0.5 * gate * (1 + erf) * up
+    yield "QuickGELU, x · sigmoid(1.702 x), instead of silu in the feed-forward", ops.silu(1.702 * gate) / 1.702 * up
+
+
+RESIDUALS = {"attention_residual": ("attention_norm", "attention.out"), "out": ("ffn_norm", "feed_forward.out")}
+
+
+def residual_inputs(scene: Scene) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """What is added: the residual stream so far, and what attention or the feed-forward made of it."""
+    layer = scene.here.layer
+    before = f"layers.{layer}.attention_residual"
+    if scene.here.kind == "attention_residual":
+        before = f"layers.{layer - 1}.out" if layer else "tok_embeddings"
+    return scene.get_named(before), scene.get(RESIDUALS[scene.here.kind][1])
+
+
+def residual_mistakes(scene: Scene) -> Iterator[Prediction]:
+    """One of the two is left out, or the wrong one is added."""
+    normed, added = RESIDUALS[scene.here.kind]
+    x, y = residual_inputs(scene)
+    if x is None or y is None:
+        return
+    yield f"the residual connection is missing: it is {added} alone", y
+    yield f"{added} is not added: these are the numbers before it", x
+    if (z := scene.get(normed)) is not None:
+        yield f"the residual connection starts after the norm: {added} is added to {normed}, not to what went into it", z + y
 
 
 def named(kind: str) -> str:
@@ -569,6 +634,8 @@ MISTAKES: dict[str, tuple[Callable[[Scene], Iterator[Prediction]], ...]] = {
     **dict.fromkeys(WEIGHTS, (linear_mistakes,)),
     **dict.fromkeys(("attention.q", "attention.k"), (row_order, linear_mistakes)),
     **dict.fromkeys(NORMS, (norm_mistakes,)),
+    **dict.fromkeys(RESIDUALS, (residual_mistakes,)),
+    "feed_forward.act": (activation_mistakes,),
     **dict.fromkeys(("attention.q_rope", "attention.k_rope"), (rope_mistakes,)),
     **dict.fromkeys(("attention.scores", "attention.weights", "attention.heads"), (attention_mistakes,)),
 }
