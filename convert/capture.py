@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from npllama.checkpoint import size_text
-from npllama.config import Config, RopeScaling
+from npllama.config import Config, LinearRopeScaling, RopeScaling
 from npllama.model import Tap
 from npllama.precision import Precision
 from npllama.trace import EVERYTHING, Selection, Trace, TraceError, checked_run, n_steps_of, new_trace, read_trace, trace_size
@@ -217,8 +217,10 @@ def _hf_config(model) -> Config:
             high_freq_factor=rope["high_freq_factor"],
             original_max_seq_len=rope["original_max_position_embeddings"],
         )
+    elif kind == "linear":
+        scaling = LinearRopeScaling(rope["factor"])
     elif kind != "default":
-        raise TraceError(f"RoPE of type {kind!r}, expected default or llama3")
+        raise TraceError(f"RoPE of type {kind!r}, expected default, linear or llama3")
     return Config(
         dim=c.hidden_size,
         n_layers=c.num_hidden_layers,

@@ -438,7 +438,7 @@ def draw_error(figure: Figure, report: dict[str, object]) -> None:
     upper, lower = figure.subplots(2, 1)
     x = np.arange(len(entries))
     finite = np.concatenate([v[np.isfinite(v) & (v > 0)] for v in (error, floor)])
-    bottom, ceiling = (finite.min() / 3, finite.max() * 30) if finite.size else (1e-9, 1.0)
+    bottom, ceiling = (finite.min() / 3, finite.max() * max(30, limit or 0)) if finite.size else (1e-9, 1.0)
 
     def inside(values: np.ndarray) -> np.ndarray:
         return np.clip(np.nan_to_num(values, nan=ceiling, posinf=ceiling), bottom, ceiling)

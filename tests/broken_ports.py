@@ -40,6 +40,10 @@ def to_halves(x: np.ndarray) -> np.ndarray:
     return np.concatenate([x[..., 0::2], x[..., 1::2]], axis=-1)
 
 
+def to_pairs(x: np.ndarray) -> np.ndarray:
+    return np.stack(np.split(x, 2, axis=-1), axis=-1).reshape(x.shape)
+
+
 def rope_of_halves(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
     a, b = np.split(x, 2, axis=-1)
     return np.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)

@@ -13,6 +13,7 @@ import tiny
 torch = pytest.importorskip("torch", reason="torch is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
+from npllama import LinearRopeScaling  # noqa: E402
 from npllama.precision import round_bfloat16  # noqa: E402
 from npllama.trace import Selection, TraceError, record  # noqa: E402
 from npllama_convert.capture import capture  # noqa: E402
@@ -48,6 +49,13 @@ def test_a_hugging_face_model_gives_the_activations_of_the_same_name(tmp_path, n
     assert captured.meta["model"]["config"] == model.config.to_dict()
     assert captured.meta["versions"]["torch"] == torch.__version__
     assert any("adjacent pairs" in note for note in captured.meta["notes"])
+
+
+def test_a_model_with_linear_scaling_is_captured_as_it_is_converted(tmp_path):
+    model = numpy_model(tiny.config(rope_scaling=LinearRopeScaling(4.0)))
+    captured = capture(hf_model(model.config, model.params), tokens := tiny.random_tokens(model.config, 2, 9), tmp_path / "t")
+    assert_same_activations(captured, record(model, tokens), 5e-6)
+    assert captured.meta["model"]["config"] == model.config.to_dict()
 
 
 @pytest.mark.parametrize("real", OURS_OR_REAL)

@@ -12,10 +12,11 @@ import pytest
 from npllama.checkpoint import create, load
 from npllama.cli import main
 from npllama.compare import compare
+from npllama.compare.inputs import read_activations
 from npllama.compare.text import in_layers, ranges
 from npllama.config import parameter_shapes
 from npllama.precision import Precision
-from npllama.trace import Selection, write_trace
+from npllama.trace import Selection, record, write_trace
 
 import tiny
 
@@ -115,6 +116,50 @@ def test_bfloat16_safetensors_are_widened_and_judged_as_bfloat16(model, traces, 
     assert strict.first.name == "tok_embeddings"
 
 
+def save_one_in_bfloat16(folder, arrays):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    tensors = {name: torch.from_numpy(x) for name, x in arrays.items()}
+    tensors["layers.1.attention.weights"] = tensors["layers.1.attention.weights"].bfloat16()
+    safetensors.save_file(tensors, folder / "mine.safetensors")
+    return folder / "mine.safetensors"
+
+
+def save_one_in_float16(folder, arrays):
+    name = "layers.1.attention.weights"
+    return save_npz(folder, {**arrays, name: arrays[name].astype(np.float16)})
+
+
+@pytest.mark.parametrize("save", [save_one_in_float16, save_one_in_bfloat16])
+def test_one_16_bit_array_is_no_excuse_for_the_others(save, model, traces, tmp_path, capsys):
+    """An eps that is wrong is hidden by 16 bits, but only one activation has them."""
+    steps = json.loads((traces / "reference" / "trace.json").read_text())["steps"]
+    arrays = record(broken_ports.port("eps", model)[0], TOKENS, steps)
+    status, out, _ = run(capsys, traces / "reference", save(tmp_path, arrays))
+    verdict = out.splitlines()[0]
+    kind = save.__name__.removeprefix("save_one_in_")
+    assert (status, verdict[:41]) == (1, "first divergence: layers.0.attention_norm")
+    assert verdict.endswith(f"; judged as float32: of {len(arrays)} activations 1 is stored as {kind}")
+    assert (
+        "judged as"
+        not in run(capsys, traces / "reference", save(tmp_path, arrays), "--precision", "bfloat16")[1].split("\n")[0]
+    )
+
+
+def test_the_precision_is_what_most_arrays_are_stored_in(traces, arrays, tmp_path):
+    half = {name: x.astype(np.float16) if i % 2 else x for i, (name, x) in enumerate(arrays.items())}
+    assert len(half) % 2 == 0
+    assert read_activations(save_npz(tmp_path, half)).precision == "float32", "half of them are not most"
+    wider = {name: x.astype(np.float64) if i else x for i, (name, x) in enumerate(arrays.items())}
+    assert read_activations(save_npz(tmp_path, wider)).precision == "float32", "NumPy promotes in silence"
+    wider = {name: x.astype(np.float64) for name, x in arrays.items()}
+    assert read_activations(save_npz(tmp_path, wider)).precision == "float64"
+    most = {name: x if name.endswith("logits") else x.astype(np.float16) for name, x in arrays.items()}
+    found = compare(traces / "reference", save_npz(tmp_path, most))
+    assert found.precision == "float16", "as Meta's code returns the logits in float32 whatever it computes in"
+    assert found.verdict.endswith(f"; judged as float16: of {len(most)} activations 2 are stored as float32")
+
+
 def test_a_batch_axis_of_one_is_dropped_and_a_real_batch_compared(model, traces, arrays, tmp_path, capsys):
     assert run(capsys, traces / "reference", save_npz(tmp_path, {name: x[None] for name, x in arrays.items()}))[0] == 0
     batch = np.stack([TOKENS, np.r_[[-1, -1, -1], TOKENS[:6]]])
@@ -194,7 +239,10 @@ def empty(arrays):
             unmasked,
             "first divergence: layers.1.attention.scores (relative error * not masked in the candidate, the first at [2, 3, 4]",
         ),
-        (hidden, "first divergence: layers.1.attention.scores (relative error * 1 infinite, the first at [2, 3, 2]"),
+        (
+            hidden,
+            "first divergence: layers.1.attention.scores (relative error * not masked in the reference, the first at [2, 3, 2]",
+        ),
         (missing, "different: layers.1.ffn_norm is missing from the candidate"),
         (unmatched, "different: layers.1.ffn_norm is missing from the candidate"),
         (extra, "different: layers.2.ffn_norm is not in the reference"),
@@ -209,6 +257,13 @@ def test_what_no_number_shows_is_a_difference_with_its_name(spoil, verdict, trac
     assert status == 1
     assert out.splitlines()[0].startswith(start)
     assert out.splitlines()[0].endswith(end)
+
+
+def test_other_names_ask_for_a_map(traces, arrays, tmp_path, capsys):
+    path = save_npz(tmp_path, {f"model.{name}": arrays[name] for name in ("logits", "norm")})
+    status, out, _ = run(capsys, traces / "reference", path)
+    names = "tok_embeddings in the reference, model.logits in the candidate"
+    assert (status, out.splitlines()[0]) == (1, f"different: no name in common ({names}): is a --map missing?")
 
 
 def test_an_unmatched_name_is_listed_too(traces, arrays, tmp_path):
@@ -284,6 +339,71 @@ def test_other_tokens_are_no_comparison(model, traces, tmp_path, capsys):
     assert (status, "its tokens are" in err) == (2, True)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("precision", "int4", 'precision is "int4", expected float64, float32, bfloat16, float16'),
+        ("convention", "x", 'convention is "x", expected meta, hf or null'),
+        ("tokens", [1, 2, 3], "has tokens of shape [3], but in"),
+        ("tokens", [], "tokens is [], expected a list of token ids"),
+        ("tokens", [[1, 2], [3]], "tokens is [[1, 2], [3]], expected"),
+        ("tokens", [1, "2", 3], 'tokens is [1, "2", 3], expected'),
+        ("tokens", 7, "tokens is 7, expected"),
+        ("tokens", [10**6] * len(TOKENS), "token id 1000000 is outside the vocabulary"),
+        ("steps", 1, "steps is 1, expected a list with 1 token id for each step"),
+        ("steps", [[1, 2]], "steps is [[1, 2]], expected"),
+        ("steps", [["a"]], 'steps is [["a"]], expected'),
+        ("steps", [], "has 0 steps, but in"),
+        ("model", 5, "model is 5, expected its path"),
+        ("model", {"path": 5}, 'model is {"path": 5}, expected its path'),
+        ("model", {"path": None, "config": {"dim": 96}}, "the model's config: missing n_layers"),
+    ],
+)
+@pytest.mark.parametrize("side", ["reference", "candidate"])
+def test_a_trace_that_says_impossible_things_of_its_run_is_refused(side, key, value, message, traces, arrays, tmp_path, capsys):
+    """In one line that names its trace.json, whichever of the two it is; the other has none to disagree with."""
+    for name in ("reference", "mine"):
+        shutil.copytree(traces / name, tmp_path / name)
+    broken, other = ("reference", "mine") if side == "reference" else ("mine", "reference")
+    file = tmp_path / broken / "trace.json"
+    meta = json.loads(file.read_text())
+    file.write_text(json.dumps(meta | {key: value if key != "model" or value == 5 else {**meta["model"], **value}}))
+    if "outside the vocabulary" in message and side == "candidate":
+        pytest.skip("without a trace.json of the reference its vocabulary isn't known")
+    (tmp_path / other / "trace.json").unlink()
+    status, out, err = run(capsys, tmp_path / "reference", tmp_path / "mine")
+    assert (status, out, err.count("\n")) == (2, "", 1), err
+    assert str(file) in err
+    assert message.partition('{"path": 5')[0] in err
+
+
+def test_tokens_that_the_given_model_lacks_are_said_with_their_file(model, traces, tmp_path, capsys):
+    meta = json.loads((traces / "mine" / "trace.json").read_text())
+    mine = shutil.copytree(traces / "mine", tmp_path / "mine")
+    (mine / "trace.json").write_text(json.dumps({**meta, "tokens": [10**6] * len(TOKENS)}))
+    reference = shutil.copytree(traces / "reference", tmp_path / "reference")
+    (reference / "trace.json").unlink()
+    with pytest.raises(ValueError, match=r"mine/trace\.json: token id 1000000 is outside the vocabulary"):
+        compare(reference, mine, model=model)
+
+
+def test_a_trace_judges_arrays_with_a_batch_axis_of_one(model, traces, tmp_path):
+    """The candidate's trace.json has one sequence's tokens, and the reference's arrays a batch of one."""
+    shutil.copytree(traces / "reference", tmp_path / "reference")
+    arrays = {
+        f.relative_to(tmp_path / "reference").as_posix()[:-4]: np.load(f) for f in (tmp_path / "reference").rglob("*.npy")
+    }
+    reference = save_npz(tmp_path, {name: x[None] for name, x in arrays.items()})
+    batch = write_trace(
+        model, TOKENS[None], tmp_path / "batch", json.loads((traces / "mine" / "trace.json").read_text())["steps"]
+    )
+    file = batch.path / "trace.json"
+    file.write_text(json.dumps({**batch.meta, "tokens": TOKENS.tolist()}))
+    found = compare(reference, batch.path, model=model)
+    assert found.equal, found.verdict
+    assert found.noise.source.startswith("measured")
+
+
 def test_a_hash_that_does_not_match_is_a_warning(traces, arrays, tmp_path, capsys):
     mine = shutil.copytree(traces / "mine", tmp_path / "mine")
     np.save(mine / "norm.npy", np.nextafter(arrays["norm"], np.float32(np.inf)))
@@ -322,6 +442,15 @@ def test_tolerances_are_numpys(traces, arrays, tmp_path):
         assert norm.passed == np.allclose(arrays["norm"].astype(float), reference, atol=atol, rtol=rtol), (atol, rtol)
 
 
+@pytest.mark.parametrize("option", ["--atol", "--rtol"])
+@pytest.mark.parametrize("value", ["nan", "-1", "inf"])
+def test_a_tolerance_that_judges_nothing_is_refused(option, value, traces, arrays, tmp_path, capsys):
+    arrays["norm"] *= 2
+    status, out, err = run(capsys, traces / "reference", save_npz(tmp_path, arrays), f"{option}={value}")
+    assert (status, out) == (2, "")
+    assert f"{option[2:]} is {value}, expected a finite number that is not below 0" in err
+
+
 def test_finite_numbers_that_mask_are_masks(traces, arrays, tmp_path):
     for stand_in in (-1e9, np.finfo(np.float32).min, -1e4):
         for name, x in arrays.items():
@@ -353,6 +482,17 @@ def test_the_noise_floor_can_come_from_a_trace(model, traces, arrays, tmp_path, 
     assert str(tmp_path / "noise") in out
     status, _, err = run(capsys, traces / "reference", mine, "--noise", traces / "reference")
     assert (status, "equal to the reference" in err) == (2, True)
+
+
+def test_the_candidate_is_no_noise_trace(model, traces, arrays, tmp_path, capsys):
+    """Else each of its mistakes would be its own excuse."""
+    wrong = save_npz(tmp_path, {name: x * np.float32(1.1) for name, x in arrays.items()})
+    copy = shutil.copy(wrong, tmp_path / "copy.npz")
+    for noise in (wrong, copy):
+        status, out, err = run(capsys, traces / "reference", wrong, "--noise", noise)
+        assert (status, out) == (2, "")
+        assert f"{noise}: equal to the candidate" in err
+        assert err.count("\n") == 1
 
 
 def test_the_references_own_model_measures_the_noise(model, tmp_path, capsys):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 
 import broken_ports
 import numpy as np
 import pytest
 
+from npllama import ops
 from npllama.compare import compare
 from npllama.compare.maps import BUILT_IN, MapError, read_map
 from npllama.precision import Precision
-from npllama.trace import write_trace
+from npllama.trace import record, write_trace
 
 import tiny
 
@@ -152,6 +154,34 @@ def test_other_programs_names_and_layouts(made, model, reference, ours, tmp_path
         assert [row.name for row in found.rows if not row.passed] == [read_map(made.__name__).find(name)[0]], name
 
 
+def sees_the_past_only(query_positions, slot_positions, dtype):
+    mask = ops.causal_mask(query_positions - 1, slot_positions, dtype)
+    return np.where(slot_positions == 0, np.array(0, dtype), mask)
+
+
+def divided_by_K(q, keys, mask):
+    return ops.query_key_products(q, keys) / np.asarray(q.shape[-1], q.dtype) + mask
+
+
+@pytest.mark.parametrize(
+    ("replaced", "words"),
+    [
+        (broken_ports.OPERATIONS["unscaled"], "1/sqrt(K) is missing"),
+        ({"attention_scores": divided_by_K}, "divided by K = 16 instead of sqrt(K)"),
+        (broken_ports.OPERATIONS["no_mask"], "the causal mask is missing"),
+        (broken_ports.OPERATIONS["mask_off_by_one"], "each token sees the one after it"),
+        ({"causal_mask": sees_the_past_only}, "no token but the first sees itself"),
+    ],
+)
+def test_raw_scores_prove_neither_scale_nor_mask(replaced, words, model, reference, tmp_path):
+    """ggml's kq comes before both: the map's rule, not the port, has put them into the scores that compare() sees."""
+    mine = record(model, TOKENS, precision=broken_ports.Port(**replaced))
+    np.savez(tmp_path / "theirs.npz", **ggml(model, mine))
+    found = compare(reference.path, tmp_path / "theirs.npz", names="ggml", model=model)
+    assert found.first.name == "layers.0.attention.weights"
+    assert words in found.hints[0]
+
+
 def test_norms_before_their_weight_are_left_out_aloud_without_a_model(model, reference, ours, tmp_path):
     np.savez(tmp_path / "theirs.npz", **transformerlens(model, ours))
     found = compare(reference.path, tmp_path / "theirs.npz", names="transformerlens")
@@ -207,6 +237,20 @@ def test_a_broken_map_is_said_to_be(content, message, tmp_path):
 def test_an_unknown_map_is_told_the_known_ones():
     with pytest.raises(MapError, match="hf, transformerlens, ggml"):
         read_map("mlx")
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        ("norm.wieght", "norm: weight is norm.wieght, which the model doesn't have; norm.weight it has"),
+        ("layers.0.attention.wk.weight", "norm: weight layers.0.attention.wk.weight has the shape [32, 96], expected [96]"),
+    ],
+)
+def test_a_maps_weight_that_the_model_lacks(weight, message, model, reference, ours, tmp_path):
+    (tmp_path / "map.json").write_text(json.dumps({"norm": {"name": "norm", "weight": weight}}))
+    np.savez(tmp_path / "mine.npz", norm=ours["norm"])
+    with pytest.raises(MapError, match=re.escape(f"map {tmp_path / 'map.json'}: {message}")):
+        compare(reference.path, tmp_path / "mine.npz", names=str(tmp_path / "map.json"), model=model)
 
 
 def test_two_names_for_one_activation_are_refused(reference, ours, tmp_path):

@@ -66,7 +66,7 @@ def test_the_port_in_c(compiler, model, flags, equal, tmp_path):
     assert found.equal == equal, found.verdict
     if equal:
         worst = max(judged.ratio for row in found.rows for judged in (row.judged, row.local))
-        assert worst < LIMITS["float32"] / 2, "plain loops in C are no mistake, by a margin"
+        assert worst < LIMITS["float32"].one / 2, "plain loops in C are no mistake, by a margin"
     else:
         assert found.verdict.startswith("first divergence: layers.0.attention.q_rope (relative error ")
         assert found.hints == ["wrong RoPE θ: the angles are those of θ = 10000, and 500000 was expected"]

@@ -11,7 +11,7 @@ import numpy as np
 from ..checkpoint import Model, load
 from ..config import Config
 from ..precision import PRECISIONS, Precision
-from ..trace import model_facts, run
+from ..trace import checked_run, model_facts, run
 from .hints import hints
 from .inputs import Activations, InputError, read_activations
 from .judging import Aligned, Judged, judge, pair, problem_of
@@ -43,6 +43,7 @@ class Comparison:
     noise: NoiseFloor
     tolerance: tuple[float, float] | None  # atol and rtol, when they judge instead of the noise floor
     rows: list[Row]  # in the order of computation
+    assumed: str = ""  # why this precision, where the candidate's files are of several
     warnings: list[str] = field(default_factory=list)
     hints: list[str] = field(default_factory=list)
 
@@ -65,21 +66,28 @@ class Comparison:
     @property
     def wrong_by_themselves(self) -> list[str]:
         """The activations whose operation is wrong even on the candidate's own inputs."""
-        return [row.name for row in self.rows if row.local and row.local.ratio > self.noise.limit]
+        return [row.name for row in self.rows if row.local and not row.local.passed]
 
     @property
     def verdict(self) -> str:
-        """One sentence."""
+        """One sentence, and the precision that is meant if the candidate doesn't say."""
+        return self._verdict() + (f"; judged as {self.precision}: {self.assumed}" if self.assumed else "")
+
+    def _verdict(self) -> str:
         row = self.first
         if row is None:
             return self._equal_verdict()
         if row.problem in ABSENT:
+            theirs, ours = ([r.name for r in self.rows if r.problem == absent] for absent in ABSENT)
+            if theirs and ours and len(theirs) + len(ours) == len(self.rows):
+                names = f"{theirs[0]} in the reference, {ours[0]} in the candidate"
+                return f"different: no name in common ({names}): is a --map missing?"
             others = sum(r.problem == row.problem for r in self.rows) - 1
             return f"different: {row.name} is {row.problem}" + (f", and {others} more" if others else "")
         if row.judged is None:
             return f"first divergence: {row.name} ({row.problem})"
         shown, kind = row.judged, "relative error"
-        if self.tolerance is None and row.problem is None and row.judged.ratio <= self.noise.limit:
+        if self.tolerance is None and row.problem is None and row.judged.passed:
             shown, kind = row.local, "local relative error"
         against = f"noise floor {_short(shown.floor)}"
         if self.tolerance is not None:
@@ -96,7 +104,7 @@ class Comparison:
             return f"identical: {count}"
         return (
             f"equal within rounding: {count}, none more than {worst.judged.ratio:.2g} times its noise floor "
-            f"({worst.name}; the limit is {self.noise.limit:g})"
+            f"({worst.name}; the limit is {worst.judged.limit:g})"
         )
 
 
@@ -125,18 +133,24 @@ def compare(
     names      how the candidate's names and layouts become ours: "hf", "transformerlens", "ggml" or a JSON file (maps.py)
     model      measures the noise floor and each operation by itself; by default the one that the reference's trace.json names
     noise      a trace of the same tokens as the reference's, in the candidate's precision (one of the two in float64)
-    precision  the candidate's, when it isn't what its trace.json or its stored dtype says
+    precision  the candidate's, when it isn't what its trace.json says or, without one, what its arrays are stored in
     partial    compare what both sides have; else a name that one side lacks is a failure
     atol, rtol judge by |candidate - reference| <= atol + rtol · |reference| instead of the noise floor
 
     Raises ValueError, naming the file, when an input can't be used; what differs is in the result.
     """
     reference, candidate = (x if isinstance(x, Activations) else read_activations(x) for x in (reference, candidate))
+    for option, x in (("atol", atol), ("rtol", rtol)):
+        if x is not None and not 0 <= x < math.inf:
+            raise InputError(f"{option} is {x:g}, expected a finite number that is not below 0")
     warnings: list[str] = []
     tokens, steps = _tokens(reference, candidate)
     found = model if isinstance(model, Model) else _find_model(reference, model, warnings)
     config = found.config if found else _config(reference)
+    if tokens is not None:
+        tokens = _checked_tokens(tokens, steps, reference, candidate, config)
     name_map = read_map(names)
+    assumed = "" if precision else candidate.mixed
     precision = precision or candidate.precision
     if precision not in PRECISIONS:
         raise InputError(f"precision is {precision!r}, expected {', '.join(PRECISIONS)}")
@@ -150,9 +164,8 @@ def compare(
         warnings += [f"{side.path}: {name} is not as trace.json's sha256 has it" for name in own if not side.hash_matches(name)]
 
     tolerance = None if atol is None and rtol is None else (atol or 0.0, rtol or 0.0)
-    convention = (candidate.meta or {}).get("convention")
-    floor = _noise_floor(aligned, coarser, convention, noise, reference, tolerance is not None)
-    comparison = Comparison(str(reference.path), str(candidate.path), precision, floor, tolerance, rows, warnings)
+    floor = _noise_floor(aligned, coarser, noise, reference, tolerance is not None)
+    comparison = Comparison(str(reference.path), str(candidate.path), precision, floor, tolerance, rows, assumed, warnings)
     for row in rows:
         if row.name in aligned.candidate:
             _judge_row(row, aligned, comparison)
@@ -177,6 +190,29 @@ def _tokens(reference: Activations, candidate: Activations) -> tuple[np.ndarray 
                 theirs, ours = _start(metas[1][key]), _start(metas[0][key])
                 raise InputError(f"{candidate.path}: its {key} are {theirs}, those of {reference.path} {ours}")
     return (np.array(metas[0]["tokens"]), metas[0]["steps"]) if metas else (None, [])
+
+
+def _checked_tokens(
+    tokens: np.ndarray, steps: list, reference: Activations, candidate: Activations, config: Config | None
+) -> np.ndarray:
+    """The prompt's ids in the shape of the reference's batch; InputError if neither its arrays nor the model can have them."""
+    file = (reference if reference.meta else candidate).path / "trace.json"
+    for name in reference:
+        here, shape = place(name), reference.shape(name)
+        if here.axes is None or not len(here.axes) <= len(shape) <= len(here.axes) + 1:
+            continue
+        batch, own = shape[: len(shape) - len(here.axes)], shape[len(shape) - len(here.axes) + here.axes.index("T")]
+        if here.step is None and math.prod(batch) * own == tokens.size:
+            tokens = tokens.reshape(*batch, own)
+        elif here.step is None or here.step >= len(steps):
+            has = f"{len(steps)} steps" if here.step is not None else f"tokens of shape {list(tokens.shape)}"
+            raise InputError(f"{file} has {has}, but in {reference.path} {name} has the shape {list(shape)}")
+    if config is not None:
+        try:
+            checked_run(config, tokens, steps)
+        except ValueError as error:
+            raise InputError(f"{file}: {error}") from None
+    return tokens
 
 
 def _start(values: list) -> str:
@@ -241,11 +277,13 @@ def _align(aligned: Aligned, candidate: Activations, name_map: NameMap, partial:
             except NeedsModel:
                 skipped.append(name)
                 continue
+            except MapError as error:
+                raise MapError(f"map {name_map.title}: {own}: {error}") from None
             except LayoutError as error:
                 rows.append(Row(name, str(error)))
                 continue
             rows.append(Row(name, None if x.size else "empty"))
-            aligned.candidate[name] = x
+            aligned.candidate[name], aligned.rules[name] = x, rule
     if not partial:
         rows += [Row(own, ABSENT[1]) for own in unknown]
     if out_of_reach:
@@ -258,33 +296,38 @@ def _align(aligned: Aligned, candidate: Activations, name_map: NameMap, partial:
 # ------------------------------------------------------------------------------------------------------------------ judging
 
 
-def _noise_floor(
-    aligned: Aligned, precision: str, convention: str | None, given, reference: Activations, by_tolerance: bool
-) -> NoiseFloor:
+def _noise_floor(aligned: Aligned, precision: str, given, reference: Activations, by_tolerance: bool) -> NoiseFloor:
     if isinstance(given, NoiseFloor):
         return given
     can_measure = aligned.model is not None and aligned.tokens is not None and not by_tolerance
     measured = None
     if can_measure:
-        measured = measure_noise(aligned.model, aligned.tokens, aligned.steps, precision, convention, aligned.candidate.keys())
+        measured = measure_noise(aligned.model, aligned.tokens, aligned.steps, precision, aligned.candidate.keys())
     if given is None:
-        return measured or bundled_noise(reference, precision) or default_noise(precision)
+        n_layers = 1 + max((place(name).layer or 0 for name in reference), default=0)
+        return measured or bundled_noise(reference, precision) or default_noise(precision, n_layers)
     other = read_activations(given)
-    if (
-        other.meta
-        and reference.meta
-        and (other.meta["tokens"], other.meta["steps"]) != (aligned.tokens.tolist(), aligned.steps)
-    ):
+    if other.meta and reference.meta and any(other.meta[key] != reference.meta[key] for key in ("tokens", "steps")):
         raise InputError(f"{given}: its tokens are not the reference's")
+    if _is_the_candidate(other, aligned):
+        raise InputError(f"{given}: equal to the candidate; a noise trace is another, right program's in the same precision")
     floor = noise_between(reference, other, precision, str(given))
-    return NoiseFloor(precision, floor.source, floor.accumulated, measured.local if measured else {})
+    return NoiseFloor(precision, floor.source, floor.accumulated, measured.local if measured else {}, floor.limits)
+
+
+def _is_the_candidate(noise: Activations, aligned: Aligned) -> bool:
+    """Whether each number of the noise trace is the candidate's, so that any mistake would count as noise."""
+    shared = [name for name in noise if name in aligned.candidate]
+    pairs = [(noise[name], aligned.candidate[name], aligned.reference[name]) for name in shared]
+    same = all(np.array_equal(x, c, equal_nan=True) for x, c, _ in pairs)
+    return same and any(not np.array_equal(x, r, equal_nan=True) for x, _, r in pairs)
 
 
 def _judge_row(row: Row, aligned: Aligned, comparison: Comparison) -> None:
     if row.problem:
         return
     c, r, kept = pair(aligned, row.name, aligned.candidate[row.name], aligned.reference[row.name])
-    row.problem = problem_of(c, r)
+    row.problem = problem_of(row.name, c, r)
     logits = place(row.name).kind == "logits"
     of_tokens = [by_token(row.name, x) for x in (c, r)]  # [..., T, numbers]
     of_tokens = [x[kept[..., -x.shape[-2] :]] for x in of_tokens]
@@ -301,23 +344,39 @@ def _judge_row(row: Row, aligned: Aligned, comparison: Comparison) -> None:
 def _within(row: Row, comparison: Comparison) -> bool:
     if comparison.tolerance is not None:
         return True
-    return all(judged is None or judged.ratio <= comparison.noise.limit for judged in (row.judged, row.local))
+    return all(judged is None or judged.passed for judged in (row.judged, row.local))
 
 
 def _judge_operations(aligned: Aligned, comparison: Comparison) -> None:
-    """Compute every operation in float64 from the candidate's own activations, and judge what the candidate made of them."""
+    """Compute every operation in float64 from the candidate's own activations, and judge what the candidate made of them.
+
+    Where one of those can't be used (it has another shape, or numbers that are none), what is computed from it isn't judged:
+    the candidate's own input is not known then.
+    """
     rows = {row.name: row for row in comparison.rows}
+    n_layers = aligned.model.config.n_layers
+    unusable: set[str] = set()  # by themselves, or by what went into them unrecorded
 
     def tap(name: str, x: np.ndarray) -> np.ndarray:
+        inputs = place(name).inputs(n_layers)
+        inputs_known = unusable.isdisjoint(inputs)
+        if name not in rows or rows[name].problem in ABSENT:  # not recorded: x goes on
+            if not inputs_known:
+                unusable.add(name)
+            return x
         c = aligned.candidate.get(name)
         if c is None or c.shape != x.shape:
+            unusable.add(name)
             return x
         c, expected, kept = pair(aligned, name, c, x)
-        if np.isnan(c).any() or np.isposinf(c).any() or not np.isfinite(expected[~np.isneginf(expected)]).all():
+        if np.isnan(c).any() or np.isposinf(c).any():
+            unusable.add(name)
             return x
-        rows[name].local = judge(name, c, expected, kept, comparison.noise, local=True)
-        if (np.isneginf(c) != np.isneginf(expected)).any():  # masked in one only
-            rows[name].local = replace(rows[name].local, error=math.inf, ratio=math.inf)
+        if inputs_known and np.isfinite(expected[~np.isneginf(expected)]).all():
+            one = all(source in aligned.candidate for source in inputs)
+            rows[name].local = judge(name, c, expected, kept, comparison.noise, local=True, one=one)
+            if (np.isneginf(c) != np.isneginf(expected)).any():  # masked in one only
+                rows[name].local = replace(rows[name].local, error=math.inf, ratio=math.inf)
         return c
 
     run(aligned.model, aligned.tokens, aligned.steps, Precision("float64"), tap)

@@ -23,6 +23,7 @@ from .judging import Aligned, judge, pair, relative_error
 from .names import dimensions, place
 from .noise import NoiseFloor
 
+ROUNDED_ONCE, GATHERED = 2.0**-6, 2.0**-3  # more than the relative error of one bfloat16 operation, of some layers of them
 EXPLAINED = 1e-3  # a prediction that leaves less than this share of the error explains it
 
 Prediction = tuple[str, "np.ndarray | None"]
@@ -49,6 +50,11 @@ class Scene:
         if x is None and (name := self.here.sibling(kind)) in self.aligned.reference:
             x = np.asarray(self.aligned.reference[name], np.float64)
         return x
+
+    def adjusted_scores(self) -> set[str]:
+        """What of the candidate's scores is not its own, since its map's rule has put it there: "scale", "unmasked"."""
+        rule = self.aligned.rules.get(self.here.sibling("attention.scores"))
+        return {what for what in ("scale", "unmasked") if rule and getattr(rule, what)}
 
     def get_named(self, name: str) -> np.ndarray | None:
         """An activation of the same step by its name without the step."""
@@ -95,7 +101,7 @@ class Scene:
         c, r, kept = pair(self.aligned, self.name, self.target, prediction)
         if (np.isneginf(c) != np.isneginf(r)).any():
             return False
-        if judge(self.name, c, r, kept, self.noise, local=self.name in self.noise.local).ratio <= self.noise.limit:
+        if judge(self.name, c, r, kept, self.noise, local=self.name in self.noise.local, one=True).passed:
             return True
         if wrong is None:
             return False
@@ -111,14 +117,14 @@ def hints(name: str, aligned: Aligned, noise: NoiseFloor, precision: str) -> lis
     right = right_operation(scene)
     if right is not None and scene.explains(right, None):
         return ["its own operation is right: what goes into it isn't, by a little each time or in a step that isn't recorded"]
-    if found := reduced_precision(scene):
-        return [found]
+    if not scene.target.any() and np.any(scene.aligned.reference[name]):
+        return ["every number is zero: was it ever written?"]
     for mistakes in MISTAKES.get(scene.here.kind, ()):
         for text, prediction in mistakes(scene):
             if scene.explains(prediction, right):
                 return [text]
-    size = bfloat16_sized(scene)
-    return [size] if size else []
+    found = reduced_precision(scene, right) or bfloat16_sized(scene)
+    return [found] if found else []
 
 
 # ------------------------------------------------------------------------------------------------- the right operation
@@ -138,6 +144,12 @@ def right_operation(scene: Scene) -> np.ndarray | None:
         return None if x is None or frequencies is None else rotate(x, scene.positions()[0], frequencies)
     if kind in ("attention.scores", "attention.weights", "attention.heads"):
         return attend(scene)
+    if kind == "feed_forward.act":
+        gate, up = scene.get("feed_forward.gate"), scene.get("feed_forward.up")
+        return None if gate is None or up is None else ops.swiglu(gate, up)
+    if kind in RESIDUALS:
+        x, y = residual_inputs(scene)
+        return None if x is None or y is None else x + y
     return None
 
 
@@ -201,6 +213,11 @@ def rope_mistakes(scene: Scene) -> Iterator[Prediction]:
         "the pairs are adjacent, x[2j] with x[2j + 1]; with that permutation it fits",
         to_pairs_of(rotate, x, positions, frequencies),
     )
+    yield (
+        "interleaved RoPE on rows in Hugging Face's order: it turns x[2j] with x[2j + 1], but in that order the pairs are x[j] "
+        "with x[j + K/2]; with the rows permuted to adjacent pairs it fits",
+        to_pairs(rotate(to_halves(x), positions, frequencies)),
+    )
     yield "no RoPE: the numbers are not rotated at all", x
     for offset in (1, -1, 2, -2):
         by = "one" if abs(offset) == 1 else str(abs(offset))
@@ -223,27 +240,34 @@ def wrong_frequencies(scene: Scene, x, positions, found: np.ndarray, expected: n
     K = 2 * len(found)
     scaling = config.rope_scaling if config else None
     meant = config.rope_theta if config else fitted_theta(expected, None)
+    scaled = config is None and not fits(ops.rope_frequencies(K, meant, None, np.float64), expected, positions)
     for assumed, note in ((scaling, ""), (None, ", without its scaling")) if scaling else ((None, ""),):
         theta = fitted_theta(found, assumed)
-        if abs(theta / meant - 1) > 1e-3:
+        angles = rotate(x, positions, ops.rope_frequencies(K, theta, assumed, np.float64))
+        if scaled:  # by what isn't known, so that there is no θ to expect
+            yield f"the reference's RoPE angles are scaled, yours are not: they are those of θ = {rounded(theta)} alone", angles
+        elif abs(theta / meant - 1) > 1e-3:
             text = f"wrong RoPE θ: the angles are those of θ = {rounded(theta)}, and {rounded(meant)} was expected{note}"
-            yield text, rotate(x, positions, ops.rope_frequencies(K, theta, assumed, np.float64))
+            yield text, angles
+    unscaled = ops.rope_frequencies(K, meant, None, np.float64)
+    if scaling is not None:
+        yield "RoPE's scaling is missing: the angles are those of θ alone", rotate(x, positions, unscaled)
     ratio = float(np.sum(expected * found) / np.sum(found * found))
     if abs(ratio - 1) > 1e-3:
         text = f"wrong RoPE scale factor: every angle is {rounded(1 / ratio)} times the expected one"
         yield text, rotate(x, positions, expected / ratio)
-    if config is None:
-        return
-    unscaled = ops.rope_frequencies(K, config.rope_theta, None, np.float64)
-    if config.rope_scaling is not None:
-        yield "RoPE's scaling is missing: the angles are those of θ alone", rotate(x, positions, unscaled)
-        if factor := scale_factor(found, unscaled, config.rope_scaling):
-            scaling = dataclasses.replace(config.rope_scaling, factor=factor)
-            text = f"wrong RoPE scale factor: {rounded(factor)}, and {rounded(config.rope_scaling.factor)} was expected"
-            yield text, rotate(x, positions, ops.rope_frequencies(K, config.rope_theta, scaling, np.float64))
+    if isinstance(scaling, RopeScaling) and (factor := scale_factor(found, unscaled, scaling)):
+        text = f"wrong RoPE scale factor: {rounded(factor)}, and {rounded(scaling.factor)} was expected"
+        other = dataclasses.replace(scaling, factor=factor)
+        yield text, rotate(x, positions, ops.rope_frequencies(K, meant, other, np.float64))
     j = int(np.argmax(np.abs(found / expected - 1)))
     text = f"wrong RoPE angles: pair {j} turns by {found[j]:.6g} per position, and {expected[j]:.6g} was expected"
     yield text, rotate(x, positions, found)
+
+
+def fits(made: np.ndarray, frequencies: np.ndarray, positions: np.ndarray) -> bool:
+    """Whether two sets of angles per position are the same up to rounding at the furthest position."""
+    return bool(np.max(np.abs(made - frequencies)) * max(1, positions.max()) < 1e-3)
 
 
 def scale_factor(found: np.ndarray, unscaled: np.ndarray, scaling: RopeScaling) -> float | None:
@@ -318,6 +342,8 @@ def attend(
     if kind == "attention.heads" and (weights := scene.own("attention.weights")) is not None:
         return average(scene.slots(values), weights, head_of)
     scores = scene.own("attention.scores") if kind != "attention.scores" else None
+    if (mask is not None or scale is not None) and scene.adjusted_scores():
+        scores = None
     if scores is None:
         q, keys = scene.get("attention.q_rope"), scene.slots("attention.k_rope")
         if q is None or keys is None:
@@ -353,20 +379,25 @@ def attention_mistakes(scene: Scene) -> Iterator[Prediction]:
     if None in (H, G, K):
         return
     known = {"attention.weights": ("attention.scores",), "attention.heads": ("attention.scores", "attention.weights")}
-    before_weights = all(scene.own(source) is None for source in known.get(kind, ()))  # scores are made on the way here
-    if before_weights:
+    recorded = [source for source in known.get(kind, ()) if scene.own(source) is not None]
+    adjusted = scene.adjusted_scores() if recorded == ["attention.scores"] else set()
+    if not recorded or "unmasked" in adjusted:  # else the scores show how they were masked
         queries, slots = scene.positions()
         yield "the causal mask is missing: tokens see those after them", attend(scene, mask=np.zeros(()))
         sees_next = ops.causal_mask(queries + 1, slots, np.float64)
         yield "position off by one in the causal mask: each token sees the one after it", attend(scene, mask=sees_next)
         sees_past = ops.causal_mask(queries - 1, slots, np.float64)
         yield "position off by one in the causal mask: no token sees itself", attend(scene, mask=sees_past)
+        sees_past = np.where(slots[..., None, None, :] == 0, 0.0, sees_past)
+        yield "position off by one in the causal mask: no token but the first sees itself", attend(scene, mask=sees_past)
+    if not recorded or "scale" in adjusted:
         yield f"1/sqrt(K) is missing: the scores are sqrt({K}) times too large", attend(scene, scale=1.0)
         if scene.config and scene.config.dim != K:
             text = f"wrong scale: the scores are divided by sqrt(D) = sqrt({scene.config.dim}) instead of sqrt(K) = sqrt({K})"
             yield text, attend(scene, scale=scene.config.dim**-0.5)
-    if before_weights or kind == "attention.heads":
-        shared = "keys" if kind == "attention.scores" else "values" if not before_weights else "keys and values"
+        yield f"wrong scale: the scores are divided by K = {K} instead of sqrt(K)", attend(scene, scale=1 / K)
+    if not recorded or kind == "attention.heads":
+        shared = "keys" if kind == "attention.scores" else "values" if recorded else "keys and values"
         for rule, heads in (
             ("h % G", np.arange(H) % G),
             ("min(h, G - 1)", np.minimum(np.arange(H), G - 1)),
@@ -429,10 +460,16 @@ def norm_input(scene: Scene) -> tuple[np.ndarray, np.ndarray] | tuple[None, None
 
 
 def norm_mistakes(scene: Scene) -> Iterator[Prediction]:
-    """Another eps, solved for from each token's scale."""
+    """Parts of it left out, a weight meant otherwise, another eps, solved for from each token's scale."""
     x, weight = norm_input(scene)
     if weight is None or x.shape != scene.target.shape:
         return
+    eps = scene.config.norm_eps
+    yield "the norm is missing: these are the numbers that go into it", x
+    yield "the norm's weight is missing: the numbers are scaled to unit size only", ops.rms_norm(x, np.ones(()), eps)
+    yield "the norm multiplies by 1 + weight, as Gemma's does, and Llama's by weight", ops.rms_norm(x, 1 + weight, eps)
+    centred = x - x.mean(axis=-1, keepdims=True)
+    yield "LayerNorm, which takes the mean away, instead of RMSNorm", ops.rms_norm(centred, weight, eps)
     weighted = x * weight
     inverse = np.sum(scene.target * weighted, -1) / np.sum(weighted * weighted, -1)  # 1 / sqrt(mean x² + eps)
     mean_square = np.mean(x * x, axis=-1)
@@ -480,6 +517,12 @@ def linear_mistakes(scene: Scene) -> Iterator[Prediction]:
     if x is None or weight is None:
         return
     n_out, n_in = weight.shape
+    if kind == "logits" and not scene.config.tied_embeddings:
+        tied = np.asarray(widen(scene.params["tok_embeddings.weight"]), np.float64)
+        yield (
+            "the output matrix is taken to be the embedding, but this model has one of its own (output.weight)",
+            linear(x, tied),
+        )
     text = f"transposed weights: the product is x · W with the {n_out} x {n_in} weight read as {n_in} x {n_out}, not x · Wᵀ"
     yield text, shaped(scene, x @ weight.reshape(n_in, n_out))
     for precision, r in ROUND.items():
@@ -491,6 +534,53 @@ def linear_mistakes(scene: Scene) -> Iterator[Prediction]:
         ):
             text = f"{precision} where float32 was meant: it fits the product with the {what} rounded to {precision}"
             yield text, shaped(scene, linear(a, w))
+    cut = (np.asarray(weight, np.float32).view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32).astype(np.float64)
+    text = "bfloat16 where float32 was meant, cut off instead of rounded: it fits the product with the weights cut to 16 bits"
+    yield text, shaped(scene, linear(x, cut))
+
+
+def activation_mistakes(scene: Scene) -> Iterator[Prediction]:
+    """Another function than silu, or its arguments exchanged."""
+    gate, up = scene.get("feed_forward.gate"), scene.get("feed_forward.up")
+    if gate is None or up is None or gate.shape != scene.target.shape:
+        return
+    silu = ops.silu(gate)
+    yield "the gate and up are exchanged: it is silu(up) · gate, and silu(gate) · up was expected", ops.silu(up) * gate
+    yield "silu is missing: it is gate · up, and silu(gate) · up was expected", gate * up
+    yield "up is missing: it is silu(gate), and silu(gate) · up was expected", silu
+    yield "the gate is taken for up: it is silu(gate) · gate, and silu(gate) · up was expected", silu * gate
+    yield "ReLU instead of silu in the feed-forward", np.maximum(gate, 0.0) * up
+    sigmoid = silu / np.where(gate == 0, 1.0, gate)
+    yield "the sigmoid instead of silu in the feed-forward: silu(x) is x · sigmoid(x)", sigmoid * up
+    tanh = np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))
+    yield "GELU instead of silu in the feed-forward, by its formula with tanh", 0.5 * gate * (1 + tanh) * up
+    erf = np.vectorize(math.erf, otypes=[np.float64])(gate / math.sqrt(2))
+    yield "GELU instead of silu in the feed-forward, by its formula with erf", 0.5 * gate * (1 + erf) * up
+    yield "QuickGELU, x · sigmoid(1.702 x), instead of silu in the feed-forward", ops.silu(1.702 * gate) / 1.702 * up
+
+
+RESIDUALS = {"attention_residual": ("attention_norm", "attention.out"), "out": ("ffn_norm", "feed_forward.out")}
+
+
+def residual_inputs(scene: Scene) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """What is added: the residual stream so far, and what attention or the feed-forward made of it."""
+    layer = scene.here.layer
+    before = f"layers.{layer}.attention_residual"
+    if scene.here.kind == "attention_residual":
+        before = f"layers.{layer - 1}.out" if layer else "tok_embeddings"
+    return scene.get_named(before), scene.get(RESIDUALS[scene.here.kind][1])
+
+
+def residual_mistakes(scene: Scene) -> Iterator[Prediction]:
+    """One of the two is left out, or the wrong one is added."""
+    normed, added = RESIDUALS[scene.here.kind]
+    x, y = residual_inputs(scene)
+    if x is None or y is None:
+        return
+    yield f"the residual connection is missing: it is {added} alone", y
+    yield f"{added} is not added: these are the numbers before it", x
+    if (z := scene.get(normed)) is not None:
+        yield f"the residual connection starts after the norm: {added} is added to {normed}, not to what went into it", z + y
 
 
 def named(kind: str) -> str:
@@ -498,16 +588,31 @@ def named(kind: str) -> str:
     return {"attention.v": "value", "attention.k": "key"}.get(kind, kind)
 
 
-def reduced_precision(scene: Scene) -> str | None:
-    """Whether every number of the candidate, but not of the reference, is one of a 16-bit format."""
+def reduced_precision(scene: Scene, right: np.ndarray | None) -> str | None:
+    """Whether every number of the candidate, but not of the reference, is one of a 16-bit format, and about the right one.
+
+    Rounding is the cause only where nothing else is wrong: ones, zeros and a bfloat16 model's untouched embeddings are numbers
+    of 16 bits, too. About right is what one operation on the candidate's own inputs makes, or, where it isn't known, what
+    several have made of the reference's.
+    """
     if scene.precision in ROUND:
         return None
-    reference = np.asarray(scene.aligned.reference[scene.name], np.float32)
+    reference = np.asarray(scene.aligned.reference[scene.name], np.float64)
+    c, r, _ = pair(scene.aligned, scene.name, scene.target, reference if right is None else right)
+    if relative_error(c, r) > (GATHERED if right is None else ROUNDED_ONCE):
+        return None
+    reference = reference.astype(np.float32)
     target = scene.target.astype(np.float32)
     finite = target[np.isfinite(target)]
-    for precision, r in ROUND.items():
-        if np.array_equal(r(finite), finite) and np.count_nonzero(r(reference) != reference) > reference.size // 8:
-            return f"{precision} where float32 was meant: every number is one that {precision} has"
+    for precision, rounding in ROUND.items():
+        if (
+            np.array_equal(rounding(finite), finite)
+            and np.count_nonzero(rounding(reference) != reference) > reference.size // 8
+        ):
+            return (
+                f"{precision} where float32 was meant: every number is one that {precision} has "
+                f"(if {precision} was meant: --precision {precision})"
+            )
     return None
 
 
@@ -529,6 +634,8 @@ MISTAKES: dict[str, tuple[Callable[[Scene], Iterator[Prediction]], ...]] = {
     **dict.fromkeys(WEIGHTS, (linear_mistakes,)),
     **dict.fromkeys(("attention.q", "attention.k"), (row_order, linear_mistakes)),
     **dict.fromkeys(NORMS, (norm_mistakes,)),
+    **dict.fromkeys(RESIDUALS, (residual_mistakes,)),
+    "feed_forward.act": (activation_mistakes,),
     **dict.fromkeys(("attention.q_rope", "attention.k_rope"), (rope_mistakes,)),
     **dict.fromkeys(("attention.scores", "attention.weights", "attention.heads"), (attention_mistakes,)),
 }

@@ -94,8 +94,7 @@ def _by_layer(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
 
 def _panel(title: str, rows: list[Row], comparison: Comparison) -> str:
     """A picture of one layer: a logarithmic axis upwards, the activations in their order to the right."""
-    limit = comparison.noise.limit
-    values = [v for row in rows for j in (row.judged, row.local) if j for v in (j.error, j.floor, limit * j.floor)]
+    values = [v for row in rows for j in (row.judged, row.local) if j for v in (j.error, j.floor, j.limit * j.floor)]
     values = [v for v in values if v > 0 and math.isfinite(v)] or [1e-8, 1.0]
     low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)) + 1e-9)
     high = max(high, low + 1)
@@ -114,14 +113,14 @@ def _panel(title: str, rows: list[Row], comparison: Comparison) -> str:
         out.append(f'<text x="{LEFT - 5}" y="{at + 3}" text-anchor="end">1e{power}</text>')
     if comparison.tolerance is None:
         out.append(_line("floor", [(x(i), y(row.judged.floor)) for i, row in enumerate(rows)]))
-        out.append(_line("limit", [(x(i), y(limit * row.judged.floor)) for i, row in enumerate(rows)]))
+        out.append(_line("limit", [(x(i), y(row.judged.limit * row.judged.floor)) for i, row in enumerate(rows)]))
     out.append(_line("error", [(x(i), y(row.judged.error)) for i, row in enumerate(rows)]))
     for i, row in enumerate(rows):
         bad = "" if row.passed else "-bad"
         tip = f"{row.name}: error {row.judged.error:.2e}, floor {row.judged.floor:.1e}, {row.judged.ratio:.3g} times it"
         if row.local:
             tip += f"; alone {row.local.error:.2e}, {row.local.ratio:.3g} times its floor"
-            ring = "local local-bad" if row.local.ratio > limit else "local"
+            ring = "local" if row.local.passed else "local local-bad"
             out.append(f'<circle class="{ring}" cx="{x(i)}" cy="{y(row.local.error)}" r="4.5"/>')
         out.append(
             f'<circle class="dot{bad}" cx="{x(i)}" cy="{y(row.judged.error)}" r="2.8"><title>{_text(tip)}</title></circle>'

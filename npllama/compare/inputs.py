@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
+from ..config import Config, ConfigError
 from ..linear import widen
+from ..precision import CONVENTIONS, PRECISIONS, ROUND
 from ..trace import Trace, read_trace
+from .metrics import unit_roundoff
 
 SHAPES_FILE = "shapes.json"
 
@@ -23,7 +28,8 @@ class InputError(ValueError):
 class Activations(Mapping[str, np.ndarray]):
     """Name -> array, read when it is asked for.
 
-    .path; .meta, the content of trace.json if there is one; .precision, which the numbers were computed or stored in.
+    .path; .meta, the content of trace.json if there is one; .precision, which the numbers were computed or stored in;
+    .mixed, what is stored otherwise.
     """
 
     def __init__(
@@ -31,7 +37,7 @@ class Activations(Mapping[str, np.ndarray]):
         path: Path,
         readers: Mapping[str, Callable[[], np.ndarray]],
         trace: Trace | None = None,
-        stored: str | None = None,
+        stored: Mapping[str, str] | None = None,
     ):
         self.path = path
         self.trace = trace
@@ -51,15 +57,37 @@ class Activations(Mapping[str, np.ndarray]):
     def __len__(self) -> int:
         return len(self._readers)
 
+    @functools.cached_property
+    def _types(self) -> Counter[str]:
+        """How many arrays are stored in each precision; none when trace.json says which they were computed in."""
+        if self.meta:
+            return Counter()
+        types = {2: "float16", 4: "float32"}
+        return Counter((self._stored or {}).get(name) or types.get(self[name].dtype.itemsize, "float64") for name in self)
+
     @property
     def precision(self) -> str:
-        """As trace.json says; else the narrowest floating-point type that is stored."""
+        """As trace.json says; else a 16-bit type if most arrays are stored in one, else float32 if any is, else float64.
+
+        Few arrays of 16 bits don't loosen the judgement of all; few of float32 do, as what is float64 was computed from them.
+        """
         if self.meta:
             return self.meta["precision"]
-        if self._stored:
-            return self._stored
-        narrowest = min((self[name].dtype for name in self), key=lambda dtype: dtype.itemsize)
-        return {2: "float16", 4: "float32"}.get(narrowest.itemsize, "float64")
+        narrow = [name for name in self._types if name in ROUND]
+        if 2 * sum(self._types[name] for name in narrow) > len(self):
+            return min(narrow, key=lambda name: (-self._types[name], unit_roundoff(name)))
+        return max(self._types.keys() - ROUND.keys(), key=unit_roundoff)
+
+    @property
+    def mixed(self) -> str:
+        """What else is stored, for people: "1 of 105 activations is stored as float16", or nothing."""
+        others = {name: n for name, n in self._types.items() if name != self.precision}
+        counts = [f"{n} {'is' if n == 1 else 'are'} stored as {name}" for name, n in others.items()]
+        return f"of {len(self)} activations {' and '.join(counts)}" if counts else ""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """An array's shape, from trace.json if there is one."""
+        return tuple(self.meta["activations"][name]["shape"]) if self.meta else self[name].shape
 
     def hash_matches(self, name: str) -> bool:
         """Whether a trace's file is the one that was written; true where there is no hash."""
@@ -87,6 +115,7 @@ def read_activations(path: Path | str) -> Activations:
 def _read_folder(path: Path) -> Activations:
     if (path / "trace.json").exists():
         trace = read_trace(path)
+        _check_run(path / "trace.json", trace.meta)
         return Activations(path, {name: lambda n=name: trace[n] for name in trace}, trace)
     npy, raw = sorted(path.rglob("*.npy")), sorted(path.rglob("*.f32"))
     if npy and raw:
@@ -101,6 +130,44 @@ def _read_folder(path: Path) -> Activations:
         where = "has no shape in" if without[0] in names else "has no .f32 file, but is in"
         raise InputError(f"{path}: {without[0]} {where} {SHAPES_FILE}")
     return Activations(path, {n: lambda f=file, s=shapes[n]: _load_f32(f, s) for n, file in names.items()})
+
+
+def _check_run(file: Path, meta: dict) -> None:
+    """Raise InputError unless what trace.json says of the run can be used: read_trace() looks only at the arrays' entries."""
+
+    def refuse(key: str, expected: str) -> None:
+        found = json.dumps(meta[key])
+        raise InputError(f"{file}: {key} is {found if len(found) <= 60 else found[:57] + '...'}, expected {expected}")
+
+    if meta["precision"] not in PRECISIONS:
+        refuse("precision", ", ".join(PRECISIONS))
+    if meta["convention"] not in (None, *CONVENTIONS):
+        refuse("convention", f"{', '.join(CONVENTIONS)} or null")
+    rows = meta["tokens"] if isinstance(meta["tokens"], list) else []
+    batch = [row if isinstance(row, list) else [row] for row in rows]
+    if not rows or len({(type(row), len(ids)) for row, ids in zip(rows, batch, strict=True)}) > 1 or not _are_ids(batch, -1):
+        refuse("tokens", "a list of token ids, or one for each sequence, all as long")
+    n = len(rows) if isinstance(rows[0], list) else 1
+    steps = meta["steps"]
+    if (
+        not isinstance(steps, list)
+        or any(not isinstance(ids, list) or len(ids) != n for ids in steps)
+        or not _are_ids(steps, 0)
+    ):
+        refuse("steps", f"a list with {n} token id{'s' * (n > 1)} for each step")
+    model = meta["model"]
+    texts = isinstance(model, dict) and all(isinstance(model.get(k), str | None) for k in ("path", "manifest_sha256"))
+    if not texts:
+        refuse("model", "its path and manifest_sha256, each text or null, and its config")
+    if (config := model.get("config")) is not None:
+        try:
+            Config.from_dict(config)
+        except ConfigError as error:
+            raise InputError(f"{file}: the model's config: {error}") from None
+
+
+def _are_ids(rows: list[list], least: int) -> bool:
+    return all(ids and all(type(i) is int and least <= i < 2**31 for i in ids) for ids in rows)
 
 
 def _name(file: Path, folder: Path) -> str:
@@ -170,6 +237,5 @@ def _read_safetensors(path: Path) -> Activations:
         x = np.frombuffer(tensor["data"], dtypes[tensor["dtype"]]).reshape(tensor["shape"])
         return widen(x) if tensor["dtype"] == "BF16" else x
 
-    bfloat16 = any(tensor["dtype"] == "BF16" for tensor in tensors.values())
-    readers = {name: lambda n=name: read(n) for name in tensors}
-    return Activations(path, readers, stored="bfloat16" if bfloat16 else None)
+    stored = {name: "bfloat16" for name, tensor in tensors.items() if tensor["dtype"] == "BF16"}
+    return Activations(path, {name: lambda n=name: read(n) for name in tensors}, stored=stored)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from ..checkpoint import Model
 from ..config import Config
+from .maps import Rule
 from .names import by_token, place
 from .noise import NoiseFloor, Norms, norms
 
@@ -24,8 +25,14 @@ class Judged:
     error: float  # relative to the reference's root mean square at that token
     floor: float  # likewise
     ratio: float  # error / floor
+    limit: float  # what the ratio may be
     norm: str  # "rms" or "max", as noise.py has them
     token: int  # counted along the reference's tokens, batch rows one after the other
+
+    @property
+    def passed(self) -> bool:
+        """Whether it is within the limit."""
+        return self.ratio <= self.limit
 
 
 @dataclass
@@ -38,6 +45,7 @@ class Aligned:
     model: Model | None
     tokens: np.ndarray | None
     steps: list
+    rules: dict[str, Rule] = field(default_factory=dict)  # canonical name -> how its map had it arranged
 
     def padding(self, name: str) -> np.ndarray | None:
         """Which of the activation's tokens are padding, bool [..., T]; None if none is."""
@@ -75,11 +83,14 @@ def _as_masked(c: np.ndarray, r: np.ndarray) -> np.ndarray:
         return np.where(hidden & (c < largest - MASKED_BELOW), -np.inf, c)
 
 
-def problem_of(c: np.ndarray, r: np.ndarray) -> str | None:
+def problem_of(name: str, c: np.ndarray, r: np.ndarray) -> str | None:
     """What makes two arrays differ that no difference of numbers shows."""
+    only_masked_here = np.isneginf(c) & ~np.isneginf(r)
+    scores = place(name).kind == "attention.scores"  # -inf is a mask there, and a mistake elsewhere
     kinds = {
         "NaN": np.isnan(c),
-        "infinite": np.isposinf(c) | (np.isneginf(c) & ~np.isneginf(r)),
+        "infinite": np.isposinf(c) | (only_masked_here & (not scores)),
+        "masked in the candidate, not masked in the reference": only_masked_here & scores,
         "masked in the reference, not masked in the candidate": np.isneginf(r) & np.isfinite(c),
         "NaN or infinite in the reference": np.isnan(r) | np.isposinf(r),
     }
@@ -89,8 +100,14 @@ def problem_of(c: np.ndarray, r: np.ndarray) -> str | None:
     return None
 
 
-def judge(name: str, c: np.ndarray, r: np.ndarray, kept: np.ndarray, noise: NoiseFloor, local: bool = False) -> Judged:
-    """The worst token of two arrays of the same shape; what is not finite in both is left out."""
+def judge(
+    name: str, c: np.ndarray, r: np.ndarray, kept: np.ndarray, noise: NoiseFloor, local: bool = False, one: bool = False
+) -> Judged:
+    """The worst token of two arrays of the same shape; what is not finite in both is left out.
+
+    local   r is computed from the candidate's own activations
+    one     by the one operation between those and this, so that the stricter limit holds
+    """
     with np.errstate(invalid="ignore"):
         error, size = norms(by_token(name, c - r)), norms(by_token(name, r))
     n = error.rms.shape[-1]
@@ -102,7 +119,8 @@ def judge(name: str, c: np.ndarray, r: np.ndarray, kept: np.ndarray, noise: Nois
         norm, at = np.unravel_index(np.argmax(ratios), ratios.shape)
         relative = [0.0 if x[norm][at] == 0 else float(x[norm][at] / size.rms[at]) for x in (error, floor)]
     token = int(np.flatnonzero(kept.reshape(-1))[at])
-    return Judged(*relative, float(ratios[norm, at]), Norms._fields[norm], token)
+    limit = noise.limits.one if one else noise.limits.several
+    return Judged(*relative, float(ratios[norm, at]), limit, Norms._fields[norm], token)
 
 
 def relative_error(c: np.ndarray, r: np.ndarray) -> float:

@@ -16,6 +16,7 @@ as in {"blk.{i}.q": {"name": "layers.{i}.attention.q", "axes": "H T K", "pairs":
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import re
@@ -240,7 +241,8 @@ def _rule(file: str, pattern: str, rule: object) -> Rule | None:
 def arrange(x: np.ndarray, name: str, rule: Rule, reference: np.ndarray, head_dim: int | None, params) -> np.ndarray:
     """A candidate's array in our layout: the axes of `reference`, T perhaps shortened to the last tokens.
 
-    Raises LayoutError when its shape is none that the rule allows, NeedsModel when the rule needs a parameter and has none.
+    Raises LayoutError when its shape is none that the rule allows, NeedsModel when the rule needs a parameter and has none,
+    MapError when the model has no such parameter.
     """
     axes = place(name).axes
     if axes is None or not len(axes) <= reference.ndim <= len(axes) + 1:
@@ -261,10 +263,21 @@ def arrange(x: np.ndarray, name: str, rule: Rule, reference: np.ndarray, head_di
     if rule.weight:
         if params is None:
             raise NeedsModel(f"{name} comes before {rule.weight}")
-        x = x * np.asarray(params[rule.weight], x.dtype)
+        x = x * _factor(rule.weight, params, x.shape[-1]).astype(x.dtype)
     if rule.unmasked:
         x = np.where(np.isneginf(reference), np.asarray(-np.inf, x.dtype), x)
     return x
+
+
+def _factor(name: str, params, size: int) -> np.ndarray:
+    """A parameter that numbers along the last axis are multiplied by; MapError if the model has none of that name and size."""
+    if name not in params:
+        close = difflib.get_close_matches(name, params, 1)
+        raise MapError(f"weight is {name}, which the model doesn't have" + (f"; {close[0]} it has" if close else ""))
+    weight = np.asarray(params[name])
+    if weight.shape != (size,):
+        raise MapError(f"weight {name} has the shape {list(weight.shape)}, expected [{size}]")
+    return weight
 
 
 def _split_and_order(x, batch: tuple[int, ...], axes: list[str], sizes: dict[str, int], choices: str) -> np.ndarray:

@@ -30,6 +30,27 @@ LAYER = {
     "out": "T D",
 }
 AFTER = {"norm": "T D", "logits": "T V"}
+# What each is computed from in its own layer; Place.inputs() adds what is from the layer before.
+SOURCES = {
+    "attention.q": ("attention_norm",),
+    "attention.k": ("attention_norm",),
+    "attention.v": ("attention_norm",),
+    "attention.q_rope": ("attention.q",),
+    "attention.k_rope": ("attention.k",),
+    "attention.scores": ("attention.q_rope", "attention.k_rope"),
+    "attention.weights": ("attention.scores",),
+    "attention.heads": ("attention.weights", "attention.v"),
+    "attention.out": ("attention.heads",),
+    "attention_residual": ("attention.out",),
+    "ffn_norm": ("attention_residual",),
+    "feed_forward.gate": ("ffn_norm",),
+    "feed_forward.up": ("ffn_norm",),
+    "feed_forward.act": ("feed_forward.gate", "feed_forward.up"),
+    "feed_forward.out": ("feed_forward.act",),
+    "out": ("attention_residual", "feed_forward.out"),
+    "logits": ("norm",),
+}
+CACHED = ("attention.k_rope", "attention.v")  # those of earlier passes are inputs as well
 _NAME = re.compile(r"(?:step\.(\d+)/)?(?:layers\.(\d+)\.)?(.+)")
 _KINDS = [*BEFORE, *LAYER, *AFTER]
 
@@ -55,6 +76,18 @@ class Place(NamedTuple):
     def sibling(self, kind: str) -> str:
         """The name of another activation of the same step, and of the same layer if it is one of a layer's."""
         return self.prefix + (f"layers.{self.layer}." if kind in LAYER else "") + kind
+
+    def inputs(self, n_layers: int) -> list[str]:
+        """The names of the activations that this one is computed from, those of earlier passes in the cache included."""
+        sources = SOURCES.get(self.kind, ())
+        names = [self.sibling(kind) for kind in sources]
+        for step in [] if self.step is None else [None, *range(self.step)]:
+            names += [Place(step, self.layer, self.kind).sibling(kind) for kind in sources if kind in CACHED]
+        if self.kind in ("attention_norm", "attention_residual"):
+            names.append(self.prefix + (f"layers.{self.layer - 1}.out" if self.layer else "tok_embeddings"))
+        if self.kind == "norm":
+            names.append(f"{self.prefix}layers.{n_layers - 1}.out")
+        return names
 
 
 def place(name: str) -> Place:

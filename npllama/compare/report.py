@@ -28,7 +28,7 @@ def as_dict(comparison: Comparison) -> dict[str, object]:
         "candidate": comparison.candidate,
         "precision": comparison.precision,
         "judged_by": judged_by(comparison),
-        "limit": None if comparison.tolerance is not None else comparison.noise.limit,
+        "limit": None if comparison.tolerance is not None else comparison.noise.limits.several,
         "activations": [
             {
                 "name": row.name,

@@ -37,7 +37,9 @@ def judged_by(comparison: Comparison) -> str:
     if comparison.tolerance is not None:
         return f"judged by |candidate - reference| <= {comparison.tolerance[0]:g} + {comparison.tolerance[1]:g} * |reference|"
     noise = comparison.noise
-    rule = f"judged by {noise.limit:g} times the noise floor of {noise.precision} ({noise.source})"
+    several, one = noise.limits
+    times = f"{several:g} times" if several == one or not noise.local else f"{several:g} times, one operation by {one:g} times,"
+    rule = f"judged by {times} the noise floor of {noise.precision} ({noise.source})"
     return f"{rule}; errors are relative, at the worst token"
 
 
