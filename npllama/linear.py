@@ -187,7 +187,8 @@ def _few_rows_product(rows: np.ndarray, weight: np.ndarray) -> np.ndarray:
     y = np.empty((n_out, len(rows)), weight.dtype)
     n_parts = n_threads() if weight.size * len(rows) >= SHARED else 1
     size = -(-n_out // (n_parts * FEW_TILE)) * FEW_TILE
-    columns = rows.T
+    # In C order: where both matrices are transposed, OpenBLAS 0.3.31's kernels for AVX-512 are not safe in two threads at once.
+    columns = np.ascontiguousarray(rows.T)
 
     def work(i: int) -> None:
         part = slice(i * size, (i + 1) * size)

@@ -25,6 +25,7 @@ from . import ops as plain_ops
 from .cache import KVCache
 from .config import Config
 from .linear import Weight, embed, linear, linears
+from .tap import checked
 
 Array = np.ndarray
 Params = Mapping[str, Weight]
@@ -62,7 +63,8 @@ def forward(
     Raises ValueError for an id outside the vocabulary, for more tokens than the context holds, and for a tap that returns
     anything but an array of the activation's shape.
     """
-    tokens, tap = check_tokens(tokens, config), checked(tap)
+    tokens = check_tokens(tokens, config)
+    tap = tap if tap is no_tap else checked(tap)
     if cache is None:
         cache = KVCache(config, tokens.shape[:-1])
     positions = cache.extend(tokens >= 0)  # [..., T]
@@ -156,18 +158,3 @@ def check_tokens(tokens: ArrayLike, config: Config) -> Array:
     if (largest := tokens.max()) >= config.vocab_size:
         raise ValueError(f"token id {largest} is outside the vocabulary: expected 0 to {config.vocab_size - 1}")
     return tokens
-
-
-def checked(tap: Tap) -> Tap:
-    """The same tap, but a ValueError where it returns no array of the activation's shape: as one that forgot `return x`."""
-    if tap is no_tap:
-        return tap
-
-    def check(name: str, x: Array) -> Array:
-        y = tap(name, x)
-        if not isinstance(y, np.ndarray) or y.shape != x.shape:
-            found = f"an array of shape {y.shape}" if isinstance(y, np.ndarray) else repr(y)[:60]
-            raise ValueError(f"the tap returned {found} for {name}, expected an array of shape {x.shape}")
-        return y
-
-    return check

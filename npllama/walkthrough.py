@@ -47,7 +47,7 @@ class WatchedPass:
             x = tap(name, x)
             if name.startswith(chosen) or not name.startswith("layers.") or (name.count(".") == 2 and name.endswith(".out")):
                 self.taps[name] = x
-                frame = inspect.currentframe().f_back.f_back  # above model.checked()
+                frame = inspect.currentframe().f_back.f_back  # above tap.checked()
                 self.places[name] = Source.running(frame)
                 if name == chosen + "out":
                     self.places["block"] = Source.running(frame.f_back)

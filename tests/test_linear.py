@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -163,3 +166,32 @@ def test_no_input_is_changed():
     ops.rope(q, cos, sin), linear.linear(x, x), linear.products(x, x)
     for a, b in zip(before, (q, keys, values, mask, x, weight, cos, sin), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+SIDE_BY_SIDE = """
+import sys, threading, time
+import numpy as np
+from npllama.linear import linear
+random = np.random.default_rng(0)
+weight = np.asfortranarray(random.standard_normal((1024, 192)).astype(np.float32))
+end, wrong = time.monotonic() + 2, []
+
+def multiply(n):
+    x = random.standard_normal((n, 192)).astype(np.float32)
+    expected = x.astype(np.float64) @ weight.T
+    while time.monotonic() < end and not wrong:
+        if np.abs(linear(x, weight) - expected).max() > 1e-3:
+            wrong.append(n)
+
+for a, b in ((11, 10), (14, 13)):
+    end = time.monotonic() + 2
+    both = [threading.Thread(target=multiply, args=(n,)) for n in (a, b)]
+    [thread.start() for thread in both], [thread.join() for thread in both]
+sys.exit(1 if wrong else 0)
+"""
+
+
+def test_two_threads_multiply_few_rows_side_by_side():
+    """With OpenBLAS 0.3.31 on AVX-512 the obvious order of the columns wrote into each other's memory, or the allocator's."""
+    done = subprocess.run([sys.executable, "-c", SIDE_BY_SIDE], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
