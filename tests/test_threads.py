@@ -128,7 +128,7 @@ while time.monotonic() < end:
     assert sorted(done) == [0, 1, 2, 3]
     assert [library.get_num_threads() for library in libraries] == [2] * len(libraries)
     assert threads.n_threads() == 2 and not threads._state.at_one and not threads._state.holders
-assert n > 100, n
+assert n > 10, n  # thousands on an idle machine
 print(n, "interrupts,", unfinished, "of them before BLAS had its threads back")
 """
 
