@@ -42,7 +42,6 @@ $ npllama walkthrough --tokenizer "the sentence of your choice"
 # %%
 import dataclasses
 import os
-from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -50,6 +49,7 @@ from IPython.display import Markdown
 
 import npllama
 from npllama import lesson, ops
+from npllama.model import PLAIN
 from npllama.sampling import log_probabilities
 from npllama.tokenizer_lesson import tokenizer_lesson
 from npllama.walkthrough import walkthrough
@@ -215,7 +215,7 @@ plt.rcParams.update({"figure.dpi": 100, "axes.titlesize": 9, "font.size": 9})
 plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 
 
-def run(params=params, ops=ops):
+def run(params=params, ops=PLAIN):
     """The logits and every activation of a pass over the passage."""
     seen = npllama.Recording()
     return npllama.forward(params, config, ids, tap=seen, ops=ops), seen
@@ -308,7 +308,7 @@ def half_split(x, cos, sin):
     return np.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
 
 
-wrong, wrong_seen = run(ops=SimpleNamespace(**{**vars(ops), "rope": half_split}))
+wrong, wrong_seen = run(ops=dataclasses.replace(PLAIN, rope=half_split))
 
 figure, (left, one, two) = plt.subplots(1, 3, figsize=(9, 3.2), layout="constrained", width_ratios=[4, 3, 3])
 draw_divergence(left, wrong)

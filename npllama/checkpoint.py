@@ -31,6 +31,7 @@ from .atomic import check_target, new_folder, survivor
 from .config import Config, ConfigError, n_parameters, parameter_shapes
 from .linear import Int8, Weight, is_packed, to_bfloat16, to_int8, widen
 from .memory import available_memory
+from .scope import Ops
 from .store import NAME, locate
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ class Model:
     manifest: dict[str, object] = field(default_factory=dict)
     note: str = ""  # what load() decided for the user and why, and what to expect of it
     widened: bool = False  # whether it decided to widen packed weights
+    ops: Ops | None = None  # what generation and perplexity run it with; None: what forward() chooses
 
     def __repr__(self) -> str:
         return f"<npllama.Model {self.path}: {n_parameters(self.config):,} parameters>"

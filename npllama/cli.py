@@ -367,11 +367,14 @@ def run_generate(args: argparse.Namespace) -> None:
     model = load_model(args)
     sampling = sampling_of(args, model)
     ids = prompt_ids(args, model)
+    profile = Profile(model) if args.profile else None
+    if profile:
+        model = profile.model
+    cache = profile.cache() if profile else None
     # Refuses a bad prompt before it is echoed.
-    steps = generate_steps(model, ids, args.max_tokens, sampling, args.seed, lookup=args.lookup)
+    steps = generate_steps(model, ids, args.max_tokens, sampling, args.seed, cache=cache, lookup=args.lookup)
     statistics = Statistics(len(ids), model.note if model.widened else "")
     steps = statistics.watch(steps)
-    profile = Profile(model) if args.profile else None
     try:
         if profile:
             steps = profile.watch(steps)
@@ -427,7 +430,7 @@ def run_logits(args: argparse.Namespace) -> None:
         np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
         cache = KVCache(model.config)
         for start in range(0, len(ids), PREFILL_CHUNK):
-            logits = forward(model.params, model.config, ids[start : start + PREFILL_CHUNK], cache)
+            logits = forward(model.params, model.config, ids[start : start + PREFILL_CHUNK], cache, ops=model.ops)
             file.write(np.ascontiguousarray(logits, "<f4"))
     print(f"{args.out}: float32 {list(shape)}", file=sys.stderr)
 

@@ -226,11 +226,12 @@ def _call(kind: str) -> dict[str, str]:
     """The line of the forward pass that has this activation, and where it is."""
     last = kind.removeprefix("attention.").removeprefix("feed_forward.")
     part = next((part for part in ("attention", "feed_forward") if kind.startswith(part + ".")), None)
-    callers = {"attention": (model.self_attention,), "feed_forward": (model.feed_forward,)}.get(part, (forward, model.block))
+    parts = {"attention": (model.self_attention, model.attention), "feed_forward": (model.feed_forward,)}
+    callers = parts.get(part, (forward, model.block))
     for function in callers:
         lines, first = inspect.getsourcelines(function)
         for number, line in enumerate(lines, start=first):
-            if re.search(rf'tap\((name \+ )?"{last}"', line):
+            if re.search(rf's\.see\("{last}"', line):
                 return {"where": f"{_file(function)}:{number}, {function.__name__}()", "line": line.strip()}
     raise LookupError(f"no line of model.py has the tap {kind}")
 

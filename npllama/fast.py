@@ -1,4 +1,4 @@
-"""The forward pass at the machine's pace, when nobody watches what is in between: a long prompt is shared among the threads.
+"""Faster forms of operations, for a pass without a tap: a long prompt is shared among the threads.
 
 Attention goes by tiles of queries, small enough that their scores stay in a core's cache: they are never in memory whole, and
 scores after a tile's last query, about half of a prompt's, are never computed. Unlike FlashAttention (Dao et al. 2022,
@@ -9,14 +9,20 @@ output is divided by the sum of weights instead of each weight. The results are 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from . import ops
 from .linear import products
 from .threads import n_threads, parallel
+
+if TYPE_CHECKING:
+    from .scope import Ops, Scope
 
 # glibc unmaps large arrays when they are freed, and touching fresh memory costs more than computing with it. Freeing one block
 # of 31 MiB raises its threshold, so that the memory of smaller arrays is reused. Untouched, this block costs nothing.
@@ -28,24 +34,48 @@ SHARED = 1 << 17  # scores: below this, a second thread costs more than it saves
 TOKENS = 256  # per thread, at least: with fewer, BLAS spends longer packing the weights than multiplying
 
 
-def by_token(f: Callable[[np.ndarray], np.ndarray], x: np.ndarray) -> np.ndarray:
-    """f(x) of a function that takes each token by itself, tokens shared among the threads.    x [..., T, D] -> like x"""
-    rows = x.reshape(-1, x.shape[-1])
-    size = -(-len(rows) // n_threads())
-    if size < TOKENS or size == len(rows):
-        return f(x)
-    y = np.empty_like(rows)
+def by_token(f: Callable[[np.ndarray, Scope], np.ndarray]) -> Callable[[np.ndarray, Scope], np.ndarray]:
+    """Share the tokens of a long prompt among the threads, for a function that transforms each by itself.
 
-    def work(i: int) -> None:
-        part = slice(i * size, i * size + size)
-        y[part] = f(rows[part])
+    x [..., T, D] -> like x. With a tap they stay together, as it is shown whole activations.
+    """
 
-    parallel(work, -(-len(rows) // size))
-    return y.reshape(x.shape)
+    @functools.wraps(f)
+    def shared(x: np.ndarray, s: Scope) -> np.ndarray:
+        rows = x.reshape(-1, x.shape[-1])
+        size = -(-len(rows) // n_threads())
+        if size < TOKENS or size == len(rows) or s.tap is not None:
+            return f(x, s)
+        y = np.empty_like(rows)
+
+        def work(i: int) -> None:
+            part = slice(i * size, i * size + size)
+            y[part] = f(rows[part], s)
+
+        parallel(work, -(-len(rows) // size))
+        return y.reshape(x.shape)
+
+    return shared
 
 
-def attention(q: np.ndarray, keys: np.ndarray, values: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """ops.attention_scores, softmax and attention_heads in one.
+def rope_rotation(positions: np.ndarray, frequencies: np.ndarray) -> tuple[np.ndarray]:
+    """Return ops.rope_rotation's cosines and sines as one complex array, formed once a pass instead of twice a layer."""
+    cos, sin = ops.rope_rotation(positions, frequencies)
+    return (cos + 1j * sin,)
+
+
+def rope(x: np.ndarray, rotation: np.ndarray) -> np.ndarray:
+    """Rotate as ops.rope does, by rope_rotation's complex numbers."""
+    return (np.ascontiguousarray(x).view(rotation.dtype) * rotation).view(x.dtype)
+
+
+def attention(q: np.ndarray, keys: np.ndarray, values: np.ndarray, mask: np.ndarray, s: Scope) -> np.ndarray:
+    """Compute model.attention without its scores and weights: a tap is shown the heads alone."""
+    return s.see("heads", tiled_attention(q, keys, values, mask))
+
+
+def tiled_attention(q: np.ndarray, keys: np.ndarray, values: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Compute ops.attention_scores, softmax and attention_heads in one.
 
     q [..., T, H, K], keys, values [..., G, S, K], mask [..., 1, T, S] -> [..., T, H, K]
 
@@ -79,3 +109,12 @@ def attention(q: np.ndarray, keys: np.ndarray, values: np.ndarray, mask: np.ndar
 
     parallel(work, math.prod(batch) * G * n_tiles)
     return y
+
+
+def faster(plain: Ops) -> Ops:
+    """Return the set with this module's operations in the place of those that they are faster than."""
+    inside_attention = dict.fromkeys(("attention_scores", "softmax", "attention_heads"))
+    feed_forward = by_token(plain.feed_forward)
+    return replace(
+        plain, attention=attention, **inside_attention, feed_forward=feed_forward, rope_rotation=rope_rotation, rope=rope
+    )

@@ -97,7 +97,7 @@ def _decode(
         yield Step(token, logits)
         if made + 1 == max_tokens or cache.n_tokens.max() == model.config.max_seq_len:
             return
-        logits = forward(model.params, model.config, [token], cache, last_only=True)[-1]
+        logits = forward(model.params, model.config, [token], cache, last_only=True, ops=model.ops)[-1]
 
 
 def _decode_by_lookup(
@@ -133,7 +133,7 @@ def _decode_by_lookup(
         if room <= 0:
             return
         proposed = known.propose(min(k, room - 1))
-        logits = forward(model.params, model.config, [token, *proposed], cache)
+        logits = forward(model.params, model.config, [token, *proposed], cache, ops=model.ops)
 
 
 class _Lookup:
@@ -201,7 +201,7 @@ def _decode_batch(
         if made + 1 == max_tokens or not running.any():
             return
         column = np.where(running, ids, -1)[:, None]
-        logits = forward(model.params, model.config, column, cache, last_only=True)[:, -1]
+        logits = forward(model.params, model.config, column, cache, last_only=True, ops=model.ops)[:, -1]
 
 
 def prefill(model: Model, tokens: np.ndarray, cache: KVCache) -> np.ndarray:
@@ -213,7 +213,7 @@ def prefill(model: Model, tokens: np.ndarray, cache: KVCache) -> np.ndarray:
     starts = range(0, max(1, tokens.shape[-1]), PREFILL_CHUNK)
     for start in starts:
         chunk = tokens[..., start : start + PREFILL_CHUNK]
-        logits = forward(model.params, model.config, chunk, cache, last_only=True)
+        logits = forward(model.params, model.config, chunk, cache, last_only=True, ops=model.ops)
     return logits[..., -1, :]
 
 

@@ -6,37 +6,25 @@ Dimension key, used all over the project:
     D  dim            F  ffn_dim            V  vocab_size
     H  query heads    G  key/value heads    R  H / G        K  head_dim
 
-`...` stands for nothing or for B: a single sequence and a batch are the same code.
+`...` stands for nothing or for B: a single sequence and a batch are the same code. Functions take the data first and the scope
+`s` last (scope.py): s["wq"] is a weight, s.ops.softmax an operation, and s.see("q", x) names an activation.
 
 Papers: LLaMA (Touvron et al. 2023, arXiv:2302.13971), Llama 2 (arXiv:2307.09288), Llama 3 (arXiv:2407.21783).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
-from types import ModuleType, SimpleNamespace
-
 import numpy as np
 from numpy.typing import ArrayLike
 
 from . import fast
-from . import ops as plain_ops
 from .cache import KVCache
 from .config import Config
-from .linear import Weight, embed, linear, linears
-from .tap import checked
+from .scope import Array, Ops, Params, Scope, Tap
 
-Array = np.ndarray
-Params = Mapping[str, Weight]
-Tap = Callable[[str, Array], Array]
-Ops = ModuleType | SimpleNamespace
-Rotation = tuple[Array, Array]
+Rotation = tuple[Array, ...]  # what rope_rotation returns and rope takes
 
-
-def no_tap(name: str, x: Array) -> Array:
-    """Watch nothing. Any function of this form may record an activation, or return another in its place."""
-    return x
+no_tap = None  # forward(tap=no_tap): the activations are shown to nobody
 
 
 def forward(
@@ -44,17 +32,17 @@ def forward(
     config: Config,
     tokens: ArrayLike,
     cache: KVCache | None = None,
-    tap: Tap = no_tap,
+    tap: Tap | None = None,
     last_only: bool = False,
-    ops: Ops = plain_ops,
+    ops: Ops | None = None,
 ) -> Array:
-    """The logits of the token that follows each token.    int [..., T] -> [..., T, V], or [..., 1, V] with last_only
+    """Return the logits of the token that follows each token.    int [..., T] -> [..., T, V], or [..., 1, V] with last_only
 
     params     name -> array, as config.parameter_shapes names them
     cache      the tokens before these, to which these are added; a new one if not given
-    tap        called as x = tap(name, x) on every activation
+    tap        called as x = tap(name, x) on every activation, to record it or to put another in its place
     last_only  only after the last slot, which saves most of the output matrix's work; in a batch, pad on the left then
-    ops        the operations: those of ops.py, or the same names with another precision's rounding (precision.py)
+    ops        the operations; by default FAST without a tap and PLAIN with one, whose logits agree within rounding
 
     Negative ids are padding: nothing attends to them, and the row's other tokens keep the positions they would have without.
     Rows of different lengths make a batch when padded; pad on the left if generation is to continue. The result has the dtype
@@ -64,90 +52,85 @@ def forward(
     anything but an array of the activation's shape.
     """
     tokens = check_tokens(tokens, config)
-    tap = tap if tap is no_tap else checked(tap)
     if cache is None:
         cache = KVCache(config, tokens.shape[:-1])
+    s = Scope(params, config, cache, ops or (FAST if tap is None else PLAIN), tap)
     positions = cache.extend(tokens >= 0)  # [..., T]
 
-    x = tap("tok_embeddings", embed(tokens, params["tok_embeddings.weight"]))  # [..., T, D]
-    frequencies = ops.rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, x.dtype)
-    rotation = ops.rope_rotation(positions, frequencies)
-    mask = ops.causal_mask(positions, cache.positions, x.dtype)  # [..., 1, T, S]
+    x = s.see("tok_embeddings", s.ops.embed(tokens, s["tok_embeddings"]))  # [..., T, D]
+    frequencies = s.ops.rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, x.dtype)
+    rotation = s.ops.rope_rotation(positions, frequencies)
+    mask = s.ops.causal_mask(positions, cache.positions, x.dtype)  # [..., 1, T, S]
     for layer in range(config.n_layers):
-        x = block(x, params, config, layer, rotation, mask, cache, tap, ops)
+        x = block(x, rotation, mask, s.in_layer(layer))
     cache.commit()
 
     if last_only:
         x = x[..., -1:, :]
-    x = tap("norm", ops.rms_norm(x, params["norm.weight"], config.norm_eps))
-    output = params["tok_embeddings.weight" if config.tied_embeddings else "output.weight"]
-    return tap("logits", linear(x, output))  # [..., T, V]
+    x = s.see("norm", s.ops.rms_norm(x, s["norm"], config.norm_eps))
+    return s.see("logits", s.ops.linear(x, s["tok_embeddings" if config.tied_embeddings else "output"]))  # [..., T, V]
 
 
-def block(
-    x: Array, params: Params, config: Config, layer: int, rotation: Rotation, mask: Array, cache: KVCache, tap: Tap, ops: Ops
-) -> Array:
-    """One layer: attention, then feed-forward, each on the normed residual stream and added to it.    x [..., T, D] -> like x
+def block(x: Array, rotation: Rotation, mask: Array, s: Scope) -> Array:
+    """Apply one layer: attention, then feed-forward, each to the normed residual stream and added to it.    x [..., T, D]
 
     h = x + attention(rms_norm(x));  out = h + feed_forward(rms_norm(h))
     """
-    name = f"layers.{layer}."
-    normed = tap(name + "attention_norm", ops.rms_norm(x, params[name + "attention_norm.weight"], config.norm_eps))
-    h = tap(name + "attention_residual", x + self_attention(normed, params, config, layer, rotation, mask, cache, tap, ops))
-    normed = tap(name + "ffn_norm", ops.rms_norm(h, params[name + "ffn_norm.weight"], config.norm_eps))
-    ffn = partial(feed_forward, params=params, layer=layer, tap=tap, ops=ops)
-    # Each token goes through it by itself: unless somebody watches, those of a long prompt are split among threads.
-    return tap(name + "out", h + (fast.by_token(ffn, normed) if tap is no_tap else ffn(normed)))
+    normed = s.see("attention_norm", s.ops.rms_norm(x, s["attention_norm"], s.config.norm_eps))
+    h = s.see("attention_residual", x + self_attention(normed, rotation, mask, s.under("attention")))
+    normed = s.see("ffn_norm", s.ops.rms_norm(h, s["ffn_norm"], s.config.norm_eps))
+    return s.see("out", h + s.ops.feed_forward(normed, s.under("feed_forward")))
 
 
-def self_attention(
-    x: Array, params: Params, config: Config, layer: int, rotation: Rotation, mask: Array, cache: KVCache, tap: Tap, ops: Ops
-) -> Array:
-    """Let each token look at the tokens up to itself, with grouped queries.    x [..., T, D] -> like x
+def self_attention(x: Array, rotation: Rotation, mask: Array, s: Scope) -> Array:
+    """Project to queries, keys and values, rotate, attend, and project back.    x [..., T, D] -> like x
 
-    attention = wo (concat over heads of softmax(q·k / sqrt(K) + mask) v)
+    self_attention = wo concat_h(attention(rope(wq x), rope(wk x), wv x))
     """
-    name = f"layers.{layer}.attention."
-    q, k, v = linears(x, params[name + "wq.weight"], params[name + "wk.weight"], params[name + "wv.weight"])
-    q = tap(name + "q", split_heads(q, config.n_heads))  # [..., T, H, K]
-    k = tap(name + "k", split_heads(k, config.n_kv_heads))  # [..., T, G, K]
-    v = tap(name + "v", split_heads(v, config.n_kv_heads))  # [..., T, G, K]
-    q = tap(name + "q_rope", ops.rope(q, *rotation))
-    k = tap(name + "k_rope", ops.rope(k, *rotation))
-    keys, values = cache.update(layer, k, v)  # [..., G, S, K]
-    if tap is no_tap and ops is plain_ops:  # nobody looks at the scores: they needn't be in memory whole
-        heads = fast.attention(q, keys, values, mask)
-    else:
-        scores = tap(name + "scores", ops.attention_scores(q, keys, mask))  # [..., H, T, S]
-        weights = tap(name + "weights", ops.softmax(scores))
-        heads = tap(name + "heads", ops.attention_heads(weights, values))  # [..., T, H, K]
-    return tap(name + "out", linear(join_heads(heads), params[name + "wo.weight"]))
+    q, k, v = s.ops.linears(x, s["wq"], s["wk"], s["wv"])
+    q = s.see("q", split_heads(q, s.config.n_heads))  # [..., T, H, K]
+    k = s.see("k", split_heads(k, s.config.n_kv_heads))  # [..., T, G, K]
+    v = s.see("v", split_heads(v, s.config.n_kv_heads))  # [..., T, G, K]
+    q = s.see("q_rope", s.ops.rope(q, *rotation))
+    k = s.see("k_rope", s.ops.rope(k, *rotation))
+    keys, values = s.cache.update(s.layer, k, v)  # [..., G, S, K]
+    heads = s.ops.attention(q, keys, values, mask, s)  # [..., T, H, K]
+    return s.see("out", s.ops.linear(join_heads(heads), s["wo"]))
 
 
-def feed_forward(x: Array, params: Params, layer: int, tap: Tap, ops: Ops) -> Array:
-    """Work on each token by itself.    x [..., T, D] -> like x
+def attention(q: Array, keys: Array, values: Array, mask: Array, s: Scope) -> Array:
+    """Average the values of the tokens up to each token, weighted by how well its query matches their keys.
 
-    feed_forward = w2 (silu(w1 x) ⊙ (w3 x))        ⊙ multiplies number by number
+    attention = softmax(q·k / sqrt(K) + mask) v        q [..., T, H, K], keys, values [..., G, S, K] -> [..., T, H, K]
     """
-    name = f"layers.{layer}.feed_forward."
-    gate, up = linears(x, params[name + "w1.weight"], params[name + "w3.weight"])
-    gate, up = tap(name + "gate", gate), tap(name + "up", up)  # [..., T, F]
-    act = tap(name + "act", ops.swiglu(gate, up))
-    return tap(name + "out", linear(act, params[name + "w2.weight"]))
+    scores = s.see("scores", s.ops.attention_scores(q, keys, mask))  # [..., H, T, S]
+    weights = s.see("weights", s.ops.softmax(scores))
+    return s.see("heads", s.ops.attention_heads(weights, values))
+
+
+def feed_forward(x: Array, s: Scope) -> Array:
+    """Transform each token by itself.    x [..., T, D] -> like x
+
+    feed_forward = w2 (silu(w1 x) ⊙ w3 x)        ⊙ multiplies elementwise
+    """
+    gate, up = s.ops.linears(x, s["w1"], s["w3"])
+    gate, up = s.see("gate", gate), s.see("up", up)  # [..., T, F]
+    act = s.see("act", s.ops.swiglu(gate, up))
+    return s.see("out", s.ops.linear(act, s["w2"]))
 
 
 def split_heads(x: Array, n_heads: int) -> Array:
-    """[..., T, heads·K] -> [..., T, heads, K]"""
+    """Cut rows into heads.    [..., T, heads·K] -> [..., T, heads, K]"""
     return x.reshape(*x.shape[:-1], n_heads, -1)
 
 
 def join_heads(x: Array) -> Array:
-    """[..., T, heads, K] -> [..., T, heads·K]"""
+    """Lay heads side by side.    [..., T, heads, K] -> [..., T, heads·K]"""
     return x.reshape(*x.shape[:-2], -1)
 
 
 def check_tokens(tokens: ArrayLike, config: Config) -> Array:
-    """The ids as an integer array [..., T]; ValueError if there are none, or one is not below the vocabulary's size."""
+    """Return the ids as an integer array [..., T]; ValueError if there are none, or one is not below the vocabulary's size."""
     try:
         tokens = np.asarray(tokens)
     except ValueError:  # NumPy's words for it are "inhomogeneous shape"
@@ -158,3 +141,7 @@ def check_tokens(tokens: ArrayLike, config: Config) -> Array:
     if (largest := tokens.max()) >= config.vocab_size:
         raise ValueError(f"token id {largest} is outside the vocabulary: expected 0 to {config.vocab_size - 1}")
     return tokens
+
+
+PLAIN = Ops(attention, feed_forward)  # the functions of this file and of ops.py: a tap is shown every activation
+FAST = fast.faster(PLAIN)  # a long prompt is shared among threads, and scores are never in memory whole

@@ -126,7 +126,7 @@ def scored_rows(model: Model, window: np.ndarray) -> Iterator[tuple[np.ndarray, 
     prefill(model, window[:first], cache)  # nothing of this half is scored
     for start in range(first, len(window) - 1, PREFILL_CHUNK):
         end = min(start + PREFILL_CHUNK, len(window) - 1)
-        logits = forward(model.params, model.config, window[start:end], cache)
+        logits = forward(model.params, model.config, window[start:end], cache, ops=model.ops)
         for row in range(start, end, ROWS):
             stop = min(row + ROWS, end)
             yield logits[row - start : stop - start], window[row + 1 : stop + 1]

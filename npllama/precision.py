@@ -32,8 +32,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from types import SimpleNamespace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -42,6 +41,7 @@ from . import model, ops
 from .cache import KVCache
 from .config import Config
 from .linear import Weight, is_packed, to_bfloat16, widen
+from .scope import Ops, Params, Tap
 
 PRECISIONS = ("float64", "float32", "bfloat16", "float16")
 CONVENTIONS = ("meta", "hf")
@@ -63,7 +63,7 @@ def round_float16(x: np.ndarray) -> np.ndarray:
 ROUND: dict[str, Round] = {"bfloat16": round_bfloat16, "float16": round_float16}
 
 
-def _rounding_ops(r: Round, convention: str) -> SimpleNamespace:
+def rounding_ops(r: Round, convention: str) -> Ops:
     """ops.py with the roundings that happen before an operation's last."""
 
     def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
@@ -87,10 +87,8 @@ def _rounding_ops(r: Round, convention: str) -> SimpleNamespace:
         y[..., 1::2] = r(even * sin) + r(odd * cos)
         return y
 
-    replaced = {"rms_norm": rms_norm, "swiglu": swiglu, "attention_scores": attention_scores}
-    if convention == "hf":
-        replaced |= {"rope_rotation": rope_rotation, "rope": rope}
-    return SimpleNamespace(**{**vars(ops), **replaced})
+    meta = replace(model.PLAIN, rms_norm=rms_norm, swiglu=swiglu, attention_scores=attention_scores)
+    return meta if convention == "meta" else replace(meta, rope_rotation=rope_rotation, rope=rope)
 
 
 class _CastParams(Mapping[str, Weight]):
@@ -136,11 +134,11 @@ class Precision:
         return ROUND.get(self.name, lambda x: x)(np.asarray(x).astype(self.dtype, copy=False))
 
     @functools.cached_property
-    def ops(self) -> model.Ops:
-        """The operations with this precision's inner roundings; the result still wants round()."""
-        return _rounding_ops(ROUND[self.name], self.convention) if self.name in ROUND else ops
+    def ops(self) -> Ops | None:
+        """The operations with the roundings inside them, for 16 bits; None for forward()'s own."""
+        return rounding_ops(ROUND[self.name], self.convention) if self.name in ROUND else None
 
-    def params(self, params: model.Params) -> model.Params:
+    def params(self, params: Params) -> Params:
         """The parameters in this precision, cast when they are used; packed ones that need no cast stay packed."""
         as_they_are = {
             "float32": (np.float32, np.float16, np.uint16, np.int8),
@@ -157,11 +155,11 @@ class Precision:
 
     def forward(
         self,
-        params: model.Params,
+        params: Params,
         config: Config,
         tokens: ArrayLike,
         cache: KVCache | None = None,
-        tap: model.Tap = model.no_tap,
+        tap: Tap | None = None,
         last_only: bool = False,
     ) -> np.ndarray:
         """model.forward() in this precision; a tap sees rounded activations, and what it returns goes on unrounded."""
@@ -169,6 +167,6 @@ class Precision:
             watch, r = tap, ROUND[self.name]
 
             def tap(name: str, x: np.ndarray) -> np.ndarray:
-                return watch(name, r(x))
+                return r(x) if watch is None else watch(name, r(x))
 
         return model.forward(self.params(params), config, tokens, cache, tap, last_only, self.ops)

@@ -1,31 +1,39 @@
 """Where a token's time goes: each product of matrices by its weight, each operation, and what the memory's speed allows.
 
-The functions that model.py calls are timed from outside while a profile is watching; model.py knows nothing of it.
+    profile = Profile(npllama.load())
+    for step in profile.watch(generate_steps(profile.model, ids, 64, Sampling(), cache=profile.cache())):
+        ...
+    print(profile.text())
+
+The operations and the cache of a profile are those of a pass without a tap, each timed.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
+import copy
+import dataclasses
+import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from types import ModuleType
 
 import numpy as np
 
-from . import fast, linear, model, ops
 from .cache import KVCache
 from .checkpoint import Model
 from .generation import Step
-from .layout import groups
-from .linear import Int8, Weight
+from .linear import Weight
+from .model import FAST
 
+TIMED = [field.name for field in dataclasses.fields(FAST) if getattr(FAST, field.name) and field.name != "feed_forward"]
 LARGE = (16384, 4096)  # float32: 268 MB, beyond every cache
 
 
 class Profile:
-    """Adds up what generating takes, from the second token on: the first comes with the prompt."""
+    """Add up what generating takes, from the second token on: the first comes with the prompt.
+
+    model  the one to generate with: the given one, its operations timed
+    """
 
     def __init__(self, model: Model):
         self.bytes_per_token = sum(
@@ -36,25 +44,30 @@ class Profile:
         self.n_tokens, self.seconds = 0, 0.0
         self.spent: defaultdict[str, float] = defaultdict(float)
         self.read: defaultdict[str, int] = defaultdict(int)
-        self._labels = _labels(model)
+        self._names = _names(model)
+        self.model = copy.copy(model)
+        self.model.ops = dataclasses.replace(FAST, **{name: self._timed(getattr(FAST, name), name) for name in TIMED})
+
+    def cache(self) -> KVCache:
+        """Return an empty cache whose updates are timed."""
+        return _TimedCache(self)
 
     def watch(self, steps: Iterable[Step]) -> Iterator[Step]:
         """Pass the steps on, and time what is called to make each."""
         steps = iter(steps)
-        with self._watching():
-            for first in steps:
-                yield first
-                break
-            self.spent.clear()
-            self.read.clear()
-            while True:
-                started = time.perf_counter()
-                step = next(steps, None)
-                if step is None:
-                    return
-                self.seconds += time.perf_counter() - started
-                self.n_tokens += 1
-                yield step
+        for first in steps:
+            yield first
+            break
+        self.spent.clear()
+        self.read.clear()
+        while True:
+            started = time.perf_counter()
+            step = next(steps, None)
+            if step is None:
+                return
+            self.seconds += time.perf_counter() - started
+            self.n_tokens += 1
+            yield step
 
     def text(self) -> str:
         """A table: milliseconds a token and share of each operation, and how fast weights were read."""
@@ -77,66 +90,37 @@ class Profile:
         )
         return "\n".join(lines)
 
-    @contextlib.contextmanager
-    def _watching(self) -> Iterator[None]:
-        operations = ["rms_norm", "rope", "rope_rotation", "rope_frequencies", "causal_mask", "swiglu"]
-        places: list[tuple[ModuleType | type, str, Callable[..., str]]] = [
-            *((ops, name, lambda *a, name=name: name) for name in operations),
-            (fast, "attention", lambda *a: "attention"),
-            (KVCache, "update", lambda *a: "cache"),
-            (model, "embed", lambda *a: "embedding"),
-            (model, "linear", self._label),
-            (linear, "linear", self._label),
-        ]
-        before = [getattr(place, name) for place, name, _ in places]
-        for (place, name, label), function in zip(places, before, strict=True):
-            setattr(place, name, self._timed(function, label))
-        try:
-            yield
-        finally:
-            for (place, name, _), function in zip(places, before, strict=True):
-                setattr(place, name, function)
+    def _timed(self, function: Callable, name: str) -> Callable:
+        """Return the function with its time added up: under its name, or that of the weights it multiplies by."""
+        label = self._product if name in ("linear", "linears") else lambda *args: (name, 0)
 
-    def _timed(self, function: Callable, label: Callable[..., str]) -> Callable:
-        @functools.wraps(function)
-        def timed(*args: object, **kwargs: object) -> object:
+        def timed(*args: object) -> object:
             started = time.perf_counter()
-            result = function(*args, **kwargs)
+            result = function(*args)
             seconds = time.perf_counter() - started
-            name = label(*args)
-            self.spent[name] += seconds
-            if label == self._label:
-                self.read[name] += args[1].nbytes
+            key, n_bytes = label(*args)
+            self.spent[key] += seconds
+            if n_bytes:
+                self.read[key] += n_bytes
             return result
 
         return timed
 
-    def _label(self, x: np.ndarray, weight: Weight) -> str:
-        return self._labels.get((_address(weight), weight.shape), "linear")
+    def _product(self, x: np.ndarray, *weights: Weight) -> tuple[str, int]:
+        first, *others = (self._names.get(id(weight), "linear") for weight in weights)
+        return " ".join([first, *(name.rsplit(".", 1)[-1] for name in others)]), sum(weight.nbytes for weight in weights)
 
 
-def _labels(model: Model) -> dict[tuple[int, tuple[int, ...]], str]:
-    """(address, shape) -> what a product with this weight is called; the layers' together, and matrices that lie as one."""
-    labels = {}
-    for names in groups(model.config):
-        weights = [model.params[name] for name in names]
-        short = [name.removesuffix(".weight") for name in names]
-        if names[0].startswith("layers."):
-            short = [name.split(".", 2)[2] for name in short]
-        whole = (sum(weight.shape[0] for weight in weights), weights[0].shape[-1])
-        for weight, name in zip(weights, short, strict=True):
-            labels[_address(weight), weight.shape] = name
-        if len(weights) > 1:
-            kind = short[0].rsplit(".", 1)[0]
-            labels[_address(weights[0]), whole] = f"{kind}.{' '.join(name.rsplit('.', 1)[1] for name in short)}"
-        if names == ("tok_embeddings.weight",) and model.config.tied_embeddings:
-            labels[_address(weights[0]), weights[0].shape] = "output"
-    return labels
+class _TimedCache(KVCache):
+    def __init__(self, profile: Profile):
+        super().__init__(profile.model.config)
+        self.update = profile._timed(self.update, "cache")
 
 
-def _address(weight: Weight) -> int:
-    array = weight.values if isinstance(weight, Int8) else weight
-    return array.__array_interface__["data"][0]
+def _names(model: Model) -> dict[int, str]:
+    """id(weight) -> its name in the table: without `.weight`, and the same in all layers."""
+    names = {id(weight): re.sub(r"^layers\.\d+\.|\.weight$", "", name) for name, weight in model.params.items()}
+    return names | {id(model.params["tok_embeddings.weight"]): "output"} if model.config.tied_embeddings else names
 
 
 def memory_bandwidth() -> float:

@@ -56,8 +56,9 @@ from .atomic import new_folder
 from .cache import KVCache
 from .checkpoint import Model, sha256, size_text
 from .config import Config
-from .model import Tap, check_tokens, no_tap
+from .model import check_tokens
 from .precision import Precision
+from .scope import Tap
 
 FORMAT = "npllama trace 1"
 META_KEYS = (
@@ -249,7 +250,9 @@ def parse_layers(text: str) -> tuple[int, ...]:
 Patch = Mapping[str, "np.ndarray | Callable[[np.ndarray], np.ndarray]"]
 
 
-def run(model: Model, tokens: ArrayLike, steps: int | ArrayLike = 0, precision: Precision = FLOAT32, tap: Tap = no_tap) -> list:
+def run(
+    model: Model, tokens: ArrayLike, steps: int | ArrayLike = 0, precision: Precision = FLOAT32, tap: Tap | None = None
+) -> list:
     """Feed a prompt, then one token at a time through the cache; tap names the activations of decode step N `step.N/...`.
 
     tokens  int [T], or [B, T] with padding on the left
@@ -260,6 +263,10 @@ def run(model: Model, tokens: ArrayLike, steps: int | ArrayLike = 0, precision: 
     tokens, given = checked_run(model.config, tokens, steps)
     *batch, _ = tokens.shape
     n_steps = n_steps_of(steps)
+
+    def below(prefix: str) -> Tap | None:
+        return None if tap is None else lambda name, x: tap(prefix + name, x)
+
     cache = KVCache(model.config, tuple(batch))
     logits = precision.forward(model.params, model.config, tokens, cache, tap)
     fed = []
@@ -267,10 +274,7 @@ def run(model: Model, tokens: ArrayLike, steps: int | ArrayLike = 0, precision: 
         next_tokens = np.argmax(logits[..., -1:, :], axis=-1) if given is None else given[i]  # [..., 1]
         fed.append(next_tokens.ravel().tolist())
 
-        def step_tap(name: str, x: np.ndarray, prefix: str = f"step.{i}/") -> np.ndarray:
-            return tap(prefix + name, x)
-
-        logits = precision.forward(model.params, model.config, next_tokens, cache, step_tap)
+        logits = precision.forward(model.params, model.config, next_tokens, cache, below(f"step.{i}/"))
     return fed
 
 
@@ -304,7 +308,7 @@ def n_steps_of(steps: int | ArrayLike) -> int:
     return int(ids) if ids.ndim == 0 else len(ids)
 
 
-def patched(patch: Patch, tap: Tap = no_tap) -> Tap:
+def patched(patch: Patch, tap: Tap | None = None) -> Tap:
     """A tap that puts other activations in the place of computed ones, and shows `tap` what goes on.
 
     patch  name -> the array to use instead, or a function of the computed one that returns it
@@ -319,7 +323,7 @@ def patched(patch: Patch, tap: Tap = no_tap) -> Tap:
             if new.shape != x.shape or new.dtype.kind not in "fiu":
                 raise TraceError(f"patch of {name} is {new.dtype} of shape {new.shape}, expected numbers of shape {x.shape}")
             x = new.astype(x.dtype, copy=False)
-        return tap(name, x)
+        return x if tap is None else tap(name, x)
 
     return replace
 

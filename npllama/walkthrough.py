@@ -14,14 +14,14 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
-from types import SimpleNamespace
+from dataclasses import replace
 
 import numpy as np
 
 from . import linear, model, ops, sampling
 from .checkpoint import Model
 from .lesson import HEADING_CELLS, LABEL_CELLS, Cell, Source, Step, Table, label
-from .model import Tap, no_tap
+from .scope import Tap
 
 SHOWN = 5  # numbers of a long row
 TOKENS_SHOWN = 5  # of a long prompt: the first three and the last two
@@ -37,24 +37,24 @@ class WatchedPass:
     returned  operation -> what it returned, for operations whose result is no activation
     """
 
-    def __init__(self, params: model.Params, config: model.Config, tokens: Sequence[int], layer: int, tap: Tap):
+    def __init__(self, params: model.Params, config: model.Config, tokens: Sequence[int], layer: int, tap: Tap | None):
         self.taps: dict[str, np.ndarray] = {}
         self.places: dict[str, Source] = {}
         self.returned: dict[str, object] = {}
         chosen = f"layers.{layer}."
 
         def watch(name: str, x: np.ndarray) -> np.ndarray:
-            x = tap(name, x)
+            x = x if tap is None else tap(name, x)
             if name.startswith(chosen) or not name.startswith("layers.") or (name.count(".") == 2 and name.endswith(".out")):
                 self.taps[name] = x
-                frame = inspect.currentframe().f_back.f_back  # above tap.checked()
+                frame = inspect.currentframe().f_back.f_back  # above Scope.see()
                 self.places[name] = Source.running(frame)
                 if name == chosen + "out":
                     self.places["block"] = Source.running(frame.f_back)
             return x
 
         watched = {name: self._watched(name) for name in ("rope_frequencies", "rope_rotation", "causal_mask")}
-        model.forward(params, config, tokens, tap=watch, ops=SimpleNamespace(**{**vars(ops), **watched}))
+        model.forward(params, config, tokens, tap=watch, ops=replace(model.PLAIN, **watched))
 
     def _watched(self, name: str):
         def operation(*args: object) -> object:
@@ -68,7 +68,7 @@ class WatchedPass:
         return self.taps[name]
 
 
-def walkthrough(m: Model, tokens: Sequence[int], layer: int = 0, head: int = 0, tap: Tap = no_tap) -> list[Step]:
+def walkthrough(m: Model, tokens: Sequence[int], layer: int = 0, head: int = 0, tap: Tap | None = None) -> list[Step]:
     """Run a prompt and tell what happened, in the order in which it happened.
 
     layer, head  which one is looked into; the others do the same with other weights

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import numpy as np
 
 from npllama import Config, ops
 from npllama.checkpoint import Model
-from npllama.model import no_tap
+from npllama.model import PLAIN
 from npllama.precision import Precision, round_bfloat16
 
 import tiny
@@ -21,9 +20,9 @@ class Port(Precision):
 
     def __init__(self, **replaced: Callable):
         super().__init__("float32")
-        object.__setattr__(self, "replaced", SimpleNamespace(**{**vars(ops), **replaced}))
+        object.__setattr__(self, "replaced", dataclasses.replace(PLAIN, **replaced))
 
-    def forward(self, params, config, tokens, cache=None, tap=no_tap, last_only=False):
+    def forward(self, params, config, tokens, cache=None, tap=None, last_only=False):
         from npllama.model import forward
 
         return forward(params, config, tokens, cache, tap, last_only, self.replaced)
@@ -32,7 +31,7 @@ class Port(Precision):
 class Bfloat16Port(Port):
     """Computes in bfloat16 where float32 was meant, and doesn't say so."""
 
-    def forward(self, params, config, tokens, cache=None, tap=no_tap, last_only=False):
+    def forward(self, params, config, tokens, cache=None, tap=None, last_only=False):
         return Precision("bfloat16").forward(params, config, tokens, cache, tap, last_only)
 
 

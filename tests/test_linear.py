@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from npllama import fast, linear, ops, threads
+from npllama.scope import Scope
 
 from tiny import relative_error, uniform
 
@@ -119,7 +120,7 @@ def test_tiled_attention_is_attention(batch, T, S, tile, monkeypatch):
         slots[1, : min(5, S - T)] = 1 << 30
     mask = ops.causal_mask(slots[..., S - T :], slots, np.float32)
     expected = ops.attention_heads(ops.softmax(ops.attention_scores(q, keys, mask)), values)
-    found = fast.attention(q, keys, values, mask)
+    found = fast.tiled_attention(q, keys, values, mask)
     assert found.dtype == np.float32
     assert relative_error(found, expected) < 1e-6
 
@@ -128,7 +129,7 @@ def test_tiled_attention_of_large_scores(monkeypatch):
     """No float32 holds exp(1000): the largest is taken off first."""
     monkeypatch.setattr(fast, "SHARED", 0)
     q, keys, values = np.full((9, 2, 4), 500, np.float32), np.ones((2, 9, 4), np.float32), uniform(3, (2, 9, 4))
-    found = fast.attention(q, keys, values, ops.causal_mask(np.arange(9), np.arange(9), np.float32))
+    found = fast.tiled_attention(q, keys, values, ops.causal_mask(np.arange(9), np.arange(9), np.float32))
     means = np.cumsum(values, axis=1) / np.arange(1, 10)[:, None]  # equal scores: every slot so far weighs the same
     assert relative_error(found, means.swapaxes(0, 1)) < 1e-7
 
@@ -141,13 +142,13 @@ def test_tokens_go_separate_ways(shape, n_threads, monkeypatch):
     x, sizes, before = uniform(10, shape), [], threads.n_threads()
     n = x.size // 5
 
-    def f(x: np.ndarray) -> np.ndarray:
+    def f(x: np.ndarray, s: Scope) -> np.ndarray:
         sizes.append(x.size // 5)
         return x * 2 + np.max(x, axis=-1, keepdims=True)
 
     threads.set_threads(n_threads)
     try:
-        found = fast.by_token(f, x)
+        found = fast.by_token(f)(x, Scope({}, None, None, None))
     finally:
         threads.set_threads(before)
     np.testing.assert_array_equal(found, x * 2 + np.max(x, axis=-1, keepdims=True))
@@ -161,7 +162,7 @@ def test_no_input_is_changed():
     x, weight = uniform(4, (5, 32)), uniform(5, 32)
     cos, sin = ops.rope_rotation(np.arange(40), ops.rope_frequencies(8, 1e4, None, np.float32))
     before = [a.copy() for a in (q, keys, values, mask, x, weight, cos, sin)]
-    fast.attention(q, keys, values, mask)
+    fast.tiled_attention(q, keys, values, mask)
     ops.attention_scores(q, keys, mask), ops.softmax(x), ops.rms_norm(x, weight, 1e-5), ops.swiglu(x, x), ops.silu(x)
     ops.rope(q, cos, sin), linear.linear(x, x), linear.products(x, x)
     for a, b in zip(before, (q, keys, values, mask, x, weight, cos, sin), strict=True):

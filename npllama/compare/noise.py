@@ -51,16 +51,16 @@ depends on the weights: give the model when you can.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from types import SimpleNamespace
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .. import ops
 from ..checkpoint import Model
-from ..model import forward, no_tap
+from ..model import PLAIN, forward
 from ..precision import CONVENTIONS, Precision
+from ..scope import Ops
 from ..trace import Recording, run
 from .inputs import Activations
 from .metrics import unit_roundoff
@@ -226,12 +226,12 @@ def measure_noise(model: Model, tokens: ArrayLike, steps: list, precision: str, 
 class _Plain(Precision):
     """Float32 whose norms and softmax sum as a loop would, one number after the other."""
 
-    def forward(self, params, config, tokens, cache=None, tap=no_tap, last_only=False):
+    def forward(self, params, config, tokens, cache=None, tap=None, last_only=False):
         """As Precision's."""
-        return forward(self.params(params), config, tokens, cache, tap, last_only, _plain_ops())
+        return forward(self.params(params), config, tokens, cache, tap, last_only, _loops())
 
 
-def _plain_ops() -> SimpleNamespace:
+def _loops() -> Ops:
     def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
         mean_square = np.cumsum(x * x, axis=-1)[..., -1:] / np.asarray(x.shape[-1], x.dtype)
         return x / np.sqrt(mean_square + eps) * weight
@@ -240,4 +240,4 @@ def _plain_ops() -> SimpleNamespace:
         y = np.exp(x - np.max(x, axis=-1, keepdims=True))
         return y / np.cumsum(y, axis=-1)[..., -1:]
 
-    return SimpleNamespace(**{**vars(ops), "rms_norm": rms_norm, "softmax": softmax})
+    return replace(PLAIN, rms_norm=rms_norm, softmax=softmax)

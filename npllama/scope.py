@@ -1,0 +1,87 @@
+"""What one forward pass carries: its parameters, its cache, its operations and its tap. No mathematics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from . import linear as engine
+from . import ops
+from .cache import KVCache
+from .config import Config
+from .linear import Weight
+
+Array = np.ndarray
+Params = Mapping[str, Weight]
+Tap = Callable[[str, Array], Array]
+
+
+@dataclass(frozen=True)
+class Ops:
+    """The operations that a pass calls, each by the signature that it has in model.py, linear.py or ops.py.
+
+    dataclasses.replace(model.PLAIN, softmax=mine) is the set with another softmax. An operation that isn't called has no field,
+    so that replacing it raises TypeError. Where attention is computed as one, its three parts are None, and replacing one of
+    them raises ValueError.
+    """
+
+    attention: Callable[[Array, Array, Array, Array, Scope], Array]  # q, keys, values, mask, scope -> heads
+    feed_forward: Callable[[Array, Scope], Array]
+    attention_scores: Callable[[Array, Array, Array], Array] | None = ops.attention_scores
+    softmax: Callable[[Array], Array] | None = ops.softmax
+    attention_heads: Callable[[Array, Array], Array] | None = ops.attention_heads
+    embed: Callable[[Array, Array], Array] = engine.embed
+    linear: Callable[[Array, Weight], Array] = engine.linear
+    linears: Callable[..., list[Array]] = engine.linears
+    rms_norm: Callable[[Array, Array, float], Array] = ops.rms_norm
+    rope_frequencies: Callable[..., Array] = ops.rope_frequencies
+    rope_rotation: Callable[[Array, Array], tuple[Array, ...]] = ops.rope_rotation
+    rope: Callable[..., Array] = ops.rope
+    causal_mask: Callable[..., Array] = ops.causal_mask
+    swiglu: Callable[[Array, Array], Array] = ops.swiglu
+
+    def __post_init__(self) -> None:
+        parts = ("attention_scores", "softmax", "attention_heads")
+        given = [name for name in parts if getattr(self, name) is not None]
+        if 0 < len(given) < len(parts):
+            raise ValueError(f"{', '.join(given)} would not be called: attention is computed as one; replace it in model.PLAIN")
+
+
+@dataclass(slots=True)  # not frozen: a frozen one takes six times as long to make, and three are made per layer
+class Scope:
+    """One pass, seen from below a name: s["wq"] is a weight and s.see("q", x) an activation below the same prefix.
+
+    prefix  what their names begin with, such as `layers.0.attention.`
+    layer   the number of the layer that it is in, -1 outside of all
+    """
+
+    params: Params
+    config: Config
+    cache: KVCache
+    ops: Ops
+    tap: Tap | None = None
+    prefix: str = ""
+    layer: int = -1
+
+    def in_layer(self, layer: int) -> Scope:
+        """Return the same pass, seen from below a layer's name."""
+        return Scope(self.params, self.config, self.cache, self.ops, self.tap, f"layers.{layer}.", layer)
+
+    def under(self, name: str) -> Scope:
+        """Return the same pass, seen from one name further down."""
+        return Scope(self.params, self.config, self.cache, self.ops, self.tap, f"{self.prefix}{name}.", self.layer)
+
+    def __getitem__(self, name: str) -> Weight:
+        return self.params[f"{self.prefix}{name}.weight"]
+
+    def see(self, name: str, x: Array) -> Array:
+        """Show an activation to the tap and return what that returns: ValueError if it is no array of the same shape."""
+        if self.tap is None:
+            return x
+        y = self.tap(self.prefix + name, x)
+        if not isinstance(y, np.ndarray) or y.shape != x.shape:
+            found = f"an array of shape {y.shape}" if isinstance(y, np.ndarray) else repr(y)[:60]
+            raise ValueError(f"the tap returned {found} for {self.prefix}{name}, expected an array of shape {x.shape}")
+        return y
