@@ -16,7 +16,6 @@ from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -57,6 +56,7 @@ def left_beside(path: Path) -> list[str]:
 
 
 def test_bfloat16_rounding_agrees_with_ml_dtypes_on_every_kind_of_float32():
+    ml_dtypes = pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed")
     random = np.random.default_rng(0).integers(0, 1 << 32, size=200_000, dtype=np.uint32)
     near_ties = (
         (np.arange(1 << 16, dtype=np.uint32) << 16)[:, None] + np.array([0, 0x7FFF, 0x8000, 0x8001], np.uint32)
@@ -104,6 +104,7 @@ def test_float64_is_rounded_once_not_twice(tmp_path, dtype):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_all_finite_16_bit_values_survive(tmp_path, dtype):
+    ml_dtypes = pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed")
     exponent = 0x7C00 if dtype == "float16" else 0x7F80
     bits = np.array([b for b in range(1 << 16) if b & exponent != exponent], np.uint16)
     config = tiny.config(dim=64, n_heads=2, head_dim=32, n_kv_heads=2, ffn_dim=8, n_layers=1, vocab_size=len(bits) // 64)
@@ -552,6 +553,7 @@ def test_a_machine_whose_byte_order_is_not_the_files(tmp_path, monkeypatch, stor
 @pytest.mark.parametrize("storage", ["float16", "bfloat16"])
 @pytest.mark.parametrize("dtype", ["stored", "float32", "float64"])
 def test_dtypes_of_loading(tmp_path, storage, dtype):
+    ml_dtypes = pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed")
     write(tmp_path / "m", storage)
     packed, model = open_model(tmp_path / "m").params, load(tmp_path / "m", dtype)
     for name, array in model.params.items():
