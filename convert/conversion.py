@@ -26,6 +26,7 @@ from npllama import checkpoint
 from npllama.chat import chat_format_of, chat_format_of_template, default_system_of_template
 from npllama.checkpoint import CheckpointError
 from npllama.config import Config, ConfigError, RopeScaling, n_parameters, parameter_shapes
+from npllama.linear import native
 from npllama.tokenizer import load_tokenizer
 
 Report = Callable[[str], object]
@@ -49,10 +50,11 @@ class Tensor:
 
     @classmethod
     def of(cls, array: np.ndarray, order: np.ndarray | None = None) -> Tensor:
-        """A (mapped) array as it is, or with its rows in another order."""
+        """A (mapped) array as it is, or with its rows in another order; read in this machine's byte order."""
+        dtype = array.dtype.newbyteorder("=")
         if order is None:
-            return cls(array.shape, array.dtype, lambda start, stop: array[start:stop])
-        return cls(array.shape, array.dtype, lambda start, stop: array[order[start:stop]])
+            return cls(array.shape, dtype, lambda start, stop: native(array[start:stop]))
+        return cls(array.shape, dtype, lambda start, stop: native(array[order[start:stop]]))
 
     def blocks(self) -> Iterator[np.ndarray]:
         """The whole as consecutive blocks of rows, each about a megabyte."""

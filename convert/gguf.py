@@ -11,6 +11,7 @@ import importlib
 import math
 import re
 import struct
+import sys
 import tempfile
 from collections.abc import Mapping
 from functools import partial
@@ -317,6 +318,11 @@ def _map(where: str, library: ModuleType, data: np.ndarray, shape: tuple[int, ..
         return Tensor.of(raw.view(PLAIN[kind]).reshape(shape))
     if len(shape) != 2:
         raise CheckpointError(f"{where} is {quantization.name} {list(shape)}, expected a matrix")
+    if sys.byteorder == "big":
+        raise CheckpointError(
+            f"{where} is {quantization.name}, which the package gguf reads on little-endian machines only: convert it on one, "
+            "the model directory is right on any"
+        )
     rows = partial(_dequantized, library, quantization, raw.reshape(shape[0], row_bytes))
     return Tensor(shape, np.dtype(np.float32), rows)
 

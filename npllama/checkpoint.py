@@ -29,7 +29,7 @@ import numpy as np
 from . import layout
 from .atomic import check_target, new_folder, survivor
 from .config import Config, ConfigError, n_parameters, parameter_shapes
-from .linear import Int8, Weight, is_packed, to_bfloat16, to_int8, widen
+from .linear import Int8, Weight, is_packed, native, to_bfloat16, to_int8, widen
 from .memory import available_memory
 from .scope import Ops
 from .store import NAME, locate
@@ -399,7 +399,7 @@ def _map_array(file: Path, n_bytes: int, dtype: np.dtype, shape: tuple[int, ...]
     if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
         order = "" if array.flags.c_contiguous else " in Fortran order"
         raise CheckpointError(f"{file} holds {array.dtype} {list(array.shape)}{order}, expected {dtype} {list(shape)}")
-    return np.asarray(array)
+    return native(np.asarray(array))  # files are little-endian: on a big-endian machine this reads the file into memory
 
 
 def _allow_open_files(n: int) -> None:
@@ -566,13 +566,13 @@ class _NpyStream:
     """Writes an .npy file block by block, and has it hashed meanwhile, on another thread."""
 
     def __init__(self, file: BinaryIO, shape: tuple[int, ...], dtype: np.dtype, hashing: Executor):
-        self._file, self._hashing, self._digest, self.n_bytes = file, hashing, hashlib.sha256(), 0
+        self._file, self._dtype, self._hashing, self._digest, self.n_bytes = file, dtype, hashing, hashlib.sha256(), 0
         self._behind: deque[Future[None]] = deque()
         self._put(_npy_header(shape, dtype))
 
     def write(self, block: np.ndarray) -> None:
-        """Add the next rows, of the file's dtype. They are not to be changed afterwards."""
-        self._put(memoryview(np.ascontiguousarray(block)).cast("B"))
+        """Add the next rows, in the byte order that the header says. They are not to be changed afterwards."""
+        self._put(np.ascontiguousarray(block, self._dtype).reshape(-1).view(np.uint8).data)
 
     @property
     def sha256(self) -> str:
@@ -601,10 +601,11 @@ def _float64_to_odd_float32(array: np.ndarray) -> np.ndarray:
 
 
 def _to_storage(block: np.ndarray, dtype: str, name: str, first_row: int) -> Weight:
-    """The block in the dtype it is stored in, contiguous and checked to be finite."""
+    """The block in the dtype it is stored in, in this machine's byte order, contiguous and checked to be finite."""
+    block = native(block)
     if block.dtype not in (np.uint16, np.float16, np.float32, np.float64):
         raise CheckpointError(f"{name} is {block.dtype}, expected float16, float32, float64, or uint16 for bfloat16")
-    storage = STORAGE[dtype]
+    storage = STORAGE[dtype].newbyteorder("=")
     _refuse(_not_finite(block), block, name, first_row, "which is not finite")
     if dtype == "int8":
         wide = widen(block)

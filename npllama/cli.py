@@ -29,7 +29,7 @@ from .precision import CONVENTIONS, PRECISIONS, Precision
 from .profile import Profile
 from .sampling import Sampling
 from .store import folder, locate, names
-from .tokenizer import StreamDecoder, Tokenizer
+from .tokenizer import MissingPackage, StreamDecoder, Tokenizer
 
 if TYPE_CHECKING:
     from .exercises import Exercise
@@ -623,8 +623,11 @@ def run_info(args: argparse.Namespace) -> None:
         if isinstance(value, dict):
             value = ", ".join(f"{key} {v}" for key, v in value.items())
         print(f"  {name:<16} {value}")
-    tokenizer = model.tokenizer
-    print(f"tokenizer: {f'{type(tokenizer).__name__}, {tokenizer.vocab_size:,} ids' if tokenizer else 'none'}")
+    try:
+        tokenizer = model.tokenizer
+        print(f"tokenizer: {f'{type(tokenizer).__name__}, {tokenizer.vocab_size:,} ids' if tokenizer else 'none'}")
+    except MissingPackage as error:
+        print(f"tokenizer: {error}")
     recommended = {key: value for key, value in model.generation.items() if value is not None}
     print("recommended: " + (", ".join(f"{key} {value}" for key, value in recommended.items()) or "nothing"))
 
@@ -734,6 +737,7 @@ def tokenizer_of(path: str | None) -> Tokenizer:
 def prompt_ids(args: argparse.Namespace, model: Model) -> list[int]:
     """--tokens, or the prompt encoded with BOS in front; `-` is standard input's. ValueError for a prompt of no tokens."""
     if args.tokens is not None:
+        go_without_tokenizer(model)
         return args.tokens
     tokenizer = required_tokenizer(model)
     if args.prompt == "-":
@@ -741,6 +745,15 @@ def prompt_ids(args: argparse.Namespace, model: Model) -> list[int]:
     if not (ids := tokenizer.encode(args.prompt, bos=True, special=getattr(args, "special", False))):
         raise ValueError("the prompt is empty, and this model has no BOS token to start from")
     return ids
+
+
+def go_without_tokenizer(model: Model) -> None:
+    """Where only ids are taken, a tokenizer whose package isn't installed is left out, with a line on standard error."""
+    try:
+        _ = model.tokenizer
+    except MissingPackage as error:
+        print(f"{error}; without it ids have no text, and no token ends the generation", file=sys.stderr)
+        model.tokenizer = None
 
 
 def lesson_ids(args: argparse.Namespace, model: Model) -> list[int]:

@@ -20,6 +20,7 @@ N is the number of rows of x, here alone: the tokens of all sequences of a batch
 from __future__ import annotations
 
 import math
+import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,17 +56,26 @@ class Int8:
 Weight = np.ndarray | Int8
 
 
+def native(array: Weight) -> Weight:
+    """Return an array in this machine's byte order: itself where it is, which a mapped file stays mapped by, else a copy.
+
+    NumPy computes in either order, but `dtype == np.uint16` and `view` know one: whoever uses them begins with this.
+    """
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+
+
 def is_packed(weight: Weight) -> bool:
     """Whether the weight is stored in 16 or 8 bits, to be widened before it is computed with."""
-    return weight.dtype in (np.uint16, np.float16, np.int8)
+    return weight.dtype.char in "Heb"  # uint16, float16, int8, in any byte order
 
 
 def widen(packed: Weight, out: np.ndarray | None = None) -> np.ndarray:
-    """The float32 values of packed numbers, into `out` if given; dense arrays are returned as they are.
+    """The float32 values of packed numbers, into `out` if given; dense arrays are returned as they are, in native byte order.
 
     Exact for 16 bits: a bfloat16 is the upper half of a float32, so that `<< 16` is right for every value, infinities and NaN
     included. The product of an Int8's value and scale is rounded to float32.
     """
+    packed = native(packed)
     if not is_packed(packed):
         return packed
     if out is None:
@@ -121,8 +131,9 @@ def linear(x: np.ndarray, weight: Weight) -> np.ndarray:
     y = x Wᵀ        x [..., in], weight [out, in] -> [..., out]
 
     A packed weight is never widened whole. An int8 row's scale is applied to the result: `out` numbers for each row of x
-    instead of `out·in`.
+    instead of `out·in`. A weight in foreign byte order is converted at each call.
     """
+    weight = native(weight)
     rows = x.reshape(-1, x.shape[-1])
     if is_packed(weight):
         y = _packed_product(rows, weight)
@@ -285,7 +296,8 @@ def _comes_in_pairs(values: np.ndarray, rows: np.ndarray) -> bool:
 def _widen_tile(values: np.ndarray, in_pairs: bool) -> np.ndarray:
     """A tile as float32 in this thread's buffer: [2, n, in / 2], the even columns before the odd; [1, n, in] if not in pairs.
 
-    Of two bfloat16 in a little-endian word the odd one is the upper half already, and the even one a shift away. A float16 has
+    Of two bfloat16 in a word one is the upper half already, and the other, the lower one, a shift away; the lower one is the
+    even one in a little-endian word, and the odd one in a big-endian word. A float16 has
     its sign, 5 bits of exponent and 10 of mantissa moved to where float32 has them: an arithmetic shift copies the sign over
     the three bits that float32's exponent has more, and the mask clears them again. What comes out is the number times 2^-112,
     exactly, as the two exponents are counted from 15 and 127; subnormal ones included.
@@ -294,15 +306,16 @@ def _widen_tile(values: np.ndarray, in_pairs: bool) -> np.ndarray:
     words = _buffer(values.size)
     if not in_pairs:
         return widen(values, out=words.view(np.float32).reshape(n, n_in))[None]
-    even, odd = pair = words.reshape(2, n, n_in // 2)
+    pair = words.reshape(2, n, n_in // 2)
+    lower, upper = pair if sys.byteorder == "little" else pair[::-1]
     if values.dtype == np.uint16:
         packed = values.view(np.uint32)
-        np.left_shift(packed, UPPER_SHIFT, out=even)
-        np.bitwise_and(packed, UPPER_HALF, out=odd)
+        np.left_shift(packed, UPPER_SHIFT, out=lower)
+        np.bitwise_and(packed, UPPER_HALF, out=upper)
     else:
-        packed, even, odd = values.view(np.int32), even.view(np.int32), odd.view(np.int32)
-        np.left_shift(packed, np.int32(16), out=even)
-        np.right_shift(even, np.int32(3), out=even)
-        np.right_shift(packed, np.int32(3), out=odd)
+        packed, lower, upper = values.view(np.int32), lower.view(np.int32), upper.view(np.int32)
+        np.left_shift(packed, np.int32(16), out=lower)
+        np.right_shift(lower, np.int32(3), out=lower)
+        np.right_shift(packed, np.int32(3), out=upper)
         np.bitwise_and(pair, HALF_BITS, out=pair)
     return pair.view(np.float32)

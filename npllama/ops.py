@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from .config import LinearRopeScaling, RopeScaling
-from .linear import products
+from .linear import native, products
 
 
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
@@ -116,7 +116,7 @@ def rope(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
     y[2j] + i·y[2j+1] = (x[2j] + i·x[2j+1]) · e^(i·m·θ_j)        x [..., T, heads, K], cos, sin [..., T, 1, K/2] -> like x
     Su et al. 2021, arXiv:2104.09864. Hugging Face pairs x[j] with x[j + K/2] instead, and permutes wq and wk to match.
     """
-    rotation = cos + 1j * sin
+    x, rotation = native(x), cos + 1j * sin
     return (np.ascontiguousarray(x).view(rotation.dtype) * rotation).view(x.dtype)
 
 

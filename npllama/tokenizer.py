@@ -14,15 +14,17 @@ import base64
 import binascii
 import codecs
 import copy
+import heapq
 import json
 import operator
 import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from types import ModuleType
+from typing import Protocol
 
 # The split pattern, the limits and the names of the special tokens are those published with Llama 3 (llama-models 0.3.0,
 # llama3/tokenizer.py).
@@ -62,6 +64,10 @@ PathLike = str | os.PathLike[str]
 
 class TokenizerError(ValueError):
     """A tokenizer's file can't be read as one: which file, what was found, what was expected."""
+
+
+class MissingPackage(TokenizerError):
+    """A tokenizer's file is of a kind whose package isn't installed; what takes ids and gives ids needs none."""
 
 
 class Tokenizer(ABC):
@@ -187,19 +193,30 @@ class TiktokenTokenizer(Tokenizer):
 
     data is the file's content where it has been read already. The file is read directly, not through tiktoken's loader, which
     takes a copy from the machine's temporary folder by a hash of the path: stale, or somebody else's.
+
+    Text is encoded by the package tiktoken or, where it isn't installed, by BytePairEncoding: their ids are the same. Either is
+    imported by the first text, so that ids are decoded without.
     """
 
     def __init__(self, path: PathLike, data: bytes | None = None):
-        import tiktoken
-
+        self._path = path
         ranks = _parse_ranks(path, _read(path) if data is None else data)
         self.special_tokens = {name: len(ranks) + i for i, name in enumerate(LLAMA3_SPECIAL_TOKENS)}
         self.vocab_size = len(ranks) + len(self.special_tokens)
         self.bos_id = self.special_tokens["<|begin_of_text|>"]
         self.eos_id = self.special_tokens["<|end_of_text|>"]
         self.stop_ids = frozenset(self.special_tokens[name] for name in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"))
-        self._encoding = tiktoken.Encoding(
-            "llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=self.special_tokens
+        self.ranks = ranks
+        self._bytes = [*ranks, *(name.encode() for name in self.special_tokens)]
+
+    @cached_property
+    def _encoding(self) -> _Encoding:
+        try:
+            import tiktoken
+        except ImportError:
+            return BytePairEncoding(self._path, self.ranks, self.special_tokens)
+        return tiktoken.Encoding(
+            "llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=self.ranks, special_tokens=self.special_tokens
         )
 
     def _encode(self, text: str, special: bool) -> list[int]:
@@ -210,12 +227,89 @@ class TiktokenTokenizer(Tokenizer):
         return ids
 
     def token_bytes(self, id: int, opening: bool) -> bytes:  # noqa: D102
-        return self._encoding.decode_single_token_bytes(id)
+        return self._bytes[id]
 
     def piece(self, id: int) -> str:
         r"""Show one id on one line: a newline is `\n`, a backslash `\\`, a byte that is no character `<0xE2>`."""
-        data = self._encoding.decode_single_token_bytes(self.checked(id))
+        data = self._bytes[self.checked(id)]
         return "".join(map(_visible, data.decode("utf-8", "surrogateescape")))
+
+
+class _Encoding(Protocol):
+    """The part of tiktoken.Encoding that is used here."""
+
+    def encode(self, text: str, *, allowed_special: object, disallowed_special: tuple[str, ...]) -> list[int]: ...
+
+
+class BytePairEncoding:
+    """Llama 3's encoding over the package regex, which has more platforms' wheels than tiktoken has. Slower, the same ids."""
+
+    def __init__(self, path: PathLike, ranks: Mapping[bytes, int], special_tokens: Mapping[str, int]):
+        self._words = import_regex(path).compile(LLAMA3_PATTERN)
+        self._special_tokens = special_tokens
+        self._special = re.compile("(" + "|".join(map(re.escape, special_tokens)) + ")")
+        self._ids_of = lru_cache(1 << 16)(lambda word: tuple(ids_of(word.encode(), ranks)))
+
+    def encode(self, text: str, *, allowed_special: object = (), disallowed_special: tuple[str, ...] = ()) -> list[int]:
+        """Turn text into ids; the spelling of special tokens means them if allowed_special is "all", else plain text."""
+        ids: list[int] = []
+        for part in self._special.split(text) if allowed_special == "all" else [text]:
+            if allowed_special == "all" and part in self._special_tokens:
+                ids.append(self._special_tokens[part])
+            else:
+                for word in self._words.findall(part):
+                    ids += self._ids_of(word)
+        return ids
+
+
+def import_regex(path: PathLike) -> ModuleType:
+    """Return the package regex, which comes with tiktoken; MissingPackage says how to get either."""
+    try:
+        import regex  # Python's own re has no \p{L}
+    except ImportError:
+        raise MissingPackage(
+            f"{path}: text needs the package tiktoken or the package regex: pip install regex, or apt install python3-regex"
+        ) from None
+    return regex
+
+
+def ids_of(piece: bytes, ranks: Mapping[bytes, int]) -> list[int]:
+    """A piece's ids: its own if it is in the vocabulary whole, as tiktoken looks first, else what merging leaves."""
+    if piece in ranks:
+        return [ranks[piece]]
+    *_, parts = merge_rounds(piece, ranks)
+    return [ranks[part] for part in parts if part is not None]
+
+
+def merge_rounds(piece: bytes, ranks: Mapping[bytes, int]) -> Iterator[list[bytes | None]]:
+    """Merge a piece's bytes until no neighbours are a piece together. Yields the parts before the first merge and after each.
+
+    In each round the pair of the lowest rank merges, the leftmost of equals: what was learned first comes first. It is always
+    the same list: a part that merged into the one on its left is None.
+    """
+    parts: list[bytes | None] = [piece[i : i + 1] for i in range(len(piece))]
+    n = len(parts)
+    after, before = list(range(1, n + 1)), list(range(-1, n - 1))  # each part's neighbours
+    pairs: list[tuple[int, int, bytes]] = []  # a heap, whose smallest is the lowest rank, and then the leftmost
+
+    def offer(left: int) -> None:
+        if left >= 0 and after[left] < n and (joined := parts[left] + parts[after[left]]) in ranks:
+            heapq.heappush(pairs, (ranks[joined], left, joined))
+
+    for left in range(n):
+        offer(left)
+    yield parts
+    while pairs:
+        _, left, joined = heapq.heappop(pairs)
+        if parts[left] is None or (right := after[left]) == n or parts[left] + parts[right] != joined:
+            continue  # one of the two has merged with another meanwhile
+        parts[left], parts[right] = joined, None
+        after[left] = after[right]
+        if after[left] < n:
+            before[after[left]] = left
+        offer(before[left])
+        offer(left)
+        yield parts
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -231,7 +325,7 @@ class SentencePieceTokenizer(Tokenizer):
         try:
             import sentencepiece
         except ImportError:
-            raise TokenizerError(
+            raise MissingPackage(
                 f"{path}: a SentencePiece model needs the package sentencepiece: pip install 'npllama[sentencepiece]'"
             ) from None
         try:
@@ -297,7 +391,7 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             import tokenizers
         except ImportError:
-            raise TokenizerError(f"{path}: a tokenizer.json needs the package tokenizers: pip install 'npllama[hf]'") from None
+            raise MissingPackage(f"{path}: a tokenizer.json needs the package tokenizers: pip install 'npllama[hf]'") from None
         values = _parse_json(path, data)
         try:
             self._load(path, data, values, tokenizers)

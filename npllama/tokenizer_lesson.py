@@ -18,7 +18,10 @@ from .tokenizer import (
     SentencePieceTokenizer,
     TiktokenTokenizer,
     Tokenizer,
+    ids_of,
+    import_regex,
     load_tokenizer,
+    merge_rounds,
 )
 
 # It meets each of the seven alternatives.
@@ -57,9 +60,7 @@ def alternatives(pattern: str = LLAMA3_PATTERN) -> list[str]:
 
 def split(text: str) -> list[tuple[str, int]]:
     """A text's pieces before any merging, each with the index of the alternative that matched it."""
-    import regex  # tiktoken depends on it: Python's own re has no \p{L}
-
-    pattern = regex.compile("|".join(f"({alternative})" for alternative in alternatives()))
+    pattern = import_regex("the split pattern").compile("|".join(f"({alternative})" for alternative in alternatives()))
     return [(match[0], match.lastindex - 1) for match in pattern.finditer(text)]
 
 
@@ -72,32 +73,15 @@ class Merge:
 
 
 def merges(piece: bytes, ranks: Mapping[bytes, int]) -> list[Merge]:
-    """Merge a piece's bytes until no neighbours are a piece together; the last round's parts are its tokens.
-
-    In each round the pair of the lowest rank merges, the leftmost of equals: what was learned first comes first.
-    """
-    parts = [piece[i : i + 1] for i in range(len(piece))]
+    """The rounds of merging a piece's bytes; the last round's parts are its tokens."""
     rounds = []
-    while True:
-        pairs = [(ranks[joined], i) for i, joined in enumerate(map(b"".join, itertools.pairwise(parts))) if joined in ranks]
-        rounds.append(Merge(tuple(parts), tuple((rank, parts[i] + parts[i + 1]) for rank, i in sorted(pairs))))
-        if not pairs:
-            return rounds
-        _, i = min(pairs)
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-
-
-def ids_of(piece: bytes, ranks: Mapping[bytes, int]) -> list[int]:
-    """A piece's ids: its own if it is in the vocabulary whole, as the library looks first, else what merging leaves."""
-    if piece in ranks:
-        return [ranks[piece]]
-    return [ranks[part] for part in merges(piece, ranks)[-1].parts]
-
-
-def ranks_of(tokenizer: TiktokenTokenizer) -> dict[bytes, int]:
-    """Every piece with its rank, which is its id."""
-    n = tokenizer.vocab_size - len(tokenizer.special_tokens)
-    return {tokenizer.token_bytes(id, False): id for id in range(n)}
+    for merged in merge_rounds(piece, ranks):
+        parts = [part for part in merged if part is not None]
+        pairs = [
+            (ranks[joined], i, joined) for i, joined in enumerate(map(b"".join, itertools.pairwise(parts))) if joined in ranks
+        ]
+        rounds.append(Merge(tuple(parts), tuple((rank, joined) for rank, _, joined in sorted(pairs))))
+    return rounds
 
 
 # ------------------------------------------------------------------------------------------------------------------ the steps
@@ -110,7 +94,7 @@ def tokenizer_lesson(tokenizer: Tokenizer, sentence: str = SENTENCE, beside: Seq
     """
     steps = [_sentence(tokenizer, sentence)]
     if isinstance(tokenizer, TiktokenTokenizer):
-        ranks = ranks_of(tokenizer)
+        ranks = tokenizer.ranks
         steps += [_lines(tokenizer, sentence), _pattern(), _split(tokenizer, sentence, ranks)]
         if word := _word(sentence, ranks):
             steps.append(_merges(tokenizer, word, ranks))
@@ -215,7 +199,7 @@ def _merges(tokenizer: TiktokenTokenizer, word: bytes, ranks: Mapping[bytes, int
         formula="merge the pair with the smallest rank, until no pair is a piece",
         shape=f"{len(word)} bytes  ->  {len(ids)} id{'s' * (len(ids) != 1)}",
         tables=(Table(("", "pieces (␣ is a blank)", "pairs that are pieces, with their rank"), tuple(rows)),),
-        sources=(Source.of(merges), Source.of(TiktokenTokenizer._encode)),
+        sources=(Source.of(merge_rounds), Source.of(TiktokenTokenizer._encode)),
     )
 
 

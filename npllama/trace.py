@@ -56,6 +56,7 @@ from .atomic import new_folder
 from .cache import KVCache
 from .checkpoint import Model, sha256, size_text
 from .config import Config
+from .linear import native
 from .model import check_tokens
 from .precision import Precision
 from .scope import Tap
@@ -102,8 +103,8 @@ class Trace(Mapping[str, np.ndarray]):
                 expected = 4 * int(np.prod(shape))
                 if (found := file.stat().st_size) != expected:
                     raise TraceError(f"{file}: {found} bytes, expected {expected} for shape {shape} in float32")
-                return np.memmap(file, "<f4", "r", shape=shape)
-            array = np.load(file, mmap_mode="r", allow_pickle=False)
+                return native(np.memmap(file, "<f4", "r", shape=shape))
+            array = native(np.load(file, mmap_mode="r", allow_pickle=False))
         except TraceError:
             raise
         except (OSError, ValueError, EOFError) as error:
@@ -391,7 +392,7 @@ class TraceWriter:
 
     def add(self, name: str, x: np.ndarray, **facts: object) -> None:
         """Write one activation, with its entry for trace.json, to which `facts` are added."""
-        dtype = np.dtype("<f8" if x.dtype == np.float64 and self.storage == "npy" else "<f4")
+        dtype = np.dtype("<f8" if native(x).dtype == np.float64 and self.storage == "npy" else "<f4")
         stored = np.ascontiguousarray(x, dtype)
         file = self.folder / (name + (".npy" if self.storage == "npy" else ".f32"))
         file.parent.mkdir(exist_ok=True)

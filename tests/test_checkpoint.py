@@ -13,22 +13,23 @@ import sys
 import textwrap
 import time
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import pytest
 
 from npllama import Config, atomic, checkpoint, parameter_shapes
 from npllama.atomic import FolderError
 from npllama.checkpoint import CheckpointError, load, open_model, verify
-from npllama.linear import to_bfloat16
+from npllama.linear import to_bfloat16, widen
 
 import tiny
 from conftest import hear_signals
 
 CONFIG = tiny.config(dim=24, n_heads=4, n_kv_heads=2, head_dim=6, ffn_dim=40, vocab_size=30, n_layers=1)
 NAME = "layers.0.attention.wq.weight"
+SHAPES = parameter_shapes(CONFIG)
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +56,7 @@ def left_beside(path: Path) -> list[str]:
 
 
 def test_bfloat16_rounding_agrees_with_ml_dtypes_on_every_kind_of_float32():
+    ml_dtypes = pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed")
     random = np.random.default_rng(0).integers(0, 1 << 32, size=200_000, dtype=np.uint32)
     near_ties = (
         (np.arange(1 << 16, dtype=np.uint32) << 16)[:, None] + np.array([0, 0x7FFF, 0x8000, 0x8001], np.uint32)
@@ -102,6 +104,7 @@ def test_float64_is_rounded_once_not_twice(tmp_path, dtype):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_all_finite_16_bit_values_survive(tmp_path, dtype):
+    ml_dtypes = pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed")
     exponent = 0x7C00 if dtype == "float16" else 0x7F80
     bits = np.array([b for b in range(1 << 16) if b & exponent != exponent], np.uint16)
     config = tiny.config(dim=64, n_heads=2, head_dim=32, n_kv_heads=2, ffn_dim=8, n_layers=1, vocab_size=len(bits) // 64)
@@ -489,8 +492,8 @@ def test_float32_comes_back_bit_for_bit_and_stays_on_disk(tmp_path):
     for name, array in model.params.items():
         assert np.array_equal(array, params[name])
         assert type(array) is np.ndarray
-        assert isinstance(array.base, np.memmap)
-        assert not array.flags.writeable
+        assert isinstance(array.base, np.memmap) == (sys.byteorder == "little")  # files are; elsewhere numbers are swapped
+        assert not (array.flags.writeable and isinstance(array.base, np.memmap))
 
 
 @pytest.mark.parametrize("storage", ["float32", "float16", "bfloat16"])
@@ -502,9 +505,55 @@ def test_npy_opens_in_any_tool_and_the_manifest_says_what_it_is(tmp_path, storag
     assert (entry["dtype"], entry["shape"]) == (storage, list(array.shape))
 
 
+@pytest.mark.parametrize("storage", checkpoint.STORAGE)
+def test_arrays_of_either_byte_order_make_the_same_files(tmp_path, storage):
+    dtypes = {name: "float32" if storage == "int8" and not checkpoint.takes_int8(name) else storage for name in SHAPES}
+    params = write(tmp_path / "m", dtypes)
+    write(tmp_path / "other", dtypes, changes={name: tiny.byte_swapped(x) for name, x in params.items()})
+    for file in sorted((tmp_path / "m").iterdir()):
+        assert (tmp_path / "other" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+@pytest.mark.parametrize("source", ["<u2", ">u2", "<f2", ">f2", "<f4", ">f4", "<f8", ">f8"])
+@pytest.mark.parametrize("storage", ["float32", "float16", "bfloat16"])
+def test_every_source_of_either_byte_order_is_written_as_its_header_says(tmp_path, source, storage):
+    x = np.array([[0, 1, -2.5], [0.15625, 3, -1e-3]], np.float32)
+    given = to_bfloat16(x) if source[1:] == "u2" else x
+    header = checkpoint.STORAGE[storage]
+    shape = (2, 3)
+    with ThreadPoolExecutor(1) as hashing:
+        writer = checkpoint.Writer(tmp_path, {NAME: shape}, {NAME: storage}, hashing)
+        writer.add(NAME, given.astype(source))
+    found = np.load(tmp_path / f"{NAME}.npy", allow_pickle=False)
+    value = widen(given if given.dtype == np.uint16 else given.astype(source[1:]))
+    expected = to_bfloat16(value) if storage == "bfloat16" else value.astype(storage)
+    assert found.dtype == header
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("storage", checkpoint.STORAGE)
+@pytest.mark.parametrize("dtype", ["stored", "float32"])
+def test_a_machine_whose_byte_order_is_not_the_files(tmp_path, monkeypatch, storage, dtype):
+    """As little-endian files are on a big-endian machine: written as the header says, and native from where they are opened."""
+    dtypes = {name: "float32" if storage == "int8" and not checkpoint.takes_int8(name) else storage for name in SHAPES}
+    write(tmp_path / "here", dtypes)
+    swapped = {name: known.newbyteorder("S") for name, known in checkpoint.STORAGE.items()}
+    monkeypatch.setattr(checkpoint, "STORAGE", swapped)
+    write(tmp_path / "there", dtypes)
+    assert verify(tmp_path / "there") == []
+    file = np.load(tmp_path / "there" / f"{NAME}.npy", allow_pickle=False)
+    assert file.dtype == swapped[dtypes[NAME]]
+    found = load(tmp_path / "there", dtype).params
+    monkeypatch.undo()
+    for name, expected in load(tmp_path / "here", dtype).params.items():
+        assert found[name].dtype == expected.dtype
+        np.testing.assert_array_equal(widen(found[name]), widen(expected))
+
+
 @pytest.mark.parametrize("storage", ["float16", "bfloat16"])
 @pytest.mark.parametrize("dtype", ["stored", "float32", "float64"])
 def test_dtypes_of_loading(tmp_path, storage, dtype):
+    ml_dtypes = pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed")
     write(tmp_path / "m", storage)
     packed, model = open_model(tmp_path / "m").params, load(tmp_path / "m", dtype)
     for name, array in model.params.items():

@@ -119,6 +119,68 @@ def test_ids_work_without_a_tokenizer(bare, capsys):
     assert ids == [1, 2, 3, *npllama.generate(model, [1, 2, 3], max_tokens=4)]
 
 
+ID_COMMANDS = {
+    "generate": ["--tokens", "2000,450,25", "-n", "3"],
+    "generate logprobs": ["--tokens", "2000,450,25", "-n", "3", "--logprobs", "1"],
+    "walkthrough": ["--tokens", "2000,450,25"],
+    "info": [],
+    "verify": [],
+    "logits": ["--tokens", "2000,450,25", "--out", "logits.npy"],
+    "trace": ["--tokens", "2000,450,25", "--out", "trace"],
+    "explain": ["--tokens", "2000,450,25", "-o", "page.html"],
+    "tokenize": ["--decode", "450,25"],
+    "golden": ["--out", "golden"],
+}
+
+
+@pytest.mark.parametrize("command", ID_COMMANDS)
+def test_ids_need_no_package_for_text(command, tmp_path, capsys, monkeypatch):
+    """Neither tiktoken nor regex: there is no wheel of tiktoken for 32 bits, s390x, ppc64le or riscv64."""
+    if command == "explain":
+        pytest.importorskip("bokeh", reason="bokeh is not installed")
+    monkeypatch.chdir(tmp_path)
+    name, arguments = command.split()[0], ID_COMMANDS[command]
+    assert main([name, *arguments]) == 0
+    expected = capsys.readouterr().out
+    for file in ("trace", "golden"):
+        shutil.rmtree(file, ignore_errors=True)
+    for package in ("tiktoken", "regex"):
+        monkeypatch.setitem(sys.modules, package, None)
+    assert main([name, *arguments]) == 0
+    assert capsys.readouterr().out == expected
+
+
+def test_text_without_a_package_for_it_is_one_line(capsys, monkeypatch):
+    for package in ("tiktoken", "regex"):
+        monkeypatch.setitem(sys.modules, package, None)
+    line = fails(capsys, "generate", "ROMEO:")
+    assert "tiktoken" in line
+    assert line.endswith("pip install regex, or apt install python3-regex")
+    assert "python3-regex" in fails(capsys, "walkthrough", "x", "--tokenizer")
+
+
+@pytest.mark.parametrize("package", ["sentencepiece", "tokenizers"])
+def test_ids_work_where_the_tokenizer_s_package_is_missing(package, tmp_path, capsys, monkeypatch):
+    """The kinds that are run by a library alone: their ids have no text then, which is said."""
+    files = {"sentencepiece": ("tokenizer.model", b"\n\x0e\n\x05<unk>\x15"), "tokenizers": ("tokenizer.json", b"{}")}
+    with checkpoint.create(tmp_path / "m", CONFIGS["grouped"], "float32", source={"kind": "test"}) as writer:
+        for name, array in random_params(CONFIGS["grouped"], seed=1).items():
+            writer.add(name, array)
+        writer.add_file(*files[package])
+    monkeypatch.setitem(sys.modules, package, None)
+    model = ["-m", str(tmp_path / "m")]
+    assert main(["generate", "--tokens", "1,2,3", "-n", "2", *model]) == 0
+    out, err = capsys.readouterr()
+    assert len(out.split(",")) == 5
+    assert f"needs the package {package}: pip install" in err
+    assert "no token ends the generation" in err
+    assert main(["walkthrough", "--tokens", "1,2,3", *model]) == 0
+    assert "came without a tokenizer" in " ".join(capsys.readouterr().out.split())
+    assert main(["info", str(tmp_path / "m")]) == 0
+    assert f"needs the package {package}" in capsys.readouterr().out
+    assert f"needs the package {package}" in fails(capsys, "generate", "text", *model)
+
+
 def test_text_without_a_tokenizer_is_refused(bare, capsys):
     for command in (["generate", "text"], ["chat"], ["logits", "--prompt", "text", "--out", "x.npy"], ["tokenize", "text"]):
         assert "has no tokenizer" in fails(capsys, *command, "-m", bare)

@@ -100,6 +100,15 @@ def test_one_wrong_number_is_found_in_every_container(save, traces, arrays, tmp_
     assert sum("different" in line and line.startswith("step.0/") for line in out.splitlines()) == 1
 
 
+@pytest.mark.parametrize("save", [save_npz, save_npy])
+def test_either_byte_order_is_read(save, traces, arrays, tmp_path, capsys):
+    path = save(tmp_path, {name: tiny.byte_swapped(x) for name, x in arrays.items()})
+    assert run(capsys, traces / "reference", path)[0] == 0
+    for name, x in read_activations(path).items():
+        assert x.dtype == np.float32
+        np.testing.assert_array_equal(x, arrays[name])
+
+
 def test_raw_traces_are_read(traces, capsys):
     assert run(capsys, traces / "reference", traces / "raw")[0] == 0
 

@@ -390,6 +390,15 @@ def test_without_the_library_the_line_says_what_to_install(tmp_path, monkeypatch
     refused(src, tmp_path / "m", r"pip install 'npllama\[gguf\]'$")
 
 
+def test_the_library_s_blocks_are_refused_on_a_big_endian_machine(tmp_path, monkeypatch):
+    """It reads their scales in the machine's own byte order, whichever that is."""
+    src = foreign.write_gguf(tmp_path / "m.gguf", CONFIG, PARAMS, "Q8_0")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "byteorder", "big")
+        refused(src, tmp_path / "m", r"is Q8_0, which the package gguf reads on little-endian machines only: convert it on one")
+    convert(src, tmp_path / "m")
+
+
 def test_a_quantized_value_that_is_not_finite_is_named(tmp_path):
     src = foreign.write_gguf(tmp_path / "m.gguf", CONFIG, PARAMS, "Q8_0")
     data = bytearray(src.read_bytes())

@@ -18,7 +18,7 @@ import pytest
 from npllama import LinearRopeScaling, checkpoint
 from npllama.checkpoint import open_model, verify
 from npllama.cli import main
-from npllama_convert import sources
+from npllama_convert import conversion, sources
 
 import tiny
 
@@ -30,6 +30,16 @@ PARAMS = tiny.random_params(CONFIG, seed=5)
 
 
 # ------------------------------------------------------------------------------------------------- one model, whatever its form
+
+
+@pytest.mark.parametrize("order", [None, np.array([2, 0, 1])])
+def test_a_mapped_tensor_is_read_in_native_byte_order(order):
+    """As `<f4` of a file is not np.float32 on a big-endian machine."""
+    x = tiny.uniform(1, (3, 4))
+    found = conversion.Tensor.of(tiny.byte_swapped(x), order)
+    assert found.dtype == found.rows(0, 2).dtype == np.float32
+    np.testing.assert_array_equal(np.concatenate(list(found.blocks())), x if order is None else x[order])
+    assert found.same_bits(conversion.Tensor.of(x, order))
 
 
 def assert_equal_models(folders: list[Path]) -> None:

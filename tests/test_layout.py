@@ -41,6 +41,18 @@ def test_every_value_is_where_its_name_says(config, storage, dtype, monkeypatch)
         np.testing.assert_array_equal(x, linear.widen(params[name]).astype(dtype))
 
 
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "float16"])
+def test_foreign_byte_order_is_made_native(storage):
+    pack = {"float32": lambda x: x, "bfloat16": linear.to_bfloat16, "float16": lambda x: x.astype("f2")}[storage]
+    params = {name: pack(x) if x.ndim == 2 else x for name, x in random_params(CONFIG, seed=3).items()}
+    others = {name: tiny.byte_swapped(x) for name, x in params.items()}
+    assert layout.new_bytes(others, CONFIG, np.float32) == sum(4 * x.size for x in params.values())
+    dense = layout.in_memory(others, CONFIG, np.float32)
+    for name, x in dense.items():
+        assert x.dtype == np.float32
+        np.testing.assert_array_equal(x, linear.widen(params[name]))
+
+
 @pytest.mark.parametrize("packed", ["w1", "w3"])
 def test_a_group_stored_in_two_ways_is_widened_where_it_is_packed(packed, monkeypatch):
     monkeypatch.setattr(layout, "SHORT_ROW", 8)  # nothing is turned

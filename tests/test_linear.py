@@ -11,7 +11,7 @@ import pytest
 from npllama import fast, linear, ops, threads
 from npllama.scope import Scope
 
-from tiny import relative_error, uniform
+from tiny import byte_swapped, relative_error, uniform
 
 PACK = {
     "float32": lambda x: x,
@@ -95,6 +95,56 @@ def test_a_weight_is_read_wherever_it_lies(storage):
     x = uniform(7, (1, 48))
     for weight in (moved, moved[:, 3:41], moved[::2], np.asfortranarray(moved)):
         assert relative_error(linear.linear(x[:, : weight.shape[1]], weight), exact(x[:, : weight.shape[1]], weight)) < 1e-6
+
+
+@pytest.mark.parametrize("storage", PACK)
+@pytest.mark.parametrize("rows", [1, 3, 20])
+def test_foreign_byte_order_gives_the_same_bits(storage, rows):
+    """Arrays of the other byte order, as files of another machine are: `>u2` is not np.uint16 to NumPy."""
+    x, weight = uniform(8, (rows, 48)), PACK[storage](uniform(9, (70, 48)))
+    x = x.astype(linear.widen(weight).dtype)
+    if storage == "int8":
+        other = linear.Int8(weight.values, byte_swapped(weight.scale))
+    else:
+        other = byte_swapped(weight)
+        assert not other.dtype.isnative
+        tokens = np.array([[3, 60], [-1, 7]])
+        for embedded in (linear.embed(tokens, other), linear.embed(byte_swapped(tokens), other)):
+            np.testing.assert_array_equal(embedded, linear.embed(tokens, weight))
+            assert embedded.dtype.isnative
+    assert linear.is_packed(other) == linear.is_packed(weight) == (storage not in ("float32", "float64"))
+    expected = linear.linear(x, weight)
+    for y in (linear.linear(x, other), linear.linears(x, other, other)[1]):
+        assert y.dtype == expected.dtype
+        np.testing.assert_array_equal(y, expected)
+    # NumPy itself multiplies what has a foreign byte order, in an order of summation of its own.
+    assert relative_error(linear.linear(byte_swapped(x), other), expected) < 1e-6
+    assert relative_error(linear.products(byte_swapped(x), byte_swapped(x)), linear.products(x, x)) < 1e-6
+    np.testing.assert_array_equal(linear.widen(other), linear.widen(weight))
+    assert linear.widen(other).dtype.isnative
+
+
+@pytest.mark.parametrize("pack", [linear.to_bfloat16, linear.to_int8])
+def test_packing_takes_any_byte_order(pack):
+    x = uniform(3, (5, 16))
+    np.testing.assert_array_equal(linear.widen(pack(byte_swapped(x))), linear.widen(pack(x)))
+
+
+def test_an_array_in_native_byte_order_is_not_copied():
+    x, packed = uniform(1, (4, 4)), linear.to_int8(uniform(1, (4, 4)))
+    assert linear.native(x) is x
+    assert linear.native(packed) is packed
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "float16"])
+@pytest.mark.parametrize("rows", [1, 3, 20])
+def test_pairs_on_a_machine_of_the_other_byte_order(storage, rows, monkeypatch):
+    """There, a word has the first of two neighbours where it has the second one here: so have words of swapped neighbours."""
+    x, weight = uniform(8, (rows, 48)), PACK[storage](uniform(9, (70, 48)))
+    expected = linear.linear(x, weight)
+    swapped = np.ascontiguousarray(weight.reshape(70, 24, 2)[:, :, ::-1]).reshape(70, 48)
+    monkeypatch.setattr(sys, "byteorder", "big" if sys.byteorder == "little" else "little")
+    np.testing.assert_array_equal(linear.linear(x, swapped), expected)
 
 
 @pytest.mark.parametrize("n", [1, 3, 16, 17])

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from npllama import KVCache, forward
+from npllama.linear import to_bfloat16
 
 import tiny
-from tiny import CONFIGS, random_params, random_tokens, relative_error
+from tiny import CONFIGS, byte_swapped, random_params, random_tokens, relative_error
 
 GROUPED = CONFIGS["grouped"]
 PARAMS = random_params(GROUPED, seed=1)
@@ -126,6 +127,24 @@ def test_packed_parameters_compute_in_float32(storage):
         for name, x in params.items()
     }
     assert relative_error(logits, forward(widened, GROUPED, TOKENS)) < 2e-6
+
+
+@pytest.mark.parametrize("storage", ["float32", "float64", "float16", "uint16"])
+def test_foreign_byte_order_gives_the_same_bits(storage):
+    """Parameters and tokens as another machine wrote them, memory-mapped in its order."""
+    params = random_params(GROUPED, seed=1, dtype="float64" if storage == "float64" else "float32")
+    if storage in ("float16", "uint16"):
+        pack = (lambda x: x.astype(np.float16)) if storage == "float16" else to_bfloat16
+        params = {name: pack(x) if x.ndim == 2 else x for name, x in params.items()}
+    others, seen = {name: byte_swapped(x) for name, x in params.items()}, []
+    assert not any(x.dtype.isnative for x in others.values())
+    expected = forward(params, GROUPED, TOKENS)
+    found = forward(others, GROUPED, byte_swapped(TOKENS), KVCache(GROUPED))
+    assert found.dtype == expected.dtype
+    np.testing.assert_array_equal(found, expected)
+    watched = forward(others, GROUPED, TOKENS, tap=lambda name, x: seen.append(x.dtype) or x)
+    np.testing.assert_array_equal(watched, forward(params, GROUPED, TOKENS, tap=lambda name, x: x))
+    assert all(dtype.isnative for dtype in seen)
 
 
 def test_a_tap_can_replace_an_activation():

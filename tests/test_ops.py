@@ -9,7 +9,7 @@ import pytest
 
 from npllama import linear, ops, threads
 
-from tiny import LLAMA_3_1, LLAMA_3_2, relative_error, uniform
+from tiny import LLAMA_3_1, LLAMA_3_2, byte_swapped, relative_error, uniform
 
 DTYPES = ["float32", "float64"]
 
@@ -105,6 +105,29 @@ def test_float32_angles_differ_from_exact_ones_as_torch_s_do():
     cos, _ = ops.rope_rotation(positions, single)
     exact_cos, _ = ops.rope_rotation(positions, exact)
     assert 1e-4 < np.abs(cos - exact_cos).max() < 1.2e-3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_foreign_byte_order_gives_the_same_numbers(dtype):
+    x, q = uniform(1, (5, 32)).astype(dtype), uniform(2, (5, 4, 8)).astype(dtype)
+    rotation = ops.rope_rotation(np.arange(5), ops.rope_frequencies(8, 1e4, None, dtype))
+    mask = ops.causal_mask(np.full(5, 5), np.arange(5), dtype)  # hides nothing: finite
+    keys, weights = q.swapaxes(0, 1)[:2], ops.softmax(uniform(3, (4, 5, 5)).astype(dtype))
+    calls = {
+        ops.rms_norm: (x, x[0], 1e-5),
+        ops.softmax: (x,),
+        ops.silu: (x,),
+        ops.swiglu: (x, x),
+        ops.rope_rotation: (np.arange(5), ops.rope_frequencies(8, 1e4, None, dtype)),
+        ops.rope: (q, *rotation),
+        ops.attention_scores: (q, keys, mask),
+        ops.attention_heads: (weights, keys),
+    }
+    for operation, arguments in calls.items():
+        others = [byte_swapped(a) if isinstance(a, np.ndarray) else a for a in arguments]
+        found, expected = np.asarray(operation(*others)), np.asarray(operation(*arguments))  # cos and sin as one array
+        assert found.dtype == dtype, operation.__name__
+        assert relative_error(found, expected) < (1e-6 if dtype == "float32" else 1e-14), operation.__name__
 
 
 def test_mask_lets_each_query_see_its_past_and_itself():

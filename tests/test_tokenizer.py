@@ -16,9 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from npllama import tokenizer as module
+from npllama.checkpoint import demo_path
 from npllama.tokenizer import (
     LLAMA3_PATTERN,
     LLAMA3_SPECIAL_TOKENS,
+    BytePairEncoding,
     SentencePieceTokenizer,
     StreamDecoder,
     TiktokenTokenizer,
@@ -522,6 +524,58 @@ def test_remote_paths_are_opened_through_blobfile(
         load_tokenizer(f"{prefix}/none.model")
 
 
+def test_without_tiktoken_the_ids_are_the_same(tiny_tiktoken_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tiktoken", reason="tiktoken is not installed")
+    pytest.importorskip("regex", reason="regex is not installed")
+    for path in (tiny_tiktoken_file, demo_path() / "tokenizer.model"):
+        theirs, ours = load_tokenizer(path), load_tokenizer(path)
+        assert type(theirs._encoding).__module__.split(".")[0] == "tiktoken"
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, "tiktoken", None)
+            assert type(ours._encoding) is BytePairEncoding
+        for text in [*CORPUS, "\n".join(CORPUS), "a" * 30_000, "ab" * 20_000, "<|eot_id|>" * 3]:
+            for special in (False, True):
+                ids = ours.encode(text, special=special)
+                assert ids == theirs.encode(text, special=special), repr(text[:80])
+            assert ours.decode_bytes(ids) == theirs._encoding.decode_bytes(ids)
+
+
+def test_known_ids_without_tiktoken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no tiktoken to compare with; the expected ids are its."""
+    pytest.importorskip("regex", reason="regex is not installed")
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    tokenizer = load_tokenizer(demo_path() / "tokenizer.model")
+    assert tokenizer.encode("KING: Don't\n  42 llamas<|eot_id|>", bos=True, special=True) == [
+        2000,
+        450,
+        25,
+        831,
+        276,
+        674,
+        198,
+        220,
+        220,
+        19,
+        17,
+        220,
+        274,
+        387,
+        361,
+        2009,
+    ]
+
+
+def test_without_a_package_for_text_ids_still_have_theirs(tiny_tiktoken_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = load_tokenizer(tiny_tiktoken_file)
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    monkeypatch.setitem(sys.modules, "regex", None)
+    assert tokenizer.decode([104, 105]) == "hi"
+    assert tokenizer.piece(tokenizer.eos_id) == "<|end_of_text|>"
+    expected = r"tokenizer\.model: text needs .*tiktoken.*regex: pip install regex, or apt install python3-regex$"
+    with pytest.raises(TokenizerError, match=expected):
+        tokenizer.encode("hi")
+
+
 def test_a_missing_package_is_named(tiny_sentencepiece_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "blobfile", None)
     with pytest.raises(TokenizerError, match=r"gs://b/t\.model: .*pip install 'npllama\[remote\]'"):
@@ -536,7 +590,10 @@ def test_libraries_are_imported_only_when_needed(tiny_tiktoken_file: Path) -> No
         "import sys, npllama.tokenizer, npllama.chat\n"
         "heavy = {'tiktoken', 'sentencepiece', 'blobfile'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
-        "npllama.tokenizer.load_tokenizer(sys.argv[1])\n"
-        "assert heavy & set(sys.modules) == {'tiktoken'}, heavy & set(sys.modules)\n"
+        "tokenizer = npllama.tokenizer.load_tokenizer(sys.argv[1])\n"
+        "tokenizer.decode([72]), tokenizer.piece(72)\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+        "tokenizer.encode('text')\n"
+        "assert heavy & set(sys.modules) <= {'tiktoken'}, heavy & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code, str(tiny_tiktoken_file)], check=True)

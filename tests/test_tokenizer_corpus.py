@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from npllama.tokenizer import LLAMA3_PATTERN, LLAMA3_SPECIAL_TOKENS, Tokenizer, load_tokenizer
+from npllama.tokenizer import LLAMA3_PATTERN, LLAMA3_SPECIAL_TOKENS, BytePairEncoding, Tokenizer, load_tokenizer
 
 from make_corpus import as_unicode, make_corpus
 from test_gguf_vocabulary import byte_of_char, metadata_of_sentencepiece, metadata_of_tiktoken, write
@@ -74,6 +75,15 @@ def llama3_judge(llama3_tokenizer: Tokenizer):
 def test_llama3(llama3_tokenizer: Tokenizer, llama3_judge) -> None:
     assert mismatches(llama3_tokenizer, llama3_judge.encode_ordinary) == []
     assert mismatches(llama3_tokenizer, lambda text: llama3_judge.encode(text, allowed_special="all"), special=True) == []
+
+
+def test_llama3_without_tiktoken(llama3_tokenizer: Tokenizer, llama3_judge, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("regex", reason="regex is not installed")
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    tokenizer = load_tokenizer(os.environ["NPLLAMA_LLAMA3_TOKENIZER"])
+    assert mismatches(tokenizer, llama3_judge.encode_ordinary) == []
+    assert mismatches(tokenizer, lambda text: llama3_judge.encode(text, allowed_special="all"), special=True) == []
+    assert type(tokenizer._encoding) is BytePairEncoding
 
 
 def test_llama3_as_a_gguf_vocabulary(llama3_judge, tokenizers, tmp_path: Path) -> None:

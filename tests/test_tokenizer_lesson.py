@@ -12,14 +12,12 @@ from npllama import lesson
 from npllama.checkpoint import demo_path
 from npllama.cli import main
 from npllama.lesson import cell_width
-from npllama.tokenizer import LLAMA3_PATTERN, load_tokenizer
+from npllama.tokenizer import LLAMA3_PATTERN, ids_of, load_tokenizer
 from npllama.tokenizer_lesson import (
     ALTERNATIVES,
     SENTENCE,
     alternatives,
-    ids_of,
     merges,
-    ranks_of,
     split,
     tokenizer_lesson,
 )
@@ -64,7 +62,7 @@ def test_the_sentence_meets_every_alternative():
 
 def check_ids(tokenizer, texts) -> int:
     """Split, then merge, against the real one; returns how many parts there were."""
-    ranks, checked = ranks_of(tokenizer), set()
+    ranks, checked = tokenizer.ranks, set()
     for text in texts:
         parts = [part for part, _ in split(text)]
         assert "".join(parts) == text
@@ -83,7 +81,7 @@ def test_the_way_ends_in_llama_3_s_ids(llama3_tokenizer):
 
 def test_merging_alone_gives_a_piece_of_the_vocabulary_its_id(demo):
     """Every piece of the demo's vocabulary can be reached by merges, lowest rank first, as BPE was trained."""
-    ranks = ranks_of(demo)
+    ranks = demo.ranks
     for piece in random.Random(0).sample(list(ranks), 500):
         assert merges(piece, ranks)[-1].parts == (piece,)
 

@@ -234,6 +234,21 @@ def test_an_array_in_another_order_is_stored_in_c_order(tmp_path, storage):
     assert file.read_bytes()[-x.nbytes :] == np.ascontiguousarray(x.T).tobytes()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_byte_order_is_the_machine_s_in_memory_and_the_header_s_on_disk(tmp_path, dtype):
+    x = tiny.uniform(1, (3, 4)).astype(dtype)
+    with new_trace(tmp_path / "t") as writer:
+        writer.add("norm", tiny.byte_swapped(x))
+        writer.describe("test", [1], [], Precision(), {})
+    file = tmp_path / "t" / "norm.npy"
+    assert file.read_bytes()[-x.nbytes :] == x.astype(np.dtype(dtype).newbyteorder("<")).tobytes()
+    for order in "<>":  # as a machine of either writes it
+        np.save(file, x.astype(np.dtype(dtype).newbyteorder(order)))
+        found = read_trace(tmp_path / "t")["norm"]
+        assert found.dtype == dtype
+        np.testing.assert_array_equal(found, x)
+
+
 def test_statistics_leave_out_masked_scores(tmp_path):
     trace = write_trace(MODEL, TOKENS, tmp_path / "t")
     for name, x in trace.items():

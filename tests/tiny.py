@@ -66,6 +66,11 @@ def random_tokens(config: Config, seed: int, shape: tuple[int, ...] | int) -> np
     return np.random.RandomState(seed).randint(0, config.vocab_size, size=shape)
 
 
+def byte_swapped(x: np.ndarray) -> np.ndarray:
+    """The same numbers in the byte order that is not this machine's."""
+    return x.astype(x.dtype.newbyteorder("S"))
+
+
 def sha256_of(params: dict[str, np.ndarray]) -> str:
     """One hash over all parameters: that recorded goldens and this machine speak of the same weights."""
     digest = hashlib.sha256()

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ..config import Config, ConfigError
-from ..linear import widen
+from ..linear import native, widen
 from ..precision import CONVENTIONS, PRECISIONS, ROUND
 from ..trace import Trace, read_trace
 from .metrics import unit_roundoff
@@ -46,7 +46,7 @@ class Activations(Mapping[str, np.ndarray]):
         self._stored = stored
 
     def __getitem__(self, name: str) -> np.ndarray:
-        x = self._readers[name]()
+        x = native(self._readers[name]())
         if x.dtype.kind != "f":
             raise InputError(f"{self.path}: {name} holds {x.dtype}, expected floating-point numbers (bfloat16: as float32)")
         return x
