@@ -88,7 +88,7 @@ def main() -> None:
     result: dict[str, object] = {"machine": machine(args.threads), "quick": args.quick, "seconds": {}}
     print(", ".join(f"{key} {value}" for key, value in result["machine"].items() if value is not None))
     if not controls_blas():
-        print("threadpoolctl is not installed: npllama's own threads stay at one (pip install 'npllama[fast]')")
+        print("threadpoolctl doesn't know this BLAS: npllama's own threads stay at one")
     if args.quick:
         print("tiny models in place of those that are named: this shows that it runs, not how fast")
     lines: list[Line] = []

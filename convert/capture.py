@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike
 
-from npllama.checkpoint import size_text
 from npllama.config import Config, LinearRopeScaling, RopeScaling
+from npllama.memory import size_text
 from npllama.model import Tap
 from npllama.precision import Precision
 from npllama.trace import EVERYTHING, Selection, Trace, TraceError, checked_run, n_steps_of, new_trace, read_trace, trace_size

@@ -26,8 +26,9 @@ from npllama import checkpoint
 from npllama.chat import chat_format_of, chat_format_of_template, default_system_of_template
 from npllama.checkpoint import CheckpointError
 from npllama.config import Config, ConfigError, RopeScaling, n_parameters, parameter_shapes
-from npllama.linear import native
+from npllama.memory import size_text
 from npllama.tokenizer import load_tokenizer
+from npllama.weights import native
 
 Report = Callable[[str], object]
 Shaped = TypeVar("Shaped")  # an array or a Tensor
@@ -261,7 +262,7 @@ def write(source: Source, dst: str | Path, dtype: str = "auto", force: bool = Fa
         for name, content in source.tokenizer.items():
             writer.add_file(name, content)
         about["files"] = digests()
-    used, size = " and ".join(sorted(set(dtypes.values()))), checkpoint.size_text(n_bytes)
+    used, size = " and ".join(sorted(set(dtypes.values()))), size_text(n_bytes)
     report(f"{dst}: {n_parameters(source.config):,} parameters, {used}, {size}, {time.monotonic() - started:.1f} s")
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from npllama import checkpoint
 from npllama.config import Config
-from npllama.linear import Int8, widen
+from npllama.weights import Int8, widen
 
 from .conversion import llama3_scaling
 from .torch_file import import_torch

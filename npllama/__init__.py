@@ -1,6 +1,7 @@
 """Llama in pure NumPy: the reference implementation that others check themselves against."""
 
 import importlib
+import logging
 from typing import TYPE_CHECKING
 
 from .cache import KVCache
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from .trace import Recording, Selection, Trace, TraceError, read_trace, record, write_trace
 
 __version__ = "0.1.0"
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # who wants to read it says so
 
 __all__ = [
     "CheckpointError",

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import io
 import json
+import logging
 import math
 import mmap
 import shutil
@@ -29,10 +30,10 @@ import numpy as np
 from . import layout
 from .atomic import check_target, new_folder, survivor
 from .config import Config, ConfigError, n_parameters, parameter_shapes
-from .linear import Int8, Weight, is_packed, native, to_bfloat16, to_int8, widen
-from .memory import available_memory
+from .memory import available_memory, size_text
 from .scope import Ops
 from .store import NAME, locate
+from .weights import Int8, Weight, is_packed, native, to_bfloat16, to_int8, widen
 
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer
@@ -51,6 +52,8 @@ SCALE_KEYS = {"file": str, "bytes": int, "sha256": str}  # of a tensor's "scale"
 # The largest float32 but one: the scale of the largest may round to more than a 127th of it, and the product to infinity.
 INT8_LIMIT = np.nextafter(np.finfo(np.float32).max, np.float32(0))
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
+
+log = logging.getLogger(__name__)
 
 
 def printable(text: str) -> str:
@@ -77,8 +80,6 @@ class Model:
     generation: dict[str, object] = field(default_factory=dict)  # recommended chat_format, system, temperature, top_p, or None
     path: Path | None = None
     manifest: dict[str, object] = field(default_factory=dict)
-    note: str = ""  # what load() decided for the user and why, and what to expect of it
-    widened: bool = False  # whether it decided to widen packed weights
     ops: Ops | None = None  # what generation and perplexity run it with; None: what forward() chooses
 
     def __repr__(self) -> str:
@@ -107,7 +108,9 @@ def load(path: str | Path | None = None, dtype: str = "auto") -> Model:
           "stored"   weights stay as they are on disk, memory-mapped: linear() widens packed ones tile by tile
           "float32", "float64"   in memory, where they aren't that and at their best already (layout.py)
 
-    Vectors (the norms' weights) are always widened. Raises CheckpointError or ConfigError, both ValueError.
+    Vectors (the norms' weights) are always widened. What it decided, and why, goes to the logger `npllama`.
+
+    Raises CheckpointError or ConfigError, both ValueError.
     """
     if dtype not in ("auto", "stored", "float32", "float64"):
         raise ValueError(f"dtype is {dtype!r}, expected auto, stored, float32 or float64")
@@ -117,29 +120,28 @@ def load(path: str | Path | None = None, dtype: str = "auto") -> Model:
         fits = needed <= free // 2
         dtype = "float32" if fits else "stored"
         if any(map(is_packed, model.params.values())):
-            sizes = f"half of the free {size_text(free)}"
+            sizes = size_text(needed), size_text(free)
             if fits:
-                model.note = f"weights widened to float32, whose {size_text(needed)} fit in {sizes}"
+                log.info("weights widened to float32, whose %s fit in half of the free %s", *sizes)
             else:
-                model.note = f"weights stay as stored: in float32 they take {size_text(needed)}, more than {sizes}"
-            model.widened = fits
+                log.warning("weights stay as stored: in float32 they take %s, more than half of the free %s", *sizes)
     if dtype == "stored":
         for name, array in model.params.items():
             model.params[name] = widen(array) if array.ndim == 1 else array
-        model.note = "; ".join(filter(None, (model.note, _read_ahead(model))))
+        _read_ahead(model)
     else:
         model.params = layout.in_memory(model.params, model.config, dtype)
     return model
 
 
-def _read_ahead(model: Model) -> str:
-    """Tell the system how the mapped weights will be read; what the user should expect where they don't fit, else nothing.
+def _read_ahead(model: Model) -> None:
+    """Tell the system how the mapped weights will be read, and log a warning where they don't fit into memory.
 
-    Weights that fit are asked for at once, in the order they are used, on a thread beside: computing then overlaps with the
+    Weights that fit are asked for at once, in the order they are used, on another thread: computing then overlaps with the
     disk's reading. What doesn't fit is read anew for every token, and the system is told not to keep what was read.
     """
     if not hasattr(mmap.mmap, "madvise"):  # Windows
-        return ""
+        return
     maps = [m for weight in model.params.values() if (m := _mapping(weight)) is not None]
     n_bytes, free = sum(map(len, maps)), available_memory()
     fits = n_bytes <= free
@@ -151,9 +153,9 @@ def _read_ahead(model: Model) -> str:
                 mapping.madvise(advice)
 
     threading.Thread(target=advise, daemon=True, name="npllama-read-ahead").start()
-    if fits:
-        return ""
-    return f"the weights take {size_text(n_bytes)}, but {size_text(free)} are free: each token reads them from the disk again"
+    if not fits:
+        sizes = size_text(n_bytes), size_text(free)
+        log.warning("the weights take %s, but %s are free: each token reads them from the disk again", *sizes)
 
 
 def _mapping(weight: Weight) -> mmap.mmap | None:
@@ -645,11 +647,6 @@ def _npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
 
 def _json(values: Mapping[str, object]) -> bytes:
     return (json.dumps(values, indent=2) + "\n").encode()
-
-
-def size_text(n_bytes: int) -> str:
-    """For people: 16.1 GB, 0.5 MB."""
-    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.1f} MB"
 
 
 def _why_not_ours(path: Path) -> str | None:

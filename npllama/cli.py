@@ -20,10 +20,11 @@ import numpy as np
 from . import __version__, chat, chat_loop, known_answers, perplexity, threads
 from .atomic import new_file
 from .cache import KVCache
-from .checkpoint import Model, demo_path, load, open_model, printable, size_text, verify
+from .checkpoint import Model, demo_path, load, open_model, printable, verify
 from .config import n_parameters
-from .console import Statistics, rate, write
+from .console import Statistics, collected_log, rate, write
 from .generation import PREFILL_CHUNK, Step, generate_steps, stream_text
+from .memory import size_text
 from .model import forward
 from .precision import CONVENTIONS, PRECISIONS, Precision
 from .profile import Profile
@@ -373,7 +374,7 @@ def run_generate(args: argparse.Namespace) -> None:
     cache = profile.cache() if profile else None
     # Refuses a bad prompt before it is echoed.
     steps = generate_steps(model, ids, args.max_tokens, sampling, args.seed, cache=cache, lookup=args.lookup)
-    statistics = Statistics(len(ids), model.note if model.widened else "")
+    statistics = Statistics(len(ids), args.note)
     steps = statistics.watch(steps)
     try:
         if profile:
@@ -706,15 +707,18 @@ def print_outcome(folder: Path, exercise: Exercise) -> Outcome:
 
 
 def load_model(args: argparse.Namespace) -> Model:
-    """The model of -m, --dtype and --threads; that it stays as stored, and why, goes to standard error."""
+    """Open the model of -m, --dtype and --threads; that it stays as stored, and why, goes to standard error.
+
+    args.note is what else is to be said of it, with the statistics.
+    """
     if args.threads is not None:
-        if not threads.controls_blas():
-            raise ValueError("--threads needs the package threadpoolctl: pip install 'npllama[fast]'")
         threads.set_threads(args.threads)
     threads.n_threads()  # a bad NPLLAMA_NUM_THREADS is refused before anything is read
-    model = load(args.model, args.dtype)
-    if model.note and not model.widened:  # it will be slower than one might expect: say so before
-        print(f"{args.model or model.path}: {model.note}", file=sys.stderr)
+    with collected_log() as log:
+        model = load(args.model, args.dtype)
+    if log.warnings:  # it will be slower than one might expect: say so before
+        print(f"{args.model or model.path}: {'; '.join(log.warnings)}", file=sys.stderr)
+    args.note = "; ".join(log.information)
     return model
 
 

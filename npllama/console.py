@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -15,6 +17,32 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
+class _Collected(logging.Handler):
+    """Keeps the messages of warnings, and those of what is only information."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.warnings: list[str] = []
+        self.information: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        (self.warnings if record.levelno >= logging.WARNING else self.information).append(record.getMessage())
+
+
+@contextlib.contextmanager
+def collected_log() -> Iterator[_Collected]:
+    """Collect what the library logs meanwhile, for a command to show where it fits."""
+    logger, handler = logging.getLogger("npllama"), _Collected()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(min(logging.INFO, logger.getEffectiveLevel()))
+    try:
+        yield handler
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
+
+
 class Statistics:
     """Counts tokens and seconds of one prompt."""
 
@@ -23,7 +51,7 @@ class Statistics:
         self.started = self.first = self.last = time.perf_counter()
 
     def watch(self, steps: Iterable[Step]) -> Iterator[Step]:
-        """Pass the steps on, and note when each came."""
+        """Pass the steps on, and take down when each came."""
         for step in steps:
             self.last = time.perf_counter()
             if self.n_made == 0:

@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .checkpoint import Model, size_text
+from .checkpoint import Model
 from .config import Config
+from .memory import size_text
 from .precision import Precision
 from .trace import (
     EVERYTHING,

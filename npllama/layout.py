@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from .config import Config, parameter_shapes
-from .linear import Int8, Weight, is_packed, widen
 from .threads import parallel
+from .weights import Form, SideBySide, Weight, form_of, is_packed
 
 SHORT_ROW = 2048  # numbers
 TILE = 1 << 18  # numbers filled in at once
@@ -42,29 +42,30 @@ def new_bytes(params: Mapping[str, Weight], config: Config, dtype: DTypeLike) ->
 def in_memory(params: Mapping[str, Weight], config: Config, dtype: DTypeLike) -> dict[str, np.ndarray]:
     """The parameters as dense arrays of this dtype, in memory where that reads faster than where they are."""
     dense: dict[str, np.ndarray] = {}
-    jobs: list[tuple[np.ndarray, Weight]] = []
+    jobs: list[tuple[np.ndarray, Form]] = []
     for names in groups(config):
         weights = [params[name] for name in names]
-        turns = _turns(names, weights, config)
-        if not turns and all(weight.dtype == dtype for weight in weights):
+        sizes = [weight.shape[0] for weight in weights]
+        if _turns(names, weights, config):
+            block = np.empty((weights[0].shape[1], sum(sizes)), dtype).T
+            targets = SideBySide.of(block, sizes) if len(sizes) > 1 else [block]
+        elif any(weight.dtype != dtype for weight in weights):
+            targets = [np.empty(weight.shape, dtype) for weight in weights]
+        else:
             dense.update(zip(names, weights, strict=True))
             continue
-        if turns:
-            block = np.empty((weights[0].shape[1], sum(weight.shape[0] for weight in weights)), dtype).T
-        start = 0
-        for name, weight in zip(names, weights, strict=True):
-            n_out = weight.shape[0]
-            target = dense[name] = block[start : start + n_out] if turns else np.empty(weight.shape, dtype)
-            start += n_out
-            step = max(1, TILE * n_out // weight.size)
-            jobs += [(target[i : i + step], _rows(weight, slice(i, i + step))) for i in range(0, n_out, step)]
+        dense.update(zip(names, targets, strict=True))
+        for target, weight in zip(targets, weights, strict=True):
+            step = max(1, TILE * len(target) // weight.size)
+            parts = (slice(i, i + step) for i in range(0, len(target), step))
+            jobs += [(np.asarray(target[part]), form_of(weight).rows(part)) for part in parts]
 
     def fill(i: int) -> None:
-        target, weight = jobs[i]
-        if is_packed(weight) and target.dtype == np.float32 and target.flags.c_contiguous:
-            widen(weight, out=target)
+        target, form = jobs[i]
+        if is_packed(form) and target.dtype == np.float32 and target.flags.c_contiguous:
+            form.widen(target)
         else:
-            target[:] = widen(weight)
+            target[:] = form.widen()
 
     parallel(fill, len(jobs))
     return {name: dense[name] for name in params}
@@ -78,7 +79,3 @@ def _turns(names: tuple[str, ...], weights: Sequence[Weight], config: Config) ->
     if weights[0].ndim != 2 or (names == ("tok_embeddings.weight",) and not config.tied_embeddings):
         return False
     return weights[0].shape[1] <= min(SHORT_ROW - 1, sum(weight.shape[0] for weight in weights))
-
-
-def _rows(weight: Weight, part: slice) -> Weight:
-    return Int8(weight.values[part], weight.scale[part]) if isinstance(weight, Int8) else weight[part]

@@ -66,3 +66,8 @@ def _table(path: Path) -> dict[str, int]:
     """Lines of a name and a number."""
     rows = (line.split() for line in path.read_text().splitlines())
     return {row[0]: int(row[1]) for row in rows if len(row) > 1}
+
+
+def size_text(n_bytes: int) -> str:
+    """For people: 16.1 GB, 0.5 MB."""
+    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.1f} MB"

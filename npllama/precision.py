@@ -40,8 +40,8 @@ from numpy.typing import ArrayLike
 from . import model, ops
 from .cache import KVCache
 from .config import Config
-from .linear import Weight, is_packed, to_bfloat16, widen
 from .scope import Ops, Params, Tap
+from .weights import Weight, is_packed, to_bfloat16, widen
 
 PRECISIONS = ("float64", "float32", "bfloat16", "float16")
 CONVENTIONS = ("meta", "hf")

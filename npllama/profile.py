@@ -22,8 +22,8 @@ import numpy as np
 from .cache import KVCache
 from .checkpoint import Model
 from .generation import Step
-from .linear import Weight
 from .model import FAST
+from .weights import Weight
 
 TIMED = [field.name for field in dataclasses.fields(FAST) if getattr(FAST, field.name) and field.name != "feed_forward"]
 LARGE = (16384, 4096)  # float32: 268 MB, beyond every cache

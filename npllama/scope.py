@@ -11,7 +11,7 @@ from . import linear as engine
 from . import ops
 from .cache import KVCache
 from .config import Config
-from .linear import Weight
+from .weights import Weight
 
 Array = np.ndarray
 Params = Mapping[str, Weight]

@@ -1,8 +1,9 @@
 """How many threads compute, and work shared among them.
 
 NumPy lets go of Python's lock inside its loops and inside BLAS, so that Python threads compute side by side as long as each
-call has enough to do. BLAS has threads of its own: while ours work, it gets one (through threadpoolctl; without that package
-ours stay at one and BLAS keeps its own, which is slower for packed weights and long prompts).
+call has enough to do. BLAS has threads of its own: while ours work, it gets one, through threadpoolctl. Of a BLAS that
+threadpoolctl doesn't know, the threads can't be set: ours then stay at one and BLAS keeps its own, which is slower for packed
+weights and long prompts.
 """
 
 from __future__ import annotations
@@ -17,17 +18,16 @@ VARIABLE = "NPLLAMA_NUM_THREADS"
 
 
 class _State:
-    """What this process has found out or been told; made anew after a fork, where no other thread lives on."""
+    """Per-process thread settings; reset after a fork, where no other thread lives on."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.n_threads: int | None = None
-        self.blas: list | None = None  # threadpoolctl's controllers of BLAS libraries; empty without threadpoolctl
+        self.blas: list | None = None  # threadpoolctl's controllers of the BLAS libraries that it knows
         self.n_workers = 0  # threads of ours that wait for shares
         self.shares: SimpleQueue[_Share | None] = SimpleQueue()
-        self.holders: set[int] = set()  # threads in a region, which want BLAS at one thread
-        self.at_one = False  # whether it is, or is being set
-        self.before: list[int] = []  # its threads otherwise
+        self.holders: set[int] = set()  # threads in a region, which need BLAS at one thread
+        self.before: list[int] | None = None  # its threads otherwise; None while it has them
 
 
 _state = _State()
@@ -76,7 +76,7 @@ def _whole(text: str) -> int:
 
 
 def set_threads(n: int) -> None:
-    """Compute with n threads from now on, BLAS too where threadpoolctl is installed. Raises ValueError below 1."""
+    """Compute with n threads from now on, in BLAS too. Raises ValueError below 1."""
     if n < 1:
         raise ValueError(f"the number of threads is {n}, expected 1 or more")
     state, libraries = _state, _blas()
@@ -87,24 +87,21 @@ def set_threads(n: int) -> None:
             state.n_workers -= 1
         state.before = [n] * len(libraries)
         state.holders.discard(threading.get_ident())
-        if not state.holders:  # else whoever leaves the last region sets them
+        if not state.holders:  # else the last thread to leave a region sets them
             _restore(state)
 
 
 def controls_blas() -> bool:
-    """Whether BLAS's own threads can be set: threadpoolctl is installed and knows the BLAS that NumPy uses."""
+    """Whether BLAS's own threads can be set: threadpoolctl knows the BLAS that NumPy uses."""
     return bool(_blas())
 
 
 def _blas() -> list:
     with _state.lock:
         if _state.blas is None:
-            try:
-                from threadpoolctl import ThreadpoolController
-            except ImportError:
-                _state.blas = []
-            else:
-                _state.blas = ThreadpoolController().select(user_api="blas").lib_controllers
+            from threadpoolctl import ThreadpoolController  # it looks at every library of the process: not at import
+
+            _state.blas = ThreadpoolController().select(user_api="blas").lib_controllers
         return _state.blas
 
 
@@ -124,9 +121,8 @@ def _hold(state: _State) -> None:
     """BLAS at one thread, while at least one thread of ours is in a region."""
     with state.lock:
         if not state.holders - {threading.get_ident()}:
-            if not state.at_one:
+            if state.before is None:
                 state.before = [library.get_num_threads() for library in _blas()]
-                state.at_one = True
             for library in _blas():
                 _set(library, 1)
         state.holders.add(threading.get_ident())
@@ -141,9 +137,9 @@ def _release(state: _State) -> None:
 
 
 def _restore(state: _State) -> None:
-    for library, before in zip(_blas(), state.before, strict=True):
+    for library, before in zip(_blas(), state.before or (), strict=state.before is not None):
         _set(library, before)
-    state.at_one = False
+    state.before = None
 
 
 class _Region:
@@ -189,7 +185,7 @@ class _Share:
 
 
 def _serve(shares: SimpleQueue[_Share | None]) -> None:
-    """What a worker does: share after share. It keeps none, as their tasks hold arrays."""
+    """Run share after share, as a worker. It keeps none, as their tasks hold arrays."""
     while (share := shares.get()) is not None:
         share.run()
         del share

@@ -54,12 +54,13 @@ from numpy.typing import ArrayLike
 
 from .atomic import new_folder
 from .cache import KVCache
-from .checkpoint import Model, sha256, size_text
+from .checkpoint import Model, sha256
 from .config import Config
-from .linear import native
+from .memory import size_text
 from .model import check_tokens
 from .precision import Precision
 from .scope import Tap
+from .weights import native
 
 FORMAT = "npllama trace 1"
 META_KEYS = (

@@ -16,6 +16,7 @@ ORDER = [
     "config",
     "threads",
     "memory",
+    "weights",
     "linear",
     "layout",
     "ops",
@@ -102,7 +103,7 @@ def test_nothing_heavy_at_the_top_and_no_torch_anywhere(path):
 def test_the_math_sees_no_file_and_no_tokenizer():
     for name in ("ops", "fast", "cache", "model"):
         found = imports(ast.parse((ROOT / "npllama" / f"{name}.py").read_text()))
-        own = {".cache", ".config", ".fast", ".linear", ".ops", ".scope", ".threads"}
+        own = {".cache", ".config", ".fast", ".linear", ".ops", ".scope", ".threads", ".weights"}
         assert found <= own | {"__future__", "collections", "functools", "math", "dataclasses", "typing", "numpy"}, name
 
 

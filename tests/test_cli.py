@@ -448,15 +448,8 @@ def test_memory_is_a_line_not_a_traceback(capsys, monkeypatch):
 def test_a_number_of_threads_that_is_none(arguments, variable, message, capsys, monkeypatch):
     if variable:
         monkeypatch.setenv(threads.VARIABLE, variable)
-    elif not threads.controls_blas():
-        pytest.skip("threadpoolctl is not installed")
     monkeypatch.setattr(threads._state, "n_threads", None)
     assert fails(capsys, "generate", "x", *arguments) == f"npllama generate: {message}"
-
-
-def test_threads_without_threadpoolctl_says_what_is_missing(capsys, monkeypatch):
-    monkeypatch.setattr(threads, "controls_blas", lambda: False)
-    assert "threadpoolctl: pip install 'npllama[fast]'" in fails(capsys, "generate", "x", "--threads", "2")
 
 
 def test_weights_that_stay_as_stored_are_said_before_the_text(capsys, monkeypatch):

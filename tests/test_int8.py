@@ -13,7 +13,7 @@ import pytest
 from npllama import checkpoint, forward, generate, generate_batch, parameter_shapes
 from npllama.checkpoint import CheckpointError, load, open_model, takes_int8, verify
 from npllama.cli import main
-from npllama.linear import TILE, Int8, linear, to_bfloat16, to_int8, widen
+from npllama.linear import Int8, linear, tile_size, to_bfloat16, to_int8, widen
 from npllama.perplexity import compare
 from npllama.precision import Precision
 from npllama.threads import n_threads
@@ -105,7 +105,7 @@ def test_the_values_and_scales_are_torch_s():
 @pytest.mark.parametrize("n_tiles", [1, 5])
 @pytest.mark.parametrize("shape", [(96,), (7, 96), (2, 3, 96)])
 def test_the_product_is_that_of_the_widened_matrix(shape, n_tiles, monkeypatch):
-    monkeypatch.setattr("npllama.linear.TILE", -(-253 // n_tiles) * 96)
+    monkeypatch.setattr("npllama.linear.tile_size", lambda n: -(-253 // n_tiles) * 96)
     x, weight = tiny.uniform(1, shape), to_int8(tiny.uniform(2, (253, 96)) * np.arange(253)[:, None])
     found = linear(x, weight)
     assert found.dtype == np.float32
@@ -119,7 +119,7 @@ def test_the_matrix_is_never_widened_whole():
     linear(x, weight)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 4 * TILE * (n_threads() + 1) < 4 * weight.size / 4
+    assert peak < 4 * tile_size(n_threads()) * (n_threads() + 1) < 4 * weight.size / 4
 
 
 # ------------------------------------------------------------------------------------------------------ the model directory

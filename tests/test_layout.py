@@ -116,18 +116,22 @@ def test_long_rows_stay_mapped(tmp_path, storage, monkeypatch):
 
 
 @pytest.mark.parametrize(("free", "dtype"), [(1 << 40, "float32"), (0, "stored")])
-def test_auto_says_what_it_did_and_why(tmp_path, free, dtype, monkeypatch):
+def test_auto_logs_what_it_did_and_why(tmp_path, free, dtype, monkeypatch, caplog):
     with checkpoint.create(tmp_path / "m", CONFIG, "bfloat16", source={"kind": "test"}) as writer:
         for name, x in random_params(CONFIG, seed=8).items():
             writer.add(name, x)
     monkeypatch.setattr(checkpoint, "available_memory", lambda: free)
-    model = load(tmp_path / "m")
+    with caplog.at_level("INFO", logger="npllama"):
+        model = load(tmp_path / "m")
     matrix = model.params["layers.0.attention.wo.weight"]
     assert matrix.dtype == (np.float32 if dtype == "float32" else np.uint16)
-    assert model.widened == (dtype == "float32")
-    assert ("widened to float32" in model.note) == model.widened
-    assert ("stay as stored" in model.note) == (dtype == "stored")
-    assert ("from the disk again" in model.note) == (dtype == "stored")
+    found = [(record.levelname, record.getMessage()) for record in caplog.records]
+    if dtype == "float32":
+        assert [(level, "widened to float32" in message) for level, message in found] == [("INFO", True)]
+    else:
+        assert [level for level, _ in found] == ["WARNING"] * 2
+        assert "stay as stored" in found[0][1]
+        assert "from the disk again" in found[1][1]
 
 
 def test_an_embedding_that_is_not_the_output_is_left_where_it_is():
@@ -151,7 +155,7 @@ class Mapping:
 
 @pytest.mark.skipif(not hasattr(mmap.mmap, "madvise"), reason="this system's mmap takes no advice")
 @pytest.mark.parametrize("fits", [True, False])
-def test_the_system_is_told_how_mapped_weights_will_be_read(tmp_path, fits, monkeypatch):
+def test_the_system_is_told_how_mapped_weights_will_be_read(tmp_path, fits, monkeypatch, caplog):
     params = random_params(CONFIG, seed=9)
     with checkpoint.create(tmp_path / "m", CONFIG, "bfloat16", source={"kind": "test"}) as writer:
         for name, x in params.items():
@@ -161,10 +165,10 @@ def test_the_system_is_told_how_mapped_weights_will_be_read(tmp_path, fits, monk
         x.base._mmap = Mapping(name, x.nbytes, told)
     n_bytes = sum(x.nbytes for x in model.params.values())
     monkeypatch.setattr(checkpoint, "available_memory", lambda: n_bytes - (not fits))
-    note = checkpoint._read_ahead(model)
+    checkpoint._read_ahead(model)
     for thread in threading.enumerate():
         if thread.name == "npllama-read-ahead":
             thread.join()
     advice = mmap.MADV_WILLNEED if fits else mmap.MADV_SEQUENTIAL
     assert told == [(name, advice) for name in params]
-    assert ("from the disk again" in note) == (not fits)
+    assert ("from the disk again" in caplog.text) == (not fits)

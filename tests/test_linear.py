@@ -41,7 +41,7 @@ def exact(x, weight):
 @pytest.mark.parametrize("shape", [(53, 96), (200, 64), (1, 7), (130, 33)], ids=str)
 @pytest.mark.parametrize("rows", [1, 2, 3, 8, 16, 17, 40])
 def test_every_path_is_the_product(storage, shape, rows, monkeypatch):
-    monkeypatch.setattr(linear, "TILE", 20 * shape[1])  # 20 rows a tile: the last one is a part
+    monkeypatch.setattr(linear, "tile_size", lambda n: 20 * shape[1])  # 20 rows a tile: the last one is a part
     x = uniform(rows, (rows, shape[1]))
     weight = PACK[storage](uniform(5, shape))
     y = linear.linear(x if storage != "float64" else x.astype(np.float64), weight)

@@ -171,7 +171,7 @@ def test_every_bfloat16_widens_to_its_float32():
 @pytest.mark.parametrize("pack", [bfloat16, lambda x: x.astype(np.float16)], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("shape", [(1, 96), (7, 96), (2, 3, 96)], ids=str)
 def test_a_packed_product_is_the_widened_product(pack, shape, monkeypatch):
-    monkeypatch.setattr(linear, "TILE", 96 * 10)  # 10 rows a tile: the last of 53 is a part
+    monkeypatch.setattr(linear, "tile_size", lambda n: 96 * 10)  # 10 rows a tile: the last of 53 is a part
     weight = pack(uniform(10, (53, 96)))
     x = uniform(11, shape)
     y = linear.linear(x, weight)
@@ -189,4 +189,4 @@ def test_a_packed_product_never_widens_the_whole_weight():
     linear.linear(x, weight)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 4 * linear.TILE * (threads.n_threads() + 1) < 4 * weight.size / 4
+    assert peak < 4 * linear.tile_size(threads.n_threads()) * (threads.n_threads() + 1) < 4 * weight.size / 4

@@ -30,7 +30,7 @@ def test_the_core_is_numpy_and_what_encodes_text_there(distribution, machine, en
     markers = pytest.importorskip("packaging.requirements", reason="packaging is not installed")
     requirements = [markers.Requirement(line) for line in distribution.requires if "extra ==" not in line]
     here = {"platform_machine": machine}
-    assert {r.name for r in requirements if r.marker is None or r.marker.evaluate(here)} == {"numpy", encoder}
+    assert {r.name for r in requirements if r.marker is None or r.marker.evaluate(here)} == {"numpy", "threadpoolctl", encoder}
 
 
 def test_the_test_extra_brings_no_torch(distribution):

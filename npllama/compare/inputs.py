@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from ..config import Config, ConfigError
-from ..linear import native, widen
 from ..precision import CONVENTIONS, PRECISIONS, ROUND
 from ..trace import Trace, read_trace
+from ..weights import native, widen
 from .metrics import unit_roundoff
 
 SHAPES_FILE = "shapes.json"

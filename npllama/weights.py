@@ -1,0 +1,297 @@
+"""Weight matrices in the forms they are stored in. A form is one class; linear.py multiplies by any of them.
+
+| array's dtype | form | what it holds | computed in |
+|---|---|---|---|
+| float32, float64 | Dense | the numbers themselves | its own dtype |
+| uint16 | Bfloat16 | the upper 16 bits of a float32 (NumPy has no bfloat16) | float32 |
+| float16 | Float16 | IEEE half precision | float32 |
+| int8, with float32 scales | Int8 | one scale for each row | float32 |
+
+Parameters are given as arrays, whose dtype says the form (form_of), or in a form. Every form has
+
+    shape, dtype, ndim, size, nbytes
+    rows(part), columns(part)    a part in the same form; rows also by an array of row numbers
+    widen(out=None)              its numbers, to compute with
+
+and a packed form, which is multiplied tile by tile, also sides(), tile() and finish(): see Packed.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+
+UPPER_SHIFT, UPPER_HALF = np.uint32(16), np.uint32(0xFFFF0000)
+HALF_BITS = np.uint32(0x8FFFE000)  # sign, lower exponent bits and mantissa of a float16 within a float32
+HALF_SCALE, HALF_LIMIT = np.float32(2.0**112), np.float32(2.0**15)
+
+Part = slice | np.ndarray  # row numbers
+
+
+def native(array: np.ndarray) -> np.ndarray:
+    """Return an array in this machine's byte order: itself where it is, so that a mapped file stays mapped, else a copy.
+
+    NumPy computes in either order, but `dtype == np.uint16` and `view` know one: whoever uses them begins with this.
+    """
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+
+
+class Form:
+    """A weight as an array in which the numbers are stored."""
+
+    __slots__ = ("values",)
+
+    def __init__(self, values: np.ndarray):
+        self.values = values
+
+    shape = property(lambda self: self.values.shape)
+    dtype = property(lambda self: self.values.dtype)
+    ndim = property(lambda self: self.values.ndim)
+    size = property(lambda self: self.values.size)
+    nbytes = property(lambda self: self.values.nbytes)
+
+    def rows(self, part: Part) -> Form:
+        """Return some rows in the same form."""
+        return type(self)(self.values[part])
+
+    def columns(self, part: slice) -> Form:
+        """Return some columns in the same form."""
+        return type(self)(self.values[:, part])
+
+    def widen(self, out: np.ndarray | None = None) -> np.ndarray:
+        """Return the numbers to compute with, in `out` if given; a dense array itself otherwise."""
+        raise NotImplementedError
+
+
+class Dense(Form):
+    """Numbers that are computed with as they are stored."""
+
+    __slots__ = ()
+
+    def widen(self, out: np.ndarray | None = None) -> np.ndarray:  # noqa: D102
+        if out is None:
+            return self.values
+        np.copyto(out, self.values)
+        return out
+
+
+class Packed(Form):
+    """Numbers in 16 bits or fewer, widened to float32 a tile at a time.
+
+    x [N, in] times a tile of n rows is the sum over p of sides[p] @ tile[p]ᵀ: a form may take its columns apart in P ways that
+    lie together in memory (P is 1 if it doesn't), and x likewise. What is the same for a whole row is left to finish().
+    """
+
+    __slots__ = ()
+
+    def sides(self, x: np.ndarray) -> np.ndarray:
+        """Take x apart as tile() takes the columns apart.    [N, in] -> [P, N, in / P]"""
+        return np.ascontiguousarray(x[None])
+
+    def tile(self, part: slice, n_sides: int, words: np.ndarray) -> np.ndarray:
+        """Widen some rows into a buffer, which is overwritten.    words uint32 [n · in] -> float32 [P, n, in / P]"""
+        rows = self.rows(part)
+        return rows.widen(words.view(np.float32).reshape(rows.shape))[None]
+
+    def finish(self, y: np.ndarray) -> np.ndarray:
+        """Return the product [N, out] with what tile() left out; y may be changed."""
+        return y
+
+
+class _SixteenBits(Packed):
+    """Numbers of 16 bits. Two neighbours are taken apart as one word of 32 bits, which is faster than widening each."""
+
+    __slots__ = ()
+
+    def sides(self, x: np.ndarray) -> np.ndarray:
+        if self.shape[1] % 2 or self.values.strides[1] != self.values.itemsize:
+            return super().sides(x)
+        return np.ascontiguousarray(x.reshape(len(x), -1, 2).transpose(2, 0, 1))  # even columns, odd columns
+
+    def tile(self, part: slice, n_sides: int, words: np.ndarray) -> np.ndarray:
+        if n_sides == 1:
+            return super().tile(part, n_sides, words)
+        values = self.values[part]
+        pair = words.reshape(2, len(values), -1)
+        # The lower half of a word is the even column on a little-endian machine, and the odd one on a big-endian machine.
+        self._take_apart(values.view(np.uint32), *(pair if sys.byteorder == "little" else pair[::-1]))
+        return pair.view(np.float32)
+
+    @staticmethod
+    def _take_apart(packed: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> None:
+        raise NotImplementedError
+
+
+class Bfloat16(_SixteenBits):
+    """The upper halves of float32 numbers, as uint16."""
+
+    __slots__ = ()
+
+    def widen(self, out: np.ndarray | None = None) -> np.ndarray:
+        """Return the float32 numbers, exactly: `<< 16` is right for every value, infinities and NaN included."""
+        out = np.empty(self.shape, np.float32) if out is None else out
+        bits = out.view(np.uint32)
+        np.copyto(bits, self.values)
+        np.left_shift(bits, UPPER_SHIFT, out=bits)
+        return out
+
+    @staticmethod
+    def _take_apart(packed: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> None:
+        np.left_shift(packed, UPPER_SHIFT, out=lower)
+        np.bitwise_and(packed, UPPER_HALF, out=upper)
+
+
+class Float16(_SixteenBits):
+    """IEEE half-precision numbers."""
+
+    __slots__ = ()
+
+    def widen(self, out: np.ndarray | None = None) -> np.ndarray:
+        """Return the float32 numbers, exactly."""
+        out = np.empty(self.shape, np.float32) if out is None else out
+        np.copyto(out, self.values)
+        return out
+
+    def sides(self, x: np.ndarray) -> np.ndarray:
+        """Take x apart, 2^112 times as large where the pairs come out 2^-112 times as large."""
+        if np.max(np.abs(x), initial=0) < HALF_LIMIT and len(sides := super().sides(x)) == 2:
+            sides *= HALF_SCALE
+            return sides
+        return Packed.sides(self, x)  # beyond the limit x would become infinite
+
+    @staticmethod
+    def _take_apart(packed: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> None:
+        """Move sign, 5 bits of exponent and 10 of mantissa to where float32 has them.
+
+        An arithmetic shift copies the sign over the three bits that float32's exponent has more, and the mask clears them
+        again. What comes out is the number times 2^-112, exactly, as the two exponents are counted from 15 and 127; subnormal
+        ones included.
+        """
+        packed, lower, upper = packed.view(np.int32), lower.view(np.int32), upper.view(np.int32)
+        np.left_shift(packed, np.int32(16), out=lower)
+        np.right_shift(lower, np.int32(3), out=lower)
+        np.right_shift(packed, np.int32(3), out=upper)
+        for half in (lower, upper):
+            np.bitwise_and(half.view(np.uint32), HALF_BITS, out=half.view(np.uint32))
+
+
+class Int8(Packed):
+    """A matrix quantized row by row: row i is values[i] · scale[i].
+
+    values  int8 [out, in], -127 to 127
+    scale   float32 [out]
+    """
+
+    __slots__ = ("scale",)
+
+    def __init__(self, values: np.ndarray, scale: np.ndarray):
+        super().__init__(values)
+        self.scale = scale
+
+    nbytes = property(lambda self: self.values.nbytes + self.scale.nbytes)
+
+    def rows(self, part: Part) -> Int8:  # noqa: D102
+        return Int8(self.values[part], self.scale[part])
+
+    def columns(self, part: slice) -> Int8:  # noqa: D102
+        return Int8(self.values[:, part], self.scale)
+
+    def widen(self, out: np.ndarray | None = None) -> np.ndarray:
+        """Return the products of values and scales, rounded to float32."""
+        out = np.empty(self.shape, np.float32) if out is None else out
+        return np.multiply(self.values, native(self.scale)[:, None], out=out)
+
+    def tile(self, part: slice, n_sides: int, words: np.ndarray) -> np.ndarray:
+        """Widen the values alone: a scale for each number of the result is less work than one for each number of the weight."""
+        values = self.values[part]
+        out = words.view(np.float32).reshape(1, *values.shape)
+        np.copyto(out[0], values)
+        return out
+
+    def finish(self, y: np.ndarray) -> np.ndarray:
+        """Multiply by each row's scale."""
+        y *= self.scale
+        return y
+
+
+Weight = np.ndarray | Form
+FORMS = {"H": Bfloat16, "e": Float16}  # by an array's dtype.char
+
+
+def form_of(weight: Weight) -> Form:
+    """Return a weight in its form, which an array's dtype says; in native byte order."""
+    if isinstance(weight, Form):
+        return weight
+    weight = native(weight)
+    return FORMS.get(weight.dtype.char, Dense)(weight)
+
+
+def is_packed(weight: Weight) -> bool:
+    """Whether the weight is stored in 16 or 8 bits, to be widened before it is computed with."""
+    return isinstance(form_of(weight), Packed)
+
+
+def widen(weight: Weight, out: np.ndarray | None = None) -> np.ndarray:
+    """Return the numbers to compute with, in `out` if given: float32 of packed ones, and a dense array as it is."""
+    form = form_of(weight)
+    return form.widen(out) if isinstance(form, Packed) else form.values
+
+
+class SideBySide(np.ndarray):
+    """A dense matrix that lies in one block with others, which are multiplied by the same x: linears() takes the block whole.
+
+    whole  all their rows    [sum of the others' and its own, in]
+    start  where its own begin
+    """
+
+    whole: np.ndarray | None = None  # None in what is computed or cut from it
+    start = 0
+
+    @classmethod
+    def of(cls, whole: np.ndarray, sizes: Sequence[int]) -> list[SideBySide]:
+        """Cut a block into its matrices, by their numbers of rows."""
+        parts, start = [], 0
+        for size in sizes:
+            part = whole[start : start + size].view(cls)
+            part.whole, part.start = whole, start
+            parts.append(part)
+            start += size
+        return parts
+
+
+def block_of(weights: Sequence[Weight]) -> np.ndarray | None:
+    """Return the matrix whose rows are those of all the weights, in this order and no others; None if there is none."""
+    whole, start = getattr(weights[0], "whole", None), 0
+    for weight in weights:
+        if whole is None or getattr(weight, "whole", None) is not whole or weight.start != start:
+            return None
+        start += len(weight)
+    return whole if start == len(whole) else None
+
+
+def to_bfloat16(x: np.ndarray) -> np.ndarray:
+    """Round float32 to the nearest bfloat16, ties to even, as uint16 bits; NaN stays NaN, what is too large becomes infinite.
+
+    Adding just under half a unit of the last place kept, plus one bit where that place is odd, carries into it exactly when
+    the nearest lies above.
+    """
+    bits = np.asarray(x, np.float32).view(np.uint32)
+    nearest = (bits + (0x7FFF + (bits >> 16 & 1))) >> 16
+    quiet_nan = bits >> 16 | 0x0040  # the carry would turn some NaN into zero or infinity
+    return np.where(np.isnan(x), quiet_nan, nearest).astype(np.uint16)
+
+
+def to_int8(x: np.ndarray) -> Int8:
+    """Quantize each row to the 255 multiples of its scale that reach from -max|row| to max|row|.    float [out, in]
+
+    scale = max|row| / 127, values = row / scale to the nearest, ties to even. A row of zeros has scale 0. Dividing in float64
+    leaves no float32 on the wrong side of a tie.
+    """
+    x = np.asarray(x, np.float64)
+    scale = (np.max(np.abs(x), axis=1) / 127).astype(np.float32)
+    divisor = np.where(scale > 0, scale, 1)[:, None]
+    values = np.rint(x / divisor)
+    # Only where float32 has no scale near a 127th of numbers this small (below 1e-36) can they lie beyond.
+    return Int8(np.clip(values, -127, 127).astype(np.int8), scale)
