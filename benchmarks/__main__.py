@@ -84,6 +84,9 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="a PNG; needs matplotlib")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="for the models, 20 GB; else where temporary files go")
     args = parser.parse_args()
+    for folder in (args.folder or Path(), args.json.parent, (args.plot or args.json).parent):
+        if not folder.is_dir():  # found now rather than after an hour
+            parser.error(f"{folder} is not a folder")
     prepare_environment(args.threads)
     result: dict[str, object] = {"machine": machine(args.threads), "quick": args.quick, "seconds": {}}
     print(", ".join(f"{key} {value}" for key, value in result["machine"].items() if value is not None))

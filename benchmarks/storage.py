@@ -10,14 +10,18 @@ import json
 import math
 import os
 import statistics
+import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 import npllama
 from npllama import checkpoint
+from npllama.cli import read_text
+from npllama.console import FORESEEN, error_text, say_error
 from npllama.generation import prefill
 from npllama.perplexity import perplexity
 from npllama_convert import sources
@@ -84,7 +88,9 @@ def show(result: dict[str, object]) -> None:
 
 
 def run_on(path: str | Path, text: str, share: float) -> dict[str, object]:
-    """Measure a model on the last part of a text."""
+    """Measure a model on the last part of a text. Raises ValueError before anything is converted."""
+    if not 0 < share <= 1:
+        raise ValueError(f"--share is {share}, expected more than 0 and at most 1")
     source = open_source(path)
     with tempfile.TemporaryDirectory() as folder:
         for name, content in source.tokenizer.items():
@@ -93,6 +99,8 @@ def run_on(path: str | Path, text: str, share: float) -> dict[str, object]:
         if not names:
             raise ValueError(f"{path} has no tokenizer")
         ids = npllama.load_tokenizer(Path(folder) / names[0]).encode(text[-math.ceil(share * len(text)) :])
+    if len(ids) < (context := min(CONTEXT, source.config.max_seq_len)):
+        raise ValueError(f"that share of the text has {len(ids):,} tokens, expected at least one window of {context:,}")
     result = measure(Path(path).name, source, ids, n_decode=32, rounds=5)
     show(result)
     return result
@@ -114,10 +122,20 @@ def run(quick: bool = False) -> list[dict[str, object]]:
     return results
 
 
-if __name__ == "__main__":
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure one model and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="MODEL_SOURCE", help="what npllama convert takes, or a model directory")
     parser.add_argument("text", type=Path, metavar="TEXT", help="a file in UTF-8")
     parser.add_argument("--share", type=float, default=0.1, metavar="X", help="measure on this last part of it (default 0.1)")
-    args = parser.parse_args()
-    print(json.dumps(run_on(args.source, args.text.read_text(encoding="utf-8"), args.share)))
+    args = parser.parse_args(argv)
+    try:
+        print(json.dumps(run_on(args.source, read_text(args.text), args.share)))
+    except FORESEEN as error:
+        say_error(f"benchmarks.storage: {error_text(error)}")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

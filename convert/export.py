@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from npllama import checkpoint
+from npllama.atomic import new_file, write_file
 from npllama.config import Config
 from npllama.weights import Int8, widen
 
@@ -44,13 +45,14 @@ def to_meta(model: str | Path, dst: str | Path, shards: int = 1, embedding_axis:
                 state[name] = torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
             else:
                 state[name] = torch.from_numpy(array.copy())
-        torch.save(state, dst / f"consolidated.{shard:02d}.pth")
-    (dst / "params.json").write_text(json.dumps(to_params(opened.config)) + "\n")
+        with new_file(dst / f"consolidated.{shard:02d}.pth") as file:
+            torch.save(state, file)
+    write_file(dst / "params.json", (json.dumps(to_params(opened.config)) + "\n").encode())
     generation = {key: opened.generation[key] for key in ("temperature", "top_p") if opened.generation[key] is not None}
     if generation:
-        (dst / "generation_config.json").write_text(json.dumps(generation) + "\n")
+        write_file(dst / "generation_config.json", (json.dumps(generation) + "\n").encode())
     if "tokenizer.model" in opened.manifest["files"]:
-        (dst / "tokenizer.model").write_bytes((opened.path / "tokenizer.model").read_bytes())
+        write_file(dst / "tokenizer.model", (opened.path / "tokenizer.model").read_bytes())
 
 
 def split_axis(name: str, embedding_axis: int) -> int:

@@ -20,6 +20,7 @@ import zlib
 from pathlib import Path
 
 from npllama import atomic, checkpoint, store
+from npllama.errors import NpllamaError
 from npllama.memory import size_text
 
 from . import sources
@@ -30,7 +31,7 @@ NEEDED = ("gguf", "tokenizers")  # the packages that the conversion needs: bette
 BLOCK = 1 << 20
 
 
-class FetchError(ValueError):
+class FetchError(NpllamaError):
     """A model can't be fetched; the message is one line."""
 
 
@@ -48,6 +49,7 @@ def fetch(name: str, report: Report = print) -> Path:
         return target
     if missing := [package for package in NEEDED if importlib.util.find_spec(package) is None]:
         raise FetchError(f"{name} needs the packages {' and '.join(missing)}: pip install 'npllama[fetch]'")
+    checkpoint.check_free(target, force=True)
     size = size_text
     report(f"{name}: {entry.description}; licence {entry.licence}")
     report(
@@ -55,7 +57,7 @@ def fetch(name: str, report: Report = print) -> Path:
     )
     downloads = store.home() / "downloads" / name
     try:
-        with atomic.new_folder(downloads, force=True, foreign=lambda path: None) as work:
+        with atomic.scratch_folder(downloads) as work:
             _check_room(work, entry)
             file = _extract(entry, _download(entry, work), work)
             source = sources.read(file, report=lambda line: None)
@@ -63,8 +65,7 @@ def fetch(name: str, report: Report = print) -> Path:
             write(source, target, force=True, report=lambda line: None)
             file.unlink()
     finally:
-        shutil.rmtree(downloads, ignore_errors=True)
-        with contextlib.suppress(OSError):  # another model is on its way
+        with contextlib.suppress(OSError):  # another model is on its way, or the user keeps something there
             downloads.parent.rmdir()
     report(f"{target}: converted; try npllama chat -m {name}")
     return target

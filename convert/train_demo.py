@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from tokenizers import Regex, models, pre_tokenizers, trainers
 from torch import nn
 
+from npllama.atomic import new_file, write_file
 from npllama.tokenizer import LLAMA3_PATTERN, TiktokenTokenizer
 
 N_PIECES = 2000
@@ -66,7 +67,7 @@ def train_tokenizer(text: str, path: Path) -> None:
     assert set(byte_of) == set(alphabet)
     pieces = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     lines = [f"{base64.b64encode(bytes(byte_of[c] for c in piece)).decode()} {rank}" for piece, rank in pieces]
-    path.write_text("\n".join(lines) + "\n")
+    write_file(path, ("\n".join(lines) + "\n").encode())
 
 
 class RMSNorm(nn.Module):
@@ -278,10 +279,11 @@ def main() -> None:
                 best = nats
                 best_bits = total / n_characters / math.log(2)
                 state = {name: p.detach().to(torch.bfloat16).clone() for name, p in model.state_dict().items()}
-                torch.save(state, args.out / "consolidated.00.pth")
+                with new_file(args.out / "consolidated.00.pth") as file:
+                    torch.save(state, file)
 
-    (args.out / "params.json").write_text(json.dumps(PARAMS, indent=2) + "\n")
-    (args.out / "generation_config.json").write_text(json.dumps(GENERATION, indent=2) + "\n")
+    write_file(args.out / "params.json", (json.dumps(PARAMS, indent=2) + "\n").encode())
+    write_file(args.out / "generation_config.json", (json.dumps(GENERATION, indent=2) + "\n").encode())
     record = {
         "data": args.text.name,
         "data_sha256": hashlib.sha256(args.text.read_bytes()).hexdigest(),
@@ -295,8 +297,8 @@ def main() -> None:
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "tokenizers": tokenizers.__version__},
         "history": history,
     }
-    (args.out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
-    (args.out / "MODEL_CARD.md").write_text(card(record))
+    write_file(args.out / "training.json", (json.dumps(record, indent=2) + "\n").encode())
+    write_file(args.out / "MODEL_CARD.md", card(record).encode())
 
 
 if __name__ == "__main__":

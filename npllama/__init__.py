@@ -1,20 +1,23 @@
-"""Llama in pure NumPy: the reference implementation that others check themselves against."""
+"""Llama in pure NumPy: the reference implementation that others check themselves against.
+
+Names are loaded when they are first asked for: whoever only runs a model needs no more than that, and the command line can
+prepare for Ctrl-C before anything takes time.
+"""
 
 import importlib
-import logging
-from typing import TYPE_CHECKING
 
-from .cache import KVCache
-from .checkpoint import CheckpointError, Model, load, verify
-from .config import Config, ConfigError, LinearRopeScaling, RopeScaling, n_parameters, parameter_shapes
-from .generation import Step, generate, generate_batch, generate_steps
-from .model import forward, no_tap
-from .sampling import Sampling
-from .tokenizer import Tokenizer, load_tokenizer
-
+TYPE_CHECKING = False  # type checkers take it for typing's, whose import would be the longest part of this file's
 if TYPE_CHECKING:
+    from .cache import KVCache
+    from .checkpoint import CheckpointError, Model, load, verify
+    from .config import Config, ConfigError, LinearRopeScaling, RopeScaling, n_parameters, parameter_shapes
+    from .errors import NpllamaError
+    from .generation import Step, generate, generate_batch, generate_steps
     from .golden import write_golden
+    from .model import forward, no_tap
     from .precision import Precision
+    from .sampling import Sampling
+    from .tokenizer import Tokenizer, load_tokenizer
     from .trace import Recording, Selection, Trace, TraceError, read_trace, record, write_trace
 
 __version__ = "0.1.0"
@@ -28,6 +31,7 @@ __all__ = [
     "KVCache",
     "LinearRopeScaling",
     "Model",
+    "NpllamaError",
     "Precision",
     "Recording",
     "RopeScaling",
@@ -53,16 +57,34 @@ __all__ = [
     "write_trace",
 ]
 
-# Loaded when first asked for: `import npllama` stays quick for those who only run a model.
-_LATER = {
-    "precision": ["Precision"],
-    "trace": ["Recording", "Selection", "Trace", "TraceError", "read_trace", "record", "write_trace"],
+_MODULES = {
+    "cache": ["KVCache"],
+    "checkpoint": ["CheckpointError", "Model", "load", "verify"],
+    "config": ["Config", "ConfigError", "LinearRopeScaling", "RopeScaling", "n_parameters", "parameter_shapes"],
+    "errors": ["NpllamaError"],
+    "generation": ["Step", "generate", "generate_batch", "generate_steps"],
     "golden": ["write_golden"],
+    "model": ["forward", "no_tap"],
+    "precision": ["Precision"],
+    "sampling": ["Sampling"],
+    "tokenizer": ["Tokenizer", "load_tokenizer"],
+    "trace": ["Recording", "Selection", "Trace", "TraceError", "read_trace", "record", "write_trace"],
 }
 
 
 def __getattr__(name: str) -> object:
-    for module, names in _LATER.items():
+    for module, names in _MODULES.items():
         if name in names:
-            return getattr(importlib.import_module(f".{module}", __name__), name)
+            globals()[name] = found = getattr(importlib.import_module(f".{module}", __name__), name)
+            return found
+    if not name.startswith("_"):
+        try:
+            return importlib.import_module(f".{name}", __name__)  # npllama.ops, without an import of its own
+        except ModuleNotFoundError as error:
+            if error.name != f"{__name__}.{name}":
+                raise
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,7 +1,37 @@
-"""`python -m npllama` is `npllama`."""
+"""Where the command begins, as `npllama` and as `python -m npllama`: ready for Ctrl-C before anything takes time."""
 
+from __future__ import annotations
+
+import os
+import signal
 import sys
+from types import FrameType
 
-from .cli import main
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
-sys.exit(main())
+
+def main() -> int:
+    """Run the command that sys.argv names and return its exit status."""
+    listens = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # what a shell runs in the background may not
+    if listens:
+        signal.signal(signal.SIGINT, _leave)
+    from .cli import main as run
+
+    try:
+        if listens:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        return run()
+    except KeyboardInterrupt:  # just before run() could hear it, or just after
+        return INTERRUPTED
+    finally:
+        if listens:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # while Python ends, an interrupt would be a traceback
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """End at once: no file is open yet, and an exception in the middle of an import may come out as another one."""
+    os._exit(INTERRUPTED)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

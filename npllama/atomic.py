@@ -17,10 +17,12 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path, PurePosixPath
 from types import FrameType
 from typing import BinaryIO
+
+from .errors import NpllamaError
 
 try:
     import fcntl
@@ -31,11 +33,11 @@ LOCK = ".lock"  # inside the partial folder, held while its writer lives
 DEAD_AFTER_SECONDS = 600.0  # where files can't be locked, a partial folder that has not changed for so long is a dead run's
 
 
-class FolderError(ValueError):
+class FolderError(NpllamaError):
     """The folder can't be written: it exists, is foreign, or another run is writing it."""
 
 
-class FileError(ValueError):
+class FileError(NpllamaError):
     """The file can't be written."""
 
 
@@ -152,6 +154,41 @@ def check_target(target: Path, force: bool, foreign: Callable[[Path], str | None
         raise FolderError(f"{target} is not replaced: {reason}")
 
 
+def not_ours(folder: Path, written: Collection[str]) -> str | None:
+    """The reason not to replace a folder of ours: it holds something that is none of the files `written`. Else None.
+
+    written  the files' paths in the folder, with `/`; folders on the way to them are ours too, and a lock that was left
+    """
+    ours = {parent.as_posix() for file in written for parent in PurePosixPath(file).parents}
+    folders = [""]
+    for inside in folders:
+        with os.scandir(folder / inside) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+        for entry in entries:
+            name = f"{inside}{entry.name}"
+            if entry.is_dir(follow_symlinks=False):
+                if name not in ours:
+                    return f"it holds {name}, a folder that npllama did not write"
+                folders.append(name + "/")
+            elif name not in written and not (name == LOCK and entry.stat(follow_symlinks=False).st_size == 0):
+                return f"it holds {name}, which npllama did not write"
+            elif not entry.is_file(follow_symlinks=False):
+                return f"it holds {name}, which is not a plain file, as npllama writes them"
+    return None
+
+
+@contextlib.contextmanager
+def writing(path: Path, shown: Path | str) -> Iterator[BinaryIO]:
+    """Open a new file in a folder that is being made. An OSError that names no file then names `shown`, what it will be."""
+    try:
+        with open(path, "xb") as file:
+            yield file
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror or str(error), str(shown)) from None
+
+
 def _sync(path: Path) -> None:
     if os.name == "nt" and path.is_dir():
         return
@@ -208,6 +245,26 @@ def new_folder(path: str | Path, force: bool, foreign: Callable[[Path], str | No
     finds no reason not to. Raises FolderError, a ValueError.
     """
     target = Path(path).resolve()
+    with scratch_folder(target) as partial:
+        check_target(target, force, foreign)
+        yield partial
+        try:
+            for file in partial.iterdir():
+                _sync(file)
+            _sync(partial)
+        except OSError as error:
+            raise FolderError(f"{target}: {error.strerror or error}") from None
+        check_target(target, force, foreign)  # someone may have made it meanwhile
+        _put_in_place(partial, target)
+
+
+@contextlib.contextmanager
+def scratch_folder(path: str | Path) -> Iterator[Path]:
+    """Give a folder beside `path` to work in, which vanishes when the block ends, unless it was renamed.
+
+    What a killed run left that had the same `path` is removed. Raises FolderError where another run is at work on it.
+    """
+    target = Path(path).resolve()
     with _signals_unwind(), contextlib.ExitStack() as cleanup:
         try:
             for parent in reversed([parent for parent in target.parents if not parent.exists()]):
@@ -220,14 +277,8 @@ def new_folder(path: str | Path, force: bool, foreign: Callable[[Path], str | No
             cleanup.callback(os.close, descriptor)
         cleanup.callback(_remove, partial)
         _clean_up_after_killed_runs(target, own=partial)
-        check_target(target, force, foreign)
         yield partial
-        for file in partial.iterdir():
-            _sync(file)
-        _sync(partial)
-        check_target(target, force, foreign)  # someone may have made it meanwhile
-        _put_in_place(partial, target)
-        # The cleanup runs now too, and finds only the lock to let go: the partial folder is gone, and no parent is empty.
+        # Where it was renamed, the cleanup finds only the lock to let go: the partial folder is gone, and no parent is empty.
 
 
 def _remove_if_empty(folder: Path) -> None:
@@ -242,14 +293,14 @@ def new_file(path: str | Path) -> Iterator[BinaryIO]:
     A symbolic link stays, and what it points to is replaced; a device or a pipe is written to as it is. What a killed run left
     beside is removed. Raises ValueError where it can't be written.
     """
-    target = Path(path).resolve()
-    if target.is_dir():
+    if os.path.isdir(path or "."):
         raise FileError(f"{path} is a folder, expected a file to write")
     try:
-        if target.exists() and not target.is_file():
-            with open(target, "wb") as file:
+        if os.path.exists(path) and not os.path.isfile(path):  # not resolved: /dev/stdout may lead to a pipe without a name
+            with open(path, "wb") as file:
                 yield file
             return
+        target = Path(path).resolve()
         partial = _sibling(target, "partial")
         with _signals_unwind(), contextlib.ExitStack() as cleanup:
             cleanup.callback(partial.unlink, missing_ok=True)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+from .atomic import write_file
 from .cache import KVCache
 from .chat import Messages
 from .checkpoint import Model
@@ -164,7 +165,7 @@ def obey(command: str, argument: str | None, conversation: Conversation, saved: 
         path = Path(argument).expanduser().resolve()
         if path.exists() and path not in saved:
             raise ValueError(f"{path} exists: choose another name")
-        path.write_text(json.dumps(conversation.messages, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        write_file(path, (json.dumps(conversation.messages, ensure_ascii=False, indent=2) + "\n").encode())
         saved.add(path)
         say(f"{path}: {len(conversation.messages)} messages")
     elif command == "reset" and not argument:

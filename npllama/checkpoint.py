@@ -28,8 +28,9 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 
 from . import layout
-from .atomic import check_target, new_folder, survivor
+from .atomic import check_target, new_folder, not_ours, survivor, writing
 from .config import Config, ConfigError, n_parameters, parameter_shapes
+from .errors import NpllamaError
 from .memory import available_memory, size_text
 from .scope import Ops
 from .store import NAME, locate
@@ -54,18 +55,11 @@ INT8_LIMIT = np.nextafter(np.finfo(np.float32).max, np.float32(0))
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 
 log = logging.getLogger(__name__)
+logging.getLogger("npllama").addHandler(logging.NullHandler())  # without it, warnings would go to standard error
 
 
-def printable(text: str) -> str:
-    """The text with control characters written as escapes: a name in a damaged file may hold any."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
-
-
-class CheckpointError(ValueError):
+class CheckpointError(NpllamaError):
     """A checkpoint can't be read or written; the message is one line: the file, what was found and what was expected."""
-
-    def __init__(self, message: str):
-        super().__init__(printable(message))
 
 
 # ------------------------------------------------------------------------------------------------------------------ reading
@@ -465,7 +459,7 @@ def create(
                     f"{path}: the model needs {size_text(needed)}, but only {size_text(free)} are free on that disk"
                 )
             with ThreadPoolExecutor(max_workers=1) as hashing:  # one worker: it takes the blocks in their order
-                writer = Writer(folder, shapes, dtypes, hashing)
+                writer = Writer(folder, path, shapes, dtypes, hashing)
                 yield writer
                 writer._finish(config, source, generation)
     except OSError as error:
@@ -487,8 +481,16 @@ class Writer:
 
     progress: Callable[[int], object] | None = None  # set it to be called with the bytes just written
 
-    def __init__(self, folder: Path, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str], hashing: Executor):
-        self._folder, self._shapes, self._dtypes, self._hashing = folder, shapes, dtypes, hashing
+    def __init__(
+        self,
+        folder: Path,
+        target: Path,
+        shapes: Mapping[str, tuple[int, ...]],
+        dtypes: Mapping[str, str],
+        hashing: Executor,
+    ):
+        self._folder, self._target = folder, target  # where it is made, and what it will be
+        self._shapes, self._dtypes, self._hashing = shapes, dtypes, hashing
         self._tensors: dict[str, dict[str, object]] = {}
         self._files: dict[str, dict[str, object]] = {}
 
@@ -508,7 +510,7 @@ class Writer:
         shape = self._shapes.get(name)
         self._check_shape(name, shape)
         dtype, n_rows, scales = self._dtypes[name], 0, []
-        with open(self._folder / f"{name}.npy", "xb") as file:
+        with self._new(f"{name}.npy") as file:
             stream = _NpyStream(file, shape, STORAGE[dtype], self._hashing)
             for block in blocks:
                 if block.shape[1:] != shape[1:] or n_rows + len(block) > shape[0]:
@@ -526,7 +528,7 @@ class Writer:
             raise CheckpointError(f"{name} has {n_rows} rows, expected {shape[0]}")
         entry = {"file": f"{name}.npy", "dtype": dtype, "shape": list(shape), "bytes": stream.n_bytes, "sha256": stream.sha256}
         if scales:
-            with open(self._folder / f"{name}.scale.npy", "xb") as file:
+            with self._new(f"{name}.scale.npy") as file:
                 stream = _NpyStream(file, shape[:1], STORAGE["float32"], self._hashing)
                 stream.write(np.concatenate(scales))
             entry["scale"] = {"file": f"{name}.scale.npy", "bytes": stream.n_bytes, "sha256": stream.sha256}
@@ -537,9 +539,12 @@ class Writer:
         if not is_plain_name(name) or name.endswith(".npy") or name in ("manifest.json", *self._files):
             raise CheckpointError(f"{name!r} can't be added: expected a new plain file name")
         data = content if isinstance(content, bytes) else Path(content).read_bytes()
-        with open(self._folder / name, "xb") as file:
+        with self._new(name) as file:
             file.write(data)
         self._files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+    def _new(self, file: str) -> contextlib.AbstractContextManager[BinaryIO]:
+        return writing(self._folder / file, self._target / file)
 
     def _check_shape(self, name: str, found: tuple[int, ...] | None) -> None:
         if name not in self._shapes:
@@ -561,7 +566,8 @@ class Writer:
             "tensors": {name: self._tensors[name] for name in self._shapes},
             "files": self._files,
         }
-        (self._folder / "manifest.json").write_bytes(_json(manifest))
+        with self._new("manifest.json") as file:
+            file.write(_json(manifest))
 
 
 class _NpyStream:
@@ -656,5 +662,4 @@ def _why_not_ours(path: Path) -> str | None:
     except ValueError as error:
         return str(error)
     listed = {"manifest.json", *manifest["files"], *_array_files(manifest["tensors"])}
-    foreign = sorted(p.name for p in path.iterdir() if p.name not in listed and not p.name.startswith("."))
-    return f"it holds {foreign[0]}, which npllama did not write" if foreign else None
+    return not_ours(path, listed)

@@ -1,6 +1,6 @@
 """The command line: arguments in, text on standard output, statistics on standard error.
 
-Exit status: 0 done, 1 a comparison or verification failed, 2 bad usage or bad input, 130 interrupted.
+Exit status: 0 done, 1 a comparison or verification failed, 2 bad usage, bad input or an unforeseen error, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ import numpy as np
 from . import __version__, chat, chat_loop, known_answers, perplexity, threads
 from .atomic import new_file
 from .cache import KVCache
-from .checkpoint import Model, demo_path, load, open_model, printable, verify
+from .checkpoint import Model, demo_path, load, open_model, verify
 from .config import n_parameters
-from .console import Statistics, collected_log, rate, write
+from .console import Statistics, collected_log, error_text, flush_output, open_streams, rate, say_error, tell, write
+from .errors import printable
 from .generation import PREFILL_CHUNK, Step, generate_steps, stream_text
 from .memory import size_text
 from .model import forward
@@ -42,27 +43,23 @@ DTYPES = ["auto", "stored", "float32", "float64"]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed, as by `npllama chat <&-`
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal that can't show a character shows another
-    args = build_parser().parse_args(argv)
+    open_streams()
+    command = "npllama"
     try:
-        return args.run(args) or 0
+        try:
+            args = build_parser().parse_args(argv)
+            command += f" {args.command}"
+            return args.run(args) or 0
+        finally:
+            flush_output()
+    except SystemExit:  # of argparse, or of SIGTERM
+        raise
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader has gone, as in `npllama generate ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader has gone, as in `npllama generate ... | head`: flush_output() has closed the stream
         return 0
-    except (ValueError, OSError, ImportError, MemoryError) as error:
-        text = str(error)
-        if isinstance(error, OSError) and error.filename is not None and error.strerror:
-            text = f"{error.filename}: {error.strerror}"  # without Python's "[Errno 2]"
-        message = printable(" ".join(text.split())) or type(error).__name__
-        with contextlib.suppress(OSError):  # standard error is full or closed
-            print(f"npllama {args.command}: {message}", file=sys.stderr)
+    except BaseException as error:  # a library written in Rust panics with one that is no Exception
+        say_error(f"{command}: {printable(error_text(error))}")
         return 2
 
 
@@ -71,6 +68,15 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:  # noqa: D102
         self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Refuse what is not recognised here, where it is known whose it is: argparse leaves it to the outermost parser."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -187,7 +193,12 @@ def build_parser() -> argparse.ArgumentParser:
     p = command("plot", run_plot, "draw one thing of a pass")
     p.add_argument("kind", metavar="KIND", choices=PLOTS, help="rope, attention, mask, residual, logit-lens, tokens or error")
     p.add_argument(
-        "traces", nargs="*", type=Path, metavar="TRACE", help="error: REFERENCE and CANDIDATE, or a report of compare in JSON"
+        "traces",
+        nargs="*",
+        type=Path,
+        default=[],  # else argparse asks for it where KIND is missing
+        metavar="TRACE",
+        help="error: REFERENCE and CANDIDATE, or a report of compare in JSON",
     )
     add_prompt_options(p, required=False)
     p.add_argument("--layer", type=int, default=0, metavar="N", help="default 0")
@@ -394,7 +405,7 @@ def run_generate(args: argparse.Namespace) -> None:
             for text in stream_text((step.token for step in steps), decoder, args.stop):
                 write(text)
             print()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, ValueError):
         print()
         raise
     finally:
@@ -574,7 +585,7 @@ def run_compare(args: argparse.Namespace) -> int:
     )
     for path in args.report:
         write_report(comparison, path)
-    print(text(comparison, args.all, colour=sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
+    tell(text(comparison, args.all, colour=sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
     return comparison.exit_status
 
 
@@ -638,9 +649,9 @@ def run_verify(args: argparse.Namespace) -> int:
     path = demo_path() if args.model is None else args.model
     problems = verify(path)
     for problem in problems:
-        print(problem)
+        tell(problem)
     if not problems:
-        print(f"{path}: every file is as it was written")
+        tell(f"{path}: every file is as it was written")
     return 1 if problems else 0
 
 
@@ -649,13 +660,13 @@ def run_check(args: argparse.Namespace) -> int:
     model = load_model(args)
     known = known_answers.recognise(model.config)
     stored = sorted({tensor["dtype"] for tensor in model.manifest["tensors"].values()})
-    print(f"{model.path} has the shape of {known.name}; its weights are stored as {' and '.join(stored)}")
+    tell(f"{model.path} has the shape of {known.name}; its weights are stored as {' and '.join(stored)}")
     failed = 0
     for answer in known.answers:
-        print(f"{answer.prompt!r}, as known from {answer.source}", flush=True)
+        tell(f"{answer.prompt!r}, as known from {answer.source}")
         for finding in known_answers.check(model, answer):
             verdict = "ok    " if finding.holds else "FAILED"
-            print(f"  {verdict}  {finding.what}" + (f": {finding.found}" if finding.found else ""), flush=True)
+            tell(f"  {verdict}  {finding.what}" + (f": {finding.found}" if finding.found else ""))
             failed += not finding.holds
     return 1 if failed else 0
 
@@ -683,7 +694,7 @@ def run_exercise(args: argparse.Namespace) -> int:
     outcomes = [print_outcome(folder, exercise) for exercise in chosen]
     n_passed = sum(outcome.passed for outcome in outcomes)
     if len(chosen) > 1:
-        print(f"{n_passed} of {len(chosen)} done")
+        tell(f"{n_passed} of {len(chosen)} done")
     return 0 if n_passed == len(chosen) else 1
 
 
@@ -697,9 +708,9 @@ def print_outcome(folder: Path, exercise: Exercise) -> Outcome:
         line = grading.where(error, folder / grading.file_name(exercise))
         print(f"npllama exercise: {exercise.name} interrupted{line}: is there a loop without an end?", file=sys.stderr)
         raise
-    print(f"{exercise.name:<17} {outcome.line}", flush=True)
+    tell(f"{exercise.name:<17} {outcome.line}")
     if outcome.hint:
-        print(f"{'':<17} hint: {outcome.hint}", flush=True)
+        tell(f"{'':<17} hint: {outcome.hint}")
     return outcome
 
 

@@ -6,8 +6,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 
+from .errors import NpllamaError
 
-class ConfigError(ValueError):
+
+class ConfigError(NpllamaError):
     """A model constant is missing, unknown, of the wrong type or impossible."""
 
 

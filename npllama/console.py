@@ -1,20 +1,95 @@
-"""What commands show while they run: text as it is made, tokens per second, the peak of memory."""
+"""What commands show: text as it is made, tokens per second, errors in a line; and what becomes of output nobody takes."""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
+import os
 import sys
 import time
+import traceback
 from collections.abc import Iterable, Iterator
+from typing import TextIO
 
 from .generation import Step
 
+FORESEEN = (ValueError, OSError, ImportError, MemoryError)  # ours, the system's, a package that is missing
+
+
+def open_streams() -> None:
+    """Make the standard streams such that nothing written to them is lost unnoticed."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed, as by `npllama chat <&-`
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+    if isinstance(getattr(sys.stdout, "buffer", None), io.RawIOBase):
+        # Python runs unbuffered, and then a write that a full disk cuts short passes for a whole one.
+        sys.stdout = open(sys.stdout.fileno(), "w", 1, sys.stdout.encoding, closefd=False)  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that can't show a character shows another
+
+
+def flush_output() -> None:
+    """Write what the streams still hold, before Python does it on its way out with a status of its own.
+
+    That the reader of standard output has gone is no error. Raises OSError, which names the stream, where it can't be written.
+    """
+    for name, stream in (("standard output", sys.stdout), ("standard error", sys.stderr)):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            _discard(stream)
+        except OSError as error:
+            _discard(stream)
+            raise OSError(error.errno, error.strerror, name) from None
+
+
+def _discard(stream: TextIO) -> None:
+    """Let a stream that can't be written go nowhere, with what it holds."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+    stream.flush()
+
+
+def tell(line: str) -> None:
+    """Print a line of a verdict at once. The verdict is found even if the reader has gone: it is the exit status too."""
+    try:
+        write(line + "\n")
+    except BrokenPipeError:
+        _discard(sys.stdout)
+
+
+def say_error(line: str) -> None:
+    """Print a line on standard error, if it can be written."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:  # full, or its reader has gone
+        _discard(sys.stderr)
+
+
+def error_text(error: BaseException) -> str:
+    """An error as one line, which asks to report one that nobody foresaw. NPLLAMA_DEBUG=1 prints the traceback before it."""
+    if os.environ.get("NPLLAMA_DEBUG", "0") not in ("", "0"):
+        with contextlib.suppress(OSError):
+            traceback.print_exception(error)
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror:  # without Python's "[Errno 2]"
+        text = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    if isinstance(error, FORESEEN):
+        return text or type(error).__name__
+    kind = type(error).__name__
+    return f"unforeseen {kind}{text and ': '}{text}; please report it, with what NPLLAMA_DEBUG=1 shows"
+
 
 def write(text: str) -> None:
-    """Show text at once."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    """Show text at once. Raises OSError, which names the stream, where it can't be written."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "standard output") from None
 
 
 class _Collected(logging.Handler):

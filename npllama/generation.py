@@ -10,7 +10,7 @@ import numpy as np
 from .cache import KVCache
 from .checkpoint import Model
 from .model import check_tokens, forward
-from .sampling import Sampling, log_probabilities, sample
+from .sampling import LogitsError, Sampling, log_probabilities, sample
 from .tokenizer import StreamDecoder
 
 PREFILL_CHUNK = 512  # tokens a pass: the scores of a long prompt are never in memory whole
@@ -52,8 +52,8 @@ def generate(
     Ends before a stop id (the tokenizer's, unless given) and where the context is full. The same seed gives the same tokens. A
     cache holds what came before `tokens`. With `lookup` up to so many tokens are checked in one pass, which followed when the
     last few came before: the same tokens sooner, where a text repeats itself or its prompt, and ties within rounding aside.
-    Raises ValueError for a prompt that is empty, outside the vocabulary or longer than the context, and for lookup with a
-    temperature.
+    Raises ValueError for a prompt that is empty, outside the vocabulary or longer than the context, for lookup with a
+    temperature, and when the time comes for logits that are NaN or infinite.
     """
     sampling = Sampling(temperature, top_k, top_p, min_p)
     steps = generate_steps(model, tokens, max_tokens, sampling, seed, stop_ids, cache, lookup)
@@ -91,7 +91,7 @@ def _decode(
     rng = np.random.default_rng(seed)
     logits = prefill(model, tokens, cache)
     for made in range(max_tokens):
-        token = sample(logits, sampling, rng)
+        token = _draw(logits, sampling, rng, f"token {made + 1}")
         if token in stop:
             return
         yield Step(token, logits)
@@ -118,7 +118,7 @@ def _decode_by_lookup(
         accepted, before = 0, cache.length - len(proposed)
         try:
             for row in logits:
-                token = sample(row, Sampling(), None)
+                token = _draw(row, Sampling(), None, f"token {made + 1}")
                 if token in stop:
                     return
                 yield Step(token, row)
@@ -192,7 +192,8 @@ def _decode_batch(
     logits = prefill(model, batch, cache)
     running = np.full(n, True)
     for made in range(max_tokens):
-        ids = [sample(logits[i], sampling, rngs[i]) if running[i] else -1 for i in range(n)]
+        name = f"token {made + 1} of prompt"
+        ids = [_draw(logits[i], sampling, rngs[i], f"{name} {i + 1}") if running[i] else -1 for i in range(n)]
         running &= [id not in stop for id in ids]
         if not running.any():
             return
@@ -202,6 +203,14 @@ def _decode_batch(
             return
         column = np.where(running, ids, -1)[:, None]
         logits = forward(model.params, model.config, column, cache, last_only=True, ops=model.ops)[:, -1]
+
+
+def _draw(logits: np.ndarray, sampling: Sampling, rng: np.random.Generator | None, name: str) -> int:
+    """As sample(); an error names the token that was to be drawn."""
+    try:
+        return sample(logits, sampling, rng)
+    except LogitsError as error:
+        raise LogitsError(f"new {name}: {error}") from None
 
 
 def prefill(model: Model, tokens: np.ndarray, cache: KVCache) -> np.ndarray:

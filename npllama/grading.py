@@ -6,6 +6,7 @@ The student's code runs in this process, which is the student's own: it is guard
 from __future__ import annotations
 
 import copy
+import os
 import traceback
 import warnings
 from collections.abc import Callable
@@ -14,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .checkpoint import printable
+from .atomic import write_file
+from .errors import NpllamaError, printable
 from .exercises import EXERCISES, Exercise
 
 RTOL, ATOL = 1e-4, 1e-6  # float32 in any order of operations is inside, and every known mistake far outside
@@ -44,7 +46,7 @@ class Outcome:
     hint: str | None = None
 
 
-class Unusable(Exception):
+class Unusable(NpllamaError):
     """The student's file has no result to compare; the message is the line to print."""
 
 
@@ -66,12 +68,9 @@ def start(folder: Path) -> list[Path]:
             arguments=exercise.arguments,
             statement=exercise.statement,
         )
-        try:
-            with open(path, "x", encoding="utf-8") as file:  # x: never onto the student's work
-                file.write(text)
-        except FileExistsError:
-            continue
-        written.append(path)
+        if not os.path.lexists(path):  # never onto the student's work
+            write_file(path, text.encode())
+            written.append(path)
     return written
 
 

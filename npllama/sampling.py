@@ -6,6 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .errors import NpllamaError
+
+
+class LogitsError(NpllamaError):
+    """Logits that no token can be drawn from: NaN, or infinite; -inf rules a token out, if not all of them."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -38,7 +44,7 @@ class Sampling:
 
 def probabilities(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     """The distribution that a token is drawn from, in float64.    [V] -> [V], sums to 1"""
-    logits = logits.astype(np.float64)
+    logits = checked(logits).astype(np.float64)
     if sampling.temperature == 0:
         return np.eye(1, len(logits), np.argmax(logits))[0]
     scaled = logits - logits.max()
@@ -60,9 +66,18 @@ def probabilities(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
 def sample(logits: np.ndarray, sampling: Sampling, rng: np.random.Generator) -> int:
     """Draw the next token's id.    [V] -> int"""
     if sampling.temperature == 0:
-        return int(np.argmax(logits))
+        return int(np.argmax(checked(logits)))
     cumulative = np.cumsum(probabilities(logits, sampling))
     return int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
+
+
+def checked(logits: np.ndarray) -> np.ndarray:
+    """Return the logits if a token can be drawn from them, else raise LogitsError.    [V] -> [V]"""
+    if not np.isfinite(np.max(logits)):  # NaN and inf are the maximum wherever they stand, -inf only where it stands alone
+        counts = {"NaN": np.isnan(logits), "inf": np.isposinf(logits), "-inf": np.isneginf(logits)}
+        found = ", ".join(f"{np.count_nonzero(where):,} are {name}" for name, where in counts.items() if where.any())
+        raise LogitsError(f"of {logits.size:,} logits {found}, expected numbers (or -inf, but not for all)")
+    return logits
 
 
 def log_probabilities(logits: np.ndarray) -> np.ndarray:

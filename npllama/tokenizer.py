@@ -26,6 +26,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Protocol
 
+from .errors import NpllamaError
+
 # The split pattern, the limits and the names of the special tokens are those published with Llama 3 (llama-models 0.3.0,
 # llama3/tokenizer.py).
 LLAMA3_PATTERN = (
@@ -62,7 +64,7 @@ ALWAYS_SPECIAL = {*BOS_NAMES, *EOS_NAMES, "<|start_header_id|>", "<|end_header_i
 PathLike = str | os.PathLike[str]
 
 
-class TokenizerError(ValueError):
+class TokenizerError(NpllamaError):
     """A tokenizer's file can't be read as one: which file, what was found, what was expected."""
 
 
@@ -112,10 +114,10 @@ class Tokenizer(ABC):
         return b"".join([decoder.push_bytes(id) for id in ids])
 
     def checked(self, id: int) -> int:
-        """Return the id as an int, or raise the ValueError for one outside the vocabulary."""
+        """Return the id as an int, or raise ValueError for one outside it: the model's vocabulary may be larger."""
         id = operator.index(id)
         if not 0 <= id < self.vocab_size:
-            raise ValueError(f"token id {id} is outside the vocabulary: expected 0 to {self.vocab_size - 1}")
+            raise ValueError(f"token id {id} is outside the tokenizer's vocabulary: expected 0 to {self.vocab_size - 1}")
         return id
 
     @abstractmethod

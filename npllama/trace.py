@@ -52,10 +52,11 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .atomic import new_folder
+from .atomic import new_folder, not_ours, writing
 from .cache import KVCache
 from .checkpoint import Model, sha256
 from .config import Config
+from .errors import NpllamaError
 from .memory import size_text
 from .model import check_tokens
 from .precision import Precision
@@ -81,7 +82,7 @@ META_KEYS = (
 ENTRY_KEYS = ("file", "dtype", "shape", "sha256", "min", "max", "mean", "rms", "n_nan", "n_inf", "n_neg_inf")
 
 
-class TraceError(ValueError):
+class TraceError(NpllamaError):
     """A trace can't be read, or can't be written where it should be."""
 
 
@@ -379,8 +380,9 @@ def record(
 class TraceWriter:
     """A tap that writes each chosen activation to disk as it comes. Made by new_trace()."""
 
-    def __init__(self, folder: Path, selection: Selection, storage: str):
-        self.folder, self.selection, self.storage = folder, selection, storage
+    def __init__(self, folder: Path, target: Path, selection: Selection, storage: str):
+        self.folder, self.target = folder, target  # where it is made, and what it will be
+        self.selection, self.storage = selection, storage
         self.entries: dict[str, dict] = {}
         self.files: list[str] = []
         self.meta: dict[str, object] = {}
@@ -397,10 +399,10 @@ class TraceWriter:
         stored = np.ascontiguousarray(x, dtype)
         file = self.folder / (name + (".npy" if self.storage == "npy" else ".f32"))
         file.parent.mkdir(exist_ok=True)
-        if self.storage == "npy":
-            np.save(file, stored, allow_pickle=False)
-        else:
-            stored.tofile(file)
+        with writing(file, self.target / file.relative_to(self.folder)) as out:
+            if self.storage == "npy":
+                np.lib.format.write_array_header_1_0(out, np.lib.format.header_data_from_array_1_0(stored))
+            out.write(stored)
         self.entries[name] = {
             "file": file.relative_to(self.folder).as_posix(),
             "dtype": dtype.name,
@@ -412,7 +414,7 @@ class TraceWriter:
 
     def add_text(self, file: str, text: str) -> None:
         """Write a text for people beside the activations."""
-        (self.folder / file).write_text(text, encoding="utf-8")
+        self._write_text(file, text)
         self.files.append(file)
 
     def describe(
@@ -451,7 +453,11 @@ class TraceWriter:
     def finish(self) -> None:
         """Write trace.json."""
         text = json.dumps({**self.meta, "activations": self.entries}, indent=1, allow_nan=False)
-        (self.folder / "trace.json").write_text(text + "\n", encoding="utf-8")
+        self._write_text("trace.json", text + "\n")
+
+    def _write_text(self, file: str, text: str) -> None:
+        with writing(self.folder / file, self.target / file) as out:
+            out.write(text.encode())
 
 
 def statistics(x: np.ndarray) -> dict[str, float | int | None]:
@@ -472,10 +478,7 @@ def _why_not_ours(path: Path) -> str | None:
         meta = read_trace(path).meta
     except TraceError as error:
         return str(error)
-    listed = {"trace.json", *meta["files"], *(entry["file"] for entry in meta["activations"].values())}
-    found = (file.relative_to(path).as_posix() for file in sorted(path.rglob("*")) if not file.is_dir())
-    foreign = [file for file in found if file not in listed]
-    return f"it holds {foreign[0]}, which is no part of the trace" if foreign else None
+    return not_ours(path, {"trace.json", *meta["files"], *(entry["file"] for entry in meta["activations"].values())})
 
 
 @contextlib.contextmanager
@@ -491,12 +494,17 @@ def new_trace(
     """
     if storage not in ("npy", "raw"):
         raise TraceError(f"storage is {storage!r}, expected npy or raw")
-    with new_folder(out, force, _why_not_ours) as folder:
-        if n_bytes > (free := shutil.disk_usage(folder).free):
-            raise TraceError(f"{out}: the trace needs {size_text(n_bytes)}, but only {size_text(free)} are free on that disk")
-        writer = TraceWriter(folder, selection, storage)
-        yield writer
-        writer.finish()
+    try:
+        with new_folder(out, force, _why_not_ours) as folder:
+            if n_bytes > (free := shutil.disk_usage(folder).free):
+                raise TraceError(
+                    f"{out}: the trace needs {size_text(n_bytes)}, but only {size_text(free)} are free on that disk"
+                )
+            writer = TraceWriter(folder, Path(out), selection, storage)
+            yield writer
+            writer.finish()
+    except OSError as error:
+        raise TraceError(f"{error.filename or out}: {error.strerror or error}") from None
 
 
 def trace_size(

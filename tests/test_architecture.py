@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from conftest import ROOT
 
 # Each file may import those before it. cli.py alone may import the converter, inside the command that needs it.
 ORDER = [
+    "errors",
     "config",
     "threads",
     "memory",
@@ -114,13 +116,25 @@ def run(code: str) -> str:
 
 
 def test_import_brings_numpy_and_nothing_heavy():
-    loaded = run("import npllama, sys; print(*{name.split('.')[0] for name in sys.modules})").split()
+    """All public names do: the package loads each when it is first asked for."""
+    code = "import sys; from npllama import *; print(*{name.split('.')[0] for name in sys.modules})"
+    loaded = run(code).split()
+    assert "numpy" in loaded
     assert not HEAVY & set(loaded)
+
+
+def test_every_error_of_ours_has_one_base():
+    """So that a caller tells them from everything else."""
+    builtin = {name for name, value in vars(builtins).items() if isinstance(value, type) and issubclass(value, BaseException)}
+    for path in (path for folder in ("npllama", "convert") for path in (ROOT / folder).rglob("*.py")):
+        for node in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)):
+            bases = {base.id for base in node.bases if isinstance(base, ast.Name)}
+            assert path.stem == "errors" or not bases & builtin, f"{path.name}: {node.name} is no NpllamaError"
 
 
 def test_import_costs_at_most_a_tenth_of_a_second_beyond_numpy():
     """Or as much as NumPy does, where that is more: on a slow machine."""
-    code = "from time import process_time as t; a = t(); import numpy; b = t(); import npllama; print(b - a, t() - b)"
+    code = "from time import process_time as t; a = t(); import numpy; b = t(); from npllama import load; print(b - a, t() - b)"
     of_numpy, ours = zip(*(map(float, run(code).split()) for _ in range(5)), strict=True)
     assert min(ours) < max(0.1, min(of_numpy))
 

@@ -199,6 +199,62 @@ def test_what_goes_while_it_is_looked_at_is_no_error(tmp_path, monkeypatch, name
         assert atomic._is_dead(tmp_path / "m") == dead
 
 
+def test_a_scratch_folder_vanishes_and_what_has_its_name_stays(tmp_path):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "theirs").touch()
+    with atomic.scratch_folder(tmp_path / "m") as folder:
+        (folder / "x").touch()
+        with pytest.raises(atomic.FolderError, match="another run is writing it"), atomic.scratch_folder(tmp_path / "m"):
+            pass
+    assert left_in(tmp_path) == ["m"]
+    assert left_in(tmp_path / "m") == ["theirs"]
+
+
+def test_a_file_of_a_folder_is_named_as_it_will_be(tmp_path):
+    with pytest.raises(OSError, match="No space") as raised, atomic.writing(tmp_path / "x", "m/x"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert raised.value.filename == "m/x"
+    with pytest.raises(FileNotFoundError) as raised, atomic.writing(tmp_path / "y", "m/y"):
+        open(tmp_path / "source")  # noqa: SIM115
+    assert raised.value.filename == str(tmp_path / "source")
+
+
+def ours(path: Path) -> None:
+    (path / "sub").mkdir(parents=True)
+    for name in ("x", "sub/y", ".shown", atomic.LOCK):
+        (path / name).touch()
+
+
+def not_ours(path: Path) -> str | None:
+    return atomic.not_ours(path, {"x", "sub/y", ".shown", "missing"})
+
+
+FOREIGN = {
+    "a file": lambda path: (path / "z").touch(),
+    "a hidden file": lambda path: (path / ".z").touch(),
+    "a folder": lambda path: (path / "z").mkdir(),
+    "a hidden folder": lambda path: (path / ".z").mkdir(),
+    "a file in a folder of ours": lambda path: (path / "sub" / ".z").touch(),
+    "a link": lambda path: (path / "z").symlink_to("x"),
+    "a link to a folder": lambda path: (path / "z").symlink_to("sub"),
+    "a link that leads nowhere": lambda path: (path / "z").symlink_to("nowhere"),
+    "a pipe": lambda path: os.mkfifo(path / "z"),
+    "a link in place of a file": lambda path: (path / "x").rename(path.parent / "x") and (path / "x").symlink_to("../x"),
+    "a folder in place of a file": lambda path: (path / "x").unlink() or (path / "x").mkdir(),
+    "a link in place of a folder": lambda path: (path / "sub").rename(path.parent / "s") and (path / "sub").symlink_to("../s"),
+    "a lock with something in it": lambda path: (path / atomic.LOCK).write_text("precious"),
+}
+
+
+@posix
+@pytest.mark.parametrize("foreign", FOREIGN)
+def test_whatever_was_not_written_is_a_reason(tmp_path, foreign):
+    ours(tmp_path / "m")
+    assert not_ours(tmp_path / "m") is None
+    FOREIGN[foreign](tmp_path / "m")
+    assert not_ours(tmp_path / "m").startswith("it holds ")
+
+
 # ------------------------------------------------------------------------------------------------------------------- signals
 
 

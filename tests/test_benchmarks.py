@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 import npllama
-from npllama.checkpoint import STORAGE, open_model
+from npllama.checkpoint import STORAGE, demo_path, open_model
 
 from conftest import ROOT
 from tiny import CONFIGS, random_params, random_tokens, relative_error
 
 sys.path.append(str(ROOT))
-from benchmarks import models, naive
+from benchmarks import models, naive, storage
 from benchmarks.__main__ import table
 from benchmarks.processes import Ask, Worker, alternate
 from benchmarks.rows import Line, of_all_layers
@@ -114,6 +114,30 @@ def test_small_rows_run_from_the_command_line(tmp_path):
     assert {line["row"] for line in found["lines"]} == {"batch", "opening", "8b-whole"}
     assert {line["met"] for line in found["lines"]} == {None}  # no threshold in --quick
     assert {"cpu", "numpy", "threads"} <= set(found["machine"])
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        ([demo_path(), "/nowhere"], "/nowhere: No such file or directory"),
+        ([demo_path(), __file__, "--share", "0.01"], "that share of the text has "),
+        ([demo_path(), __file__, "--share", "1.5"], "--share is 1.5, expected more than 0 and at most 1"),
+        (["/nowhere", __file__], "/nowhere: not found"),
+    ],
+)
+def test_storage_refuses_what_it_can_not_measure_before_it_begins(args, line, capsys, monkeypatch):
+    monkeypatch.setattr(storage, "write", lambda *args, **options: pytest.fail("converted, to fail afterwards"))
+    assert storage.main([str(arg) for arg in args]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"benchmarks.storage: {line}")
+
+
+def test_a_folder_that_is_missing_is_found_before_anything_is_measured(tmp_path):
+    for option in ("--json", "--plot", "--folder"):
+        command = [sys.executable, "-m", "benchmarks", "--quick", option, str(tmp_path / "no" / "where")]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "is not a folder" in done.stderr
 
 
 def test_tied_models_have_no_output_matrix(tmp_path):

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
 import npllama
@@ -19,7 +20,7 @@ from npllama import chat_loop
 from npllama.chat import encode_llama2, encode_llama3
 from npllama.chat_loop import Conversation
 
-from conftest import hear_signals
+from conftest import full_disk, hear_signals
 
 pty = pytest.importorskip("pty", reason="this system has no pseudo-terminals")
 
@@ -151,6 +152,23 @@ class Terminal:
         self.type("\x04")
         status = self.process.wait(60)
         return status
+
+
+def test_save_on_a_full_disk_keeps_the_last(conversation, tmp_path):
+    file, saved = tmp_path / "saved.json", set()
+    chat_loop.obey("save", str(file), conversation, saved)
+    before = file.read_bytes()
+    conversation.messages.append({"role": "user", "content": "word " * 500})
+    with full_disk(1000), pytest.raises(ValueError, match=r"saved\.json: File too large"):
+        chat_loop.obey("save", str(file), conversation, saved)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [before]
+
+
+def test_logits_that_are_nan_are_said(demo, conversation):
+    said(conversation, "Who art thou?")
+    demo.params["norm.weight"] = np.full_like(demo.params["norm.weight"], np.nan)
+    with pytest.raises(ValueError, match=r"new token 1: of 2,256 logits 2,256 are NaN"):
+        said(conversation, "And I?")
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from npllama.checkpoint import CheckpointError, load, open_model, verify
 from npllama.linear import to_bfloat16, widen
 
 import tiny
-from conftest import hear_signals
+from conftest import full_disk, hear_signals
 
 CONFIG = tiny.config(dim=24, n_heads=4, n_kv_heads=2, head_dim=6, ffn_dim=40, vocab_size=30, n_layers=1)
 NAME = "layers.0.attention.wq.weight"
@@ -257,6 +257,30 @@ def test_force_takes_an_empty_folder(tmp_path):
         write(tmp_path / "m")
     write(tmp_path / "m", force=True)
     assert verify(tmp_path / "m") == []
+
+
+@pytest.mark.parametrize("hidden", [".git/HEAD", ".notes", ".empty/", "folder/", "norm.weight.npy.orig", "norm.weight.npy/x"])
+def test_force_keeps_what_is_hidden_too(tmp_path, hidden):
+    write(tmp_path / "m", "float16")
+    precious = tmp_path / "m" / hidden
+    if hidden.startswith("norm.weight.npy/"):
+        precious.parent.unlink()
+    (precious if hidden.endswith("/") else precious.parent).mkdir(exist_ok=True)
+    if not hidden.endswith("/"):
+        precious.write_text("precious")
+    with pytest.raises(FolderError, match=rf"m is not replaced: it holds {hidden.split('/')[0]}, "):
+        write(tmp_path / "m", force=True)
+    with pytest.raises(FolderError, match="is not replaced"):
+        checkpoint.check_free(tmp_path / "m", force=True)
+    assert precious.exists()
+    assert left_beside(tmp_path / "m") == []
+
+
+def test_a_file_too_large_for_the_system_is_named(tmp_path):
+    with full_disk(1000), pytest.raises(OSError, match="File too large") as raised:
+        write(tmp_path / "m", changes={})
+    assert raised.value.filename == str(tmp_path / "m" / "tok_embeddings.weight.npy")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("foreign", ["a folder", "another manifest", "a model and a note", "a file"])

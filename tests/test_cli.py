@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import io
+import itertools
 import json
 import os
 import shutil
@@ -18,7 +21,7 @@ from npllama import checkpoint, forward, threads
 from npllama.checkpoint import demo_path
 from npllama.cli import main
 
-from conftest import hear_signals
+from conftest import ROOT, full_disk, hear_signals
 from tiny import CONFIGS, random_params, relative_error
 
 COMMAND = [sys.executable, "-m", "npllama"]
@@ -338,7 +341,7 @@ def test_verify_tells_whole_from_altered(copy_of_demo, capsys):
         (["generate", "x", "--top-p", "0"], "top_p is 0.0"),
         (["generate", "x", "-n", "-3"], "-n is -3, expected 0 or more"),
         (["tokenize"], "expected a text, or --decode"),
-        (["tokenize", "--decode", "99999"], "token id 99999 is outside the vocabulary: expected 0 to 2255"),
+        (["tokenize", "--decode", "99999"], "token id 99999 is outside the tokenizer's vocabulary: expected 0 to 2255"),
         (["tokenize", "x", "-m", "/nowhere/tokenizer.model"], "/nowhere/tokenizer.model"),
         (["verify", "/nowhere"], "/nowhere: not found"),
         (["info", "/nowhere"], "/nowhere: not found"),
@@ -359,6 +362,8 @@ def test_bad_use_gets_one_line_and_status_2(args, words, capsys):
     [
         *[["generate", "x", "--tokens", "1,x"], ["generate", "--tokens", "1,-2"], ["generate", "x", "--stop", ""]],
         *[["generate", "x", "--logprobs", "-1"], ["generate", "--tokens", "1,99999999999999999999"], ["nonsense"], []],
+        *[["info", "--nonsense"], ["exercise", "start", "x", "--nonsense"], ["generate", "x", "y"], ["--nonsense", "info"]],
+        *[["plot"], ["plot", "nonsense"]],
     ],
     ids=str,
 )
@@ -366,7 +371,9 @@ def test_bad_arguments_get_one_line_and_status_2(args):
     done = run(*args)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert line.startswith("npllama")
+    command = itertools.takewhile(("generate", "info", "plot", "exercise", "start").__contains__, args)
+    assert line.startswith(f"{' '.join(['npllama', *command])}: ")  # whose arguments they are
+    assert "TRACE" not in line  # which `plot` takes and never needs
     assert line.endswith("(--help lists the options)")
 
 
@@ -383,6 +390,124 @@ def test_closed_streams_are_no_traceback():
         assert done.returncode == 0
         assert "Traceback" not in done.stderr
     assert closed(2, command="generate x -m /nowhere").returncode == 2
+
+
+@pytest.fixture(params=["", "1"], ids=["buffered", "unbuffered"])
+def environment(request):
+    """Python holds output back, or it writes at once, and then takes a part for the whole."""
+    return {**os.environ, "PYTHONUNBUFFERED": request.param}
+
+
+PRINTING = [
+    *["verify", "info", "models", "generate ROMEO: -n 2", "walkthrough ROMEO:", "walkthrough --tokenizer", "tokenize ROMEO:"],
+    *["exercise list", "--help", "generate --help", "--version", "perplexity LICENSE --context 16", "chat -n 2"],
+    *["generate ROMEO: -n 2 --logprobs 2", "generate --tokens 1,2 -n 2", "compare TRACE TRACE --all"],
+]
+
+
+@pytest.fixture(scope="session")
+def trace(tmp_path_factory):
+    path = tmp_path_factory.mktemp("traces") / "trace"
+    npllama.write_trace(npllama.load(), [1, 2, 3], path)
+    return path
+
+
+@pytest.fixture(params=PRINTING)
+def printing(request, trace):
+    """Each command that prints to standard output."""
+    return [*COMMAND, *request.param.replace("TRACE", str(trace)).replace("LICENSE", str(ROOT / "LICENSE")).split()]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_a_full_disk_is_an_error(printing, environment):
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(printing, stdout=full, stderr=subprocess.PIPE, env=environment, input=b"Who?\n")
+    assert done.returncode == 2
+    *_, line = done.stderr.decode().splitlines()
+    assert line.startswith("npllama")
+    assert line.endswith(": standard output: No space left on device")
+    assert b"Exception" not in done.stderr
+
+
+def to_nobody(command: list[str], **options) -> tuple[int, str]:
+    """Run a command whose standard output nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, input=b"Who?\n", **options)
+    os.close(writer)
+    return done.returncode, done.stderr.decode()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes are closed as POSIX's shells do")
+def test_a_reader_that_has_gone_is_no_error(printing, environment):
+    status, err = to_nobody(printing, env=environment)
+    assert status == 0
+    assert "Exception" not in err
+    assert "Broken" not in err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes are closed as POSIX's shells do")
+def test_a_verdict_is_the_status_even_if_nobody_reads_it(environment, trace, copy_of_demo, tmp_path):
+    shutil.copytree(trace, tmp_path / "other")
+    (copy_of_demo / "norm.weight.npy").write_bytes(b"")
+    assert main(["exercise", "start", str(tmp_path / "exercises")]) == 0
+    np.save(tmp_path / "other" / "norm.npy", np.zeros((3, 192), np.float32))
+    for command in (
+        ["verify", copy_of_demo],
+        ["exercise", "check", tmp_path / "exercises"],
+        ["compare", trace, tmp_path / "other", "--all", "--atol", "0"],
+    ):
+        status, err = to_nobody([*COMMAND, *map(str, command)], env=environment)
+        assert (status, err) == (1, "")
+
+
+def test_a_write_that_is_cut_short_is_an_error(environment, tmp_path):
+    """Unbuffered, Python takes the 4,096 bytes that a disk had room for as all of it."""
+    with open(tmp_path / "x", "wb") as out, full_disk(4096):
+        done = subprocess.run([*COMMAND, "walkthrough", "ROMEO:"], stdout=out, stderr=subprocess.PIPE, env=environment)
+    assert done.returncode == 2
+    assert done.stderr == b"npllama walkthrough: standard output: File too large\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_statistics_that_are_lost_are_an_error(environment):
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([*COMMAND, "generate", "x", "-n", "1"], stdout=subprocess.PIPE, stderr=full, env=environment)
+    assert done.returncode == 2
+    assert done.stdout.startswith(b"x")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="/dev/stdout is POSIX's")
+def test_a_file_may_be_standard_output():
+    done = subprocess.run([*COMMAND, "logits", "--tokens", "1,2", "--out", "/dev/stdout"], stdout=subprocess.PIPE)
+    assert np.load(io.BytesIO(done.stdout)).shape == (2, 2256)
+
+
+INTERRUPTED = """
+import os, runpy, signal, sys
+moment, n, started = int(sys.argv.pop(1)), 0, False
+def watch(frame, event, argument):
+    global n, started
+    if event == "call":
+        started = started or frame.f_code.co_filename.endswith("__main__.py") and frame.f_code.co_name == "main"
+        n += started
+        if n == moment + 3:  # once it listens: getsignal() and signal() are Python functions
+            sys.setprofile(None)
+            os.kill(os.getpid(), signal.SIGINT)
+sys.setprofile(watch)
+runpy.run_module("npllama", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals are POSIX's")
+@pytest.mark.parametrize("moment", [10, 100, 1_000, 3_000, 10_000, 20_000, 30_000, 40_000, 50_000, 60_000])
+def test_ctrl_c_at_any_moment_of_the_start(moment):
+    """After so many calls of Python functions: NumPy's import has most of them, then come the parser's."""
+    command = [sys.executable, "-c", INTERRUPTED, str(moment), "generate", "x", "-n", "400", "--no-echo"]
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=hear_signals)
+    assert done.returncode == 130
+    assert "Traceback" not in done.stderr
+    assert "Exception" not in done.stderr
 
 
 def test_a_prompt_from_standard_input(tmp_path):
@@ -450,6 +575,55 @@ def test_a_number_of_threads_that_is_none(arguments, variable, message, capsys, 
         monkeypatch.setenv(threads.VARIABLE, variable)
     monkeypatch.setattr(threads._state, "n_threads", None)
     assert fails(capsys, "generate", "x", *arguments) == f"npllama generate: {message}"
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("x"), RecursionError("too deep"), type("PanicException", (BaseException,), {})("a\nb")]
+)
+def test_an_unforeseen_error_is_a_line_that_asks_to_report_it(error, capsys, monkeypatch):
+    def fail(path):
+        raise error
+
+    monkeypatch.delenv("NPLLAMA_DEBUG", raising=False)
+    monkeypatch.setattr(npllama.cli, "open_model", fail)
+    text = " ".join(str(error).split())
+    expected = f"npllama info: unforeseen {type(error).__name__}: {text}; please report it, with what NPLLAMA_DEBUG=1 shows"
+    assert fails(capsys, "info") == expected
+    monkeypatch.setenv("NPLLAMA_DEBUG", "1")
+    assert main(["info"]) == 2
+    first, *_, last = capsys.readouterr().err.splitlines()
+    assert (first, last) == ("Traceback (most recent call last):", expected)
+
+
+def test_the_system_s_errors_come_without_their_number(capsys, monkeypatch):
+    def fail(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(npllama.cli, "open_model", fail)
+    assert fails(capsys, "info") == f"npllama info: {os.strerror(errno.EIO)}"
+
+
+def test_an_id_that_the_model_has_and_its_tokenizer_not(copy_of_demo, capsys):
+    larger = dataclasses.replace(npllama.load().config, vocab_size=2300)
+    with checkpoint.create(copy_of_demo.parent / "larger", larger, "float32", source={"kind": "test"}) as writer:
+        for name, array in random_params(larger, seed=1).items():
+            writer.add(name, array)
+        writer.add_file("tokenizer.model", copy_of_demo / "tokenizer.model")
+    line = fails(capsys, "walkthrough", "--tokens", "1,2299", "-m", copy_of_demo.parent / "larger")
+    assert "token id 2299 is outside the tokenizer's vocabulary: expected 0 to 2255" in line
+
+
+def test_logits_that_are_nan_end_with_2_after_the_text(capsys, monkeypatch):
+    model = npllama.load()
+    model.params["norm.weight"] = np.full_like(model.params["norm.weight"], np.nan)
+    monkeypatch.setattr(npllama.cli, "load", lambda *args: model)
+    assert main(["generate", "ROMEO:"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "ROMEO:\n"
+    assert err.startswith("npllama generate: new token 1: of 2,256 logits 2,256 are NaN")
+    monkeypatch.setattr("sys.stdin", io.StringIO("Who art thou?\n"))
+    assert main(["chat"]) == 2
+    assert "npllama chat: new token 1: of 2,256 logits" in capsys.readouterr().err
 
 
 def test_weights_that_stay_as_stored_are_said_before_the_text(capsys, monkeypatch):

@@ -19,6 +19,7 @@ from npllama.precision import Precision
 from npllama.trace import Selection, record, write_trace
 
 import tiny
+from conftest import full_disk
 
 TOKENS = tiny.random_tokens(broken_ports.CONFIG, 2, 9)
 
@@ -590,3 +591,12 @@ def test_layers_are_drawn_together():
     assert ranges([0, 1, 2, 5]) == "0-2, 5"
     names = ["layers.0.attention.q", "layers.0.attention.k", "layers.1.attention.q", "layers.1.attention.k", "logits"]
     assert in_layers(names) == "attention.q, attention.k in layers 0-1; logits"
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.html"])
+def test_a_report_that_is_not_whole_does_not_replace_the_last(traces, tmp_path, capsys, name):
+    (tmp_path / name).write_text("the last")
+    with full_disk(1000):
+        status, _, err = run(capsys, traces / "reference", traces / "mine", "--report", tmp_path / name)
+    assert (status, err) == (2, f"npllama compare: {tmp_path / name}: File too large\n")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "the last")]

@@ -17,7 +17,7 @@ from npllama.cli import main
 from npllama.exercises import EXERCISES, find
 from npllama.grading import check, file_name, judge, outputs, results, same, start
 
-from conftest import hear_signals
+from conftest import full_disk, hear_signals
 
 NAMES = [exercise.name for exercise in EXERCISES]
 
@@ -336,6 +336,20 @@ def test_empty_templates_are_not_done_yet(tmp_path):
     for exercise in EXERCISES:
         outcome = check(tmp_path, exercise)
         assert (outcome.passed, outcome.line, outcome.hint) == (False, "not done yet", None)
+
+
+def test_start_on_a_full_disk_leaves_no_part_of_a_file(tmp_path, capsys):
+    start(tmp_path / "whole")
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    with full_disk(max(map(len, whole.values())) - 1):
+        assert main(["exercise", "start", str(tmp_path / "mine")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"npllama exercise: {tmp_path / 'mine'}")
+    assert line.endswith(".py: File too large")
+    for path in (tmp_path / "mine").iterdir():
+        assert path.read_bytes() == whole[path.name]
+    start(tmp_path / "mine")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "mine").iterdir()} == whole
 
 
 def test_start_never_overwrites(tmp_path):

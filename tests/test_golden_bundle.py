@@ -137,6 +137,10 @@ def test_force_replaces_a_bundle_readme_and_all(tmp_path):
         write_golden(MODEL, [2], tmp_path / "g")
     write_golden(MODEL, [2], tmp_path / "g", force=True)
     assert read_trace(tmp_path / "g").meta["tokens"] == [2]
+    (tmp_path / "g" / ".notes").write_text("mine")
+    with pytest.raises(ValueError, match=r"g is not replaced: it holds \.notes"):
+        write_golden(MODEL, [1], tmp_path / "g", force=True)
+    assert (tmp_path / "g" / ".notes").read_text() == "mine"
 
 
 # ------------------------------------------------------------------------------------------------- the embedded model's bundle

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import configparser
 import importlib.metadata
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 
 import npllama
+
+from conftest import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +36,26 @@ def test_the_core_is_numpy_and_what_encodes_text_there(distribution, machine, en
     requirements = [markers.Requirement(line) for line in distribution.requires if "extra ==" not in line]
     here = {"platform_machine": machine}
     assert {r.name for r in requirements if r.marker is None or r.marker.evaluate(here)} == {"numpy", "threadpoolctl", encoder}
+
+
+def test_the_command_is_ready_for_ctrl_c_before_it_loads_anything():
+    """Were the entry point in the command line's own module, its imports would come first."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    assert setup["options.entry_points"]["console_scripts"].split() == ["npllama", "=", "npllama.__main__:main"]
+    code = "import sys; before = {*sys.modules}; import npllama.__main__; print(*{*sys.modules} - before)"
+    brought = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert {name for name in brought if name.startswith("npllama")} == {"npllama", "npllama.__main__"}
+    assert "numpy" not in brought
+
+
+def test_every_public_name_is_there():
+    for name in npllama.__all__:
+        assert getattr(npllama, name) is not None
+        assert name in dir(npllama)
+    assert npllama.ops.rms_norm  # a module, without an import of its own
+    with pytest.raises(AttributeError, match="module 'npllama' has no attribute 'nonsense'"):
+        npllama.nonsense  # noqa: B018
 
 
 def test_the_test_extra_brings_no_torch(distribution):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from npllama.sampling import Sampling, log_probabilities, probabilities, sample
+from npllama.sampling import LogitsError, Sampling, log_probabilities, probabilities, sample
 
 P = np.array([0.1, 0.4, 0.05, 0.3, 0.15])
 LOGITS = np.log(P) + 3
@@ -126,3 +126,30 @@ def test_filters_keep_what_hugging_face_s_keep(settings):
     expected = torch.softmax(warped.double(), -1).numpy()
     for row, p in zip(logits, expected, strict=True):
         np.testing.assert_allclose(probabilities(row, Sampling(0.7, **settings)), p, rtol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ([1, math.nan, 2], "of 3 logits 1 are NaN, expected numbers"),
+        ([math.nan] * 3, "3 are NaN"),
+        ([1, math.inf, -math.inf], "1 are inf, 1 are -inf"),
+        ([-math.inf] * 3, "3 are -inf"),
+        ([math.nan, math.inf, 0], "1 are NaN, 1 are inf"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_logits_that_nothing_can_be_drawn_from(bad, words, temperature, dtype):
+    with pytest.raises(LogitsError, match=words):
+        sample(np.array(bad, dtype), Sampling(temperature), np.random.default_rng(0))
+    with pytest.raises(LogitsError, match=words):
+        probabilities(np.array(bad, dtype), Sampling(temperature))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_minus_infinity_rules_a_token_out(temperature):
+    masked = np.array([-math.inf, 0, -math.inf, 0, -math.inf], np.float32)
+    drawn = {sample(masked, Sampling(temperature), np.random.default_rng(seed)) for seed in range(20)}
+    assert drawn == ({1, 3} if temperature else {1})

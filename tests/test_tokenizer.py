@@ -322,7 +322,7 @@ def test_halves_of_surrogate_pairs(tokenizer: Tokenizer, text: str, same_as: str
 
 @pytest.mark.parametrize("bad", [-1, 10**6, 10**30])
 def test_an_id_outside_the_vocabulary_is_named(tokenizer: Tokenizer, bad: int) -> None:
-    message = rf"token id {bad} is outside the vocabulary: expected 0 to {tokenizer.vocab_size - 1}"
+    message = rf"token id {bad} is outside the tokenizer's vocabulary: expected 0 to {tokenizer.vocab_size - 1}"
     for take in (
         lambda: tokenizer.decode([1, bad]),
         lambda: tokenizer.decode_bytes([bad]),

@@ -27,6 +27,7 @@ from npllama.trace import (
 )
 
 import tiny
+from conftest import full_disk
 
 CONFIG = tiny.CONFIGS["grouped"]
 MODEL = SimpleNamespace(config=CONFIG, params=tiny.random_params(CONFIG, seed=1), path=None)
@@ -295,6 +296,26 @@ def test_an_existing_trace_stays_unless_forced_and_anything_else_stays_always(tm
     with pytest.raises(ValueError, match=r"holds thesis\.txt"):
         write_trace(MODEL, [1], tmp_path / "t", force=True)
     assert (tmp_path / "t" / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize("foreign", [".git/HEAD", "layers.0.attention/.mine", "empty/"])
+def test_force_keeps_what_is_hidden_in_a_trace_too(tmp_path, foreign):
+    write_trace(MODEL, TOKENS, tmp_path / "t", storage="raw")
+    precious = tmp_path / "t" / foreign
+    (precious if foreign.endswith("/") else precious.parent).mkdir(exist_ok=True)
+    if not foreign.endswith("/"):
+        precious.write_text("mine")
+    with pytest.raises(ValueError, match=r"t is not replaced: it holds "):
+        write_trace(MODEL, [1], tmp_path / "t", force=True)
+    assert precious.exists()
+
+
+@pytest.mark.parametrize("storage", ["npy", "raw"])
+def test_a_write_cut_short_names_its_file(tmp_path, storage):
+    with full_disk(3000), pytest.raises(TraceError) as raised:
+        write_trace(MODEL, TOKENS, tmp_path / "t", storage=storage, selection=Selection(taps=("logits",)))
+    assert str(raised.value) == f"{tmp_path / 't' / 'logits'}.{'npy' if storage == 'npy' else 'f32'}: File too large"
+    assert not any(tmp_path.iterdir())
 
 
 def test_an_interrupted_trace_leaves_nothing(tmp_path):

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ..config import Config, ConfigError
+from ..errors import NpllamaError
 from ..precision import CONVENTIONS, PRECISIONS, ROUND
 from ..trace import Trace, read_trace
 from ..weights import native, widen
@@ -21,7 +22,7 @@ from .metrics import unit_roundoff
 SHAPES_FILE = "shapes.json"
 
 
-class InputError(ValueError):
+class InputError(NpllamaError):
     """What was given can't be read as activations."""
 
 

@@ -25,18 +25,19 @@ from pathlib import Path
 
 import numpy as np
 
+from ..errors import NpllamaError
 from .names import place
 
 
-class MapError(ValueError):
+class MapError(NpllamaError):
     """A map can't be read, or two names of the candidate stand for the same activation."""
 
 
-class LayoutError(ValueError):
+class LayoutError(NpllamaError):
     """An array doesn't have the axes that it should."""
 
 
-class NeedsModel(ValueError):
+class NeedsModel(NpllamaError):
     """An array lacks a weight that only the model has."""
 
 

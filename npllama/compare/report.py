@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+from ..atomic import write_file
 from .comparison import Comparison
 from .html import page
 from .text import judged_by
@@ -57,7 +58,4 @@ def write_report(comparison: Comparison, path: Path | str) -> None:
         content = page(comparison)
     else:
         raise ValueError(f"{path}: expected a report that ends in .json or .html")
-    try:
-        path.write_text(content, encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
+    write_file(path, content.encode())
