@@ -23,6 +23,7 @@ ORDER = [
     "scope",
     "fast",
     "model",
+    "activations",
     "precision",
     "tokenizer",
     "atomic",
