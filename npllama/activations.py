@@ -21,7 +21,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from numpy.typing import DTypeLike
 
 from . import linear, model, ops
 from .config import Config
@@ -53,7 +52,7 @@ class Activation:
         """Whether each layer has one."""
         return self in LAYER
 
-    def full_name(self, layer: int | None) -> str:
+    def full_name(self, layer: int | str | None) -> str:
         """Return the name that the tap is given; layer counts only for an activation of a layer."""
         return f"layers.{layer}.{self.name}" if self.in_layer else self.name
 
@@ -84,6 +83,7 @@ class Activation:
 class Context:
     """What the operations of a pass take besides its activations and weights.
 
+    config    the constants; None where no operation needs one
     rotation  of this pass's tokens, as ops.rope takes it
     mask      [..., 1, T, S]
     slots     activation -> what the cache holds of it, this pass's tokens included: [..., G, S, K]
@@ -94,13 +94,6 @@ class Context:
     mask: Array
     slots: Mapping[str, Array] = field(default_factory=dict)
     ops: Ops = PLAIN
-
-    @classmethod
-    def at(cls, config: Config, positions: Array, slot_positions: Array, dtype: DTypeLike, ops: Ops = PLAIN) -> Context:
-        """Return the context of tokens at these positions, without slots.    positions [..., T], slot_positions [..., S]"""
-        frequencies = ops.rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, dtype)
-        rotation = ops.rope_rotation(positions, frequencies)
-        return cls(config, rotation, ops.causal_mask(positions, slot_positions, dtype), ops=ops)
 
 
 CONSTANTS: dict[str, Callable[[Context], tuple]] = {  # operation -> its arguments after inputs and weight
@@ -210,7 +203,7 @@ LAYER = (
         operation="softmax",
         formula="weights = exp(scores - max) / sum(exp(scores - max))",
         tex=r"p_{htn} = \frac{e^{s_{htn} - \max_{n'} s_{htn'}}}{\sum_{n''} e^{s_{htn''} - \max_{n'} s_{htn'}}}",
-        sentence="Softmax turns each row of scores into weights that sum to 1, none negative.",
+        sentence="Softmax turns each row of scores into weights that sum to 1, none negative; -inf becomes exactly 0.",
         functions=(ops.softmax,),
     ),
     Activation(
@@ -221,7 +214,7 @@ LAYER = (
         operation="attention_heads",
         formula="heads = weights · v",
         tex=r"z_{th} = \sum_n p_{htn}\,v_{n" + SHARED + "}",
-        sentence="Each head averages the values by its weights.",
+        sentence="Each head averages, for each token, the values of the tokens that it attends to, by these weights.",
         functions=(ops.attention_heads,),
     ),
     Activation(
@@ -242,7 +235,7 @@ LAYER = (
         operation=ADD,
         formula="h = x + attention.out",
         tex="h = x + a",
-        sentence="Attention's output is added to the residual stream.",
+        sentence="Attention's output is added to the residual stream: a layer changes it and never replaces it.",
         functions=(model.block,),
     ),
     Activation(
@@ -253,7 +246,7 @@ LAYER = (
         weight="ffn_norm",
         formula="y = h / sqrt(mean(h²) + eps) · weight",
         tex=NORM_TEX % ("h", "h"),
-        sentence="The residual stream is scaled again, before the feed-forward reads it.",
+        sentence="The residual stream is scaled again, with other weights, before the feed-forward reads it.",
         functions=(ops.rms_norm,),
     ),
     Activation(
