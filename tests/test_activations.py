@@ -10,8 +10,10 @@ import pytest
 
 from npllama import KVCache, activations, forward, linear, model, ops, parameter_shapes
 from npllama.activations import AFTER, BEFORE, LAYER, STREAM, TABLE, TOKENS, Context
+from npllama.compare.maps import BUILT_IN
 from npllama.compare.names import place
 from npllama.model import PLAIN
+from npllama_convert import capture
 
 from tiny import CONFIGS, random_params, random_tokens
 
@@ -23,6 +25,12 @@ def run(config, params, tokens, cache):
     seen = {}
     forward(params, config, tokens, cache, tap=lambda name, x: seen.setdefault(name, x.copy()))
     return seen
+
+
+def context_at(config, positions, slot_positions, operations=PLAIN):
+    frequencies = ops.rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, np.float64)
+    rotation = ops.rope_rotation(positions, frequencies)
+    return Context(config, rotation, ops.causal_mask(positions, slot_positions, np.float64), ops=operations)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -51,7 +59,7 @@ def test_a_prompt_and_a_decode_step_are_recomputed_from_the_rows(name):
     for tokens in (prompt, np.array([[9], [11]])):
         passes.append(seen := run(config, params, tokens, cache))
         T = tokens.shape[-1]
-        context = Context.at(config, cache.positions[..., -T:], cache.positions, np.float64)
+        context = context_at(config, cache.positions[..., -T:], cache.positions)
         for full_name, x in seen.items():
             row, layer = TABLE[place(full_name).kind], place(full_name).layer
             given = {TOKENS: tokens, STREAM: seen.get(activations.stream_before(config.n_layers if layer is None else layer))}
@@ -69,12 +77,9 @@ def test_a_prompt_and_a_decode_step_are_recomputed_from_the_rows(name):
 
 def test_an_operation_that_is_replaced_changes_the_rows_that_it_computes():
     config = CONFIGS["grouped"]
-    context = Context.at(config, np.arange(3), np.arange(3), np.float64, replace(PLAIN, softmax=np.negative))
+    context = context_at(config, np.arange(3), np.arange(3), replace(PLAIN, softmax=np.negative))
     scores = np.ones((6, 3, 3))
     np.testing.assert_array_equal(TABLE["attention.weights"].compute([scores], None, context), -scores)
-    shifted = replace(PLAIN, rope_frequencies=lambda *args: 2 * ops.rope_frequencies(*args))
-    other = Context.at(config, np.arange(3), np.arange(3), np.float64, shifted)
-    assert not np.array_equal(other.rotation[0], context.rotation[0])
 
 
 @pytest.mark.parametrize("row", TABLE.values(), ids=TABLE)
@@ -99,6 +104,27 @@ def test_the_rows_take_every_parameter_once_and_every_activation_but_the_logits(
         assert sorted(named) == sorted(parameter_shapes(config))
     taken = {name for row in TABLE.values() for name in (*row.inputs, row.slots)}
     assert taken - {TOKENS, STREAM, ""} == TABLE.keys() - {"tok_embeddings", "out", "norm", "logits"} | {"norm"}
+
+
+@pytest.mark.parametrize("layout", [capture.HUGGING_FACE, capture.META], ids=lambda layout: layout.source)
+def test_capture_knows_every_activation(layout):
+    """Modules give most; the rotary function and the softmax give the rest."""
+    of_functions = [f"attention.{name}" for name in ("q_rope", "k_rope", "scores", "weights")]
+    assert list(layout.inner) == [row.name for row in LAYER if row.name not in of_functions]
+    assert sorted(layout.outer) == sorted(row.name for row in (*BEFORE, *AFTER))
+
+
+@pytest.mark.parametrize("title", BUILT_IN)
+def test_the_name_maps_lead_to_activations_and_their_weights(title):
+    for pattern, rule in BUILT_IN[title].items():
+        if rule is None:
+            continue
+        row = place(rule.name.replace("{i}", "0")).row
+        assert row is not None, pattern
+        if rule.weight:
+            assert rule.weight.replace("{i}", "0") == row.parameter(CONFIGS["grouped"], 0), pattern
+        for choice in rule.axes.split("|") if rule.axes else []:
+            assert sorted(re.findall(r"\w", choice)) == sorted(row.axes), pattern
 
 
 def test_the_logits_have_the_embedding_s_letter_where_it_is_the_output_matrix():
