@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike
 
+from npllama.activations import TABLE
 from npllama.config import Config, LinearRopeScaling, RopeScaling
 from npllama.memory import size_text
 from npllama.model import Tap
@@ -345,7 +346,7 @@ def _hooked(model, layout: Layout, watch: _Watch) -> Iterator[None]:
             hook_output(model.get_submodule(module), lambda x, name=name: watch(name, x))
         for i, layer in enumerate(layers):
             for name, (module, side) in layout.inner.items():
-                send = watch.heads if name in ("attention.q", "attention.k", "attention.v", "attention.heads") else watch
+                send = watch.heads if "K" in TABLE[name].axes else watch
                 hook = hook_input if side == IN else hook_output
                 hook(layer.get_submodule(module), lambda x, name=f"layers.{i}.{name}", send=send: send(name, x))
             attention = layer.get_submodule(layout.attention)

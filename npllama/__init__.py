@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-logging.getLogger(__name__).addHandler(logging.NullHandler())  # who wants to read it says so
-
 __all__ = [
     "CheckpointError",
     "Config",

@@ -22,12 +22,14 @@ from pathlib import Path
 
 import numpy as np
 
-from . import __version__, linear, model, ops
+from . import __version__
+from .activations import sizes, table_of
 from .atomic import write_file
 from .checkpoint import Model
-from .compare.names import AFTER, BEFORE, LAYER, place
+from .compare.names import place
 from .config import Config
 from .lens import lens_names, logit_lens, residual_names, residual_norms, token_label, token_labels
+from .lesson import Source, computed_at
 from .model import forward
 from .trace import Recording, Selection
 
@@ -35,76 +37,6 @@ TEMPLATE = Path(__file__).with_name("explain.html")
 LENS_CANDIDATES = 5  # at each layer and position
 CANDIDATES = 20  # of the last token's, named in the page
 FIRST_NUMBERS = 4  # of each activation, for each token
-
-PRODUCT = (linear.linears, linear.linear)  # several matrices by one x
-
-# What happens at each activation: a sentence, the formula, and the functions that compute it.
-STEPS: dict[str, tuple[str, str, tuple[Callable, ...]]] = {
-    "tok_embeddings": ("Each token's id picks a row of the embedding.", "x = E[id]", (linear.embed,)),
-    "attention_norm": (
-        "The residual stream is scaled to unit size before attention reads it.",
-        "y = x / √(mean(x²) + ε) · w",
-        (ops.rms_norm,),
-    ),
-    "attention.q": (
-        "What each token asks for, cut into heads.",
-        "q = y Wqᵀ",
-        (*PRODUCT, model.split_heads),
-    ),
-    "attention.k": (
-        "What each token offers to be found by; several query heads share one of these.",
-        "k = y Wkᵀ",
-        (*PRODUCT, model.split_heads),
-    ),
-    "attention.v": (
-        "What each token gives when it is looked at.",
-        "v = y Wvᵀ",
-        (*PRODUCT, model.split_heads),
-    ),
-    "attention.q_rope": (
-        "Each pair of a query's numbers is turned by an angle that grows with the token's position m.",
-        "(q₂ⱼ + i·q₂ⱼ₊₁) · e^(i·m·θⱼ)",
-        (ops.rope, ops.rope_rotation, ops.rope_frequencies),
-    ),
-    "attention.k_rope": (
-        "Keys are turned likewise, so that of the positions q·k sees only how far apart they are.",
-        "(k₂ⱼ + i·k₂ⱼ₊₁) · e^(i·m·θⱼ)",
-        (ops.rope, ops.rope_rotation, ops.rope_frequencies),
-    ),
-    "attention.scores": (
-        "How well each query matches each key; what comes later is −∞.",
-        "q·k / √K + mask",
-        (ops.attention_scores, ops.query_key_products, ops.causal_mask),
-    ),
-    "attention.weights": ("Scores become weights that sum to one.", "softmax(scores)", (ops.softmax,)),
-    "attention.heads": ("The values, averaged by the weights.", "weights · v", (ops.attention_heads,)),
-    "attention.out": (
-        "The heads side by side, mixed by one more matrix.",
-        "concat(heads) Woᵀ",
-        (model.join_heads, linear.linear),
-    ),
-    "attention_residual": ("What attention found is added to the stream.", "h = x + attention(y)", (model.block,)),
-    "ffn_norm": (
-        "The stream is scaled again, before the feed-forward reads it.",
-        "y = h / √(mean(h²) + ε) · w",
-        (ops.rms_norm,),
-    ),
-    "feed_forward.gate": (
-        "One projection decides how far each of F channels opens.",
-        "g = y W₁ᵀ",
-        PRODUCT,
-    ),
-    "feed_forward.up": ("Another says what goes through it.", "u = y W₃ᵀ", PRODUCT),
-    "feed_forward.act": (
-        "silu of the gate, times the other projection, number by number.",
-        "a = silu(g) · u",
-        (ops.swiglu, ops.silu),
-    ),
-    "feed_forward.out": ("Back to the stream's width.", "a W₂ᵀ", (linear.linear, model.feed_forward)),
-    "out": ("What the feed-forward made is added to the stream: the layer's output.", "h + feed_forward(y)", (model.block,)),
-    "norm": ("After the last layer the stream is scaled once more.", "y = x / √(mean(x²) + ε) · w", (ops.rms_norm,)),
-    "logits": ("A score for every token of the vocabulary: which one comes next?", "y Outputᵀ", (linear.linear,)),
-}
 
 
 def explain(model: Model, ids: Sequence[int], out: Path) -> int:
@@ -193,57 +125,30 @@ def steps(config: Config, n_tokens: int) -> list[dict[str, object]]:
 
     heads is how many heads its activation has, 0 if it isn't cut into any.
     """
-    axes = {**BEFORE, **LAYER, **AFTER}
-    sizes = {
-        "T": n_tokens,
-        "S": n_tokens,
-        "D": config.dim,
-        "H": config.n_heads,
-        "G": config.n_kv_heads,
-        "K": config.head_dim,
-        "F": config.ffn_dim,
-        "V": config.vocab_size,
-    }
-    found = []
-    for kind, (sentence, formula, functions) in STEPS.items():
-        letters = axes[kind].split()
-        found.append(
-            {
-                "kind": kind,
-                "in_layer": kind in LAYER,
-                "heads": next((sizes[letter] for letter in letters if letter in "HG"), 0),
-                "sentence": sentence,
-                "formula": "y Eᵀ" if kind == "logits" and config.tied_embeddings else formula,
-                "shape": f"[{', '.join(letters)}] = [{', '.join(str(sizes[letter]) for letter in letters)}]",
-                "call": _call(kind),
-                "code": [_code(function) for function in functions],
-            }
-        )
-    return found
+    n = {**sizes(config), "T": n_tokens, "S": n_tokens}
+    return [
+        {
+            "kind": row.name,
+            "in_layer": row.in_layer,
+            "heads": next((n[axis] for axis in row.axes if axis in "HG"), 0),
+            "sentence": row.sentence,
+            "formula": row.formula,
+            "shape": f"[{', '.join(row.axes)}] = {[n[axis] for axis in row.axes]}",
+            "call": _call(computed_at()[row.name]),
+            "code": [_code(function) for function in row.functions],
+        }
+        for row in table_of(config)
+    ]
 
 
-def _call(kind: str) -> dict[str, str]:
-    """The line of the forward pass that has this activation, and where it is."""
-    last = kind.removeprefix("attention.").removeprefix("feed_forward.")
-    part = next((part for part in ("attention", "feed_forward") if kind.startswith(part + ".")), None)
-    parts = {"attention": (model.self_attention, model.attention), "feed_forward": (model.feed_forward,)}
-    callers = parts.get(part, (forward, model.block))
-    for function in callers:
-        lines, first = inspect.getsourcelines(function)
-        for number, line in enumerate(lines, start=first):
-            if re.search(rf's\.see\("{last}"', line):
-                return {"where": f"{_file(function)}:{number}, {function.__name__}()", "line": line.strip()}
-    raise LookupError(f"no line of model.py has the tap {kind}")
+def _call(source: Source) -> dict[str, str]:
+    """A line of the forward pass, and where it is."""
+    return {"where": f"{source.file}:{source.line}, {source.name.partition('.')[2]}()", "line": source.text.strip()}
 
 
 def _code(function: Callable) -> dict[str, str]:
-    lines, first = inspect.getsourcelines(function)
-    module = function.__module__.rpartition(".")[2]
-    return {"name": f"{module}.{function.__name__}", "where": f"{_file(function)}:{first}", "source": "".join(lines)}
-
-
-def _file(function: Callable) -> str:
-    return "npllama/" + function.__module__.rpartition(".")[2] + ".py"
+    source = Source.of(function)
+    return {"name": source.name, "where": f"{source.file}:{source.line}", "source": inspect.getsource(function)}
 
 
 # ---------------------------------------------------------------------------------------------------------------- the figures

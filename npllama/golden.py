@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike
 
+from .activations import table_of
 from .checkpoint import Model
 from .config import Config
 from .memory import size_text
@@ -75,7 +76,7 @@ def write_golden(
             writer.add(name, stored, noise={precision: found[name] for precision, found in noise.items()})
         facts = model_facts(model) | {"path": None}  # a bundle travels: where the model lay means nothing elsewhere
         writer.describe("npllama", tokens, fed, FLOAT64, facts, notes=NOTES)
-        writer.add_text("README.md", _readme(tokens, fed, facts))
+        writer.add_text("README.md", _readme(tokens, fed, facts, model.config))
     return read_trace(out)
 
 
@@ -104,13 +105,15 @@ def measure_noise(
     return found
 
 
-def _readme(tokens: np.ndarray, steps: list, facts: dict) -> str:
+def _readme(tokens: np.ndarray, steps: list, facts: dict, config: Config) -> str:
     then = (
         f"\nThen, one at a time through the cache, the tokens {json.dumps(steps)}: the folders `step.0/`, `step.1/` ...,\n"
-        "where T is 1 and the scores are [H, 1, tokens so far].\n"
+        "where T is 1 and S counts all tokens so far.\n"
     )
+    table = [(row.full_name("N"), ", ".join(row.axes), row.formula, row.sentence) for row in table_of(config)]
     return README.format(
         tokens=json.dumps(tokens.tolist()),
+        table="\n".join(f"| {name} | [{axes}] | {formula} | {sentence} |" for name, axes, formula, sentence in table),
         steps=then if steps else "",
         config="\n".join(f"    {key} = {json.dumps(value)}" for key, value in facts["config"].items()),
         manifest=f"The sha256 of its manifest.json is `{facts['manifest_sha256']}`.\n" if facts["manifest_sha256"] else "",
@@ -134,26 +137,15 @@ Everything here was computed in float64 by npllama. `logits.npy` holds float64, 
 ## The files
 
 One activation a file, named after what it holds: `layers.0.attention.q_rope.npy` is layer 0's queries after RoPE.
-Axes: T tokens, D = dim, H = n_heads, G = n_kv_heads, K = head_dim, F = ffn_dim, V = vocab_size; C order, little-endian.
+Axes: T tokens, S all tokens so far (here T), D = dim, H = n_heads, G = n_kv_heads, K = head_dim, F = ffn_dim, V = vocab_size;
+C order, little-endian.
 
-| file | shape | what |
-|---|---|---|
-| tok_embeddings | [T, D] | the tokens' rows of the embedding |
-| layers.N.attention_norm | [T, D] | RMSNorm of the residual stream |
-| layers.N.attention.q, k, v | [T, H or G, K] | after wq, wk, wv |
-| layers.N.attention.q_rope, k_rope | [T, H or G, K] | after RoPE, which turns the pairs (x[2j], x[2j+1]) |
-| layers.N.attention.scores | [H, T, T] | q·k / sqrt(K), -inf for later tokens |
-| layers.N.attention.weights | [H, T, T] | their softmax |
-| layers.N.attention.heads | [T, H, K] | weights · v |
-| layers.N.attention.out | [T, D] | after wo |
-| layers.N.attention_residual | [T, D] | plus the residual stream |
-| layers.N.ffn_norm | [T, D] | RMSNorm of that |
-| layers.N.feed_forward.gate, up | [T, F] | after w1, w3 |
-| layers.N.feed_forward.act | [T, F] | silu(gate) · up |
-| layers.N.feed_forward.out | [T, D] | after w2 |
-| layers.N.out | [T, D] | plus the residual stream |
-| norm | [T, D] | the last RMSNorm |
-| logits | [T, V] | after the output matrix |
+In the formulas, x is the residual stream before attention and h before the feed-forward, y is what RMSNorm makes of either, and
+W1 is layers.N.feed_forward.w1. RoPE rotates the pairs (x[2j], x[2j+1]) of a head at position m by the angles m·θ_j.
+
+| file | shape | formula | what |
+|---|---|---|---|
+{table}
 
 If your queries and keys are in Hugging Face's order, (x[j], x[j + K/2]), reorder them first:
 theirs[j] is ours[2j], theirs[j + K/2] is ours[2j+1].

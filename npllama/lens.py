@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from . import ops
+from .activations import ADD, LAYER, stream_before
 from .checkpoint import Model
 from .config import Config
 from .linear import linear
@@ -50,8 +51,8 @@ def token_labels(tokenizer: Tokenizer | None, ids: Iterable[int]) -> list[str]:
 
 def residual_names(config: Config) -> list[str]:
     """Every activation that is the residual stream, in order: the embedding, then after attention and after each layer."""
-    layers = [f"layers.{i}.{name}" for i in range(config.n_layers) for name in ("attention_residual", "out")]
-    return ["tok_embeddings", *layers]
+    added = [row for row in LAYER if row.operation == ADD]
+    return [stream_before(0), *(row.full_name(i) for i in range(config.n_layers) for row in added)]
 
 
 def residual_norms(recording: Mapping[str, np.ndarray], config: Config) -> np.ndarray:
@@ -64,7 +65,7 @@ def residual_norms(recording: Mapping[str, np.ndarray], config: Config) -> np.nd
 
 def lens_names(config: Config) -> list[str]:
     """The activations that the logit lens reads: the embedding, then each layer's output."""
-    return ["tok_embeddings", *(f"layers.{i}.out" for i in range(config.n_layers))]
+    return [stream_before(i) for i in range(config.n_layers + 1)]
 
 
 def logit_lens(model: Model, recording: Mapping[str, np.ndarray], k: int) -> tuple[np.ndarray, np.ndarray]:

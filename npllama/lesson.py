@@ -14,10 +14,10 @@ import os
 import re
 import textwrap
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import CodeType, FrameType
+from types import CodeType
 
 Cell = str | int | float
 
@@ -41,12 +41,6 @@ class Source:
         code = inspect.unwrap(function).__code__
         return cls(f"{_module(code)}.{function.__qualname__}", _relative(code), code.co_firstlineno)
 
-    @classmethod
-    def running(cls, frame: FrameType) -> Source:
-        """The line that a frame is at."""
-        code = frame.f_code
-        return cls(f"{_module(code)}.{code.co_name}", _relative(code), frame.f_lineno)
-
     def calling(self, function: Callable) -> Source:
         """The nearest line that calls a function, here or above in the same function; this line if there is none."""
         body = _innermost(_syntax(self.file), self.line)
@@ -54,13 +48,52 @@ class Source:
         named = (call.lineno for call in calls if _called(call) == function.__name__)
         return dataclasses.replace(self, line=max(named, default=self.line))
 
+    @property
+    def text(self) -> str:
+        """The line itself."""
+        return _code(self.file).splitlines()[self.line - 1]
+
     def __str__(self) -> str:
         return f"{self.name} ({self.file}:{self.line})"
 
 
 @functools.cache
+def computed_at() -> dict[str, Source]:
+    """Where model.py computes each activation: name, without `layers.N.`, -> the line of its call of `see`.
+
+    Found in the syntax tree: from forward() on, into the functions that are given the scope.
+    """
+    file = "npllama/model.py"
+    functions = {node.name: node for node in _syntax(file).body if isinstance(node, ast.FunctionDef)}
+
+    def visit(function: str, prefix: str) -> Iterator[tuple[str, Source]]:
+        for call in (node for node in ast.walk(functions[function]) if isinstance(node, ast.Call)):
+            if (name := _called(call)) == "see":
+                yield prefix + call.args[0].value, Source(f"model.{function}", file, call.lineno)
+            elif name in functions:
+                for below in map(_below, call.args):
+                    if below is not None:
+                        yield from visit(name, prefix + below)
+
+    return dict(visit("forward", ""))
+
+
+def _below(argument: ast.AST) -> str | None:
+    """What a scope that a function is given puts before its names; None for an argument that is no scope."""
+    if isinstance(argument, ast.Call) and _called(argument) == "under":
+        return f"{argument.args[0].value}."
+    is_scope = getattr(argument, "id", None) == "s" or (isinstance(argument, ast.Call) and _called(argument) == "in_layer")
+    return "" if is_scope else None
+
+
+@functools.cache
 def _syntax(file: str) -> ast.Module:
-    return ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    return ast.parse(_code(file))
+
+
+@functools.cache
+def _code(file: str) -> str:
+    return (ROOT / file).read_text(encoding="utf-8")
 
 
 def _innermost(tree: ast.Module, line: int) -> ast.AST:

@@ -52,6 +52,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from numpy.typing import ArrayLike
 
+from .activations import activation_shapes
 from .atomic import new_folder, not_ours, writing
 from .cache import KVCache
 from .checkpoint import Model, sha256
@@ -165,42 +166,7 @@ def read_trace(path: Path | str) -> Trace:
     return Trace(path, meta)
 
 
-# ------------------------------------------------------------------------------------------------------- names, shapes, choice
-
-
-def activation_shapes(
-    config: Config, n_tokens: int, n_slots: int | None = None, batch_shape: tuple[int, ...] = ()
-) -> dict[str, tuple[int, ...]]:
-    """The name and shape of every activation of one forward pass, in the order of their computation.
-
-    n_tokens is T; n_slots is S, the same where the cache was empty.
-    """
-    T, S, D, F = n_tokens, n_slots or n_tokens, config.dim, config.ffn_dim
-    H, G, K = config.n_heads, config.n_kv_heads, config.head_dim
-    layer = {
-        "attention_norm": (T, D),
-        "attention.q": (T, H, K),
-        "attention.k": (T, G, K),
-        "attention.v": (T, G, K),
-        "attention.q_rope": (T, H, K),
-        "attention.k_rope": (T, G, K),
-        "attention.scores": (H, T, S),
-        "attention.weights": (H, T, S),
-        "attention.heads": (T, H, K),
-        "attention.out": (T, D),
-        "attention_residual": (T, D),
-        "ffn_norm": (T, D),
-        "feed_forward.gate": (T, F),
-        "feed_forward.up": (T, F),
-        "feed_forward.act": (T, F),
-        "feed_forward.out": (T, D),
-        "out": (T, D),
-    }
-    shapes: dict[str, tuple[int, ...]] = {"tok_embeddings": (T, D)}
-    for i in range(config.n_layers):
-        shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
-    shapes |= {"norm": (T, D), "logits": (T, config.vocab_size)}
-    return {name: (*batch_shape, *shape) for name, shape in shapes.items()}
+# ------------------------------------------------------------------------------------------------------ a choice of activations
 
 
 FLOAT32 = Precision("float32")

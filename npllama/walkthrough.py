@@ -11,16 +11,17 @@ the one that calls the step's function.
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from . import linear, model, ops, sampling
+from .activations import STREAM, stream_before, table_of
 from .checkpoint import Model
-from .lesson import HEADING_CELLS, LABEL_CELLS, Cell, Source, Step, Table, label
+from .lesson import HEADING_CELLS, LABEL_CELLS, Cell, Source, Step, Table, computed_at, label
 from .scope import Tap
 
 SHOWN = 5  # numbers of a long row
@@ -33,13 +34,11 @@ class WatchedPass:
     """One forward pass that remembers what it did.
 
     taps      name -> activation, of the chosen layer, of what is in no layer, and every layer's `out`
-    places    name -> the line of model.py that gave it to the tap; and `block`, the line that ran the chosen layer
     returned  operation -> what it returned, for operations whose result is no activation
     """
 
     def __init__(self, params: model.Params, config: model.Config, tokens: Sequence[int], layer: int, tap: Tap | None):
         self.taps: dict[str, np.ndarray] = {}
-        self.places: dict[str, Source] = {}
         self.returned: dict[str, object] = {}
         chosen = f"layers.{layer}."
 
@@ -47,10 +46,6 @@ class WatchedPass:
             x = x if tap is None else tap(name, x)
             if name.startswith(chosen) or not name.startswith("layers.") or (name.count(".") == 2 and name.endswith(".out")):
                 self.taps[name] = x
-                frame = inspect.currentframe().f_back.f_back  # above Scope.see()
-                self.places[name] = Source.running(frame)
-                if name == chosen + "out":
-                    self.places["block"] = Source.running(frame.f_back)
             return x
 
         watched = {name: self._watched(name) for name in ("rope_frequencies", "rope_rotation", "causal_mask")}
@@ -59,7 +54,6 @@ class WatchedPass:
     def _watched(self, name: str):
         def operation(*args: object) -> object:
             self.returned[name] = result = getattr(ops, name)(*args)
-            self.places[name] = Source.running(inspect.currentframe().f_back)
             return result
 
         return operation
@@ -114,7 +108,8 @@ class _Teller:
         self.model, self.config, self.ids, self.seen = m, m.config, ids, seen
         self.pieces = [self._piece(id) for id in ids]
         self.layer, self.head, self.group = layer, head, head // (m.config.n_heads // m.config.n_kv_heads)
-        self.name = f"layers.{layer}."
+        self.name, self.before = f"layers.{layer}.", stream_before(layer)
+        self.rows = {row.name: row for row in table_of(m.config)}
         self.last = len(ids) - 1
         self.shown = _some(len(ids), TOKENS_SHOWN)
 
@@ -147,21 +142,20 @@ class _Teller:
             "Embeddings",
             f"Each id names a row of the embedding matrix: {c.dim} learned numbers that stand for the token, wherever in "
             "the text it is.",
-            formula="x = tok_embeddings.weight[ids]",
+            formula=f"{self._formulas('tok_embeddings')},  E = tok_embeddings.weight",
             shape=f"weight [V, D] = [{c.vocab_size}, {c.dim}]  ->  x [T, D] = [{len(self.ids)}, {c.dim}]",
             tables=(self._token_table(self.seen["tok_embeddings"]),),
             **self._computed("tok_embeddings", linear.embed),
         )
 
     def attention_norm(self) -> Step:
-        before = "tok_embeddings" if self.layer == 0 else f"layers.{self.layer - 1}.out"
         each = "Each" if self.layer == 0 else f"After layer {self.layer - 1}, each"
         return self._norm(
             f"RMSNorm, before layer {self.layer}'s attention",
             f"{each} token's numbers are divided by their root mean square, so that their size is 1 whatever came in, "
             "and each is then multiplied by a learned weight of its own.",
-            before,
-            self.name + "attention_norm",
+            "attention_norm",
+            self.before,
         )
 
     def projections(self) -> Step:
@@ -175,7 +169,7 @@ class _Teller:
             "Queries, keys and values",
             "Three matrices make three things of each token: a query (what it looks for), a key (what it is found by) and a "
             "value (what it gives to those who find it).",
-            formula="q = x Wqᵀ,  k = x Wkᵀ,  v = x Wvᵀ",
+            formula=self._formulas("attention.q", "attention.k", "attention.v"),
             shape="\n".join(shapes),
             tables=(_numbers_table([("q", q), ("k", k), ("v", v)], f"the last token, {self.pieces[self.last]}"),),
             **self._computed([name + "q", name + "k", name + "v"], linear.linears, linear.linear),
@@ -222,7 +216,7 @@ class _Teller:
             shape=f"frequencies [K/2] = {_shape(θ)}",
             tables=(Table(("pair j", "θ_j", "tokens a turn", f"angle at m = {self.last}"), tuple(rows)),),
             sources=(Source.of(ops.rope_frequencies), Source.of(ops.rope_rotation)),
-            called=self.seen.places["rope_frequencies"],
+            called=self._line("norm").calling(ops.rope_frequencies),
         )
 
     def rotation(self) -> Step:
@@ -262,7 +256,7 @@ class _Teller:
             shape=f"q [T, H, K], k [G, S, K]  ->  [H, T, S] = {_shape(self.seen[name + 'scores'])}",
             tables=(self._square(unmasked, f"head {self.head} before the mask; a row is a query, a column a key"),),
             sources=(Source.of(ops.query_key_products), Source.of(ops.attention_scores)),
-            called=self.seen.places[name + "scores"],
+            called=self._line(name + "scores"),
         )
 
     def mask(self) -> Step:
@@ -276,7 +270,7 @@ class _Teller:
             tables=(self._square(self.seen[name][self.head], f"head {self.head}, masked"),),
             taps=(name,),
             sources=(Source.of(ops.causal_mask), Source.of(ops.attention_scores)),
-            called=self.seen.places["causal_mask"],
+            called=self._line("norm").calling(ops.causal_mask),
         )
 
     def softmax(self) -> Step:
@@ -286,8 +280,8 @@ class _Teller:
         looked = tuple((self.pieces[i], int(i), float(weights[self.last, i])) for i in most)
         return Step(
             "Softmax",
-            "Each row of scores becomes weights that sum to 1, none negative; minus infinity becomes exactly 0.",
-            formula="weights = exp(scores - max) / sum(exp(scores - max))",
+            self.rows["attention.weights"].sentence,
+            formula=self._formulas("attention.weights"),
             shape=f"[H, T, S] = {_shape(self.seen[name])}",
             tables=(
                 self._square(weights, f"head {self.head}; the last column is the row's sum", sums=True),
@@ -304,8 +298,8 @@ class _Teller:
         rows.append(("sum over all", self.seen[name + "heads"][self.last, self.head]))
         return Step(
             "Values, averaged",
-            "Each head hands each token the average of the values that it looks at, by these weights.",
-            formula="heads = weights · v",
+            self.rows["attention.heads"].sentence,
+            formula=self._formulas("attention.heads"),
             shape=f"[H, T, S], [G, S, K]  ->  [T, H, K] = {_shape(self.seen[name + 'heads'])}",
             tables=(_numbers_table(rows, f"the last token in head {self.head}, its largest weights first", shown=SHOWN - 1),),
             **self._computed(name + "heads", ops.attention_heads),
@@ -319,31 +313,21 @@ class _Teller:
             "Heads joined, and wo",
             f"The {c.n_heads} heads are laid side by side again, and a matrix mixes what they found back to the width of the "
             "model.",
-            formula="out = join(heads) Woᵀ",
+            formula=self._formulas("attention.out"),
             shape=f"[T, H, K]  ->  [T, H·K] = [{len(self.ids)}, {width}]  ->  [T, D] = {_shape(self.seen[name + 'out'])}",
             tables=(_numbers_table(rows),),
             **self._computed(name + "out", model.join_heads, linear.linear),
         )
 
     def attention_residual(self) -> Step:
-        before = "tok_embeddings" if self.layer == 0 else f"layers.{self.layer - 1}.out"
-        return self._residual(
-            "The residual",
-            "Attention's result is added to what went in: a layer changes a token's numbers, it doesn't replace them.",
-            "h = x + attention(rms_norm(x))",
-            before,
-            self.name + "attention.out",
-            self.name + "attention_residual",
-            model.self_attention,
-            ("x", "= h (attention_residual)"),
-        )
+        return self._residual("The residual", model.self_attention, "attention_residual")
 
     def ffn_norm(self) -> Step:
         return self._norm(
             "RMSNorm, before the feed-forward",
-            "The same again, with other weights.",
+            self.rows["ffn_norm"].sentence,
+            "ffn_norm",
             self.name + "attention_residual",
-            self.name + "ffn_norm",
         )
 
     def swiglu(self) -> Step:
@@ -355,7 +339,7 @@ class _Teller:
             f"Now each token is worked on by itself, at a width of {c.ffn_dim}: one matrix makes gates, another makes "
             "numbers, and each number is multiplied by silu of its gate, which leaves large gates nearly as they are and lets "
             "through little of negative ones: it is never below -0.28.",
-            formula="act = silu(x W1ᵀ) · (x W3ᵀ),  silu(z) = z / (1 + exp(-z))",
+            formula=self._formulas(*(f"feed_forward.{x}" for x in ("gate", "up", "act"))) + "\nsilu(z) = z / (1 + exp(-z))",
             shape=f"w1, w3 [F, D] = [{c.ffn_dim}, {c.dim}]  ->  gate, up, act [T, F] = {_shape(self.seen[name + 'act'])}",
             tables=(_numbers_table(rows, f"the last token, {self.pieces[self.last]}"),),
             **self._computed([name + "gate", name + "up", name + "act"], linear.linears, ops.silu, ops.swiglu),
@@ -363,21 +347,13 @@ class _Teller:
 
     def ffn_out(self) -> Step:
         c = self.config
-        step = self._residual(
-            "Back to the model's width, and the second residual",
-            "w2 brings the result back, and it is added too: this is what the layer passes on.",
-            "out = h + act W2ᵀ",
-            self.name + "attention_residual",
-            self.name + "feed_forward.out",
-            self.name + "out",
-            model.feed_forward,
-            ("h", "= out"),
-        )
+        title = "Back to the model's width, and the second residual"
+        step = self._residual(title, model.feed_forward, "feed_forward.out", "out")
         shape = f"w2 [D, F] = [{c.dim}, {c.ffn_dim}]  ->  [T, D] = {_shape(self.seen[self.name + 'out'])}"
         return Step(**{**vars(step), "shape": shape})
 
     def layers(self) -> Step:
-        names = ["tok_embeddings", *(f"layers.{i}.out" for i in range(self.config.n_layers))]
+        names = [stream_before(i) for i in range(self.config.n_layers + 1)]
         rows: list[tuple[Cell, ...]] = []
         for i in _some(len(names), LAYERS_SHOWN):
             if i is None:
@@ -395,7 +371,7 @@ class _Teller:
             tables=(Table(("after", "last token's x[0]", "its root mean square", "of all tokens"), tuple(rows)),),
             taps=("layers.N.out",),
             sources=(Source.of(model.block),),
-            called=self.seen.places["block"],
+            called=self._line("norm").calling(model.block),
         )
 
     def _outlier(self, names: list[str]) -> str:
@@ -413,21 +389,19 @@ class _Teller:
         )
 
     def final_norm(self) -> Step:
-        return self._norm(
-            "The final RMSNorm", "Once more, after the last layer.", f"layers.{self.config.n_layers - 1}.out", "norm"
-        )
+        return self._norm("The final RMSNorm", self.rows["norm"].sentence, "norm", stream_before(self.config.n_layers))
 
     def logits(self) -> Step:
         c = self.config
         logits = self.seen["logits"]
         output = "the embedding itself (tied)" if c.tied_embeddings else "a matrix of its own"
-        weight = "tok_embeddings.weight" if c.tied_embeddings else "output.weight"
+        letter, row = "E" if c.tied_embeddings else "Output", self.rows["logits"]
         return Step(
             "Logits",
             f"The output matrix is {output}. It gives every token of the vocabulary a score for how well it would follow. "
             "Row t scores what comes after token t, so one text trains T predictions; the last row predicts what comes next.",
-            formula=f"logits = x Wᵀ,  W = {weight}",
-            shape=f"W [V, D] = [{c.vocab_size}, {c.dim}]  ->  [T, V] = {_shape(logits)}",
+            formula=f"{row.formula},  {letter} = {row.parameter(c, None)}",
+            shape=f"{letter} [V, D] = [{c.vocab_size}, {c.dim}]  ->  [T, V] = {_shape(logits)}",
             tables=(self._token_table(logits, f"the scores of ids 0 to {min(SHOWN, c.vocab_size) - 1}"),),
             **self._computed("logits", linear.linear),
         )
@@ -467,37 +441,48 @@ class _Teller:
     def _computed(self, taps: str | list[str], *functions) -> dict[str, object]:
         taps = [taps] if isinstance(taps, str) else taps
         sources = tuple(Source.of(function) for function in functions)
-        return {"taps": tuple(taps), "sources": sources, "called": self.seen.places[taps[0]].calling(functions[0])}
+        return {"taps": tuple(taps), "sources": sources, "called": self._line(taps[0]).calling(functions[0])}
+
+    def _line(self, name: str) -> Source:
+        """The line of model.py that has the activation of the chosen layer, or of none."""
+        return computed_at()[name.removeprefix(self.name)]
 
     def _piece(self, id: int, cells: int = LABEL_CELLS) -> str:
         return label(self.model.tokenizer.piece(id), cells) if self.model.tokenizer else f"#{id}"
 
-    def _norm(self, title: str, sentence: str, before: str, after: str) -> Step:
+    def _formulas(self, *kinds: str) -> str:
+        """The formulas of the activation table, beside each other."""
+        return ",  ".join(self.rows[kind].formula for kind in kinds)
+
+    def _norm(self, title: str, sentence: str, kind: str, before: str) -> Step:
+        after, of = self.rows[kind].full_name(self.layer), "h" if kind == "ffn_norm" else "x"
         x, y, eps = self.seen[before][self.last], self.seen[after][self.last], self.config.norm_eps
-        rows = [("x", x), ("weight", self.model.params[after + ".weight"]), ("y", y)]
-        size = f"the last token, {self.pieces[self.last]}: sqrt(mean(x²)) = {np.sqrt(np.mean(np.square(x))):.4f}"
+        rows = [(of, x), ("weight", self.model.params[after + ".weight"]), ("y", y)]
+        size = f"the last token, {self.pieces[self.last]}: sqrt(mean({of}²)) = {np.sqrt(np.mean(np.square(x))):.4f}"
         return Step(
             title,
             sentence,
-            formula=f"y = x / sqrt(mean(x²) + eps) · weight,  eps = {eps:g}",
-            shape=f"x [T, D], weight [D]  ->  y [T, D] = {_shape(self.seen[after])}",
+            formula=f"{self._formulas(kind)},  eps = {eps:g}",
+            shape=f"{of} [T, D], weight [D]  ->  y [T, D] = {_shape(self.seen[after])}",
             tables=(_numbers_table(rows, size),),
             **self._computed(after, ops.rms_norm),
         )
 
-    def _residual(
-        self, title: str, sentence: str, formula: str, before: str, added: str, after: str, function, labels: tuple[str, str]
-    ) -> Step:
-        first, last = labels
-        texts = {before: first, added: f"+ {added.removeprefix(self.name)}", after: last}
-        rows = [(text, self.seen[name][self.last]) for name, text in texts.items()]
+    def _residual(self, title: str, function: Callable, *kinds: str) -> Step:
+        """The last of the kinds is the sum; the function makes what is added."""
+        row = self.rows[kinds[-1]]
+        names = [self.before if name == STREAM else self.name + name for name in (*row.inputs, row.name)]
+        left, stream, added = re.fullmatch(r"(\S+) = (\S+) \+ (\S+)", row.formula).groups()
+        rows = [
+            (label, self.seen[name][self.last]) for label, name in zip((stream, f"+ {added}", f"= {left}"), names, strict=True)
+        ]
         return Step(
             title,
-            sentence,
-            formula=formula,
-            shape=f"[T, D] = {_shape(self.seen[after])}",
+            " ".join(self.rows[kind].sentence for kind in kinds),
+            formula=self._formulas(*kinds),
+            shape=f"[T, D] = {_shape(self.seen[names[-1]])}",
             tables=(_numbers_table(rows, f"the last token, {self.pieces[self.last]}", shown=SHOWN - 1),),
-            **self._computed(after, function),
+            **self._computed(names[-1], function),
         )
 
     def _token_table(self, x: np.ndarray, caption: str = "") -> Table:

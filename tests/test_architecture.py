@@ -26,6 +26,7 @@ ORDER = [
     "scope",
     "fast",
     "model",
+    "activations",
     "precision",
     "tokenizer",
     "atomic",

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from npllama import load, record
+from npllama.activations import TABLE, activation_shapes
 from npllama.checkpoint import Model
 from npllama.cli import main
-from npllama.explain import STEPS, explain, page_data, steps
+from npllama.explain import explain, page_data, steps
 from npllama.lens import logit_lens, residual_names, visible
-from npllama.trace import activation_shapes
 
 HOSTILE = '</script><script>document.title="pwned"</script> "q" \'s\' $$x^2$$ <!-- & <b>bold</b>\n\\u003c 你 {{DATA}}'
 MILLION = 1_000_000
@@ -81,7 +81,7 @@ def test_the_data_is_the_trace(n_tokens, model):
 
 def test_every_activation_has_its_step_with_shape_line_and_code(model):
     data, config = page_data(model, [1, 2, 3]), model.config
-    assert [step["kind"] for step in data["steps"]] == list(STEPS)
+    assert [step["kind"] for step in data["steps"]] == list(TABLE)
     shapes = {name.removeprefix("layers.0."): list(shape) for name, shape in activation_shapes(config, 3).items()}
     source = os.path.join(os.path.dirname(sys.modules["npllama"].__file__), "")
     for step in data["steps"]:
@@ -104,7 +104,7 @@ def test_the_output_matrix_has_the_embedding_s_letter_where_it_is_the_embedding(
         steps_ = steps(dataclasses.replace(model.config, tied_embeddings=tied), 3)
         formulas[tied] = [step["formula"] for step in steps_]
         assert formulas[tied][0] == "x = E[id]"
-    assert (formulas[True][-1], formulas[False][-1]) == ("y Eᵀ", "y Outputᵀ")
+    assert (formulas[True][-1], formulas[False][-1]) == ("logits = y Eᵀ", "logits = y Outputᵀ")
 
 
 def test_a_hostile_prompt_ends_no_script(tmp_path):

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from npllama import forward
+from npllama.activations import activation_shapes
 from npllama.precision import Precision
 from npllama.trace import (
     Recording,
     Selection,
     TraceError,
-    activation_shapes,
     new_trace,
     parse_layers,
     patched,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import inspect
 import math
 import os
 import re
@@ -220,6 +221,22 @@ def test_the_line_is_the_one_that_calls_the_function(demo):
                 suffix = step.taps[0].rpartition(".")[2]
                 assert f's.see("{suffix}"' in line, (step.title, line)
     assert {"linears", "linear", "embed", "rms_norm", "split_heads", "rope", "join_heads"} <= found
+
+
+def test_the_syntax_tree_has_the_lines_that_a_pass_comes_by(demo):
+    """Each activation's line, as the frame of the running pass has it."""
+    passed = {}
+
+    def tap(name, x):
+        frame = inspect.currentframe().f_back.f_back  # above Scope.see()
+        passed[name.removeprefix("layers.0.")] = (f"model.{frame.f_code.co_name}", frame.f_lineno)
+        return x
+
+    forward(demo.params, dataclasses.replace(demo.config, n_layers=1), [2000, 5], tap=tap)
+    found = lesson.computed_at()
+    assert {name: (source.name, source.line) for name, source in found.items()} == passed
+    for name, source in found.items():
+        assert f's.see("{name.rpartition(".")[2]}"' in source.text
 
 
 def test_a_call_is_looked_for_in_its_function_alone_and_not_below():

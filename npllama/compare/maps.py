@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..activations import TABLE
 from ..errors import NpllamaError
 from .names import place
 
@@ -54,7 +55,7 @@ class Rule:
 
 
 def _heads(name: str, pairs: str = "adjacent", axes: str = "T {}*K | T {} K") -> Rule:
-    group = "H" if name.split(".")[-1] in ("q", "q_rope", "heads") else "G"
+    group = TABLE[name].axes[-2]  # H or G
     return Rule("layers.{i}." + name, axes.format(group, group), pairs)
 
 
@@ -281,7 +282,7 @@ def _factor(name: str, params, size: int) -> np.ndarray:
     return weight
 
 
-def _split_and_order(x, batch: tuple[int, ...], axes: list[str], sizes: dict[str, int], choices: str) -> np.ndarray:
+def _split_and_order(x, batch: tuple[int, ...], axes: str, sizes: dict[str, int], choices: str) -> np.ndarray:
     """From the first choice of axes that fits x's shape to `axes`."""
     allowed = []
     for choice in choices.split("|"):

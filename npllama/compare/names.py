@@ -1,4 +1,4 @@
-"""The names of activations: their order of computation, their axes, and which axis counts the tokens."""
+"""The names of activations in a comparison: read, put in the order of computation, and cut into tokens."""
 
 from __future__ import annotations
 
@@ -8,51 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-# name -> axes in the dimension key of model.py, in the order of their computation; a batch adds B in front.
-BEFORE = {"tok_embeddings": "T D"}
-LAYER = {
-    "attention_norm": "T D",
-    "attention.q": "T H K",
-    "attention.k": "T G K",
-    "attention.v": "T G K",
-    "attention.q_rope": "T H K",
-    "attention.k_rope": "T G K",
-    "attention.scores": "H T S",
-    "attention.weights": "H T S",
-    "attention.heads": "T H K",
-    "attention.out": "T D",
-    "attention_residual": "T D",
-    "ffn_norm": "T D",
-    "feed_forward.gate": "T F",
-    "feed_forward.up": "T F",
-    "feed_forward.act": "T F",
-    "feed_forward.out": "T D",
-    "out": "T D",
-}
-AFTER = {"norm": "T D", "logits": "T V"}
-# What each is computed from in its own layer; Place.inputs() adds what is from the layer before.
-SOURCES = {
-    "attention.q": ("attention_norm",),
-    "attention.k": ("attention_norm",),
-    "attention.v": ("attention_norm",),
-    "attention.q_rope": ("attention.q",),
-    "attention.k_rope": ("attention.k",),
-    "attention.scores": ("attention.q_rope", "attention.k_rope"),
-    "attention.weights": ("attention.scores",),
-    "attention.heads": ("attention.weights", "attention.v"),
-    "attention.out": ("attention.heads",),
-    "attention_residual": ("attention.out",),
-    "ffn_norm": ("attention_residual",),
-    "feed_forward.gate": ("ffn_norm",),
-    "feed_forward.up": ("ffn_norm",),
-    "feed_forward.act": ("feed_forward.gate", "feed_forward.up"),
-    "feed_forward.out": ("feed_forward.act",),
-    "out": ("attention_residual", "feed_forward.out"),
-    "logits": ("norm",),
-}
-CACHED = ("attention.k_rope", "attention.v")  # those of earlier passes are inputs as well
+from ..activations import BEFORE, STREAM, TABLE, TOKENS, Activation, stream_before
+
 _NAME = re.compile(r"(?:step\.(\d+)/)?(?:layers\.(\d+)\.)?(.+)")
-_KINDS = [*BEFORE, *LAYER, *AFTER]
+_ORDER = {kind: i for i, kind in enumerate(TABLE)}
 
 
 class Place(NamedTuple):
@@ -68,25 +27,29 @@ class Place(NamedTuple):
         return "" if self.step is None else f"step.{self.step}/"
 
     @property
-    def axes(self) -> list[str] | None:
+    def row(self) -> Activation | None:
+        """Its row of the activation table; None for a name that is not one of forward()'s."""
+        row = TABLE.get(self.kind)
+        return row if row is not None and row.in_layer == (self.layer is not None) else None
+
+    @property
+    def axes(self) -> str | None:
         """The axes of one sequence's array; None for a name that is not one of forward()'s."""
-        axes = (BEFORE | AFTER if self.layer is None else LAYER).get(self.kind)
-        return axes.split() if axes else None
+        return self.row.axes if self.row else None
 
     def sibling(self, kind: str) -> str:
         """The name of another activation of the same step, and of the same layer if it is one of a layer's."""
-        return self.prefix + (f"layers.{self.layer}." if kind in LAYER else "") + kind
+        return self.prefix + TABLE[kind].full_name(self.layer)
 
     def inputs(self, n_layers: int) -> list[str]:
         """The names of the activations that this one is computed from, those of earlier passes in the cache included."""
-        sources = SOURCES.get(self.kind, ())
-        names = [self.sibling(kind) for kind in sources]
-        for step in [] if self.step is None else [None, *range(self.step)]:
-            names += [Place(step, self.layer, self.kind).sibling(kind) for kind in sources if kind in CACHED]
-        if self.kind in ("attention_norm", "attention_residual"):
-            names.append(self.prefix + (f"layers.{self.layer - 1}.out" if self.layer else "tok_embeddings"))
-        if self.kind == "norm":
-            names.append(f"{self.prefix}layers.{n_layers - 1}.out")
+        if self.row is None:
+            return []
+        stream = self.prefix + stream_before(n_layers if self.layer is None else self.layer)
+        names = [stream if kind == STREAM else self.sibling(kind) for kind in self.row.inputs if kind != TOKENS]
+        if self.row.slots:
+            passes = [None] if self.step is None else [None, *range(self.step + 1)]
+            names += [self._replace(step=step).sibling(self.row.slots) for step in passes]
         return names
 
 
@@ -102,10 +65,10 @@ def in_order(names) -> list[str]:
 
     def key(name: str) -> tuple[float, ...]:
         step, layer, kind = here = place(name)
-        if here.axes is None:
-            return (float("inf"),)
-        stage = 0 if kind in BEFORE and layer is None else 1 if layer is not None else 2
-        return (-1 if step is None else step, stage, layer or 0, _KINDS.index(kind))
+        if here.row is None:
+            return (math.inf,)
+        outside = -1 if here.row in BEFORE else math.inf
+        return (-1 if step is None else step, outside if layer is None else layer, _ORDER[kind])
 
     return sorted(names, key=key)
 

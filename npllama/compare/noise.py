@@ -57,6 +57,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ..activations import AFTER
 from ..checkpoint import Model
 from ..model import PLAIN, forward
 from ..precision import CONVENTIONS, Precision
@@ -64,7 +65,7 @@ from ..scope import Ops
 from ..trace import Recording, run
 from .inputs import Activations
 from .metrics import unit_roundoff
-from .names import AFTER, by_token, place
+from .names import by_token, place
 
 
 class Limits(NamedTuple):
@@ -132,7 +133,7 @@ class NoiseFloor:
         if noise is None:
             *factors, growth = DEFAULTS[self.precision]
             here = place(name)
-            depth = self.n_layers if here.kind in AFTER else here.layer or 0
+            depth = self.n_layers if here.row in AFTER else here.layer or 0
             return Norms(*(factor * (1 + growth * depth) * u * size.rms for factor in factors))
         one_rounding = Norms(u * size.rms, u * size.max)
         noise = Norms(*(n[kept] for n in noise))
