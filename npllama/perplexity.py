@@ -18,7 +18,7 @@ from .cache import KVCache
 from .checkpoint import Model
 from .generation import PREFILL_CHUNK, prefill
 from .model import check_tokens, forward
-from .sampling import log_probabilities
+from .sampling import checked, log_probabilities
 
 Progress = Callable[[int], object]
 ROWS = 64  # positions whose float64 log-probabilities are in memory at once
@@ -68,7 +68,8 @@ class Comparison:
 def perplexity(model: Model, tokens: Sequence[int], context: int = 512, progress: Progress | None = None) -> Perplexity:
     """Score a text's ids in windows of `context`. progress is called with the tokens just done.
 
-    Raises ValueError for fewer ids than one window, and for a window that the model's context doesn't hold.
+    Raises ValueError for fewer ids than one window, for a window that the model's context doesn't hold, and for logits that are
+    NaN or infinite.
     """
     windows = make_windows(model, tokens, context)
     nll = []
@@ -129,7 +130,7 @@ def scored_rows(model: Model, window: np.ndarray) -> Iterator[tuple[np.ndarray, 
         logits = forward(model.params, model.config, window[start:end], cache, ops=model.ops)
         for row in range(start, end, ROWS):
             stop = min(row + ROWS, end)
-            yield logits[row - start : stop - start], window[row + 1 : stop + 1]
+            yield checked(logits[row - start : stop - start]), window[row + 1 : stop + 1]
 
 
 def _at(log_probabilities: np.ndarray, targets: np.ndarray) -> np.ndarray:

@@ -546,7 +546,7 @@ def test_every_source_of_either_byte_order_is_written_as_its_header_says(tmp_pat
     header = checkpoint.STORAGE[storage]
     shape = (2, 3)
     with ThreadPoolExecutor(1) as hashing:
-        writer = checkpoint.Writer(tmp_path, {NAME: shape}, {NAME: storage}, hashing)
+        writer = checkpoint.Writer(tmp_path, tmp_path, {NAME: shape}, {NAME: storage}, hashing)
         writer.add(NAME, given.astype(source))
     found = np.load(tmp_path / f"{NAME}.npy", allow_pickle=False)
     value = widen(given if given.dtype == np.uint16 else given.astype(source[1:]))

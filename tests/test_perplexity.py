@@ -144,6 +144,13 @@ def test_bad_input_is_refused(tokens: list[int], context: int, message: str) -> 
         compare(MODEL, OTHER, tokens, context)
 
 
+def test_logits_that_are_no_numbers_are_no_perplexity() -> None:
+    params = dict(MODEL.params)
+    params["norm.weight"] = np.full_like(params["norm.weight"], np.nan)
+    with pytest.raises(ValueError, match="are NaN, expected numbers"):
+        perplexity(Model(CONFIG, params), TOKENS, 16)
+
+
 def test_models_of_different_vocabularies_do_not_compare() -> None:
     config = CONFIGS["grouped"].__class__.from_dict({**CONFIG.to_dict(), "vocab_size": 130})
     with pytest.raises(ValueError, match="the models' vocabularies have 131 and 130 tokens"):
