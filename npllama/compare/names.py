@@ -51,7 +51,7 @@ SOURCES = {
     "logits": ("norm",),
 }
 CACHED = ("attention.k_rope", "attention.v")  # those of earlier passes are inputs as well
-_NAME = re.compile(r"(?:step\.(\d+)/)?(?:layers\.(\d+)\.)?(.+)")
+_NAME = re.compile(r"(?:step\.(\d{1,6})/)?(?:layers\.(\d{1,6})\.)?(.*)", re.DOTALL)  # any text is a name
 _KINDS = [*BEFORE, *LAYER, *AFTER]
 
 
