@@ -288,6 +288,11 @@ BAD_CONFIG = {
     "no eps": ({"rms_norm_eps": None}, "missing rms_norm_eps$"),
     "no width": ({"hidden_size": None}, "missing hidden_size$"),
     "text": ({"hidden_size": "96"}, "hidden_size is '96', expected a positive whole number$"),
+    "the smallest theta": (
+        {"rope_parameters": {"rope_theta": 5e-324}},
+        r"rope_theta is 5e-324, expected a positive number from 1e",
+    ),
+    "an endless width": ({"hidden_size": 10**400}, r"hidden_size is inf, expected a positive whole number$"),
     "endless layers": ({"num_hidden_layers": 2**31 - 1}, r"2147483647 layers are announced, but there are only 12 tensors$"),
     "more layers": ({"num_hidden_layers": 2}, r"model\.layers\.1\..* and 6 more are missing$"),
     "fewer rows": ({"vocab_size": 130}, r"model\.embed_tokens\.weight is \[131, 96\], expected \[130, 96\]$"),

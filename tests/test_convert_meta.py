@@ -497,6 +497,8 @@ BAD_PARAMS = {
     "zero": ({"multiple_of": 0}, r"params\.json: multiple_of is 0, expected a positive whole number$"),
     "no eps": ({"norm_eps": None}, r"params\.json: missing norm_eps$"),
     "no dim": ({"dim": None}, r"params\.json: dim is None, expected a positive whole number$"),
+    "the smallest theta": ({"rope_theta": 5e-324}, r"params\.json: rope_theta is 5e-324, expected a positive number from 1e"),
+    "the largest theta": ({"rope_theta": 1e308}, r"params\.json: rope_theta is 1e\+308, expected a positive number from 1e"),
     "eps infinite": ({"norm_eps": float("inf")}, r"params\.json: norm_eps is inf, expected a positive number$"),
     "eps not a number": ({"norm_eps": float("nan")}, r"params\.json: norm_eps is nan, expected a positive number$"),
     "theta of a kind": ({"rope_theta": "large"}, r"params\.json: rope_theta is 'large', expected a positive number$"),
