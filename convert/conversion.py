@@ -25,7 +25,18 @@ import numpy as np
 from npllama import checkpoint
 from npllama.chat import chat_format_of, chat_format_of_template, default_system_of_template
 from npllama.checkpoint import CheckpointError
-from npllama.config import Config, ConfigError, RopeScaling, n_parameters, parameter_shapes
+from npllama.config import (
+    EPS_RANGE,
+    FACTOR_RANGE,
+    Config,
+    ConfigError,
+    RopeScaling,
+    check_number,
+    check_whole,
+    n_parameters,
+    parameter_shapes,
+)
+from npllama.errors import shown
 from npllama.memory import size_text
 from npllama.tokenizer import load_tokenizer
 from npllama.weights import native
@@ -141,20 +152,14 @@ def whole(known: Mapping[str, object], key: str) -> int:
     """A positive whole number among a file's values; ConfigError if it is none, or not there."""
     if key not in known:
         raise ConfigError(f"missing {key}")
-    value = known[key]
-    if type(value) is not int or value <= 0:
-        raise ConfigError(f"{key} is {_shown(value)}, expected a positive whole number")
-    return value
+    return check_whole(key, known[key])
 
 
 def number(known: Mapping[str, object], key: str) -> float:
     """A positive finite number among a file's values; ConfigError if it is none, or not there."""
     if key not in known:
         raise ConfigError(f"missing {key}")
-    value = known[key]
-    if type(value) not in (int, float) or not 0 < value < 1e30:
-        raise ConfigError(f"{key} is {_shown(value)}, expected a positive number")
-    return float(value)
+    return check_number(key, known[key], (EPS_RANGE[0], FACTOR_RANGE[1]))  # the Config knows the limits of each
 
 
 def head_sizes(
@@ -179,12 +184,7 @@ def refuse_foreign(known: Mapping[str, object], pattern: re.Pattern[str]) -> Non
     """Raise ConfigError for a key that means another architecture, unless it is null, false, 0, -1 or empty."""
     for key, value in known.items():
         if pattern.fullmatch(key) and value is not None and value not in (False, 0, -1, "", [], {}):
-            raise ConfigError(f"{key} is {_shown(value)}: an architecture that npllama does not compute")
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+            raise ConfigError(f"{key} is {shown(value)}: an architecture that npllama does not compute")
 
 
 def llama3_scaling(factor: float) -> RopeScaling:
@@ -195,11 +195,28 @@ def llama3_scaling(factor: float) -> RopeScaling:
 # ----------------------------------------------------------------------------------------------------- tokenizer and settings
 
 
-def read_generation(folder: Path) -> dict[str, object]:
-    """The recommended temperature and top_p, where a generation_config.json has them."""
+def read_generation(folder: Path, config: Config, report: Report) -> dict[str, object]:
+    """The recommended temperature and top_p, where a generation_config.json has them.
+
+    A recommendation that can't be followed is left out and reported, ids that end an answer included (the tokenizer, which
+    reads them, leaves the same out).
+    """
     path = folder / "generation_config.json"
     values = checkpoint.read_json(path) if path.exists() else {}
-    return {key: values[key] for key in ("temperature", "top_p") if key in values}
+    for key in ("bos_token_id", "eos_token_id", "eot_token_id", "eom_token_id"):
+        ids = values.get(key)
+        for id in ids if isinstance(ids, list) else [] if ids is None else [ids]:
+            if type(id) is not int or not 0 <= id < config.vocab_size:
+                report(f"{path}: {key} is {shown(id)}, expected 0 to {config.vocab_size - 1}: left out")
+    return recommended(path, {key: values[key] for key in ("temperature", "top_p") if key in values}, report)
+
+
+def recommended(where: object, values: Mapping[str, object], report: Report) -> dict[str, object]:
+    """The settings that generate accepts; the others are reported, and left out."""
+    for key, value in values.items():
+        if expected := checkpoint.setting_fault(key, value):
+            report(f"{where}: {key} is {shown(value)}, expected {expected}: left out")
+    return {key: value for key, value in values.items() if not checkpoint.setting_fault(key, value)}
 
 
 def chat_settings(template: object, by_tokenizer: str | None, report: Report) -> dict[str, object]:

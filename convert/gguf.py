@@ -22,6 +22,7 @@ import numpy as np
 
 from npllama.checkpoint import CheckpointError
 from npllama.config import Config, ConfigError, LinearRopeScaling, RopeScaling
+from npllama.errors import shown
 from npllama.ops import rope_frequencies
 
 from .conversion import (
@@ -34,6 +35,7 @@ from .conversion import (
     llama3_scaling,
     match,
     number,
+    recommended,
     refuse_foreign,
     tie,
     whole,
@@ -85,7 +87,7 @@ def read(src: Path, report: Report) -> Source:
         raise CheckpointError(f"{files[0]}: {error}") from None
     tensors.pop("rope_freqs.weight", None)
     config, tensors = tie(config, match(files[0], config, NAMES, tensors, report), report)
-    source = Source("gguf", config, tensors, files, generation=_sampling(metadata))
+    source = Source("gguf", config, tensors, files, generation=_sampling(files[0], metadata, report))
     _add_tokenizer(source, metadata, report)
     return source
 
@@ -166,10 +168,10 @@ def _rope_scaling(
     raise ConfigError("rope_freqs.weight is a scaling of RoPE other than Llama 3.1's, which npllama does not compute")
 
 
-def _sampling(metadata: Mapping[str, object]) -> dict[str, object]:
+def _sampling(path: Path, metadata: Mapping[str, object], report: Report) -> dict[str, object]:
     """The recommended temperature and top_p, which newer files have."""
     keys = {"temperature": "general.sampling.temp", "top_p": "general.sampling.top_p"}
-    return {name: metadata[key] for name, key in keys.items() if key in metadata}
+    return recommended(path, {name: metadata[key] for name, key in keys.items() if key in metadata}, report)
 
 
 def _add_tokenizer(source: Source, metadata: Mapping[str, object], report: Report) -> None:
@@ -177,6 +179,11 @@ def _add_tokenizer(source: Source, metadata: Mapping[str, object], report: Repor
     if "tokenizer.ggml.model" not in metadata:
         return
     values = {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in metadata.items()}
+    tokens = values.get("tokenizer.ggml.tokens")
+    for key in [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]:
+        n = len(tokens) if isinstance(tokens, list) else 0
+        if key in values and n and not (type(values[key]) is int and 0 <= values[key] < n):
+            report(f"{source.files[0]}: {key} is {shown(values.pop(key))}, expected 0 to {n - 1}: left out")
     try:
         name, content = tokenizer_file(values)
         files = {name: content, "tokenizer_config.json": tokenizer_config(values)}

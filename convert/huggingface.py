@@ -1,7 +1,6 @@
 """Hugging Face's folders: config.json, model.safetensors or its shards, tokenizer.json. pytorch_model.bin alone needs torch.
 
-safetensors files are mapped by NumPy alone: eight bytes of length, a JSON header, then the numbers (the format's own README).
-That reads bfloat16 as the bits it is, which NumPy has no dtype for.
+safetensors files are mapped by NumPy alone (npllama.foreign), which reads bfloat16 as the bits it is.
 
 Hugging Face's attention rotates x[j] with x[j + K/2], Meta's x[2j] with x[2j+1]: the rows of its wq and wk stand in another
 order, head by head, and are put back here.
@@ -9,10 +8,7 @@ order, head by head, and are put back here.
 
 from __future__ import annotations
 
-import json
-import math
 import re
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,6 +17,7 @@ import numpy as np
 from npllama import checkpoint
 from npllama.checkpoint import CheckpointError, read_json
 from npllama.config import Config, ConfigError, LinearRopeScaling, RopeScaling
+from npllama.foreign import read_safetensors
 
 from . import torch_file
 from .conversion import (
@@ -57,8 +54,6 @@ FOREIGN_KEY = re.compile(
     r"moe.*|.*experts.*|vision_.*|audio_.*|quantization.*|compression_config|attention_bias|mlp_bias|sliding_window|use_qk_norm"
     r"|.*softcapping|no_rope_layer.*|attention_chunk_size|(embedding|residual|attention)_multiplier|logit_scale|logits_scaling"
 )
-DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2"), "F64": np.dtype("<f8")}
-HEADER_LIMIT = checkpoint.JSON_LIMIT
 # A folder's weights: one file, or the index of several; in the order of preference.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # the first knows the tokens that were added to the second
@@ -91,7 +86,8 @@ def read(src: Path, report: Report) -> Source:
     if values.get("tie_word_embeddings") is True and not config.tied_embeddings:
         raise CheckpointError(f"{index}: lm_head.weight differs from the embedding, but config.json says they are tied")
 
-    source = Source("huggingface", config, tensors, [config_file, *weights], generation=read_generation(src))
+    generation = read_generation(src, config, report)
+    source = Source("huggingface", config, tensors, [config_file, *weights], generation=generation)
     tokenizer = next((src / name for name in TOKENIZERS if (src / name).is_file()), None)
     if tokenizer:
         kept = [tokenizer, *(src / name for name in BESIDE_TOKENIZER if (src / name).is_file())]
@@ -219,39 +215,5 @@ def _open_weights(index: Path, report: Report) -> tuple[list[Path], dict[str, np
 
 def _open_file(path: Path, report: Report) -> dict[str, np.ndarray]:
     if path.suffix == ".safetensors":
-        return open_safetensors(path)
+        return read_safetensors(path, CheckpointError)
     return torch_file.arrays(path, torch_file.load(path, report))
-
-
-def open_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """Every tensor of the file by name, mapped; bfloat16 as its bits in uint16. Raises CheckpointError."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= min(HEADER_LIMIT, size - 8):
-            raise CheckpointError(f"{path} is not a safetensors file: a header of {length:,} bytes in a file of {size:,}")
-        text = file.read(length)
-    try:
-        header = json.loads(text)
-    except (ValueError, RecursionError):
-        header = None
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path} is not a safetensors file: its header is not a JSON object")
-    header.pop("__metadata__", None)
-    data = np.memmap(path, np.uint8, "r", offset=8 + length) if size > 8 + length else np.zeros(0, np.uint8)
-    return {name: _mapped(path, name, entry, np.asarray(data)) for name, entry in header.items()}
-
-
-def _mapped(path: Path, name: str, entry: object, data: np.ndarray) -> np.ndarray:
-    where = f"{path}: {name[:80]}"
-    entry = entry if isinstance(entry, dict) else {}
-    shape, offsets = entry.get("shape"), entry.get("data_offsets")
-    for numbers, least in ((shape, 1), (offsets, 0)):
-        if not isinstance(numbers, list) or len(numbers) > 8 or any(type(n) is not int or n < least for n in numbers):
-            raise CheckpointError(f"{where} has shape {shape!r:.80} at {offsets!r:.80}, expected whole numbers")
-    if (dtype := DTYPES.get(entry.get("dtype") if isinstance(entry.get("dtype"), str) else "")) is None:
-        raise CheckpointError(f"{where} is {entry.get('dtype')!r:.80}, expected {', '.join(DTYPES)}")
-    if len(offsets) != 2 or not offsets[1] <= len(data) or offsets[1] - offsets[0] != math.prod(shape) * dtype.itemsize:
-        raise CheckpointError(f"{where} {shape} {entry['dtype']} is said to be at {offsets} of {len(data):,} bytes")
-    return data[offsets[0] : offsets[1]].view(dtype).reshape(shape)

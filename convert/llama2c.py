@@ -19,6 +19,8 @@ import numpy as np
 
 from npllama.checkpoint import CheckpointError
 from npllama.config import Config, ConfigError, n_parameters, parameter_shapes
+from npllama.errors import shown
+from npllama.foreign import file_size
 
 from . import meta, torch_file
 from .conversion import Report, Source, Tensor, check_tokenizer, tie
@@ -27,10 +29,12 @@ HEADER = struct.Struct("<7i")
 NEWER_MAGIC = b"24ka"  # 0x616b3432, "ak42", of versions 1 and 2
 NORM_EPS, ROPE_THETA = 1e-5, 10000.0  # constants of run.c
 PLAUSIBLE_LAYERS = 10_000
+PLAIN = (str, int, float, type(None))
 
 
 def read(src: Path, report: Report) -> Source:
     """A .bin or a .pt, told by the content. Raises CheckpointError, a ValueError, with one line."""
+    file_size(src, CheckpointError)
     with open(src, "rb") as file:
         start = file.read(HEADER.size)
     if start[:4] == NEWER_MAGIC:
@@ -106,7 +110,11 @@ def _read_pt(src: Path, report: Report) -> Source:
         raise CheckpointError(
             f"{src} has no model_args and model: expected llama2.c's .pt, or the folder of another checkpoint"
         )
-    params = {str(key): value for key, value in params.items()}
+    # A pickle may hold anything, also lists that share their parts: only what a JSON file could say of a model is looked at.
+    params = {
+        key if isinstance(key, str) else shown(key): value if isinstance(value, PLAIN) else shown(value)
+        for key, value in params.items()
+    }
     state = {key.removeprefix("_orig_mod.") if isinstance(key, str) else key: value for key, value in state.items()}
     try:
         config, tensors = meta.assemble(params, [torch_file.arrays(src, state)], report=report)  # _orig_mod: torch.compile's

@@ -19,6 +19,7 @@ import numpy as np
 from npllama import checkpoint
 from npllama.checkpoint import CheckpointError, read_json
 from npllama.config import Config, ConfigError, RopeScaling, parameter_shapes
+from npllama.errors import shown
 
 from . import torch_file
 from .conversion import (
@@ -139,7 +140,7 @@ def _rope_scaling(
 ) -> RopeScaling | None:
     scaled = known.get("use_scaled_rope", False)
     if not isinstance(scaled, bool):
-        raise ConfigError(f"use_scaled_rope is {scaled!r}, expected true or false")
+        raise ConfigError(f"use_scaled_rope is {shown(scaled)}, expected true or false")
     if not scaled:
         if rope_factor is not None:
             raise ConfigError("a rope factor is given, but params.json has no use_scaled_rope: true")
@@ -246,14 +247,13 @@ def read(src: str | Path, rope_factor: float | None = None, report: Report = pri
     src = Path(src)
     params_file, tokenizer = src / "params.json", src / "tokenizer.model"
     files, params = _find_shards(src), read_json(params_file)
-    generation = read_generation(src)
     try:
         refuse_foreign(params, FOREIGN_KEY)
         shards = [torch_file.arrays(path, torch_file.load(path, report)) for path in files]
         config, tensors = assemble(params, shards, rope_factor, report)
     except ConfigError as error:
         raise CheckpointError(f"{params_file}: {error}") from None
-    source = Source("meta", config, tensors, [*files, params_file], generation=generation)
+    source = Source("meta", config, tensors, [*files, params_file], generation=read_generation(src, config, report))
     if tokenizer.is_file():
         source.tokenizer[tokenizer.name] = tokenizer
         source.files.append(tokenizer)

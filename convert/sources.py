@@ -6,6 +6,7 @@ from pathlib import Path
 
 from npllama import checkpoint
 from npllama.checkpoint import CheckpointError, read_json
+from npllama.foreign import file_size
 
 from . import gguf, hub, huggingface, llama2c, meta
 from .conversion import Report, Source, check_dtype, write
@@ -74,6 +75,7 @@ def _kind_of_folder(src: Path) -> str:
 
 
 def _kind_of_file(src: Path) -> str:
+    file_size(src, CheckpointError)
     with open(src, "rb") as file:
         start = file.read(8)
     if not start:

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import importlib
+import io
+import pickletools
 import re
 import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 import numpy as np
 
 from npllama.checkpoint import CheckpointError
+from npllama.errors import shown
+from npllama.foreign import file_size
 
 from .conversion import NOT_A_PARAMETER, Report
+
+LONGEST_GLOBAL = 300  # characters of a module's name and what is in it
 
 
 def import_torch():
@@ -27,6 +34,7 @@ def import_torch():
 def load(path: Path, report: Report) -> object:
     """What the file holds, its tensors mapped; CheckpointError for anything but tensors and plain values."""
     torch = import_torch()
+    file_size(path, CheckpointError)
     with open(path, "rb") as file:
         magic = file.read(4)
     if not magic:
@@ -34,6 +42,10 @@ def load(path: Path, report: Report) -> object:
     mapped = magic == b"PK\x03\x04"  # a zip; torch's format before 1.6 was a bare pickle
     if mapped:
         _check_zip(path)
+    else:
+        with open(path, "rb") as file:
+            for _ in range(5):  # the old format's: magic number, version, machine, content, names of the storages
+                _check_pickle(path, file)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -54,11 +66,17 @@ def arrays(path: Path, state: object) -> dict[str, np.ndarray | None]:
     found: dict[str, np.ndarray | None] = {}
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise CheckpointError(f"{path}: {name!r:.80} is {type(tensor).__name__}, expected tensors by name")
+            raise CheckpointError(f"{path}: {shown(name)} is {type(tensor).__name__}, expected tensors by name")
         if NOT_A_PARAMETER.fullmatch(name):
             found[name] = None
         elif tensor.layout != torch.strided or tensor.device.type != "cpu":
             raise CheckpointError(f"{path}: {name} is {tensor.layout} on {tensor.device}, expected a dense tensor")
+        elif tensor.is_neg() or tensor.is_conj():
+            raise CheckpointError(f"{path}: {name} is negated or conjugated when it is read, expected its numbers as they are")
+        elif (needed := tensor.numel() * tensor.element_size()) > (there := tensor.untyped_storage().nbytes()):
+            raise CheckpointError(
+                f"{path}: {name} is {needed:,} bytes, but its storage has {there:,}: expected every number once"
+            )
         elif tensor.dtype == torch.bfloat16:
             found[name] = tensor.detach().view(torch.int16).numpy().view(np.uint16)
         elif tensor.dtype in (torch.float16, torch.float32, torch.float64):
@@ -83,6 +101,25 @@ def _check_zip(path: Path) -> None:
             raise CheckpointError(f"{path} holds {member.filename!r:.80}, a name outside the archive")
         if member.compress_type != zipfile.ZIP_STORED or member.file_size > member.compress_size:
             raise CheckpointError(f"{path} holds {member.filename!r:.80} compressed, which torch.save does not do")
+        if name.name == "data.pkl":
+            try:
+                with zipfile.ZipFile(path) as archive:
+                    content = archive.read(member)
+            except Exception:  # torch says what is wrong
+                continue
+            _check_pickle(path, io.BytesIO(content))
+
+
+def _check_pickle(path: Path, file: BinaryIO) -> None:
+    """Refuse a name of a class or function that is longer than any: torch takes a minute to read a megabyte of it."""
+    try:
+        for code, argument, _ in pickletools.genops(file):
+            if code.name == "GLOBAL" and len(argument) > LONGEST_GLOBAL:
+                raise CheckpointError(f"{path} is not a torch checkpoint of plain tensors: it names {shown(argument)}")
+    except CheckpointError:
+        raise
+    except Exception:  # torch says what is wrong
+        return
 
 
 def _reason(error: Exception) -> str:

@@ -27,10 +27,11 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
-from . import layout
+from . import foreign, layout
 from .atomic import check_target, new_folder, not_ours, survivor, writing
 from .config import Config, ConfigError, n_parameters, parameter_shapes
-from .errors import NpllamaError
+from .errors import NpllamaError, shown
+from .foreign import JSON_LIMIT as JSON_LIMIT
 from .memory import available_memory, size_text
 from .scope import Ops
 from .store import NAME, locate
@@ -44,7 +45,6 @@ STORAGE = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": n
 BLOCK_BYTES = 1 << 18  # what is converted, checked, hashed and written at once: small enough for a core's cache
 WRITE_BYTES = 1 << 16  # at once: the page cache makes folios as large as a write is, and large ones can take it long to find
 BLOCKS_AHEAD = 4  # how many blocks the hashing may be behind the writing
-JSON_LIMIT = 4 << 20  # bytes; the manifest of a 405B model has 0.4 million
 MANIFEST_SECTIONS = {
     "tensors": {"file": str, "dtype": str, "shape": list, "bytes": int, "sha256": str},
     "files": {"bytes": int, "sha256": str},
@@ -102,9 +102,11 @@ def load(path: str | Path | None = None, dtype: str = "auto") -> Model:
           "stored"   weights stay as they are on disk, memory-mapped: linear() widens packed ones tile by tile
           "float32", "float64"   in memory, where they aren't that and at their best already (layout.py)
 
-    Vectors (the norms' weights) are always widened. What it decided, and why, goes to the logger `npllama`.
+    Vectors (the norms' weights) are always widened. What it decided, and why, goes to the logger `npllama`. Raises
+    CheckpointError or ConfigError, both ValueError.
 
-    Raises CheckpointError or ConfigError, both ValueError.
+    Mapped files must stay as they are while the model is in use: reading what another program has cut off ends the process with
+    the signal SIGBUS, which Python can't catch. Replacing the whole directory, as convert --force does, is safe.
     """
     if dtype not in ("auto", "stored", "float32", "float64"):
         raise ValueError(f"dtype is {dtype!r}, expected auto, stored, float32 or float64")
@@ -243,22 +245,8 @@ def sha256(path: Path, stop: Callable[[], bool] = lambda: False) -> str:
 
 
 def read_json(path: Path) -> dict[str, object]:
-    """The JSON object in a file; CheckpointError if there is none, or one of a size that no description of a model has."""
-    try:
-        if (size := path.stat().st_size) > JSON_LIMIT:
-            raise CheckpointError(f"{path} is {size:,} bytes, expected at most {JSON_LIMIT:,}")
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
-    except CheckpointError:
-        raise
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds {type(values).__name__}, expected a JSON object")
-    return values
+    """Read the JSON object in a file; CheckpointError if there is none, or it exceeds JSON_LIMIT."""
+    return foreign.read_json(path, CheckpointError)
 
 
 def _no_directory(path: Path) -> CheckpointError:
@@ -330,16 +318,24 @@ def _check_generation(values: object) -> dict[str, object]:
     """Recommended settings with every key present, None where there is no recommendation."""
     defaults = {"chat_format": None, "system": None, "temperature": None, "top_p": None}
     if not isinstance(values, Mapping) or not set(values) <= set(defaults):
-        raise ConfigError(f"generation is {values!r}, expected an object of {', '.join(defaults)}")
+        raise ConfigError(f"generation is {shown(values)}, expected an object of {', '.join(defaults)}")
     settings = defaults | dict(values)
-    for name in ("chat_format", "system"):
-        if not isinstance(settings[name], str | None):
-            raise ConfigError(f"generation: {name} is {settings[name]!r}, expected a text or null")
-    for name, low, high in (("temperature", 0, math.inf), ("top_p", 0, 1)):
-        value = settings[name]
-        if value is not None and (type(value) not in (int, float) or not low <= value <= high or value == math.inf):
-            raise ConfigError(f"generation: {name} is {value!r}, expected a number from {low}" + f" to {high}" * (high == 1))
+    for name, value in settings.items():
+        if expected := setting_fault(name, value):
+            raise ConfigError(f"generation: {name} is {shown(value)}, expected {expected}")
     return settings
+
+
+def setting_fault(name: str, value: object) -> str | None:
+    """Say what is expected of a recommended setting that generate would refuse; None if the value is right."""
+    if value is None:
+        return None
+    if name in ("chat_format", "system"):
+        return None if isinstance(value, str) else "a text or null"
+    number = float(value) if type(value) is float or (type(value) is int and abs(value) < 1 << 64) else math.nan
+    if name == "temperature":
+        return None if 0 <= number < math.inf else "a number from 0"
+    return None if 0 < number <= 1 else "a number above 0 and up to 1"
 
 
 def check_names(where: object, expected: Iterable[str], found: Iterable[str]) -> None:
@@ -383,15 +379,13 @@ def _map_array(file: Path, n_bytes: int, dtype: np.dtype, shape: tuple[int, ...]
         size = file.stat().st_size
         if size != n_bytes:
             raise CheckpointError(f"{file} is {size:,} bytes, expected {n_bytes:,}")
-        array = np.lib.format.open_memmap(file, mode="r")
+        array = foreign.read_npy(file, CheckpointError)
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing") from None
     except CheckpointError:
         raise
     except OSError as error:
         raise CheckpointError(f"{file}: {error.strerror or error}") from None
-    except Exception as error:  # a broken header surfaces as ValueError, SyntaxError, TokenError, EOFError...
-        raise CheckpointError(f"{file} is not a NumPy array file: {str(error).splitlines()[0]}") from None
     if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
         order = "" if array.flags.c_contiguous else " in Fortran order"
         raise CheckpointError(f"{file} holds {array.dtype} {list(array.shape)}{order}, expected {dtype} {list(shape)}")

@@ -6,7 +6,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 
-from .errors import NpllamaError
+from .errors import NpllamaError, shown
+
+MOST = 2**31 - 1  # of anything counted
+# Within these no power, product or quotient of constants overflows in float32.
+EPS_RANGE, FACTOR_RANGE = (1e-30, 1e3), (1e-12, 1e15)
 
 
 class ConfigError(NpllamaError):
@@ -18,16 +22,24 @@ def _check_fields(cls: type, values: Mapping[str, object]) -> None:
     if missing := [name for name in names if name not in values]:
         raise ConfigError(f"missing {', '.join(missing)}")
     if unknown := [name for name in values if name not in names]:
-        raise ConfigError(f"unknown {', '.join(unknown)}")
+        raise ConfigError(f"unknown {', '.join(map(str, unknown[:5]))}")
 
 
-def _check_positive(values: object, names: tuple[str, ...], kind: type) -> None:
-    for name in names:
-        value = getattr(values, name)
-        numeric = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
-        if not numeric or not 0 < value < math.inf:
-            expected = "a positive whole number" if kind is int else "a positive number"
-            raise ConfigError(f"{name} is {value!r}, expected {expected}")
+def check_whole(name: str, value: object) -> int:
+    """Return a positive whole number; ConfigError if the value is none, or larger than anything that is counted."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= MOST:
+        limit = f" up to {MOST}" if isinstance(value, int) and value > MOST else ""
+        raise ConfigError(f"{name} is {shown(value)}, expected a positive whole number{limit}")
+    return value
+
+
+def check_number(name: str, value: object, limits: tuple[float, float]) -> float:
+    """Return a positive number; ConfigError if the value is none, or beyond what can be computed with."""
+    numeric = isinstance(value, int | float) and not isinstance(value, bool)
+    if not numeric or not limits[0] <= value <= limits[1]:
+        limit = f" from {limits[0]:g} to {limits[1]:g}" if numeric and 0 < value < math.inf else ""
+        raise ConfigError(f"{name} is {shown(value)}, expected a positive number{limit}")
+    return float(value)
 
 
 @dataclass(frozen=True)
@@ -45,8 +57,9 @@ class RopeScaling:
     original_max_seq_len: int
 
     def __post_init__(self) -> None:
-        _check_positive(self, ("factor", "low_freq_factor", "high_freq_factor"), float)
-        _check_positive(self, ("original_max_seq_len",), int)
+        for name in ("factor", "low_freq_factor", "high_freq_factor"):
+            check_number(name, getattr(self, name), FACTOR_RANGE)
+        check_whole("original_max_seq_len", self.original_max_seq_len)
         if self.low_freq_factor >= self.high_freq_factor:
             raise ConfigError(
                 f"rope_scaling: low_freq_factor {self.low_freq_factor} is not below high_freq_factor {self.high_freq_factor}"
@@ -63,7 +76,7 @@ class LinearRopeScaling:
     factor: float
 
     def __post_init__(self) -> None:
-        _check_positive(self, ("factor",), float)
+        check_number("factor", self.factor, FACTOR_RANGE)
 
 
 @dataclass(frozen=True)
@@ -88,16 +101,18 @@ class Config:
 
     def __post_init__(self) -> None:
         counts = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size", "max_seq_len")
-        _check_positive(self, counts, int)
-        _check_positive(self, ("norm_eps", "rope_theta"), float)
+        for name in counts:
+            check_whole(name, getattr(self, name))
+        check_number("norm_eps", self.norm_eps, EPS_RANGE)
+        check_number("rope_theta", self.rope_theta, FACTOR_RANGE)
         if self.n_heads % self.n_kv_heads:
             raise ConfigError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if self.head_dim % 2:
             raise ConfigError(f"head_dim {self.head_dim} is odd, but RoPE rotates pairs")
         if not isinstance(self.tied_embeddings, bool):
-            raise ConfigError(f"tied_embeddings is {self.tied_embeddings!r}, expected true or false")
+            raise ConfigError(f"tied_embeddings is {shown(self.tied_embeddings)}, expected true or false")
         if not isinstance(self.rope_scaling, RopeScaling | LinearRopeScaling | None):
-            raise ConfigError(f"rope_scaling is {self.rope_scaling!r}, expected a RopeScaling or nothing")
+            raise ConfigError(f"rope_scaling is {shown(self.rope_scaling)}, expected a RopeScaling or nothing")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> Config:
@@ -108,7 +123,7 @@ class Config:
         scaling = values["rope_scaling"]
         if scaling is not None:
             if not isinstance(scaling, Mapping):
-                raise ConfigError(f"rope_scaling is {scaling!r}, expected an object or null")
+                raise ConfigError(f"rope_scaling is {shown(scaling)}, expected an object or null")
             kind = LinearRopeScaling if set(scaling) == {"factor"} else RopeScaling
             _check_fields(kind, scaling)
             scaling = kind(**scaling)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import io
 import math
+import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -28,10 +29,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import ops
+from . import foreign, ops
 from .atomic import write_file
-from .checkpoint import Model, read_json
+from .checkpoint import Model
 from .compare.names import place
+from .errors import shown
 from .lens import lens_names, logit_lens, residual_names, residual_norms, token_labels
 from .trace import Recording, Selection, record
 
@@ -428,10 +430,13 @@ def _cells(char: str) -> int:
 
 def draw_error(figure: Figure, report: dict[str, object]) -> None:
     """Each activation's error beside its floor, in the order of computation; then the worst of each layer, in floors."""
-    entries = [SimpleNamespace(place=place(a["name"]), **a) for a in report["activations"]]
-    if not (entries := [a for a in entries if a.accumulated]):
+    measured = [a for a in report["activations"] if a["accumulated"]]
+    if not measured:
         raise ValueError("the comparison measured no activation: there is nothing to draw")
-    error, floor, ratio = (np.array([float(a.accumulated[key]) for a in entries]) for key in ("error", "floor", "ratio"))
+    entries = [SimpleNamespace(place=place(a["name"]), passed=a["passed"]) for a in measured]
+    error, floor, ratio = (np.array([float(a["accumulated"][key]) for a in measured]) for key in ("error", "floor", "ratio"))
+    for values in (error, floor, ratio):  # an axis of more decades than these can't be drawn
+        values[values > 1e100], values[values < 1e-100] = np.inf, 0
     passed, limit = np.array([a.passed for a in entries]), report["limit"]
     groups = _by_layer(entries)
     figure.set_size_inches(float(np.clip(0.09 * len(entries), 9, 24)), 8)
@@ -454,7 +459,7 @@ def draw_error(figure: Figure, report: dict[str, object]) -> None:
         if i % 2:
             upper.axvspan(start - 0.5, end - 0.5, color="#f2f2f2", zorder=0)
     wide = [(indices[0], name) for name, indices in groups.items() if len(indices) > 2]
-    stride = math.ceil(len(wide) / MOST_LABELS)
+    stride = math.ceil(len(wide) / MOST_LABELS) or 1
     upper.set_xticks([start for start, _ in wide[::stride]], [name for _, name in wide[::stride]], fontsize=8, ha="left")
     upper.set(xlim=(-0.5, len(x) - 0.5), ylim=(bottom, ceiling), ylabel="relative error")
 
@@ -497,10 +502,37 @@ def read_report(path: Path) -> dict[str, object]:
     """What `npllama compare --report x.json` wrote. Raises ValueError for another file."""
     from .compare.report import FORMAT
 
-    report = read_json(path)
+    report = foreign.read_json(path, ValueError, foreign.LONG_LIMIT)
     if report.get("format") != FORMAT:
         raise ValueError(f"{path}: expected a comparison that npllama compare --report x.json wrote")
+    expected = {
+        "verdict": isinstance(report.get("verdict"), str),
+        "limit": "limit" in report and (report["limit"] is None or _is_number(report["limit"], 1e-3, 1e100)),
+        "activations": isinstance(report.get("activations"), list),
+    }
+    if damaged := [key for key, right in expected.items() if not right]:
+        raise ValueError(f"{path}: {damaged[0]} is {shown(report.get(damaged[0]))}: not as npllama compare writes it")
+    for i, entry in enumerate(report["activations"]):
+        if not _is_entry(entry):
+            raise ValueError(f"{path}: activations[{i}] is {shown(entry)}: not as npllama compare writes it")
+    if not any(entry["accumulated"] for entry in report["activations"]):
+        raise ValueError(f"{path}: the comparison measured no activation: there is nothing to draw")
     return report
+
+
+def _is_entry(entry: object) -> bool:
+    """Whether this is what a report says of an activation."""
+    if not isinstance(entry, dict) or not isinstance(name := entry.get("name"), str) or not name.isprintable():
+        return False
+    if type(entry.get("passed")) is not bool or "accumulated" not in entry:
+        return False
+    errors = entry["accumulated"]
+    numbers = [errors.get(key) if isinstance(errors, dict) else None for key in ("error", "floor", "ratio")]
+    return errors is None or all(_is_number(x) or x in ("inf", "nan") for x in numbers)
+
+
+def _is_number(x: object, least: float = 0, most: float = sys.float_info.max) -> bool:
+    return type(x) in (int, float) and least <= x <= most
 
 
 # -------------------------------------------------------------------------------------------------------------------- helpers

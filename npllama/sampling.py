@@ -73,7 +73,8 @@ def sample(logits: np.ndarray, sampling: Sampling, rng: np.random.Generator) -> 
 
 def checked(logits: np.ndarray) -> np.ndarray:
     """Return the logits if a token can be drawn from each row, else raise LogitsError.    [..., V] -> [..., V]"""
-    if not np.all(np.isfinite(np.max(logits, axis=-1))):  # NaN and inf are the maximum wherever they stand, -inf only where it stands alone
+    # NaN and inf are the maximum wherever they stand, -inf only where it stands alone.
+    if not np.all(np.isfinite(np.max(logits, axis=-1))):
         counts = {"NaN": np.isnan(logits), "inf": np.isposinf(logits), "-inf": np.isneginf(logits)}
         found = ", ".join(f"{np.count_nonzero(where):,} are {name}" for name, where in counts.items() if where.any())
         raise LogitsError(f"of {logits.size:,} logits {found}, expected numbers (or -inf, but not for all)")

@@ -26,7 +26,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Protocol
 
-from .errors import NpllamaError
+from .errors import NpllamaError, reason
+from .foreign import LONG_LIMIT, parse_json, read_bytes
 
 # The split pattern, the limits and the names of the special tokens are those published with Llama 3 (llama-models 0.3.0,
 # llama3/tokenizer.py).
@@ -390,6 +391,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def __init__(self, path: PathLike, data: bytes | None = None):
         data = _read(path) if data is None else data
+        self._path = path
         try:
             import tokenizers
         except ImportError:
@@ -400,10 +402,9 @@ class HuggingFaceTokenizer(Tokenizer):
         except TokenizerError:
             raise
         except BaseException as error:  # the package raises plain Exception, and its panics are not even that
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            if not isinstance(error, Exception) and not _is_panic(error):
                 raise
-            reason = " ".join(str(error).split())
-            raise TokenizerError(f"{path}: found {reason[:300] or type(error).__name__}, expected a tokenizer.json") from None
+            raise TokenizerError(f"{path}: found {reason(error)}, expected a tokenizer.json") from None
 
     def _load(self, path: PathLike, data: bytes, values: dict[str, object], tokenizers: ModuleType) -> None:
         added = values.get("added_tokens") or []
@@ -461,7 +462,12 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _encode(self, text: str, special: bool) -> list[int]:
         library = self._library_for_special if special else self._library
-        return library.encode(text, add_special_tokens=False).ids
+        try:
+            return library.encode(text, add_special_tokens=False).ids
+        except BaseException as error:
+            if not _is_panic(error):
+                raise
+            raise TokenizerError(f"{self._path}: can't split this text: {reason(error)}") from None
 
     def token_bytes(self, id: int, opening: bool) -> bytes:  # noqa: D102
         if id in self.silent_ids:
@@ -495,7 +501,7 @@ class _Beside:
             return _parse_json(folder / name, _read(folder / name))
 
         config, self._generation = values("tokenizer_config.json"), values("generation_config.json")
-        self._folder, self._names = folder, {**values("special_tokens_map.json"), **config}
+        self._names = {**values("special_tokens_map.json"), **config}
         flag = config.get("add_bos_token")
         self.adds_bos = flag if isinstance(flag, bool) else None
 
@@ -514,12 +520,8 @@ class _Beside:
 
     def _ids(self, name: str, size: int) -> list[int]:
         found = self._generation.get(f"{name}_token_id")
-        ids = found if isinstance(found, list) else [] if found is None else [found]
-        if not all(type(id) is int and 0 <= id < size for id in ids):
-            raise TokenizerError(
-                f"{self._folder / 'generation_config.json'}: {name}_token_id is {found!r:.60}, expected 0 to {size - 1}"
-            )
-        return ids
+        ids = found if isinstance(found, list) else [found]
+        return [id for id in ids if type(id) is int and 0 <= id < size]  # the others are recommendations that mean nothing
 
 
 # GPT-2's alphabet: each byte as one printable character, the bytes without one from U+0100 on (openai/gpt-2, encoder.py).
@@ -530,12 +532,11 @@ _BYTE_OF_CHAR = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + i): byte f
 
 def _parse_json(path: PathLike, data: bytes) -> dict[str, object]:
     try:
-        values = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path}: found damaged JSON ({error}), expected an object") from None
-    if not isinstance(values, dict):
-        raise TokenizerError(f"{path}: found {type(values).__name__}, expected a JSON object")
-    return values
+        return parse_json(data)
+    except TypeError as error:
+        raise TokenizerError(f"{path}: found {error}, expected a JSON object") from None
+    except ValueError as error:
+        raise TokenizerError(f"{path}: found damaged JSON ({reason(error)}), expected an object") from None
 
 
 def _check_merges(path: PathLike, model: object) -> None:
@@ -549,6 +550,11 @@ def _check_merges(path: PathLike, model: object) -> None:
         pair = merge.split(" ") if isinstance(merge, str) else merge
         if not isinstance(pair, list) or not all(isinstance(part, str) for part in pair) or "".join(pair) not in vocabulary:
             raise TokenizerError(f"{path}: found the merge {merge!r:.60}, expected two tokens whose union is a token")
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Whether the tokenizers package panicked, as it does where a pattern takes too long; its exception can't be imported."""
+    return type(error).__name__ == "PanicException"
 
 
 def _decoder_types(decoder: object) -> set[str]:
@@ -570,10 +576,7 @@ def _read(path: PathLike) -> bytes:
                 return file.read()
         except Exception as error:  # blobfile's back ends raise types of their own
             raise TokenizerError(f"{path}: can't be read: {error}") from error
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise TokenizerError(f"{path}: can't be read: {error.strerror}") from error
+    return read_bytes(Path(path), LONG_LIMIT, TokenizerError)
 
 
 def _visible(char: str) -> str:

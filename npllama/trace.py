@@ -52,12 +52,13 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from numpy.typing import ArrayLike
 
+from . import foreign
 from .activations import activation_shapes
 from .atomic import new_folder, not_ours, writing
 from .cache import KVCache
 from .checkpoint import Model, sha256
 from .config import Config
-from .errors import NpllamaError
+from .errors import NpllamaError, printable, shown
 from .memory import size_text
 from .model import check_tokens
 from .precision import Precision
@@ -101,17 +102,9 @@ class Trace(Mapping[str, np.ndarray]):
     def __getitem__(self, name: str) -> np.ndarray:
         entry = self.meta["activations"][name]
         file, shape = self.path / entry["file"], tuple(entry["shape"])
-        try:
-            if self.meta["storage"] == "raw":
-                expected = 4 * int(np.prod(shape))
-                if (found := file.stat().st_size) != expected:
-                    raise TraceError(f"{file}: {found} bytes, expected {expected} for shape {shape} in float32")
-                return native(np.memmap(file, "<f4", "r", shape=shape))
-            array = native(np.load(file, mmap_mode="r", allow_pickle=False))
-        except TraceError:
-            raise
-        except (OSError, ValueError, EOFError) as error:
-            raise TraceError(f"{file}: {str(error) or 'empty file'}") from None
+        if self.meta["storage"] == "raw":
+            return native(foreign.read_raw(file, shape, TraceError))
+        array = native(foreign.read_npy(file, TraceError))
         if array.shape != shape or array.dtype != np.dtype(entry["dtype"]):
             raise TraceError(f"{file}: {array.dtype} of shape {array.shape}, but trace.json says {entry['dtype']} of {shape}")
         return array
@@ -129,6 +122,7 @@ class Trace(Mapping[str, np.ndarray]):
         """Whether the activation's file is the one whose sha256 trace.json has."""
         entry = self.meta["activations"][name]
         file = self.path / entry["file"]
+        foreign.file_size(file, TraceError)
         try:
             return sha256(file) == entry["sha256"]
         except OSError as error:
@@ -139,30 +133,29 @@ def read_trace(path: Path | str) -> Trace:
     """Open a trace directory. Raises TraceError when its trace.json is missing or not as this module's docstring has it."""
     path = Path(path)
     file = path / "trace.json"
-    try:
-        meta = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise TraceError(f"{file}: {error.strerror or error}") from None
-    except ValueError as error:
-        raise TraceError(f"{file}: not JSON: {error}") from None
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        found = meta.get("format") if isinstance(meta, dict) else type(meta).__name__
-        raise TraceError(f"{file}: format {found!r}, expected {FORMAT!r}")
+    meta = foreign.read_json(file, TraceError, foreign.LONG_LIMIT)
+    if meta.get("format") != FORMAT:
+        raise TraceError(f"{file}: format {shown(meta.get('format'))}, expected {FORMAT!r}")
     if missing := [key for key in META_KEYS if key not in meta]:
         raise TraceError(f"{file}: missing {', '.join(missing)}")
     if meta["storage"] not in ("npy", "raw") or not isinstance(meta["activations"], dict):
         raise TraceError(f"{file}: expected storage npy or raw, and activations by name")
+    if not isinstance(meta["files"], list) or not all(isinstance(name, str) for name in meta["files"]):
+        raise TraceError(f"{file}: files is {shown(meta['files'])}, expected a list of names")
     dtypes = ("float32",) if meta["storage"] == "raw" else ("float32", "float64")
     for name, entry in meta["activations"].items():
+        where = f"{file}: activation {printable(name)[:200]}"
         if missing := [key for key in ENTRY_KEYS if not isinstance(entry, dict) or key not in entry]:
-            raise TraceError(f"{file}: activation {name} lacks {', '.join(missing)}")
+            raise TraceError(f"{where} lacks {', '.join(missing)}")
         if entry["dtype"] not in dtypes:
-            raise TraceError(f"{file}: activation {name} has dtype {entry['dtype']!r}, expected {' or '.join(dtypes)}")
-        if not isinstance(entry["shape"], list) or not all(type(n) is int and n > 0 for n in entry["shape"]):
-            raise TraceError(f"{file}: activation {name} has shape {entry['shape']!r}, expected positive numbers")
-        inside = PurePosixPath(str(entry["file"]))
+            raise TraceError(f"{where} has dtype {shown(entry['dtype'])}, expected {' or '.join(dtypes)}")
+        if not foreign.is_shape(entry["shape"], least=1):
+            raise TraceError(f"{where} has shape {shown(entry['shape'])}, expected positive numbers")
+        if not isinstance(entry["file"], str):
+            raise TraceError(f"{where} has file {shown(entry['file'])}, expected a name")
+        inside = PurePosixPath(entry["file"])
         if inside.is_absolute() or ".." in inside.parts:
-            raise TraceError(f"{file}: activation {name} names the file {entry['file']!r}, which is outside the trace")
+            raise TraceError(f"{where} names the file {shown(entry['file'])}, which is outside the trace")
     return Trace(path, meta)
 
 

@@ -1,4 +1,6 @@
-"""Damaged checkpoints for every reader: each converts to a whole model or is refused in one line, and nothing else happens.
+"""Damaged files for every reader of what other programs write: checkpoints for convert; traces, maps and reports for compare.
+
+Each checkpoint converts to a whole model, each trace is compared and each report drawn, or it is refused in one line.
 
     python tests/fuzz_readers.py --minutes 10
     python tests/fuzz_readers.py --reader gguf --seed 3 --case 17        # one case again
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import faulthandler
+import functools
 import json
 import random
 import shutil
@@ -26,8 +29,15 @@ from pathlib import Path
 
 import numpy as np
 
-from npllama import atomic
-from npllama.checkpoint import verify
+from npllama import atomic, plot
+from npllama.checkpoint import Model, verify
+from npllama.compare import compare
+from npllama.compare.inputs import Activations, read_activations
+from npllama.compare.report import write_report
+from npllama.compare.text import text
+from npllama.golden import write_golden
+from npllama.precision import Precision
+from npllama.trace import Recording, run, write_trace
 from npllama_convert import sources
 
 import foreign
@@ -127,6 +137,93 @@ READERS: dict[str, Callable[[Path], Path]] = {
     "llama2.c-pt": make_pt,
 }
 NEED_TORCH = ("meta", "meta-old", "pytorch-bin", "llama2.c-pt")
+MODEL = Model(CONFIG, PARAMS)
+TOKENS = [1, 290, 17, 4, 299]
+
+
+def make_trace(folder: Path, storage: str = "npy") -> Path:
+    """A trace of a golden bundle's kind, with a decode step, or the same in the raw storage."""
+    if storage == "npy":
+        write_golden(MODEL, TOKENS, folder / "trace", 1)
+    else:
+        write_trace(MODEL, TOKENS, folder / "trace", 1, storage=storage)
+    for path in (folder / "trace").iterdir():
+        path.rename(folder / path.name)
+    (folder / "trace").rmdir()
+    return folder
+
+
+def activations() -> dict[str, np.ndarray]:
+    """A few of each kind, by name."""
+    recorded = Recording()
+    run(MODEL, np.array(TOKENS), [], Precision("float32"), recorded)
+    return {name: recorded[name] for name in ("tok_embeddings", "layers.0.attention.q", "layers.0.attention.scores", "logits")}
+
+
+def make_npz(folder: Path, names: Callable[[str], str] = str) -> Path:
+    np.savez_compressed(folder / "mine.npz", **{names(name): x for name, x in activations().items()})
+    return folder / "mine.npz"
+
+
+def make_npy(folder: Path) -> Path:
+    for name, x in activations().items():
+        np.save(folder / f"{name}.npy", x)
+    return folder
+
+
+def make_raw(folder: Path) -> Path:
+    for name, x in activations().items():
+        x.tofile(folder / f"{name}.f32")
+    (folder / "shapes.json").write_text(json.dumps({name: x.shape for name, x in activations().items()}))
+    return folder
+
+
+def make_safetensors(folder: Path) -> Path:
+    found, header, data = activations(), {}, b""
+    for name, x in found.items():
+        header[name] = {"dtype": "F32", "shape": x.shape, "data_offsets": [len(data), len(data) + x.nbytes]}
+        data += x.tobytes()
+    text = json.dumps(header).encode()
+    (folder / "mine.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return folder / "mine.safetensors"
+
+
+def make_map(folder: Path) -> Path:
+    make_npz(folder, lambda name: f"my_{name}")
+    rules: dict[str, object] = {f"my_{name}": name for name in ("tok_embeddings", "logits")}
+    rules["my_layers.{i}.attention.q"] = {"name": "layers.{i}.attention.q", "axes": "T H*K | T H K", "pairs": "adjacent"}
+    rules["my_layers.{i}.attention.scores"] = {
+        "name": "layers.{i}.attention.scores",
+        "axes": "H T S+",
+        "scale": "",
+        "unmasked": False,
+        "weight": "",
+    }
+    (folder / "map.json").write_text(json.dumps(rules))
+    return folder
+
+
+def make_report(folder: Path) -> Path:
+    port = {name: x + np.float32(1e-3) * x for name, x in activations().items()}
+    np.savez(folder / "port.npz", **port)
+    write_report(compare(folder / "port.npz", make_npz(folder)), folder / "report.json")
+    (folder / "port.npz").unlink()
+    (folder / "mine.npz").unlink()
+    return folder / "report.json"
+
+
+# What compare and plot read, by what it is the candidate of; a trace is the reference in half of the cases.
+COMPARED: dict[str, Callable[[Path], Path]] = {
+    "trace": make_trace,
+    "trace-raw": lambda folder: make_trace(folder, "raw"),
+    "npz": make_npz,
+    "npy": make_npy,
+    "raw": make_raw,
+    "safetensors": make_safetensors,
+    "map": make_map,
+    "report": make_report,
+}
+READERS |= COMPARED
 
 
 # ----------------------------------------------------------------------------------------------------------------- the damage
@@ -134,6 +231,7 @@ NEED_TORCH = ("meta", "meta-old", "pytorch-bin", "llama2.c-pt")
 
 NUMBERS = [0, 1, 2, 3, 7, 8, 255, *((1 << n) - i for n in (15, 16, 24, 31, 32, 40, 62, 63) for i in (0, 1))]
 VALUES = [None, True, False, 0, -1, 1.5, 1e308, 10**300, "", "x", "../x", "/etc/passwd", [], [[]], {}, {"a": {}}, ["a"] * 9]
+VALUES += [5e-324, float("nan"), float("inf"), 10**400, "a\nb", "\ud800", "\0", "x" * 5000, [1, [2]], [-1], [10**18], "0.7"]
 TEXTS = [b"\0", b"\xff\xfe", b"{" * 5000, b"[" * 5000, b"../../", b"\n", b'"', b"1e999", b"NaN", b"-1", b"PK\x03\x04", b"\x80"]
 
 
@@ -175,20 +273,26 @@ def damage_json(rng: random.Random, data: bytes) -> bytes:
     value = json.loads(data)
     for _ in range(rng.choice([1, 1, 2, 4])):
         at = value
-        while isinstance(at, dict) and at:
-            key = rng.choice(sorted(at))
-            if isinstance(at[key], dict) and at[key] and rng.random() < 0.8:
+        while isinstance(at, dict | list) and at:
+            key = rng.choice(sorted(at)) if isinstance(at, dict) else rng.randrange(len(at))
+            if isinstance(at[key], dict | list) and at[key] and rng.random() < 0.8:
                 at = at[key]
                 continue
-            kind = rng.randrange(4)
+            kind = rng.randrange(5)
             if kind == 0:
                 del at[key]
-            elif kind == 1:
-                at[rng.choice(["x", "rope_scaling", "quantization_config", "head_dim", "../x"])] = at.pop(key)
+            elif kind == 1 and isinstance(at, dict):
+                names = ["x", "rope_scaling", "quantization_config", "head_dim", "../x", "a\nb", "", "\ud800", "layers.{i}.{i}"]
+                at[rng.choice([*names, "step.99999999/logits", "layers.9999999999.out"])] = at.pop(key)
+            elif kind == 2 and isinstance(at[key], str):
+                at[key] = rng.choice([at[key] * 2, at[key][:-1], at[key] + rng.choice("-+*| {}"), at[key].replace(" ", "*")])
             else:
                 at[key] = rng.choice([*VALUES, *NUMBERS])
             break
-    return json.dumps(value).encode()
+    text = json.dumps(value)
+    if rng.random() < 0.05:
+        text = text.replace(rng.choice(["null", "1", "[", '"']), rng.choice(["[" * 3000, "NaN", "-Infinity", "9" * 5000]), 1)
+    return text.encode()
 
 
 def damage_safetensors(rng: random.Random, data: bytes) -> bytes:
@@ -199,9 +303,10 @@ def damage_safetensors(rng: random.Random, data: bytes) -> bytes:
 
 def damage(rng: random.Random, source: Path) -> None:
     """Spoil one or two of the source's files."""
-    files = sorted(source.iterdir()) if source.is_dir() else [source]
+    files = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]
+    tables = [file for file in files if file.suffix == ".json"]
     for _ in range(rng.choice([1, 1, 1, 2])):
-        file = rng.choice(files)
+        file = rng.choice(tables if tables and rng.random() < 0.4 else files)
         data = file.read_bytes() if file.is_file() else b""
         kind = rng.random()
         if kind < 0.02:
@@ -212,11 +317,11 @@ def damage(rng: random.Random, source: Path) -> None:
             other = rng.choice(files)  # which may be gone already
             file.write_bytes(other.read_bytes() if other.is_file() else b"x")
         elif file.suffix == ".json" and kind < 0.7:
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):  # damaged before
                 data = damage_json(rng, data)
             file.write_bytes(data)
         elif file.suffix == ".safetensors" and kind < 0.5:
-            with contextlib.suppress(ValueError, struct.error):
+            with contextlib.suppress(ValueError, RecursionError, struct.error):
                 data = damage_safetensors(rng, data)
             file.write_bytes(data)
         else:
@@ -234,30 +339,61 @@ def too_slow(number: int, frame: object) -> None:
     raise TooSlow(f"more than {SECONDS} s of processor time")
 
 
+def convert_source(source: Path, work: Path, rng: random.Random) -> None:
+    """Convert what was damaged. Raises AssertionError for a model that is not whole."""
+    target = work / "model"
+    sources.convert(source, target, dtype=rng.choice(["auto", "auto", "float32", "bfloat16"]), report=str)
+    assert verify(target) == [], "the model is not whole"
+    shutil.rmtree(target)
+
+
+@functools.cache
+def reference(folder: Path) -> Activations:
+    """The undamaged side of a comparison, which is written into the folder once."""
+    return read_activations(write_trace(MODEL, TOKENS, folder / "reference", 1).path)
+
+
+def compare_source(source: Path, work: Path, rng: random.Random) -> None:
+    """Compare or draw what was damaged, and show the outcome in every way."""
+    folder = source if source.is_dir() else source.parent
+    if source.name == "report.json":
+        report = plot.read_report(source)
+        if rng.random() < 0.3:  # a picture takes a second
+            plot.plot_error(report, work / "picture.png")
+            (work / "picture.png").unlink()
+        return
+    names = str(folder / "map.json") if (folder / "mine.npz").exists() and source.is_dir() else None
+    damaged: Path = folder / "mine.npz" if names else source
+    right = reference(work.parent)
+    sides = [right, damaged] if names or rng.random() < 0.5 else [damaged, right]
+    found = compare(*sides, names=names, model=rng.choice([None, MODEL]), partial=rng.random() < 0.8)
+    assert text(found, everything=True)
+    for ending in ("json", "html"):
+        write_report(found, work / f"report.{ending}")
+        (work / f"report.{ending}").unlink()
+
+
 def run_case(good: Path, work: Path, rng: random.Random) -> str:
-    """Damage a copy of the source, convert it, and return what came of it. Raises AssertionError for what must not be."""
+    """Damage a copy of the source, read it, and return what came of it. Raises AssertionError for what must not be."""
     shutil.rmtree(work, ignore_errors=True)
     source = work / "source"
     shutil.copytree(good, source)
-    only = [path for path in source.iterdir() if path.suffix in (".gguf", ".bin", ".pt")]
-    is_folder = len(only) != 1 or len(list(source.iterdir())) > 1
-    damage(rng, source if is_folder else only[0])
-    target = work / "model"
+    only = list(source.iterdir())
+    source = only[0] if len(only) == 1 and only[0].is_file() else source
+    damage(rng, source)
+    read = compare_source if good.name.removeprefix("good-") in COMPARED else convert_source
     try:
-        dtype = rng.choice(["auto", "auto", "float32", "bfloat16"])
-        sources.convert(source if is_folder else only[0], target, dtype=dtype, report=str)
+        read(source, work, rng)
     except (ValueError, OSError) as error:
-        refusal = str(error).strip()
-        outcome = "refused"
+        refusal, outcome = str(error).strip(), "refused"
+        named = read is convert_source or str(work) in refusal or str(work) in str(getattr(error, "filename", ""))
     else:
-        refusal = "none"
-        assert verify(target) == [], "the model is not whole"
-        shutil.rmtree(target)
-        outcome = "converted"
+        refusal, outcome, named = "none", "read", True
     assert refusal, "an empty message"
+    assert named, f"no file is named: {refusal}"
     assert "\n" not in refusal, f"more than a line: {refusal}"
     assert len(refusal) < 1500, f"an endless line: {refusal[:300]}"
-    left = [path.name for path in work.iterdir() if path != source]
+    left = [path.name for path in work.iterdir() if path.name != "source"]
     assert not left, f"left behind: {left}"
     return outcome
 
@@ -326,8 +462,8 @@ def main() -> int:
         folder = args.keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="npllama-fuzz-")))
         folder.mkdir(exist_ok=True)
         for reader in readers:  # imports what it needs
-            sources.convert(READERS[reader](make_folder(folder / f"first-{reader}")), folder / "model", report=str)
-            shutil.rmtree(folder / "model")
+            good, work = READERS[reader](make_folder(folder / f"first-{reader}")), make_folder(folder / f"warm-{reader}")
+            (compare_source if reader in COMPARED else convert_source)(good, work, random.Random(0))
         warnings.simplefilter("error")
         limit_memory()
         failures = []

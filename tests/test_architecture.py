@@ -15,6 +15,7 @@ from conftest import ROOT
 # Each file may import those before it. cli.py alone may import the converter, inside the command that needs it.
 ORDER = [
     "errors",
+    "foreign",
     "config",
     "threads",
     "memory",

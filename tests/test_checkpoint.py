@@ -651,7 +651,7 @@ BAD = {
     "no other file": (lambda m: (m / "tokenizer.model").unlink(), r"tokenizer\.model is missing$"),
     "manifest a folder": (
         lambda m: ((m / "manifest.json").unlink(), (m / "manifest.json").mkdir()),
-        r"manifest\.json: Is a directory$",
+        r"manifest\.json is a folder, expected a file$",
     ),
     "manifest not JSON": (lambda m: (m / "manifest.json").write_text("{"), r"manifest\.json is not JSON: "),
     "manifest deeply nested": (lambda m: (m / "manifest.json").write_text("[" * 10**6), r"manifest\.json is not JSON: "),
@@ -708,9 +708,33 @@ BAD = {
     "config incomplete": (lambda m: (m / "config.json").write_text("{}"), r"config\.json: missing dim, "),
     "config unknown": (lambda m: edit_json(m / "config.json", experts=8), r"config\.json: unknown experts$"),
     "config of another": (lambda m: edit_json(m / "config.json", ffn_dim=41), r"w1\.weight is \[40, 24\], expected \[41, 24\]"),
+    "top_p of 0": (
+        lambda m: edit_json(m / "config.json", generation={"top_p": 0}),
+        r"config\.json: generation: top_p is 0, expected a number above 0 and up to 1$",
+    ),
+    "an endless temperature": (
+        lambda m: edit_json(m / "config.json", generation={"temperature": 10**400}),
+        r"config\.json: generation: temperature is inf, expected a number from 0$",
+    ),
+    "an endless width": (
+        lambda m: edit_json(m / "config.json", dim=10**400),
+        r"config\.json: dim is inf, expected a positive whole number$",
+    ),
+    "a width beyond counting": (
+        lambda m: edit_json(m / "config.json", dim=2**31),
+        r"config\.json: dim is 2147483648, expected a positive whole number up to 2147483647$",
+    ),
+    "the smallest theta": (
+        lambda m: edit_json(m / "config.json", rope_theta=5e-324),
+        r"config\.json: rope_theta is 5e-324, expected a positive number from 1e-12 to 1e\+15$",
+    ),
+    "the largest theta": (
+        lambda m: edit_json(m / "config.json", rope_theta=1e308),
+        r"config\.json: rope_theta is 1e\+308, expected a positive number from 1e-12 to 1e\+15$",
+    ),
     "endless layers": (
-        lambda m: edit_json(m / "config.json", n_layers=10**18),
-        r"n_layers is 10{18}, manifest\.json lists 12 tensors$",
+        lambda m: edit_json(m / "config.json", n_layers=2**31 - 1),
+        r"n_layers is 2147483647, manifest\.json lists 12 tensors$",
     ),
     "more layers": (
         lambda m: edit_json(m / "config.json", n_layers=2),

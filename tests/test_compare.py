@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import zipfile
+from pathlib import Path
 
 import broken_ports
 import numpy as np
@@ -336,11 +338,63 @@ def test_unusable_input_says_why(traces, tmp_path, capsys):
     assert run(capsys, traces / "reference", one)[0] == 1
 
 
-def test_safetensors_absent_is_said(traces, tmp_path, capsys, monkeypatch):
+def test_safetensors_need_no_package(traces, arrays, tmp_path, capsys, monkeypatch):
+    file = save_safetensors(tmp_path, arrays)
     monkeypatch.setitem(__import__("sys").modules, "safetensors", None)
-    (tmp_path / "x.safetensors").write_bytes(b"")
-    status, _, err = run(capsys, traces / "reference", tmp_path / "x.safetensors")
-    assert (status, "needs the package safetensors" in err) == (2, True)
+    assert run(capsys, traces / "reference", file)[0] == 0
+
+
+def zipped(path, name, data=b"x", method=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr(name, data)
+
+
+BAD_INPUTS = {
+    "a member that is no array": ("x.npz", lambda path: zipped(path, "norm")),
+    "a member of nonsense": ("x.npz", lambda path: zipped(path, "norm.npy")),
+    "a bomb": ("x.npz", lambda path: zipped(path, "norm.npy", bytes(80 << 20), zipfile.ZIP_DEFLATED)),
+    "a newline in a name": ("x.npz", lambda path: zipped(path, "no\nrm.npy")),
+    "no name": ("x.npz", lambda path: zipped(path, ".npy")),
+    "a long name": ("x.npz", lambda path: zipped(path, "x" * 300 + ".npy")),
+    "an npy that is a zip": ("x/norm.npy", lambda path: zipped(path, "norm.npy")),
+    "an npy of nonsense": ("x/norm.npy", lambda path: path.write_bytes(b"\x93NUMPY\1\0\x10\0{'descr': (((((((")),
+    "a nested trace": ("x/trace.json", lambda path: path.write_text("[" * 10**5)),
+    "nested shapes": ("x/shapes.json", lambda path: path.write_text('{"norm": ' + "[" * 10**5)),
+    "shapes of text": ("x/shapes.json", lambda path: path.write_text('{"norm": ["a"]}')),
+    "safetensors of nonsense": ("x.safetensors", lambda path: path.write_bytes(b"\x10" + bytes(7) + b"[" * 16)),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_INPUTS)
+def test_a_damaged_input_is_one_line_and_status_2(fault, traces, tmp_path, capsys):
+    name, write = BAD_INPUTS[fault]
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    (path.parent / "norm.f32").write_bytes(bytes(4)) if path.name == "shapes.json" else None
+    write(path)
+    status, out, err = run(capsys, traces / "reference", tmp_path / Path(name).parts[0])
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert str(path) in err
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("noise", [], "the noise of 'tok_embeddings' is [], expected rms and max by precision"),
+        ("noise", {"float32": {"rms": "a", "max": 1}}, "the noise of 'tok_embeddings' is {'float32': {"),
+        ("noise", {"float32": {"rms": float("nan"), "max": 1}}, "the noise of 'tok_embeddings' is"),
+        ("file", 3, "activation tok_embeddings has file 3, expected a name"),
+        ("shape", [2**70], "activation tok_embeddings has shape [1180591620717411303424], expected positive numbers"),
+    ],
+)
+def test_a_trace_that_says_impossible_things_of_an_activation_is_refused(key, value, message, traces, tmp_path, capsys):
+    shutil.copytree(traces / "reference", tmp_path / "copy")
+    meta = json.loads((tmp_path / "copy" / "trace.json").read_text())
+    meta["activations"]["tok_embeddings"][key] = value
+    (tmp_path / "copy" / "trace.json").write_text(json.dumps(meta))
+    status, out, err = run(capsys, tmp_path / "copy", traces / "reference")
+    assert (status, out) == (2, "")
+    assert f"trace.json: {message}" in err
 
 
 def test_other_tokens_are_no_comparison(model, traces, tmp_path, capsys):
@@ -352,16 +406,16 @@ def test_other_tokens_are_no_comparison(model, traces, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("precision", "int4", 'precision is "int4", expected float64, float32, bfloat16, float16'),
-        ("convention", "x", 'convention is "x", expected meta, hf or null'),
+        ("precision", "int4", "precision is 'int4', expected float64, float32, bfloat16, float16"),
+        ("convention", "x", "convention is 'x', expected meta, hf or null"),
         ("tokens", [1, 2, 3], "has tokens of shape [3], but in"),
         ("tokens", [], "tokens is [], expected a list of token ids"),
         ("tokens", [[1, 2], [3]], "tokens is [[1, 2], [3]], expected"),
-        ("tokens", [1, "2", 3], 'tokens is [1, "2", 3], expected'),
+        ("tokens", [1, "2", 3], "tokens is [1, '2', 3], expected"),
         ("tokens", 7, "tokens is 7, expected"),
         ("steps", 1, "steps is 1, expected a list with 1 token id for each step"),
         ("steps", [[1, 2]], "steps is [[1, 2]], expected"),
-        ("steps", [["a"]], 'steps is [["a"]], expected'),
+        ("steps", [["a"]], "steps is [['a']], expected"),
         ("steps", [], "has 0 steps, but in"),
         ("model", 5, "model is 5, expected its path"),
         ("model", {"path": 5}, 'model is {"path": 5}, expected its path'),

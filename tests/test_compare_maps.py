@@ -220,12 +220,19 @@ def test_a_steps_prefix_is_kept():
     ("content", "message"),
     [
         ("{", "not JSON"),
-        ("[]", "expected an object"),
+        ("[]", "holds list, expected a JSON object"),
+        ("{}", "expected an object"),
         ('{"a": "layers.0.attention.qq"}', "not the name of an activation"),
         ('{"a": 3}', "a is 3, expected a canonical name"),
         ('{"a": {"name": "norm", "axis": "T D"}}', "axis 'T D'"),
         ('{"a": {"name": "norm", "axes": "T F"}}', "expected T D in some order"),
         ('{"a": {"name": "norm", "pairs": "both"}}', "adjacent or halves"),
+        ('{"a": {"name": "norm", "axes": "T-*D"}}', "expected T D in some order"),
+        ('{"a": {"name": "norm", "axes": "T D-"}}', "expected T D in some order"),
+        ('{"a": ""}', "a stands for '', which is not the name of an activation"),
+        ('{"a": "a\\nb"}', "which is not the name of an activation"),
+        ('{"a": [["b"]]}', r"a is \[\['b'\]\], expected a canonical name"),
+        ('{"a": ' + "[" * 10**5, "nested deeper"),
     ],
 )
 def test_a_broken_map_is_said_to_be(content, message, tmp_path):

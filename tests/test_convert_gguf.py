@@ -232,6 +232,28 @@ def test_recommended_settings_are_taken_along(tmp_path):
     assert open_model(tmp_path / "m").generation == {"chat_format": None, "system": None, "temperature": 0.6, "top_p": 0.9}
 
 
+@pytest.mark.parametrize(("temperature", "top_p"), [(-1.0, 0.0), (float("nan"), 1.5)])
+def test_recommended_settings_that_mean_nothing_are_left_out(tmp_path, temperature, top_p):
+    src = foreign.write_gguf(tmp_path / "m.gguf", CONFIG, PARAMS, sampling_temp=temperature, sampling_top_p=top_p)
+    lines = convert(src, tmp_path / "m")
+    assert f"{src}: temperature is {temperature}, expected a number from 0: left out" in lines
+    assert f"{src}: top_p is {top_p}, expected a number above 0 and up to 1: left out" in lines
+    assert open_model(tmp_path / "m").generation == dict.fromkeys(("chat_format", "system", "temperature", "top_p"))
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"rope_freq_base": 1e-30}, r"rope_theta is 1e-30, expected a positive number from 1e-12 to 1e\+15$"),
+        ({"rope_freq_base": 1e30}, r"rope\.freq_base is 1e\+30, expected a positive number from 1e-30 to 1e\+15$"),
+        ({"layer_norm_rms_eps": 1e30}, r"layer_norm_rms_epsilon is 1e\+30, expected a positive number from 1e-30 to"),
+    ],
+)
+def test_constants_that_overflow_are_refused(tmp_path, change, expected):
+    src = foreign.write_gguf(tmp_path / "m.gguf", CONFIG, PARAMS, **change)
+    refused(src, tmp_path / "m", rf"m\.gguf: .*{expected}")
+
+
 # -------------------------------------------------------------------------------------------------------------- the vocabulary
 
 
@@ -261,6 +283,17 @@ def test_a_vocabulary_of_another_kind_leaves_ids(tmp_path):
     assert open_model(tmp_path / "m").tokenizer is None
 
 
+def test_ends_outside_the_vocabulary_are_left_out(tmp_path):
+    pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
+    config = tiny.config(n_layers=1, vocab_size=262)
+    ends = {"eos_token_id": 2**32 - 1, "eot_token_id": 262}
+    src = foreign.write_gguf(tmp_path / "m.gguf", config, tiny.random_params(config, seed=5), **VOCABULARY, **ends)
+    lines = convert(src, tmp_path / "m")
+    assert f"{src}: tokenizer.ggml.eos_token_id is 4294967295, expected 0 to 261: left out" in lines
+    assert f"{src}: tokenizer.ggml.eot_token_id is 262, expected 0 to 261: left out" in lines
+    assert open_model(tmp_path / "m").tokenizer.stop_ids == {2}
+
+
 # ---------------------------------------------------------------------------------------------------------------- each its line
 
 
@@ -277,7 +310,7 @@ FOREIGN = {
         {"feed_forward_length": [256, 128]},
         r"feed_forward_length is array.*, expected a positive whole number$",
     ),
-    "endless layers": ({"block_count": 2**32 - 1}, r"4294967295 layers are announced, but there are only 12 tensors$"),
+    "endless layers": ({"block_count": 2**31 - 1}, r"2147483647 layers are announced, but there are only 12 tensors$"),
 }
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from npllama import LinearRopeScaling, forward, load, ops
 from npllama.checkpoint import open_model, verify
+from npllama.foreign import read_safetensors
 from npllama.linear import to_bfloat16
 from npllama_convert import huggingface
 
@@ -115,7 +116,7 @@ def test_our_reader_of_safetensors_is_the_library_s(tmp_path):
 
     arrays = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones((1, 5), np.float16), "c": np.ones(3)}
     save_file(arrays, tmp_path / "x.safetensors", metadata={"a": "b"})
-    found, expected = huggingface.open_safetensors(tmp_path / "x.safetensors"), load_file(tmp_path / "x.safetensors")
+    found, expected = read_safetensors(tmp_path / "x.safetensors", ValueError), load_file(tmp_path / "x.safetensors")
     assert found.keys() == expected.keys()
     for name, array in expected.items():
         assert found[name].dtype == array.dtype
@@ -287,7 +288,12 @@ BAD_CONFIG = {
     "no eps": ({"rms_norm_eps": None}, "missing rms_norm_eps$"),
     "no width": ({"hidden_size": None}, "missing hidden_size$"),
     "text": ({"hidden_size": "96"}, "hidden_size is '96', expected a positive whole number$"),
-    "endless layers": ({"num_hidden_layers": 10**18}, r"10{18} layers are announced, but there are only 12 tensors$"),
+    "the smallest theta": (
+        {"rope_parameters": {"rope_theta": 5e-324}},
+        r"rope_theta is 5e-324, expected a positive number from 1e",
+    ),
+    "an endless width": ({"hidden_size": 10**400}, r"hidden_size is inf, expected a positive whole number$"),
+    "endless layers": ({"num_hidden_layers": 2**31 - 1}, r"2147483647 layers are announced, but there are only 12 tensors$"),
     "more layers": ({"num_hidden_layers": 2}, r"model\.layers\.1\..* and 6 more are missing$"),
     "fewer rows": ({"vocab_size": 130}, r"model\.embed_tokens\.weight is \[131, 96\], expected \[130, 96\]$"),
     "heads": ({"head_dim": None, "num_attention_heads": 5}, "hidden_size 96 is not a multiple of num_attention_heads 5$"),

@@ -24,6 +24,15 @@ CONFIGS = {
 }
 CONFIG = CONFIGS["grouped"]
 PARAMS = tiny.random_params(CONFIG, seed=5)
+ARGS = {"dim": 96, "n_layers": 2, "n_heads": 6, "n_kv_heads": 2, "vocab_size": 131, "multiple_of": 256, "norm_eps": 1e-5}
+
+
+def shared_lists() -> list:
+    """Two to the power of 60 lists, if each is written out."""
+    value: list = []
+    for _ in range(60):
+        value = [value, value]
+    return value
 
 
 @pytest.fixture(autouse=True)
@@ -120,10 +129,20 @@ def test_a_bin_that_is_none_is_one_line(tmp_path, fault):
         ({"model_args": {"dim": 96, "n_layers": 2, "n_heads": 2, "norm_eps": 1e-5}, "model": {}}, r"n_layers is 2, but"),
         ({"model_args": {}, "model": {"a": "b"}}, r"x\.pt: 'a' is str, expected tensors by name$"),
         ({"model_args": {}, "model": {1: 2}}, r"x\.pt: 1 is int, expected tensors by name$"),
+        ({"model_args": ARGS | {"dim": 10**400}}, r"x\.pt: dim is a whole number of 1,329 bits, expected a positive whole"),
+        ({"model_args": ARGS | {"norm_eps": 10**400}}, r"x\.pt: norm_eps is a whole number of 1,329 bits, expected a positive"),
+        ({"model_args": ARGS | {"rope_theta": 5e-324}}, r"x\.pt: rope_theta is 5e-324, expected a positive number from "),
+        (
+            {"model_args": ARGS | {"n_layers": shared_lists()}},
+            r"x\.pt: n_layers is '\[\[.*', expected a positive whole number$",
+        ),
+        ({"model_args": ARGS | {"moe": shared_lists()}}, r"x\.pt: moe is '\[\[.*': an architecture that npllama does not"),
     ],
 )
 def test_a_pt_that_is_none_is_one_line(tmp_path, content, expected):
     torch = pytest.importorskip("torch", reason="torch is not installed")
+    if isinstance(content, dict) and "model" not in content:
+        content = content | {"model": {name: torch.from_numpy(array) for name, array in PARAMS.items()}}
     torch.save(content, tmp_path / "x.pt")
     refused(tmp_path / "x.pt", tmp_path / "m", expected)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import pickle
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -266,6 +268,27 @@ def test_recommended_settings_are_taken_along(tmp_path):
     assert open_model(tmp_path / "m").generation == {"chat_format": None, "system": None, "temperature": 0.6, "top_p": 0.9}
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ('{"top_p": 0}', "top_p is 0, expected a number above 0 and up to 1"),
+        ('{"top_p": 1.5}', "top_p is 1.5, expected a number above 0 and up to 1"),
+        ('{"temperature": "0.7"}', "temperature is '0.7', expected a number from 0"),
+        ('{"temperature": NaN}', "temperature is nan, expected a number from 0"),
+        ('{"temperature": 1' + "0" * 400 + "}", "temperature is inf, expected a number from 0"),
+        ('{"temperature": 1' + "0" * 90 + "}", f"temperature is 1{'0' * 76}..., expected a number from 0"),
+        ('{"eos_token_id": -1}', "eos_token_id is -1, expected 0 to 131"),
+        ('{"eos_token_id": [3, 132]}', "eos_token_id is 132, expected 0 to 131"),
+    ],
+)
+def test_recommended_settings_that_mean_nothing_are_left_out(tmp_path, values, message):
+    src = save(tmp_path / "src", [tensors_of()])
+    (src / "generation_config.json").write_text(values)
+    lines = convert(src, tmp_path / "m")
+    assert [line for line in lines if "left out" in line] == [f"{src / 'generation_config.json'}: {message}: left out"]
+    assert set(open_model(tmp_path / "m").generation.values()) == {None}
+
+
 # ---------------------------------------------------------------------------------------------------------------- each its line
 
 
@@ -321,6 +344,22 @@ BAD_TENSORS = {
         with_(WQ, torch.ones(96, 96, device="meta")),
         rf"{WQ} is torch\.strided on meta, expected a dense tensor$",
     ),
+    "one number for all": (
+        with_(WQ, torch.ones(1).expand(96, 96)),
+        rf"00\.pth: {WQ} is 36,864 bytes, but its storage has 4: expected every number once$",
+    ),
+    "rows that overlap": (
+        with_(WQ, torch.ones(191).as_strided((96, 96), (1, 1))),
+        rf"00\.pth: {WQ} is 36,864 bytes, but its storage has 764: expected every number once$",
+    ),
+    "negated": (
+        with_(WQ, torch.ones(96, 96, dtype=torch.complex64).conj().imag),
+        rf"00\.pth: {WQ} is negated or conjugated when it is read, expected its numbers as they are$",
+    ),
+    "conjugated": (
+        with_(WQ, torch.ones(96, 96, dtype=torch.complex64).conj()),
+        rf"00\.pth: {WQ} is negated or conjugated when it is read, expected its numbers as they are$",
+    ),
     "not a tensor": (with_("note", "hello"), r"00\.pth: 'note' is str, expected tensors by name$"),
     "nested": (lambda tensors: {"model": tensors}, r"00\.pth: 'model' is dict, expected tensors by name$"),
     "a list": (lambda tensors: list(tensors.values()), r"00\.pth holds list, expected tensors by name$"),
@@ -343,6 +382,15 @@ def test_a_bad_tensor_is_named(tmp_path, fault):
     refused(save(tmp_path / "src", [spoil(tensors_of())]), tmp_path / "m", expected)
 
 
+def with_pickle(data: bytes, content: bytes) -> bytes:
+    """The same zip, its pickle replaced."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(out, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, content if name.endswith("data.pkl") else old.read(name))
+    return out.getvalue()
+
+
 BAD_FILES = {
     "empty": (lambda data: b"", r"00\.pth is empty$"),
     "half": (lambda data: data[: len(data) // 2], r"00\.pth is not a torch checkpoint of plain tensors: .*central directory"),
@@ -351,6 +399,14 @@ BAD_FILES = {
     "a bare pickle": (
         lambda data: pickle.dumps(Evil(), protocol=2),
         r"plain tensors: loading it would run \w+\.system, which is",
+    ),
+    "a long name in a bare pickle": (
+        lambda data: b"\x80\x02c" + b"a" * 10**6 + b"\nb\n.",
+        r"00\.pth is not a torch checkpoint of plain tensors: it names 'aaaa",
+    ),
+    "a long name in a zip": (
+        lambda data: with_pickle(data, b"\x80\x02cos\n" + b"a" * 10**6 + b"\n."),
+        r"00\.pth is not a torch checkpoint of plain tensors: it names 'os aaaa",
     ),
     "zeros in the middle": (
         lambda data: data[:100] + bytes(3000) + data[3100:],
@@ -428,7 +484,11 @@ BAD_PARAMS = {
     "not JSON": ("{", r"params\.json is not JSON: "),
     "not text": (b"\xff\xfe\x00", r"params\.json is not JSON: "),
     "nested": ("[" * 10**6, r"params\.json is not JSON: "),
-    "a long number": ('{"dim": 1' + "0" * 10**4 + "}", r"params\.json is not JSON: "),
+    "a long number": (
+        '{"dim": 1' + "0" * 10**4 + ', "n_layers": 2}',
+        r"params\.json: dim is inf, expected a positive whole number$",
+    ),
+    "two of a key": ('{"dim": 96, "dim": 64}', r"params\.json is not JSON: 'dim' is there twice, with different values$"),
     "a list": ("[1, 2]", r"params\.json holds list, expected a JSON object$"),
     "a string": ({"dim": "96"}, r"params\.json: dim is '96', expected a positive whole number$"),
     "a fraction": ({"n_layers": 2.0}, r"params\.json: n_layers is 2\.0, expected a positive whole number$"),
@@ -437,14 +497,16 @@ BAD_PARAMS = {
     "zero": ({"multiple_of": 0}, r"params\.json: multiple_of is 0, expected a positive whole number$"),
     "no eps": ({"norm_eps": None}, r"params\.json: missing norm_eps$"),
     "no dim": ({"dim": None}, r"params\.json: dim is None, expected a positive whole number$"),
+    "the smallest theta": ({"rope_theta": 5e-324}, r"params\.json: rope_theta is 5e-324, expected a positive number from 1e"),
+    "the largest theta": ({"rope_theta": 1e308}, r"params\.json: rope_theta is 1e\+308, expected a positive number from 1e"),
     "eps infinite": ({"norm_eps": float("inf")}, r"params\.json: norm_eps is inf, expected a positive number$"),
     "eps not a number": ({"norm_eps": float("nan")}, r"params\.json: norm_eps is nan, expected a positive number$"),
     "theta of a kind": ({"rope_theta": "large"}, r"params\.json: rope_theta is 'large', expected a positive number$"),
     "head_dim": ({"head_dim": "wide"}, r"params\.json: head_dim is 'wide', expected a positive whole number$"),
     "heads do not divide": ({"n_heads": 5}, r"params\.json: dim 96 is not a multiple of n_heads 5$"),
     "kv heads do not divide": ({"n_kv_heads": 3}, r"params\.json: n_heads 4 is not a multiple of n_kv_heads 3$"),
-    "endless layers": ({"n_layers": 10**18}, r"params\.json: n_layers is 10{18}, but the shards have 2 layers$"),
-    "endless width": ({"dim": 96 * 10**18}, r"^1 shard found, but layers\.0\.attention\.wq\.weight has 96 of 960{18} rows"),
+    "endless layers": ({"n_layers": 2**31 - 1}, r"params\.json: n_layers is 2147483647, but the shards have 2 layers$"),
+    "endless width": ({"dim": 96 * 10**7}, r"^1 shard found, but layers\.0\.attention\.wq\.weight has 96 of 960{7} rows"),
     "fewer layers": ({"n_layers": 1}, r"params\.json: n_layers is 1, but the shards have 2 layers$"),
     "formula": ({"multiple_of": 100}, r"params\.json: .* give ffn_dim 300, but the weights have 256$"),
     "multiplier": ({"ffn_dim_multiplier": 1.3}, r"params\.json: .* give ffn_dim 512, but the weights have 256$"),

@@ -247,6 +247,34 @@ def test_error_at_the_command_line(traces, tmp_path, capsys):
     assert not (tmp_path / "f.png").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda report: report.pop("verdict"), "verdict is None"),
+        (lambda report: report.update(activations=3), "activations is 3"),
+        (lambda report: report.update(limit=float("nan")), "limit is nan"),
+        (lambda report: report["activations"].append("x"), "activations["),
+        (lambda report: report["activations"][3].update(name=["a"]), "activations[3] is"),
+        (lambda report: report["activations"][3]["accumulated"].pop("floor"), "activations[3] is"),
+        (lambda report: report["activations"][3]["accumulated"].update(ratio="much"), "activations[3] is"),
+        (lambda report: report.update(activations=[]), "the comparison measured no activation"),
+    ],
+)
+def test_a_damaged_report_is_one_line(change, message, traces, tmp_path, capsys):
+    report = as_dict(compare(traces / "reference", traces / "wrong"))
+    change(report)
+    (tmp_path / "x.json").write_text(json.dumps(report))
+    assert main(["plot", "error", str(tmp_path / "x.json"), "-o", str(tmp_path / "e.png")]) == 2
+    assert f"{tmp_path / 'x.json'}: {message}" in capsys.readouterr().err
+
+
+def test_error_of_few_activations_and_of_numbers_beyond_any_axis(traces):
+    report = as_dict(compare(traces / "reference", traces / "wrong"))
+    report["activations"] = report["activations"][:2]
+    report["activations"][0]["accumulated"].update(error=1e308, ratio=1e308, floor=5e-324)
+    drawn(plot.draw_error, report=report).savefig(os.devnull, format="png")
+
+
 def test_error_of_infinite_and_missing_activations(traces):
     report = as_dict(compare(traces / "reference", traces / "wrong"))
     report["activations"][5]["accumulated"].update(error="inf", ratio="inf")

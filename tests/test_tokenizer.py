@@ -440,9 +440,9 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path, content: bytes, found
 
 
 def test_a_path_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(TokenizerError, match=r"none\.model: can't be read: No such file"):
+    with pytest.raises(TokenizerError, match=r"none\.model is missing$"):
         load_tokenizer(tmp_path / "none.model")
-    with pytest.raises(TokenizerError, match="can't be read"):
+    with pytest.raises(TokenizerError, match=r"is a folder, expected a file$"):
         load_tokenizer(tmp_path)
 
 

@@ -65,6 +65,13 @@ def test_bos_and_eos_of_llama2s_kind(tiny_llama2_json: Tokenizer) -> None:
         ({"generation_config": {"eos_token_id": [7, 2004]}}, 2000, True, 7, {7, 2001, 2004}),
         ({"generation_config": {"eos_token_id": 7}, "tokenizer_config": {"eos_token": "<|eot_id|>"}}, 2000, True, 2004, None),
         ({"tokenizer_config": {"eos_token": "not a token", "eot_token": 5}}, 2000, True, 2001, {2001, 2004}),
+        (
+            {"generation_config": {"eos_token_id": [10**6, -1, "a", True, 7]}},
+            2000,
+            True,
+            7,
+            {7, 2001, 2004},
+        ),  # no other is an id
     ],
 )
 def test_the_files_beside_it(
@@ -208,8 +215,7 @@ def test_what_is_no_tokenizer_json_is_refused(tmp_path: Path, content: bytes) ->
 @pytest.mark.parametrize(
     ("name", "values", "message"),
     [
-        ("generation_config", {"eos_token_id": 10**6}, "eos_token_id is 1000000, expected 0 to 2004"),
-        ("generation_config", {"eos_token_id": ["a"]}, r"eos_token_id is \['a'\], expected 0 to 2004"),
+        ("generation_config", [1], "found list, expected a JSON object"),
         ("tokenizer_config", [], "found list, expected a JSON object"),
     ],
 )
@@ -224,3 +230,17 @@ def test_a_missing_package_is_named(tiny_chatml_file: Path, monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(TokenizerError, match=r"tokenizer\.json: .*pip install 'npllama\[hf\]'"):
         load_tokenizer(tiny_chatml_file)
+
+
+def test_a_pattern_that_takes_too_long_is_one_line(tiny_chatml_file: Path, tmp_path: Path) -> None:
+    """The package panics, which is no Exception."""
+    path = changed(tiny_chatml_file, tmp_path)
+    values = json.loads(path.read_text())
+    split = {"type": "Split", "pattern": {"Regex": "^(([a-z])+.)+[A-Z]([a-z])+$"}, "behavior": "Isolated", "invert": False}
+    first = values["pre_tokenizer"]
+    values["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, *first.get("pretokenizers", [first])]}
+    path.write_text(json.dumps(values))
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.encode("aA")
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json: can't split this text: .*limit"):
+        tokenizer.encode("a" * 2000)

@@ -116,6 +116,7 @@ def _short(x: float) -> str:
     return f"{x:.0e}"
 
 
+@np.errstate(all="ignore")  # others' arrays may hold any numbers; the rows say which of them are not finite
 def compare(
     reference: Activations | Path | str,
     candidate: Activations | Path | str,
@@ -232,7 +233,7 @@ def _find_model(reference: Activations, given: Path | str | None, warnings: list
         return None
     try:
         model = load(given or facts["path"])
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if given is not None:
             raise
         warnings.append(f"the reference's model can't be opened, so noise is not measured: {error}")

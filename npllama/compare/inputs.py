@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
+from .. import foreign
 from ..config import Config, ConfigError
-from ..errors import NpllamaError
+from ..errors import NpllamaError, reason, shown
 from ..precision import CONVENTIONS, PRECISIONS, ROUND
 from ..trace import Trace, read_trace
 from ..weights import native, widen
 from .metrics import unit_roundoff
 
 SHAPES_FILE = "shapes.json"
+LONGEST_NAME = 200  # of an activation; those of forward() have at most 40 characters
 
 
 class InputError(NpllamaError):
@@ -103,13 +103,16 @@ def read_activations(path: Path | str) -> Activations:
     if path.is_dir():
         activations = _read_folder(path)
     elif path.suffix == ".npz":
-        activations = _read_npz(path)
+        activations = Activations(path, foreign.read_npz(path, InputError))
     elif path.suffix == ".safetensors":
         activations = _read_safetensors(path)
     else:
         raise InputError(f"{path}: expected a trace directory, .npz, .safetensors, or a folder of .npy or .f32")
     if not activations:
         raise InputError(f"{path}: empty, expected at least one activation")
+    for name in activations:  # they go into tables of one line each
+        if not name or not name.isprintable() or len(name) > LONGEST_NAME:
+            raise InputError(f"{path}: an activation is named {shown(name)}, expected 1 to {LONGEST_NAME} printable characters")
     return activations
 
 
@@ -118,27 +121,29 @@ def _read_folder(path: Path) -> Activations:
         trace = read_trace(path)
         _check_run(path / "trace.json", trace.meta)
         return Activations(path, {name: lambda n=name: trace[n] for name in trace}, trace)
-    npy, raw = sorted(path.rglob("*.npy")), sorted(path.rglob("*.f32"))
+    try:
+        npy, raw = sorted(path.rglob("*.npy")), sorted(path.rglob("*.f32"))
+    except OSError as error:  # a folder below that may not be read
+        raise InputError(f"{error.filename or path}: {reason(error)}") from None
     if npy and raw:
         raise InputError(f"{path}: holds both .npy and .f32 files, expected one kind")
     if npy:
-        return Activations(path, {_name(file, path): lambda f=file: _load_npy(f) for file in npy})
+        return Activations(path, {_name(file, path): lambda f=file: foreign.read_npy(f, InputError) for file in npy})
     if not raw:
         return Activations(path, {})
     shapes = _read_shapes(path / SHAPES_FILE)
     names = {_name(file, path): file for file in raw}
     if without := sorted(set(names) ^ set(shapes)):
         where = "has no shape in" if without[0] in names else "has no .f32 file, but is in"
-        raise InputError(f"{path}: {without[0]} {where} {SHAPES_FILE}")
-    return Activations(path, {n: lambda f=file, s=shapes[n]: _load_f32(f, s) for n, file in names.items()})
+        raise InputError(f"{path}: {shown(without[0])} {where} {SHAPES_FILE}")
+    return Activations(path, {n: lambda f=file, s=shapes[n]: foreign.read_raw(f, s, InputError) for n, file in names.items()})
 
 
 def _check_run(file: Path, meta: dict) -> None:
     """Raise InputError unless what trace.json says of the run can be used: read_trace() looks only at the arrays' entries."""
 
     def refuse(key: str, expected: str) -> None:
-        found = json.dumps(meta[key])
-        raise InputError(f"{file}: {key} is {found if len(found) <= 60 else found[:57] + '...'}, expected {expected}")
+        raise InputError(f"{file}: {key} is {shown(meta[key], 60)}, expected {expected}")
 
     if meta["precision"] not in PRECISIONS:
         refuse("precision", ", ".join(PRECISIONS))
@@ -165,6 +170,18 @@ def _check_run(file: Path, meta: dict) -> None:
             Config.from_dict(config)
         except ConfigError as error:
             raise InputError(f"{file}: the model's config: {error}") from None
+    for name, entry in meta["activations"].items():
+        if not _is_noise(entry.get("noise", {}), entry["shape"]):
+            raise InputError(
+                f"{file}: the noise of {shown(name)} is {shown(entry['noise'])}, expected rms and max by precision"
+            )
+
+
+def _is_noise(noise: object, shape: list[int]) -> bool:
+    """Whether this is what a golden bundle says of an activation: {"float32": {"rms": number, "max": number}, ...}."""
+    precisions = noise.values() if isinstance(noise, dict) else [None]
+    numbers = [norms.get(norm) if isinstance(norms, dict) else None for norms in precisions for norm in ("rms", "max")]
+    return all(type(x) in (int, float) and 0 <= x < math.inf for x in numbers)
 
 
 def _are_ids(rows: list[list], least: int) -> bool:
@@ -175,68 +192,19 @@ def _name(file: Path, folder: Path) -> str:
     return file.relative_to(folder).as_posix()[: -len(file.suffix)]
 
 
-def _load_npy(file: Path) -> np.ndarray:
-    try:
-        return np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{file}: {str(error) or 'empty file'}") from None
-
-
 def _read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """{"layers.0.attention_norm": [5, 96], ...}"""
-    try:
-        shapes = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{file}: {error.strerror}; raw .f32 files need it: {{name: shape}}") from None
-    except ValueError as error:
-        raise InputError(f"{file}: not JSON: {error}") from None
-    if not isinstance(shapes, dict):
-        raise InputError(f"{file}: found {type(shapes).__name__}, expected {{name: shape}}")
+    """Read {"layers.0.attention_norm": [5, 96], ...}."""
+    if not file.exists():
+        raise InputError(f"{file} is missing; raw .f32 files need it: {{name: shape}}")
+    shapes = foreign.read_json(file, InputError, foreign.LONG_LIMIT)
     for name, shape in shapes.items():
-        if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
-            raise InputError(f"{file}: {name} has the shape {shape!r}, expected a list of whole numbers")
+        if not foreign.is_shape(shape):
+            raise InputError(f"{file}: {shown(name)} has the shape {shown(shape)}, expected a list of whole numbers")
     return {name: tuple(shape) for name, shape in shapes.items()}
 
 
-def _load_f32(file: Path, shape: tuple[int, ...]) -> np.ndarray:
-    expected = 4 * math.prod(shape)
-    if (found := file.stat().st_size) != expected:
-        raise InputError(f"{file}: {found} bytes, expected {expected} for shape {list(shape)} in float32")
-    return np.fromfile(file, "<f4").reshape(shape)
-
-
-def _read_npz(path: Path) -> Activations:
-    if not zipfile.is_zipfile(path):
-        raise InputError(f"{path}: not a whole .npz, which is a zip file")
-    archive = np.load(path, allow_pickle=False)
-
-    def read(name: str) -> np.ndarray:
-        try:
-            return archive[name]
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise InputError(f"{path}: {name}: {error}") from None
-
-    return Activations(path, {name: lambda n=name: read(n) for name in archive.files})
-
-
 def _read_safetensors(path: Path) -> Activations:
-    try:
-        from safetensors import SafetensorError, deserialize
-    except ImportError:
-        raise InputError(f"{path}: reading it needs the package safetensors, which is not installed") from None
-    try:
-        tensors = dict(deserialize(path.read_bytes()))
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: {error}") from None
-    dtypes = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-    for name, tensor in tensors.items():
-        if tensor["dtype"] not in dtypes:
-            raise InputError(f"{path}: {name} holds {tensor['dtype']}, expected floating-point numbers")
-
-    def read(name: str) -> np.ndarray:
-        tensor = tensors[name]
-        x = np.frombuffer(tensor["data"], dtypes[tensor["dtype"]]).reshape(tensor["shape"])
-        return widen(x) if tensor["dtype"] == "BF16" else x
-
-    stored = {name: "bfloat16" for name, tensor in tensors.items() if tensor["dtype"] == "BF16"}
-    return Activations(path, {name: lambda n=name: read(n) for name in tensors}, stored=stored)
+    tensors = foreign.read_safetensors(path, InputError, foreign.LONG_LIMIT)
+    stored = {name: "bfloat16" for name, x in tensors.items() if x.dtype == np.uint16}
+    readers = {name: lambda x=x: widen(x) if x.dtype == np.uint16 else x for name, x in tensors.items()}
+    return Activations(path, readers, stored=stored)

@@ -17,7 +17,6 @@ as in {"blk.{i}.q": {"name": "layers.{i}.attention.q", "axes": "H T K", "pairs":
 from __future__ import annotations
 
 import difflib
-import json
 import math
 import re
 from dataclasses import dataclass, fields
@@ -26,7 +25,8 @@ from pathlib import Path
 import numpy as np
 
 from ..activations import TABLE
-from ..errors import NpllamaError
+from ..errors import NpllamaError, printable, shown
+from ..foreign import read_json
 from .names import place
 
 
@@ -206,37 +206,39 @@ def read_map(given: str | None) -> NameMap:
     if given in BUILT_IN:
         return NameMap(given, BUILT_IN[given])
     file = Path(given)
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise MapError(f"map {given}: {error.strerror}; built-in maps: {', '.join(BUILT_IN)}") from None
-    except ValueError as error:
-        raise MapError(f"map {given}: not JSON: {error}") from None
-    if not isinstance(content, dict) or not content:
-        raise MapError(f"map {given}: expected an object {{pattern: canonical name}}")
+    if not file.exists():
+        raise MapError(f"map {given}: No such file or directory; built-in maps: {', '.join(BUILT_IN)}")
+    content = read_json(file, MapError)
+    if not content:
+        raise MapError(f"map {given}: empty, expected an object {{pattern: canonical name}}")
     return NameMap(given, {pattern: _rule(given, pattern, rule) for pattern, rule in content.items()})
 
 
+AXES = re.compile(r"T-|[A-Z](\*[A-Z])*\+?")  # one of the candidate's axes, as the module's docstring has it
+
+
 def _rule(file: str, pattern: str, rule: object) -> Rule | None:
+    where = f"map {file}: {printable(pattern)[:200]}"
     if rule is None:
         return None
     if isinstance(rule, str):
         rule = {"name": rule}
     known = {field.name: bool if field.name == "unmasked" else str for field in fields(Rule)}
     if not isinstance(rule, dict) or not isinstance(rule.get("name"), str):
-        raise MapError(f"map {file}: {pattern} is {rule!r}, expected a canonical name, null or an object with `name`")
+        raise MapError(f"{where} is {shown(rule)}, expected a canonical name, null or an object with `name`")
     for key, value in rule.items():
         if key not in known or not isinstance(value, known[key]):
-            raise MapError(f"map {file}: {pattern} has {key} {value!r}; known are {', '.join(known)}")
+            raise MapError(f"{where} has {printable(key)[:60]} {shown(value)}; known are {', '.join(known)}")
     made = Rule(**rule)
     axes = place(made.name.replace("{i}", "0")).axes
     if axes is None:
-        raise MapError(f"map {file}: {pattern} stands for {made.name}, which is not the name of an activation")
+        raise MapError(f"{where} stands for {shown(made.name)}, which is not the name of an activation")
     if made.pairs not in ("adjacent", "halves") or made.scale not in ("", "1/sqrt(K)"):
-        raise MapError(f"map {file}: {pattern}: pairs is adjacent or halves, and scale 1/sqrt(K)")
+        raise MapError(f"{where}: pairs is adjacent or halves, and scale 1/sqrt(K)")
     for choice in made.axes.split("|") if made.axes else []:
-        if sorted(re.split(r"[ *]+", re.sub(r"[+-]", "", choice).strip())) != sorted(axes):
-            raise MapError(f"map {file}: {pattern} has the axes {choice.strip()!r}, expected {' '.join(axes)} in some order")
+        found = [axis for token in choice.split() for axis in token.rstrip("+-").split("*")]
+        if sorted(found) != sorted(axes) or not all(AXES.fullmatch(token) for token in choice.split()):
+            raise MapError(f"{where} has the axes {shown(choice.strip())}, expected {' '.join(axes)} in some order")
     return made
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..activations import BEFORE, STREAM, TABLE, TOKENS, Activation, stream_before
 
-_NAME = re.compile(r"(?:step\.(\d+)/)?(?:layers\.(\d+)\.)?(.+)")
+_NAME = re.compile(r"(?:step\.(\d{1,6})/)?(?:layers\.(\d{1,6})\.)?(.*)", re.DOTALL)  # any text is a name
 _ORDER = {kind: i for i, kind in enumerate(TABLE)}
 
 
