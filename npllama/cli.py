@@ -59,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = str(error)
         if isinstance(error, OSError) and error.filename is not None and error.strerror:
             text = f"{error.filename}: {error.strerror}"  # without Python's "[Errno 2]"
+        if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == "npllama_convert":
+            text = "needs the package npllama_convert, which installing npllama brings: pip install . in its checkout"
         message = printable(" ".join(text.split())) or type(error).__name__
         with contextlib.suppress(OSError):  # standard error is full or closed
             print(f"npllama {args.command}: {message}", file=sys.stderr)
@@ -341,8 +343,6 @@ def run_fetch(args: argparse.Namespace) -> None:
 
 def run_models(args: argparse.Namespace) -> None:
     """A line a model: those in the store with their path, then those that can be fetched."""
-    from npllama_convert.registry import REGISTRY
-
     there = names()
     for name in there:
         try:
@@ -352,6 +352,8 @@ def run_models(args: argparse.Namespace) -> None:
         else:
             size = size_text(sum(entry["bytes"] for entry in model.manifest["tensors"].values()))
             print(f"{name:<16} {size:>8}  {model.path}")
+    from npllama_convert.registry import REGISTRY  # here: from a copied checkout without it, what is there is listed
+
     for name, entry in REGISTRY.items():
         if name not in there:
             size = size_text(entry.wheel_bytes)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
+import importlib.resources
 import inspect
 import math
 import os
@@ -60,7 +61,8 @@ class Source:
 
 @functools.cache
 def _syntax(file: str) -> ast.Module:
-    return ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    inside = importlib.resources.files("npllama").joinpath(*Path(file).parts[1:])  # which may be in a zip
+    return ast.parse(inside.read_text(encoding="utf-8"))
 
 
 def _innermost(tree: ast.Module, line: int) -> ast.AST:
