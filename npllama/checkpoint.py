@@ -427,7 +427,8 @@ def _map_array(file: Path, n_bytes: int, dtype: np.dtype, shape: tuple[int, ...]
         raise CheckpointError(f"{file} is not a NumPy array file: {str(error).splitlines()[0]}") from None
     if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
         order = "" if array.flags.c_contiguous else " in Fortran order"
-        raise CheckpointError(f"{file} holds {array.dtype} {list(array.shape)}{order}, expected {dtype} {list(shape)}")
+        found = array.dtype.name if array.dtype == array.dtype.newbyteorder("<") else f"big-endian {array.dtype.name}"
+        raise CheckpointError(f"{file} holds {found} {list(array.shape)}{order}, expected {dtype.name} {list(shape)}")
     return native(np.asarray(array))  # files are little-endian: on a big-endian machine this reads the file into memory
 
 

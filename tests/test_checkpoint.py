@@ -502,7 +502,7 @@ def test_npy_opens_in_any_tool_and_the_manifest_says_what_it_is(tmp_path, storag
     write(tmp_path / "m", storage)
     array = np.load(tmp_path / "m" / f"{NAME}.npy", mmap_mode="r", allow_pickle=False)
     entry = json.loads((tmp_path / "m" / "manifest.json").read_text())["tensors"][NAME]
-    assert array.dtype == ("uint16" if storage == "bfloat16" else storage)
+    assert array.dtype == np.dtype("uint16" if storage == "bfloat16" else storage).newbyteorder("<")
     assert (entry["dtype"], entry["shape"]) == (storage, list(array.shape))
 
 
@@ -655,15 +655,19 @@ BAD = {
     "odd shape": (lambda m: edit_entry(m, shape=[24, "x"]), rf"{NAME} is \[24, 'x'\], expected \[24, 24\] by config\.json$"),
     "truncated": (lambda m: truncate(m / f"{NAME}.npy"), rf"{NAME}\.npy is 2,431 bytes, expected 2,432$"),
     "other shape": (
-        lambda m: replace_tensor(m, np.ones((12, 48), np.float32)),
+        lambda m: replace_tensor(m, np.ones((12, 48), "<f4")),
         rf"{NAME}\.npy holds float32 \[12, 48\], expected float32 \[24, 24\]$",
     ),
     "other dtype": (
-        lambda m: replace_tensor(m, np.ones((24, 24), np.int32)),
+        lambda m: replace_tensor(m, np.ones((24, 24), "<i4")),
         rf"{NAME}\.npy holds int32 \[24, 24\], expected float32 \[24, 24\]$",
     ),
+    "big-endian": (
+        lambda m: replace_tensor(m, np.ones((24, 24), ">f4")),
+        rf"{NAME}\.npy holds big-endian float32 \[24, 24\], expected float32 \[24, 24\]$",
+    ),
     "columns first": (
-        lambda m: replace_tensor(m, np.asfortranarray(np.ones((24, 24), np.float32))),
+        lambda m: replace_tensor(m, np.asfortranarray(np.ones((24, 24), "<f4"))),
         rf"{NAME}\.npy holds float32 \[24, 24\] in Fortran order, expected float32 \[24, 24\]$",
     ),
     "pickle": (
