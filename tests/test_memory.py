@@ -134,6 +134,7 @@ def test_a_group_that_is_over_its_limit_has_nothing(machine):
 
 
 def test_without_proc_it_is_half_of_what_is_built_in_or_a_guess(tmp_path, monkeypatch):
+    limits(monkeypatch)
     monkeypatch.setattr(memory, "PROC", tmp_path / "no")
     monkeypatch.setattr(memory, "CGROUPS", tmp_path / "no")
     monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}.__getitem__, raising=False)
@@ -172,7 +173,7 @@ print(model.params["output.weight"].dtype, list(npllama.generate(model, [1, 2, 3
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="no /proc/self/statm, or no limit that holds")
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="there is no /proc/self/statm")
 @pytest.mark.parametrize(("room", "dtype"), [(100 << 20, "uint16"), (900 << 20, "float32")])
 def test_auto_stays_packed_within_a_limit_of_the_address_space(tmp_path, room, dtype):
     """20 MB of weights are mapped, and 40 more to widen them would fit the machine but not half of what is left."""
