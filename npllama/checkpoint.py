@@ -7,21 +7,26 @@ An int8 array has the float32 scales of its rows in a .scale.npy beside it.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
+import functools
 import hashlib
+import importlib.resources
 import io
 import json
 import logging
 import math
 import mmap
+import os
 import shutil
+import sys
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -32,7 +37,7 @@ from .atomic import check_target, new_folder, not_ours, survivor, writing
 from .config import Config, ConfigError, n_parameters, parameter_shapes
 from .errors import NpllamaError, shown
 from .foreign import JSON_LIMIT as JSON_LIMIT
-from .memory import available_memory, size_text
+from .memory import address_space, available_memory, free_memory, size_text
 from .scope import Ops
 from .store import NAME, locate
 from .weights import Int8, Weight, is_packed, native, to_bfloat16, to_int8, widen
@@ -79,7 +84,7 @@ class Model:
     def __repr__(self) -> str:
         return f"<npllama.Model {self.path}: {n_parameters(self.config):,} parameters>"
 
-    @cached_property
+    @functools.cached_property
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer that came with the model, or None."""
         for name in TOKENIZER_FILES:
@@ -91,8 +96,27 @@ class Model:
 
 
 def demo_path() -> Path:
-    """The model that ships inside the package."""
-    return Path(__file__).resolve().parent / "demo"
+    """The model that ships inside the package; where that is inside a zip (zipapp), a copy for the life of this process."""
+    path = Path(__file__).resolve().parent / "demo"
+    return path if path.is_dir() else _unpacked_demo()
+
+
+@functools.cache
+def _unpacked_demo() -> Path:
+    """Files inside a zip can't be mapped."""
+    inside = importlib.resources.files("npllama") / "demo"
+    if not inside.is_dir():
+        raise CheckpointError("the embedded model is missing from this copy of npllama: expected a model directory with -m")
+    folder, owner = Path(tempfile.mkdtemp(prefix="npllama-demo-")), os.getpid()
+
+    def remove() -> None:
+        if os.getpid() == owner:  # not a child that was forked
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
+    for file in inside.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
 
 
 def load(path: str | Path | None = None, dtype: str = "auto") -> Model:
@@ -139,7 +163,7 @@ def _read_ahead(model: Model) -> None:
     if not hasattr(mmap.mmap, "madvise"):  # Windows
         return
     maps = [m for weight in model.params.values() if (m := _mapping(weight)) is not None]
-    n_bytes, free = sum(map(len, maps)), available_memory()
+    n_bytes, free = sum(map(len, maps)), free_memory()
     fits = n_bytes <= free
     advice = mmap.MADV_WILLNEED if fits else mmap.MADV_SEQUENTIAL
 
@@ -200,7 +224,13 @@ def _open(path: Path) -> Model:
     for name in manifest["files"]:
         if not (path / name).is_file():
             raise CheckpointError(f"{path / name} is missing")
-    _allow_open_files(len(_array_files(tensors)))
+    arrays = _array_files(tensors)
+    if (n_bytes := sum(entry["bytes"] for entry in arrays.values())) > (limit := address_space()):
+        why = "a 64-bit Python has no such limit" if sys.maxsize < 1 << 32 else "`ulimit -v` sets that limit"
+        raise CheckpointError(
+            f"{path}: the weights take {size_text(n_bytes)}, but this process can address {size_text(limit)}: {why}"
+        )
+    _allow_open_files(len(arrays))
     params = {name: _map_tensor(path, name, tensors[name], shape) for name, shape in shapes.items()}
     return Model(config, params, generation, path, manifest)
 
@@ -385,10 +415,12 @@ def _map_array(file: Path, n_bytes: int, dtype: np.dtype, shape: tuple[int, ...]
     except CheckpointError:
         raise
     except OSError as error:
-        raise CheckpointError(f"{file}: {error.strerror or error}") from None
+        why = f": {size_text(n_bytes)} of address space are needed" if error.errno == errno.ENOMEM else ""
+        raise CheckpointError(f"{file}: {error.strerror or error}{why}") from None
     if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
         order = "" if array.flags.c_contiguous else " in Fortran order"
-        raise CheckpointError(f"{file} holds {array.dtype} {list(array.shape)}{order}, expected {dtype} {list(shape)}")
+        found = array.dtype.name if array.dtype == array.dtype.newbyteorder("<") else f"big-endian {array.dtype.name}"
+        raise CheckpointError(f"{file} holds {found} {list(array.shape)}{order}, expected {dtype.name} {list(shape)}")
     return native(np.asarray(array))  # files are little-endian: on a big-endian machine this reads the file into memory
 
 

@@ -353,8 +353,6 @@ def run_fetch(args: argparse.Namespace) -> None:
 
 def run_models(args: argparse.Namespace) -> None:
     """A line a model: those in the store with their path, then those that can be fetched."""
-    from npllama_convert.registry import REGISTRY
-
     there = names()
     for name in there:
         try:
@@ -364,6 +362,8 @@ def run_models(args: argparse.Namespace) -> None:
         else:
             size = size_text(sum(entry["bytes"] for entry in model.manifest["tensors"].values()))
             print(f"{name:<16} {size:>8}  {model.path}")
+    from npllama_convert.registry import REGISTRY  # here: from a copied checkout without it, what is there is listed
+
     for name, entry in REGISTRY.items():
         if name not in there:
             size = size_text(entry.wheel_bytes)

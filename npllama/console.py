@@ -77,6 +77,8 @@ def error_text(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:  # without Python's "[Errno 2]"
         text = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == "npllama_convert":
+        return "needs the package npllama_convert, which installing npllama brings: pip install . in its checkout"
     if isinstance(error, FORESEEN):
         return text or type(error).__name__
     kind = type(error).__name__

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import base64
 import html
+import importlib.resources
 import inspect
 import json
 import math
@@ -33,7 +34,7 @@ from .lesson import Source, computed_at
 from .model import forward
 from .trace import Recording, Selection
 
-TEMPLATE = Path(__file__).with_name("explain.html")
+TEMPLATE = importlib.resources.files("npllama") / "explain.html"
 LENS_CANDIDATES = 5  # at each layer and position
 CANDIDATES = 20  # of the last token's, named in the page
 FIRST_NUMBERS = 4  # of each activation, for each token

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
+import importlib.resources
 import inspect
 import math
 import os
@@ -93,7 +94,8 @@ def _syntax(file: str) -> ast.Module:
 
 @functools.cache
 def _code(file: str) -> str:
-    return (ROOT / file).read_text(encoding="utf-8")
+    inside = importlib.resources.files("npllama").joinpath(*Path(file).parts[1:])  # which may be in a zip
+    return inside.read_text(encoding="utf-8")
 
 
 def _innermost(tree: ast.Module, line: int) -> ast.AST:

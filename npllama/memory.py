@@ -1,24 +1,54 @@
-"""How much memory there is to take: of the machine, and within the limits of the control groups (cgroups) of this process.
+"""How much memory there is to take: of the machine, within the limits of the control groups (cgroups) of this process, and
+within its address space.
 
 A container's limit, or a batch system's, is a control group's. Beyond it a process is killed, or slowed down
 (memory.high), whatever the machine has free. The kernel's Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst
-describe the files read here.
+describe the files read here. An address space ends where pointers of 32 bits do, or earlier (RLIMIT_AS, `ulimit -v`); mapped
+files are in it too.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")
 PROC = Path("/proc")
+NO_LIMIT = 1 << 63
+KERNEL_S_SHARE = 1 << 30  # of the 4 GB that 32 bits can address, as Linux divides them
 
 
 def available_memory() -> int:
     """Bytes that this process can allocate without pushing anything out."""
+    return max(0, min(free_memory(), _address_space_left()))
+
+
+def free_memory() -> int:
+    """Bytes that can be in memory without pushing anything out; what is mapped needs no more address space for that."""
     return max(0, min([_of_the_machine(), *_of_its_cgroups()]))
+
+
+def address_space() -> int:
+    """Bytes that this process can address at most, mapped files included; NO_LIMIT with 64 bits and no limit set."""
+    limit = NO_LIMIT if sys.maxsize > 1 << 32 else 1 << 32
+    with contextlib.suppress(ImportError, OSError):  # Windows has no such module
+        import resource
+
+        soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if soft != resource.RLIM_INFINITY:
+            limit = min(limit, soft)
+    return limit
+
+
+def _address_space_left() -> int:
+    used = 0
+    with contextlib.suppress(OSError, ValueError, IndexError, AttributeError):
+        used = int((PROC / "self" / "statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    usable = NO_LIMIT if sys.maxsize > 1 << 32 else (1 << 32) - KERNEL_S_SHARE
+    return min(address_space(), usable) - used
 
 
 def _of_the_machine() -> int:

@@ -353,6 +353,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting a small disk needs root")
+@pytest.mark.skipif(not shutil.which("mount"), reason="there is no program mount")
 def test_a_really_full_disk(tmp_path, monkeypatch):
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(tmp_path)], capture_output=True)
     if mounted.returncode:
@@ -525,7 +526,7 @@ def test_npy_opens_in_any_tool_and_the_manifest_says_what_it_is(tmp_path, storag
     write(tmp_path / "m", storage)
     array = np.load(tmp_path / "m" / f"{NAME}.npy", mmap_mode="r", allow_pickle=False)
     entry = json.loads((tmp_path / "m" / "manifest.json").read_text())["tensors"][NAME]
-    assert array.dtype == ("uint16" if storage == "bfloat16" else storage)
+    assert array.dtype == np.dtype("uint16" if storage == "bfloat16" else storage).newbyteorder("<")
     assert (entry["dtype"], entry["shape"]) == (storage, list(array.shape))
 
 
@@ -678,15 +679,19 @@ BAD = {
     "odd shape": (lambda m: edit_entry(m, shape=[24, "x"]), rf"{NAME} is \[24, 'x'\], expected \[24, 24\] by config\.json$"),
     "truncated": (lambda m: truncate(m / f"{NAME}.npy"), rf"{NAME}\.npy is 2,431 bytes, expected 2,432$"),
     "other shape": (
-        lambda m: replace_tensor(m, np.ones((12, 48), np.float32)),
+        lambda m: replace_tensor(m, np.ones((12, 48), "<f4")),
         rf"{NAME}\.npy holds float32 \[12, 48\], expected float32 \[24, 24\]$",
     ),
     "other dtype": (
-        lambda m: replace_tensor(m, np.ones((24, 24), np.int32)),
+        lambda m: replace_tensor(m, np.ones((24, 24), "<i4")),
         rf"{NAME}\.npy holds int32 \[24, 24\], expected float32 \[24, 24\]$",
     ),
+    "big-endian": (
+        lambda m: replace_tensor(m, np.ones((24, 24), ">f4")),
+        rf"{NAME}\.npy holds big-endian float32 \[24, 24\], expected float32 \[24, 24\]$",
+    ),
     "columns first": (
-        lambda m: replace_tensor(m, np.asfortranarray(np.ones((24, 24), np.float32))),
+        lambda m: replace_tensor(m, np.asfortranarray(np.ones((24, 24), "<f4"))),
         rf"{NAME}\.npy holds float32 \[24, 24\] in Fortran order, expected float32 \[24, 24\]$",
     ),
     "pickle": (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import sys
 import threading
 import tracemalloc
 
@@ -16,6 +17,7 @@ import tiny
 from tiny import CONFIGS, random_params, relative_error
 
 CONFIG = next(iter(CONFIGS.values()))
+MAPPED = pytest.mark.skipif(sys.byteorder == "big", reason="this machine is big-endian: files are not mapped")
 
 
 def all_names(config):
@@ -103,6 +105,7 @@ def test_what_it_takes_is_told(config, dtype):
     assert told <= taken < told + 60_000 + 600 * len(dense)
 
 
+@MAPPED
 @pytest.mark.parametrize("storage", ["float32", "bfloat16"])
 def test_long_rows_stay_mapped(tmp_path, storage, monkeypatch):
     monkeypatch.setattr(layout, "SHORT_ROW", 8)
@@ -121,6 +124,7 @@ def test_auto_logs_what_it_did_and_why(tmp_path, free, dtype, monkeypatch, caplo
         for name, x in random_params(CONFIG, seed=8).items():
             writer.add(name, x)
     monkeypatch.setattr(checkpoint, "available_memory", lambda: free)
+    monkeypatch.setattr(checkpoint, "free_memory", lambda: free)
     with caplog.at_level("INFO", logger="npllama"):
         model = load(tmp_path / "m")
     matrix = model.params["layers.0.attention.wo.weight"]
@@ -129,9 +133,10 @@ def test_auto_logs_what_it_did_and_why(tmp_path, free, dtype, monkeypatch, caplo
     if dtype == "float32":
         assert [(level, "widened to float32" in message) for level, message in found] == [("INFO", True)]
     else:
-        assert [level for level, _ in found] == ["WARNING"] * 2
+        mapped = sys.byteorder == "little"  # files are; elsewhere they are read into memory
+        assert [level for level, _ in found] == ["WARNING"] * (1 + mapped)
         assert "stay as stored" in found[0][1]
-        assert "from the disk again" in found[1][1]
+        assert not mapped or "from the disk again" in found[1][1]
 
 
 def test_an_embedding_that_is_not_the_output_is_left_where_it_is():
@@ -153,6 +158,7 @@ class Mapping:
         self.told.append((self.name, advice))
 
 
+@MAPPED
 @pytest.mark.skipif(not hasattr(mmap.mmap, "madvise"), reason="this system's mmap takes no advice")
 @pytest.mark.parametrize("fits", [True, False])
 def test_the_system_is_told_how_mapped_weights_will_be_read(tmp_path, fits, monkeypatch, caplog):
@@ -164,7 +170,7 @@ def test_the_system_is_told_how_mapped_weights_will_be_read(tmp_path, fits, monk
     for name, x in model.params.items():
         x.base._mmap = Mapping(name, x.nbytes, told)
     n_bytes = sum(x.nbytes for x in model.params.values())
-    monkeypatch.setattr(checkpoint, "available_memory", lambda: n_bytes - (not fits))
+    monkeypatch.setattr(checkpoint, "free_memory", lambda: n_bytes - (not fits))
     checkpoint._read_ahead(model)
     for thread in threading.enumerate():
         if thread.name == "npllama-read-ahead":

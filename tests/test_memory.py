@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 
-from npllama import memory
+from npllama import checkpoint, memory
+
+import tiny
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 GB = 10**9
 MEMINFO = "MemTotal:       24000000 kB\nMemFree:         1000000 kB\nMemAvailable:   20000000 kB\nHugePages_Total:       0\n"
@@ -14,11 +25,19 @@ V1 = "9:cpuacct,cpu:/docker/7\n4:memory:/docker/7\n1:name=systemd:/\n0::/\n"
 V2 = "0::/user.slice/job\n"
 
 
+def limits(monkeypatch, soft: int | None = None, bits: int = 64) -> None:
+    """RLIMIT_AS, and the size of a pointer."""
+    monkeypatch.setattr(sys, "maxsize", (1 << bits - 1) - 1)
+    if resource:
+        monkeypatch.setattr(resource, "getrlimit", lambda which: (resource.RLIM_INFINITY if soft is None else soft, 0))
+
+
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
     """Writes files of /proc and /sys/fs/cgroup: machine(path=text, ...)."""
     monkeypatch.setattr(memory, "PROC", tmp_path / "proc")
     monkeypatch.setattr(memory, "CGROUPS", tmp_path / "cgroup")
+    limits(monkeypatch)
 
     def write(files: dict[str, object]) -> None:
         for name, content in files.items():
@@ -115,12 +134,89 @@ def test_a_group_that_is_over_its_limit_has_nothing(machine):
 
 
 def test_without_proc_it_is_half_of_what_is_built_in_or_a_guess(tmp_path, monkeypatch):
+    limits(monkeypatch)
     monkeypatch.setattr(memory, "PROC", tmp_path / "no")
     monkeypatch.setattr(memory, "CGROUPS", tmp_path / "no")
     monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}.__getitem__, raising=False)
     assert memory.available_memory() == 2_048_000
     monkeypatch.delattr(os, "sysconf")
     assert memory.available_memory() == 4 << 30
+
+
+def test_an_address_space_ends(machine, monkeypatch):
+    """What is mapped, files too, takes its part of it."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    machine({"proc/self/statm": f"{GB // page} 9 9 9 0 9 0"})
+    used = GB // page * page
+    assert memory.available_memory() == 20_480_000_000
+    limits(monkeypatch, soft=3 * GB)
+    assert memory.address_space() == 3 * GB
+    assert memory.available_memory() == 3 * GB - used
+    assert memory.free_memory() == 20_480_000_000
+    limits(monkeypatch, bits=32)
+    assert memory.address_space() == 1 << 32
+    assert memory.available_memory() == (3 << 30) - used
+    limits(monkeypatch, soft=2 * GB, bits=32)
+    assert memory.available_memory() == 2 * GB - used
+    limits(monkeypatch, soft=used // 2)
+    assert memory.available_memory() == 0
+
+
+UNDER_A_LIMIT = """
+import resource, sys
+import npllama
+config = npllama.checkpoint.open_model(sys.argv[1]).config  # everything is imported
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[2]), resource.RLIM_INFINITY))
+model = npllama.load(sys.argv[1])
+print(model.params["output.weight"].dtype, list(npllama.generate(model, [1, 2, 3], max_tokens=1)) != [])
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="there is no /proc/self/statm")
+@pytest.mark.parametrize(("room", "dtype"), [(100 << 20, "uint16"), (900 << 20, "float32")])
+def test_auto_stays_packed_within_a_limit_of_the_address_space(tmp_path, room, dtype):
+    """20 MB of weights are mapped, and 40 more to widen them would fit the machine but not half of what is left."""
+    config = tiny.config(vocab_size=60_000, n_layers=1)
+    with checkpoint.create(tmp_path / "m", config, "bfloat16", source={"kind": "test"}) as writer:
+        for name, x in tiny.random_params(config, seed=1).items():
+            writer.add(name, x)
+    command = [sys.executable, "-c", UNDER_A_LIMIT, str(tmp_path / "m"), str(room)]
+    environment = {**os.environ, "NPLLAMA_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.stdout == f"{dtype} True\n", done.stderr[-500:]
+
+
+@pytest.mark.parametrize(("bits", "why"), [(32, "a 64-bit Python has no such limit"), (64, "`ulimit -v` sets that limit")])
+def test_weights_that_no_address_space_holds_are_said(tmp_path, bits, why, monkeypatch):
+    config = tiny.CONFIGS["grouped"]
+    with checkpoint.create(tmp_path / "m", config, "float32", source={"kind": "test"}) as writer:
+        for name, x in tiny.random_params(config, seed=1).items():
+            writer.add(name, x)
+    n_bytes = sum(file.stat().st_size for file in (tmp_path / "m").glob("*.npy"))
+    monkeypatch.setattr(checkpoint, "address_space", lambda: n_bytes)
+    checkpoint.open_model(tmp_path / "m")
+    monkeypatch.setattr(checkpoint, "address_space", lambda: n_bytes - 1)
+    with monkeypatch.context() as patch:
+        limits(patch, bits=bits)
+        with pytest.raises(checkpoint.CheckpointError, match=rf"m: the weights take .* MB, but .* can address .* MB: {why}$"):
+            checkpoint.open_model(tmp_path / "m")
+
+
+def test_a_mapping_without_address_space_says_what_it_needs(tmp_path, monkeypatch):
+    config = tiny.CONFIGS["grouped"]
+    with checkpoint.create(tmp_path / "m", config, "float32", source={"kind": "test"}) as writer:
+        for name, x in tiny.random_params(config, seed=1).items():
+            writer.add(name, x)
+
+    def full(file, mode):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(np.lib.format, "open_memmap", full)
+    with pytest.raises(
+        checkpoint.CheckpointError, match=r"\.npy: Cannot allocate memory: 0\.1 MB of address space are needed$"
+    ):
+        checkpoint.open_model(tmp_path / "m")
 
 
 def test_this_machine_has_some():

@@ -208,7 +208,7 @@ def test_the_cache_grows_by_doubling_and_lends_its_own_memory():
         ([3, 131], r"token id 131 is outside the vocabulary: expected 0 to 130"),
         ([], r"expected a list or an array of at least one whole number"),
         ([0.5], r"tokens of shape \(1,\) and dtype float64: expected a list or an array of at least one whole number"),
-        (5, r"tokens of shape \(\) and dtype int64: expected a list or an array"),
+        (5, r"tokens of shape \(\) and dtype int(64|32): expected a list or an array"),
         (iter([5]), r"tokens of shape \(\) and dtype object: expected a list or an array"),
         ([[1, 2], [3]], r"rows of tokens have different lengths: expected the shorter ones padded with -1"),
         ([1] * 513, r"513 tokens do not fit the model's context of 512"),
