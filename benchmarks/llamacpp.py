@@ -23,7 +23,7 @@ import numpy as np
 
 import npllama
 from npllama.checkpoint import open_model
-from npllama.threads import n_threads
+from npllama.engine.threads import n_threads
 
 from .worker import PROMPT, peak_memory
 
@@ -33,7 +33,7 @@ CONTEXT = 1024  # room for a prompt of 512 tokens and what follows; llama.cpp fi
 def write_float32_gguf(path: Path, directory: str) -> None:
     """The parameters under GGUF's names, and a vocabulary that means nothing: llama.cpp opens no file without."""
     model = npllama.load(directory, dtype="float32")
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "helpers"))
     import foreign
 
     vocabulary = {

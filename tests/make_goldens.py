@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import platform
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import transformers
 import npllama
 from npllama.ops import rope_frequencies
 
+sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 import cases
 import hf_reference as hf
 import tiny
@@ -36,7 +38,7 @@ def make_ops() -> None:
         for name, inputs in cases.op_inputs(dtype).items():
             arrays |= {f"{dtype}/{name}/{key}": value for key, value in inputs.items()}
             arrays[f"{dtype}/{name}/output"] = hf.torch_op(name, inputs)
-    np.savez_compressed(GOLDENS / "ops.npz", about=about(seeds="in tests/cases.py, op_inputs"), **arrays)
+    np.savez_compressed(GOLDENS / "ops.npz", about=about(seeds="in tests/helpers/cases.py, op_inputs"), **arrays)
 
 
 def make_frequencies() -> None:

@@ -1,0 +1,290 @@
+"""A lesson is a list of steps; here is what a step holds, and how it is shown in a terminal and in Markdown.
+
+Who makes the steps (walkthrough.py, tokenizer_lesson.py) knows nothing of their looks; who shows them computes nothing.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import importlib.resources
+import inspect
+import math
+import os
+import re
+import textwrap
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import CodeType
+
+Cell = str | int | float
+
+ROOT = Path(__file__).resolve().parent.parent.parent  # of the package's folder: what a Source's file is relative to
+LABEL_CELLS, HEADING_CELLS = 12, 8  # a token's piece is cut to so many columns of a terminal
+INDENT = " " * 4
+BOLD, DIM, PLAIN = "\033[1m", "\033[2m", "\033[0m"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A place in npllama's own code."""
+
+    name: str  # "ops.rms_norm"
+    file: str  # "npllama/ops.py"
+    line: int
+
+    @classmethod
+    def of(cls, function: Callable) -> Source:
+        """Where a function or method is defined."""
+        code = inspect.unwrap(function).__code__
+        return cls(f"{_module(code)}.{function.__qualname__}", _relative(code), code.co_firstlineno)
+
+    def calling(self, function: Callable) -> Source:
+        """The nearest line that calls a function, here or above in the same function; this line if there is none."""
+        body = _innermost(_syntax(self.file), self.line)
+        calls = (node for node in ast.walk(body) if isinstance(node, ast.Call) and node.lineno <= self.line)
+        named = (call.lineno for call in calls if _called(call) == function.__name__)
+        return dataclasses.replace(self, line=max(named, default=self.line))
+
+    @property
+    def text(self) -> str:
+        """The line itself."""
+        return _code(self.file).splitlines()[self.line - 1]
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.file}:{self.line})"
+
+
+@functools.cache
+def computed_at() -> dict[str, Source]:
+    """Where model.py computes each activation: name, without `layers.N.`, -> the line of its call of `see`.
+
+    Found in the syntax tree: from forward() on, into the functions that are given the scope.
+    """
+    file = "npllama/model.py"
+    functions = {node.name: node for node in _syntax(file).body if isinstance(node, ast.FunctionDef)}
+
+    def visit(function: str, prefix: str) -> Iterator[tuple[str, Source]]:
+        for call in (node for node in ast.walk(functions[function]) if isinstance(node, ast.Call)):
+            if (name := _called(call)) == "see":
+                yield prefix + call.args[0].value, Source(f"model.{function}", file, call.lineno)
+            elif name in functions:
+                for below in map(_below, call.args):
+                    if below is not None:
+                        yield from visit(name, prefix + below)
+
+    return dict(visit("forward", ""))
+
+
+def _below(argument: ast.AST) -> str | None:
+    """What a scope that a function is given puts before its names; None for an argument that is no scope."""
+    if isinstance(argument, ast.Call) and _called(argument) == "under":
+        return f"{argument.args[0].value}."
+    is_scope = getattr(argument, "id", None) == "s" or (isinstance(argument, ast.Call) and _called(argument) == "in_layer")
+    return "" if is_scope else None
+
+
+@functools.cache
+def _syntax(file: str) -> ast.Module:
+    return ast.parse(_code(file))
+
+
+@functools.cache
+def _code(file: str) -> str:
+    inside = importlib.resources.files("npllama").joinpath(*Path(file).parts[1:])  # which may be in a zip
+    return inside.read_text(encoding="utf-8")
+
+
+def _innermost(tree: ast.Module, line: int) -> ast.AST:
+    """The function that a line is in; the whole file if it is in none."""
+    around = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.lineno <= line <= node.end_lineno)
+    return max(around, key=lambda node: node.lineno, default=tree)
+
+
+def _called(call: ast.Call) -> str | None:
+    """`f` of f(x) and of module.f(x)."""
+    return getattr(call.func, "id", getattr(call.func, "attr", None))
+
+
+def _relative(code: CodeType) -> str:
+    return Path(os.path.relpath(os.path.realpath(code.co_filename), ROOT)).as_posix()
+
+
+def _module(code: CodeType) -> str:
+    return Path(code.co_filename).stem
+
+
+@dataclass(frozen=True)
+class Table:
+    """A few numbers with their names: a row begins with its label. What is a float is shown to about four digits."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing to understand."""
+
+    title: str
+    sentence: str
+    formula: str = ""
+    shape: str = ""
+    tables: tuple[Table, ...] = ()
+    taps: tuple[str, ...] = ()  # the activations whose numbers are shown
+    sources: tuple[Source, ...] = ()  # what computes it
+    called: Source | None = None  # the line of the forward pass that has it computed
+
+
+# ------------------------------------------------------------------------------------------------------------------ terminal
+
+
+def text(steps: Iterable[Step], width: int = 80, colour: bool = False) -> str:
+    """The steps for a terminal of that many columns."""
+    return "\n\n".join(_step_text(i, step, width, colour) for i, step in enumerate(steps, start=1)) + "\n"
+
+
+def _step_text(number: int, step: Step, width: int, colour: bool) -> str:
+    paint = (lambda code, s: f"{code}{s}{PLAIN}") if colour else (lambda code, s: s)
+
+    def wrapped(content: str, label: str = "") -> list[str]:
+        """Wrapped below itself, beside its label."""
+        start = INDENT + (f"{label:<9}" if label else "")
+        lines = []
+        for line in content.splitlines():
+            whole = re.sub(r"\[[^\[\]]*\]", lambda shape: shape[0].replace(" ", "\xa0"), line)  # a shape stays on one line
+            lines += textwrap.wrap(whole, width - len(start), break_on_hyphens=False, break_long_words=False) or [""]
+        first = INDENT + paint(DIM, f"{label:<9}") if label else INDENT
+        return [(first if i == 0 else " " * len(start)) + line.replace("\xa0", " ") for i, line in enumerate(lines)]
+
+    lines = [paint(BOLD, f"{number:>2}  {step.title}"), *wrapped(step.sentence), ""]
+    if step.formula:
+        lines += wrapped(step.formula, "formula")
+    if step.shape:
+        lines += wrapped(step.shape, "shape")
+    for table in step.tables:
+        if lines[-1]:
+            lines.append("")
+        lines += wrapped(table.caption) if table.caption else []
+        lines += [INDENT + line for line in table_text(table)]
+    if step.tables and (step.taps or step.sources):
+        lines.append("")
+    if step.taps:
+        lines += wrapped(", ".join(step.taps), "tap")
+    for i, source in enumerate(step.sources):
+        lines += wrapped(str(source), "" if i else "code") if i == 0 else [" " * 13 + str(source)]
+    if step.called:
+        lines.append(" " * 13 + f"called in {step.called}")
+    while not lines[-1]:
+        lines.pop()
+    return "\n".join(lines)
+
+
+def table_text(table: Table) -> list[str]:
+    """Lines of aligned columns; columns of numbers and their headings stand on the right."""
+    cells = [[show(cell) for cell in row] for row in table.rows]
+    every = ([list(table.columns)] if any(table.columns) else []) + cells
+    widths = [max(cell_width(row[i]) for row in every) for i in range(len(table.columns))]
+    right = _numeric(table)
+    lines = []
+    for row in every:
+        padded = []
+        for cell, width, to_right in zip(row, widths, right, strict=True):
+            blank = " " * (width - cell_width(cell))
+            padded.append(blank + cell if to_right else cell + blank)
+        lines.append("  ".join(padded).rstrip())
+    return lines
+
+
+def _numeric(table: Table) -> list[bool]:
+    """Which columns hold numbers."""
+    return [any(not isinstance(row[i], str) for row in table.rows) for i in range(len(table.columns))]
+
+
+def show(cell: Cell) -> str:
+    """A cell's characters."""
+    if isinstance(cell, str):
+        return cell
+    return str(cell) if isinstance(cell, int) else number(cell)
+
+
+def number(x: float) -> str:
+    """About four digits: `0.0123`, `-12.3457`, `1.2e-07`, `-inf`."""
+    if x == 0:
+        return "0"
+    if not math.isfinite(x):
+        return str(x)
+    if 1e-3 <= abs(x) < 1e4:
+        return f"{x:.4f}" if abs(x) < 1000 else f"{x:.1f}"
+    return f"{x:.1e}"
+
+
+def cell_width(s: str) -> int:
+    """How many columns of a terminal a text takes: Chinese characters take two, combining accents none."""
+    return sum(
+        0
+        if unicodedata.combining(c) or unicodedata.category(c) in ("Mn", "Me", "Cf")
+        else 1 + (unicodedata.east_asian_width(c) in "WF")
+        for c in s
+    )
+
+
+def label(piece: str, cells: int = LABEL_CELLS) -> str:
+    """A token's piece as a table names it: in quotation marks, so that blanks are seen, and not too long."""
+    room = cells - 2
+    if cell_width(piece) > room:
+        kept = ""
+        for c in piece:
+            if cell_width(kept + c) > room - 1:
+                break
+            kept += c
+        piece = kept + "…"
+    return f'"{piece}"' if "'" in piece else f"'{piece}'"
+
+
+# ------------------------------------------------------------------------------------------------------------------ Markdown
+
+
+def markdown(steps: Sequence[Step], link: Callable[[Source], str] | None = None) -> str:
+    """The steps as Markdown.
+
+    link  a source's address, such as ../npllama/ops.py#L19; none for plain text
+    """
+    parts = []
+    for step in steps:
+        parts += [f"### {_escaped(step.title)}", _escaped(step.sentence)]
+        facts = [("formula", step.formula), ("shape", step.shape)]
+        if given := [f"{name:<9}{line}" for name, value in facts for line in value.splitlines()]:
+            parts.append("```text\n" + "\n".join(given) + "\n```")
+        parts += [_table_markdown(table) for table in step.tables]
+        if step.sources:
+            parts.append(_code_markdown(step, link))
+    return "\n\n".join(parts) + "\n"
+
+
+def _code_markdown(step: Step, link: Callable[[Source], str] | None) -> str:
+    def place(source: Source) -> str:
+        where = f"{source.file}:{source.line}"
+        return f"`{source.name}` ({f'[{where}]({link(source)})' if link else where})"
+
+    line = "Computed by " + ", ".join(map(place, step.sources))
+    line += f", called in {place(step.called)}" if step.called else ""
+    return line + ("; tap " + ", ".join(f"`{tap}`" for tap in step.taps) if step.taps else "") + "."
+
+
+def _table_markdown(table: Table) -> str:
+    def line(cells: Iterable[str]) -> str:
+        return "| " + " | ".join(_escaped(cell).replace("' ", "'&nbsp;").replace("  ", "&nbsp; ") for cell in cells) + " |"
+
+    rule = "|" + "|".join("---:" if right else "---" for right in _numeric(table)) + "|"
+    lines = [line(table.columns), rule, *(line(map(show, row)) for row in table.rows)]
+    return (_escaped(table.caption) + "\n\n" if table.caption else "") + "\n".join(lines)
+
+
+def _escaped(s: str) -> str:
+    """Text that Markdown is to show as it is: entities, which every dialect of it knows."""
+    return "".join(f"&#{ord(c)};" if c in "&\\`*_[]<>|#$~" else c for c in s)

@@ -1,0 +1,176 @@
+"""The house: who may import whom, and what `import npllama` costs."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from system import ROOT
+
+# Each file may import those before it, those of earlier rooms and of its own included. A room's name is its __init__.py, which
+# other rooms import names from. Nobody imports the command line, and it alone imports the converter, inside the command that
+# needs it.
+ORDER = [
+    "errors",
+    "config",
+    "engine.threads",
+    "engine.memory",
+    "engine.weights",
+    "engine.linear",
+    "engine.layout",
+    "engine",
+    "ops",
+    "cache",
+    "scope",
+    "engine.fast",
+    "model",
+    "activations",
+    "checkpoint.foreign",
+    "checkpoint.atomic",
+    "checkpoint.store",
+    "tokenizer",
+    "checkpoint",
+    "chat",
+    "sampling",
+    "generation",
+    "golden.precision",
+    "golden.trace",
+    "golden.bundle",
+    "golden.compare.names",
+    "golden.compare.metrics",
+    "golden.compare.inputs",
+    "golden.compare.maps",
+    "golden.compare.noise",
+    "golden.compare.judging",
+    "golden.compare.hints",
+    "golden.compare.comparison",
+    "golden.compare.text",
+    "golden.compare.html",
+    "golden.compare.report",
+    "golden.compare",
+    "golden",
+    "evaluate.perplexity",
+    "evaluate.profile",
+    "evaluate.known_answers",
+    "evaluate",
+    "learn.lesson",
+    "learn.walkthrough",
+    "learn.tokenizer_lesson",
+    "learn.exercises",
+    "learn.grading",
+    "learn.lens",
+    "learn.plot",
+    "learn.explain",
+    "learn",
+    "cli.console",
+    "cli.chat_loop",
+    "cli",
+    "__init__",
+    "__main__",
+]
+HEAVY = {"torch", "transformers", "tiktoken", "sentencepiece", "tokenizers", "blobfile", "matplotlib", "bokeh", "tqdm"} | {
+    "npllama_convert"
+}
+
+
+def module_of(path: Path) -> str:
+    """The name below npllama: `engine.linear`, `engine` for its __init__.py, `__init__` for the package's own."""
+    parts = path.relative_to(ROOT / "npllama").with_suffix("").parts
+    return ".".join(parts[:-1]) if parts[-1] == "__init__" and len(parts) > 1 else ".".join(parts)
+
+
+FILES = {module_of(path): path for path in sorted((ROOT / "npllama").rglob("*.py"))}
+
+
+def imports(path: Path, top_level_only: bool = False) -> set[str]:
+    """Imported modules: our own as `.engine.linear`, others by their first part."""
+    tree, found = ast.parse(path.read_text(encoding="utf-8")), set()
+    package = path.parent.relative_to(ROOT / "npllama").parts
+    for node in tree.body if top_level_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            start = [*package[: len(package) - node.level + 1], *((node.module or "").split(".") if node.module else ())]
+            for alias in node.names:
+                name = ".".join([*start, alias.name])
+                found.add("." + (name if name in FILES else ".".join(start)))
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module.split(".")[0])
+    return found - {"."}  # __version__
+
+
+def test_every_file_has_its_place():
+    assert sorted(ORDER) == sorted(FILES)
+
+
+def test_the_top_level_is_what_one_reads():
+    """Its folders are what one may skip."""
+    assert len([path for path in (ROOT / "npllama").iterdir() if path.is_file()]) <= 14
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_imports_point_upward(name):
+    own = {found[1:] for found in imports(FILES[name]) if found.startswith(".")}
+    assert own <= set(ORDER[: ORDER.index(name)]), f"{name} imports what stands below it"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_nothing_heavy_at_the_top_and_no_torch_anywhere(name):
+    assert not imports(FILES[name], top_level_only=True) & HEAVY
+    allowed = {"npllama_convert"} if name.startswith("cli") else set()
+    assert imports(FILES[name]) & {"torch", "transformers", "npllama_convert"} <= allowed
+
+
+def test_the_math_sees_no_file_and_no_tokenizer():
+    own = {".cache", ".config", ".ops", ".scope", ".engine", ".errors"}
+    own |= {f".engine.{name}" for name in ("fast", "linear", "threads", "weights")}
+    for name in ("ops", "engine.fast", "cache", "scope", "model"):
+        library = {"__future__", "collections", "functools", "math", "dataclasses", "typing", "numpy"}
+        assert imports(FILES[name]) <= own | library, name
+
+
+def run(code: str) -> str:
+    # From a folder without the sources: the installed package is measured where there is one, compiled as its users have it.
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT / "tests").stdout
+
+
+def test_import_brings_numpy_and_nothing_heavy():
+    """All public names do: the package loads each when it is first asked for."""
+    code = "import sys; from npllama import *; print(*{name.split('.')[0] for name in sys.modules})"
+    loaded = run(code).split()
+    assert "numpy" in loaded
+    assert not HEAVY & set(loaded)
+
+
+def test_every_error_of_ours_has_one_base():
+    """So that a caller tells them from everything else."""
+    builtin = {name for name, value in vars(builtins).items() if isinstance(value, type) and issubclass(value, BaseException)}
+    for path in (path for folder in ("npllama", "convert") for path in (ROOT / folder).rglob("*.py")):
+        for node in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)):
+            bases = {base.id for base in node.bases if isinstance(base, ast.Name)}
+            assert path.stem == "errors" or not bases & builtin, f"{path.name}: {node.name} is no NpllamaError"
+
+
+def test_import_costs_at_most_a_tenth_of_a_second_beyond_numpy():
+    """Or as much as NumPy does, where that is more: on a slow machine."""
+    code = "from time import process_time as t; a = t(); import numpy; b = t(); from npllama import load; print(b - a, t() - b)"
+    of_numpy, ours = zip(*(map(float, run(code).split()) for _ in range(5)), strict=True)
+    assert min(ours) < max(0.1, min(of_numpy))
+
+
+def test_model_py_can_be_read_in_one_sitting():
+    assert len((ROOT / "npllama" / "model.py").read_text().splitlines()) <= 150
+
+
+@pytest.mark.skipif(os.environ.get("NPLLAMA_WITHOUT_TORCH") != "1", reason="NPLLAMA_WITHOUT_TORCH is not 1: torch may be here")
+def test_torch_is_really_absent():
+    """CI's first environment sets NPLLAMA_WITHOUT_TORCH, so that what passes there has passed without torch."""
+    with pytest.raises(ModuleNotFoundError, match="No module named 'torch'"):
+        import torch  # noqa: F401

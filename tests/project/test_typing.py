@@ -1,0 +1,34 @@
+"""The package says that it is typed (py.typed): a user's program, read by mypy at its strictest, has no error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+PROGRAM = Path(__file__).parent.parent / "helpers" / "typed_user.py"
+
+
+def mypy(program: Path, cache: Path) -> str:
+    api = pytest.importorskip("mypy.api", reason="mypy is not installed")
+    # NumPy's arrays have type arguments, which a user may leave out.
+    options = ["--strict", "--allow-any-generics", "--follow-imports=silent", "--cache-dir", str(cache)]
+    out, err, _ = api.run([*options, str(program)])
+    return out + err
+
+
+def test_a_users_program_has_its_types(tmp_path):
+    assert "Success" in mypy(PROGRAM, tmp_path / "cache")
+
+
+def test_a_wrong_one_is_told(tmp_path):
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text(
+        "import npllama\n"
+        "npllama.Precision(64)\n"
+        "npllama.read_trace('x').nothing\n"
+        "npllama.load().tokenizer.encode('x')\n"
+        "npllama.generate(npllama.load(), 'text')\n"
+    )
+    out = mypy(wrong, tmp_path / "cache")
+    assert [line for line in range(1, 6) if f"wrong.py:{line}: error" in out] == [2, 3, 4, 5], out
