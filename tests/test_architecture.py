@@ -43,6 +43,7 @@ ORDER = [
     "known_answers",
     "trace",
     "golden",
+    "mistakes",
     "compare",
     "lesson",
     "walkthrough",
@@ -60,7 +61,7 @@ HEAVY = {"torch", "transformers", "tiktoken", "sentencepiece", "tokenizers", "bl
     "npllama_convert"
 }
 FILES = sorted(path for path in (ROOT / "npllama").glob("*.py"))
-COMPARE = ["names", "metrics", "inputs", "maps", "noise", "judging", "hints", "comparison", "text", "html", "report"]
+COMPARE = ["names", "metrics", "inputs", "maps", "noise", "judging", "angles", "hints", "comparison", "text", "html", "report"]
 
 
 def imports(tree: ast.AST, top_level_only: bool = False) -> set[str]:
