@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from npllama.memory import available_memory
-from npllama.threads import available_cpus, controls_blas
+from npllama.engine.memory import available_memory
+from npllama.engine.threads import available_cpus, controls_blas
 
 from . import storage
 from .processes import prepare_environment

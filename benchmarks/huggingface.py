@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import npllama
 from npllama.checkpoint import open_model
-from npllama.threads import n_threads
+from npllama.engine.threads import n_threads
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import hf_reference

@@ -23,7 +23,7 @@ import numpy as np
 
 import npllama
 from npllama.checkpoint import open_model
-from npllama.threads import n_threads
+from npllama.engine.threads import n_threads
 
 from .worker import PROMPT, peak_memory
 

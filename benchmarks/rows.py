@@ -16,10 +16,10 @@ import numpy as np
 
 from npllama import Config, n_parameters
 from npllama.checkpoint import demo_path, open_model
-from npllama.layout import new_bytes
-from npllama.memory import available_memory
-from npllama.profile import LARGE
-from npllama.store import locate
+from npllama.checkpoint.store import locate
+from npllama.engine.layout import new_bytes
+from npllama.engine.memory import available_memory
+from npllama.evaluate.profile import LARGE
 
 from . import conversion, models
 from .processes import ROOT, Ask, Worker, alternate

@@ -21,9 +21,9 @@ import numpy as np
 import npllama
 from npllama import checkpoint
 from npllama.cli import read_text
-from npllama.console import FORESEEN, error_text, say_error
+from npllama.cli.console import FORESEEN, error_text, say_error
+from npllama.evaluate.perplexity import perplexity
 from npllama.generation import prefill
-from npllama.perplexity import perplexity
 from npllama_convert import sources
 from npllama_convert.conversion import Source, Tensor, write
 

@@ -29,8 +29,8 @@ from dataclasses import replace
 import numpy as np
 
 import npllama
+from npllama.evaluate.profile import LARGE
 from npllama.generation import prefill
-from npllama.profile import LARGE
 
 from . import naive
 from .processes import anonymous_memory

@@ -25,10 +25,20 @@ from numpy.typing import ArrayLike
 
 from npllama.activations import TABLE
 from npllama.config import Config, LinearRopeScaling, RopeScaling
-from npllama.memory import size_text
+from npllama.engine.memory import size_text
+from npllama.golden.precision import Precision
+from npllama.golden.trace import (
+    EVERYTHING,
+    Selection,
+    Trace,
+    TraceError,
+    checked_run,
+    n_steps_of,
+    new_trace,
+    read_trace,
+    trace_size,
+)
 from npllama.model import Tap
-from npllama.precision import Precision
-from npllama.trace import EVERYTHING, Selection, Trace, TraceError, checked_run, n_steps_of, new_trace, read_trace, trace_size
 
 # Where an activation is: a module's output, or its input where no module ends.
 IN, OUT = "input", "output"
@@ -122,7 +132,7 @@ def capture(
     dtype   "float64", "float32", "bfloat16" or "float16" to run a copy of the model in; None takes it as it is
     steps   how many tokens to decode greedily after the prompt, or the ids to feed
 
-    The other arguments are those of npllama.trace.write_trace. Attention runs in eager mode: fused kernels show no scores.
+    The other arguments are those of npllama.golden.trace.write_trace. Attention runs in eager mode: fused kernels show no scores.
     Raises ValueError when the model or the tokens can't be used, ImportError without torch or transformers.
     """
     import torch
@@ -304,7 +314,7 @@ class _Watch:
 
 
 def _run(model, layout: Layout, config: Config, tokens: np.ndarray, n_steps: int, given: np.ndarray | None, tap: Tap) -> list:
-    """Feed the prompt and the steps; returns the ids of the steps, as npllama.trace.run does."""
+    """Feed the prompt and the steps; returns the ids of the steps, as npllama.golden.trace.run does."""
     import torch
 
     device = next(model.parameters()).device

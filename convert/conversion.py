@@ -36,10 +36,10 @@ from npllama.config import (
     n_parameters,
     parameter_shapes,
 )
+from npllama.engine.memory import size_text
+from npllama.engine.weights import native
 from npllama.errors import shown
-from npllama.memory import size_text
 from npllama.tokenizer import load_tokenizer
-from npllama.weights import native
 
 Report = Callable[[str], object]
 Shaped = TypeVar("Shaped")  # an array or a Tensor

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from npllama import checkpoint
-from npllama.atomic import new_file, write_file
+from npllama.checkpoint.atomic import new_file, write_file
 from npllama.config import Config
-from npllama.weights import Int8, widen
+from npllama.engine.weights import Int8, widen
 
 from .conversion import llama3_scaling
 from .torch_file import import_torch

@@ -19,9 +19,10 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from npllama import atomic, checkpoint, store
+from npllama import checkpoint
+from npllama.checkpoint import atomic, store
+from npllama.engine.memory import size_text
 from npllama.errors import NpllamaError
-from npllama.memory import size_text
 
 from . import sources
 from .conversion import Report, progress_bar, write

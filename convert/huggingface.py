@@ -16,8 +16,8 @@ import numpy as np
 
 from npllama import checkpoint
 from npllama.checkpoint import CheckpointError, read_json
+from npllama.checkpoint.foreign import read_safetensors
 from npllama.config import Config, ConfigError, LinearRopeScaling, RopeScaling
-from npllama.foreign import read_safetensors
 
 from . import torch_file
 from .conversion import (

@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from npllama.checkpoint import CheckpointError
+from npllama.checkpoint.foreign import file_size
 from npllama.config import Config, ConfigError, n_parameters, parameter_shapes
 from npllama.errors import shown
-from npllama.foreign import file_size
 
 from . import meta, torch_file
 from .conversion import Report, Source, Tensor, check_tokenizer, tie

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from npllama import checkpoint
 from npllama.checkpoint import CheckpointError, read_json
-from npllama.foreign import file_size
+from npllama.checkpoint.foreign import file_size
 
 from . import gguf, hub, huggingface, llama2c, meta
 from .conversion import Report, Source, check_dtype, write

@@ -15,8 +15,8 @@ from typing import BinaryIO
 import numpy as np
 
 from npllama.checkpoint import CheckpointError
+from npllama.checkpoint.foreign import file_size
 from npllama.errors import shown
-from npllama.foreign import file_size
 
 from .conversion import NOT_A_PARAMETER, Report
 

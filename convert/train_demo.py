@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from tokenizers import Regex, models, pre_tokenizers, trainers
 from torch import nn
 
-from npllama.atomic import new_file, write_file
+from npllama.checkpoint.atomic import new_file, write_file
 from npllama.tokenizer import LLAMA3_PATTERN, TiktokenTokenizer
 
 N_PIECES = 2000

@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from .config import Config, ConfigError, LinearRopeScaling, RopeScaling, n_parameters, parameter_shapes
     from .errors import NpllamaError
     from .generation import Step, generate, generate_batch, generate_steps
-    from .golden import write_golden
+    from .golden.bundle import write_golden
+    from .golden.precision import Precision
+    from .golden.trace import Recording, Selection, Trace, TraceError, read_trace, record, write_trace
     from .model import forward, no_tap
-    from .precision import Precision
     from .sampling import Sampling
     from .tokenizer import Tokenizer, load_tokenizer
-    from .trace import Recording, Selection, Trace, TraceError, read_trace, record, write_trace
 
 __version__ = "0.1.0"
 

@@ -22,9 +22,10 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from . import linear, model, ops
+from . import model, ops
 from .config import Config
-from .linear import Weight
+from .engine import linear
+from .engine.linear import Weight
 from .model import PLAIN, Rotation
 from .scope import Array, Ops
 

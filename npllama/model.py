@@ -17,9 +17,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from . import fast
 from .cache import KVCache
 from .config import Config
+from .engine import fast
 from .scope import Array, Ops, Params, Scope, Tap
 
 Rotation = tuple[Array, ...]  # what rope_rotation returns and rope takes

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from .config import LinearRopeScaling, RopeScaling
-from .linear import products
-from .weights import native
+from .engine.linear import products
+from .engine.weights import native
 
 
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import linear as engine
 from . import ops
 from .cache import KVCache
 from .config import Config
-from .weights import Weight
+from .engine import linear as engine
+from .engine.weights import Weight
 
 Array = np.ndarray
 Params = Mapping[str, Weight]

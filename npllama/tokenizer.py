@@ -26,8 +26,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Protocol
 
+from .checkpoint.foreign import LONG_LIMIT, parse_json, read_bytes
 from .errors import NpllamaError, reason
-from .foreign import LONG_LIMIT, parse_json, read_bytes
 
 # The split pattern, the limits and the names of the special tokens are those published with Llama 3 (llama-models 0.3.0,
 # llama3/tokenizer.py).

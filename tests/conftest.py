@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from npllama import atomic, checkpoint
+from npllama import checkpoint
+from npllama.checkpoint import atomic
 from npllama.tokenizer import LLAMA3_PATTERN, SentencePieceTokenizer, TiktokenTokenizer, Tokenizer, load_tokenizer
 
 from make_corpus import as_unicode, make_corpus

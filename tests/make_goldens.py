@@ -36,7 +36,7 @@ def make_ops() -> None:
         for name, inputs in cases.op_inputs(dtype).items():
             arrays |= {f"{dtype}/{name}/{key}": value for key, value in inputs.items()}
             arrays[f"{dtype}/{name}/output"] = hf.torch_op(name, inputs)
-    np.savez_compressed(GOLDENS / "ops.npz", about=about(seeds="in tests/cases.py, op_inputs"), **arrays)
+    np.savez_compressed(GOLDENS / "ops.npz", about=about(seeds="in tests/helpers/cases.py, op_inputs"), **arrays)
 
 
 def make_frequencies() -> None:

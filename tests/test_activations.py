@@ -8,10 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from npllama import KVCache, activations, forward, linear, model, ops, parameter_shapes
+from npllama import KVCache, activations, forward, model, ops, parameter_shapes
 from npllama.activations import AFTER, BEFORE, LAYER, STREAM, TABLE, TOKENS, Context
-from npllama.compare.maps import BUILT_IN
-from npllama.compare.names import place
+from npllama.engine import linear
+from npllama.golden.compare.maps import BUILT_IN
+from npllama.golden.compare.names import place
 from npllama.model import PLAIN
 from npllama_convert import capture
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from npllama import KVCache, forward
-from npllama.linear import to_bfloat16
+from npllama.engine.linear import to_bfloat16
 
 import tiny
 from tiny import CONFIGS, byte_swapped, random_params, random_tokens, relative_error

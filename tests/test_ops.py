@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from npllama import linear, ops, threads
+from npllama import ops
+from npllama.engine import linear, threads
 
 from tiny import LLAMA_3_1, LLAMA_3_2, byte_swapped, relative_error, uniform
 

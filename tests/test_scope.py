@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from npllama import KVCache, Model, forward, generate, generate_batch, model, no_tap, ops
+from npllama.evaluate.perplexity import perplexity
 from npllama.model import FAST, PLAIN
-from npllama.perplexity import perplexity
 from npllama.scope import Ops, Scope
 
 from tiny import CONFIGS, random_params, relative_error

@@ -1,0 +1,120 @@
+"""Faster forms of operations, for a pass without a tap: a long prompt is shared among the threads.
+
+Attention goes by tiles of queries, small enough that their scores stay in a core's cache: they are never in memory whole, and
+scores after a tile's last query, about half of a prompt's, are never computed. Unlike FlashAttention (Dao et al. 2022,
+arXiv:2205.14135), a tile of queries sees all its keys at once, so no running maximum is needed. Arithmetic is moved to where
+the numbers are fewer: queries are scaled instead of scores, and, as in FlashAttention-2 (Dao 2023, arXiv:2307.08691), the
+output is divided by the sum of weights instead of each weight. The results are those of ops.py within rounding.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .. import ops
+from .linear import products
+from .threads import n_threads, parallel
+
+if TYPE_CHECKING:
+    from ..scope import Ops, Scope
+
+# glibc unmaps large arrays when they are freed, and touching fresh memory costs more than computing with it. Freeing one block
+# of 31 MiB raises its threshold, so that the memory of smaller arrays is reused. Untouched, this block costs nothing.
+_ = np.empty(31 << 20, np.uint8)
+del _
+
+TILE = 1 << 18  # scores
+SHARED = 1 << 17  # scores: below this, a second thread costs more than it saves
+TOKENS = 256  # per thread, at least: with fewer, BLAS spends longer packing the weights than multiplying
+
+
+def by_token(f: Callable[[np.ndarray, Scope], np.ndarray]) -> Callable[[np.ndarray, Scope], np.ndarray]:
+    """Share the tokens of a long prompt among the threads, for a function that transforms each by itself.
+
+    x [..., T, D] -> like x. With a tap they stay together, as it is shown whole activations.
+    """
+
+    @functools.wraps(f)
+    def shared(x: np.ndarray, s: Scope) -> np.ndarray:
+        rows = x.reshape(-1, x.shape[-1])
+        size = -(-len(rows) // n_threads())
+        if size < TOKENS or size == len(rows) or s.tap is not None:
+            return f(x, s)
+        y = np.empty_like(rows)
+
+        def work(i: int) -> None:
+            part = slice(i * size, i * size + size)
+            y[part] = f(rows[part], s)
+
+        parallel(work, -(-len(rows) // size))
+        return y.reshape(x.shape)
+
+    return shared
+
+
+def rope_rotation(positions: np.ndarray, frequencies: np.ndarray) -> tuple[np.ndarray]:
+    """Return ops.rope_rotation's cosines and sines as one complex array, formed once a pass instead of twice a layer."""
+    cos, sin = ops.rope_rotation(positions, frequencies)
+    return (cos + 1j * sin,)
+
+
+def rope(x: np.ndarray, rotation: np.ndarray) -> np.ndarray:
+    """Rotate as ops.rope does, by rope_rotation's complex numbers."""
+    return (np.ascontiguousarray(x).view(rotation.dtype) * rotation).view(x.dtype)
+
+
+def attention(q: np.ndarray, keys: np.ndarray, values: np.ndarray, mask: np.ndarray, s: Scope) -> np.ndarray:
+    """Compute model.attention without its scores and weights: a tap is shown the heads alone."""
+    return s.see("heads", tiled_attention(q, keys, values, mask))
+
+
+def tiled_attention(q: np.ndarray, keys: np.ndarray, values: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Compute ops.attention_scores, softmax and attention_heads in one.
+
+    q [..., T, H, K], keys, values [..., G, S, K], mask [..., 1, T, S] -> [..., T, H, K]
+
+    The T queries are those of the last T slots, as in KVCache: none looks at a slot after its own.
+    """
+    *batch, T, H, K = q.shape
+    G, S = keys.shape[-3:-1]
+    R = H // G
+    if q.size // K * S < SHARED:
+        return ops.attention_heads(ops.softmax(ops.attention_scores(q, keys, mask)), values)
+    size = max(8, TILE // (R * S))  # queries
+    n_tiles = -(-T // size)
+    q = q / math.sqrt(K)
+    y, ones = np.empty_like(q), np.ones(S, q.dtype)
+    # Without padding, what came before a tile's first query is hidden from none of its queries.
+    padded = any(mask[..., start : start + size, : S - T + start].any() for start in range(0, T, size))
+
+    def work(i: int) -> None:
+        *at, g, tile = np.unravel_index(i, (*batch, G, n_tiles))
+        tokens, heads = slice(tile * size, min(T, tile * size + size)), slice(g * R, g * R + R)
+        first, stop = S - T + tokens.start, S - T + tokens.stop  # slots: of the first query, and after the last
+        queries = q[(*at, tokens, heads)].swapaxes(0, 1).reshape(-1, K)  # those of one head after another
+        scores = products(queries, keys[(*at, g, slice(stop))])
+        hidden = slice(0 if padded else first, stop)  # slots that may be, to some
+        scores.reshape(R, -1, stop)[..., hidden] += mask[(*at, slice(None), tokens, hidden)]
+        scores -= np.max(scores, axis=-1, keepdims=True)
+        weights = np.exp(scores, out=scores)
+        y_tile = weights @ values[(*at, g, slice(stop))]
+        y_tile /= (weights @ ones[:stop])[:, None]
+        y[(*at, tokens, heads)] = y_tile.reshape(R, -1, K).swapaxes(0, 1)
+
+    parallel(work, math.prod(batch) * G * n_tiles)
+    return y
+
+
+def faster(plain: Ops) -> Ops:
+    """Return the set with this module's operations in the place of those that they are faster than."""
+    inside_attention = dict.fromkeys(("attention_scores", "softmax", "attention_heads"))
+    feed_forward = by_token(plain.feed_forward)
+    return replace(
+        plain, attention=attention, **inside_attention, feed_forward=feed_forward, rope_rotation=rope_rotation, rope=rope
+    )

@@ -1,0 +1,134 @@
+"""Where a token's time goes: each product of matrices by its weight, each operation, and what the memory's speed allows.
+
+    profile = Profile(npllama.load())
+    for step in profile.watch(generate_steps(profile.model, ids, 64, Sampling(), cache=profile.cache())):
+        ...
+    print(profile.text())
+
+The operations and the cache of a profile are those of a pass without a tap, each timed.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+
+from ..cache import KVCache
+from ..checkpoint import Model
+from ..engine.weights import Weight
+from ..generation import Step
+from ..model import FAST
+
+TIMED = [field.name for field in dataclasses.fields(FAST) if getattr(FAST, field.name) and field.name != "feed_forward"]
+LARGE = (16384, 4096)  # float32: 268 MB, beyond every cache
+
+
+class Profile:
+    """Add up what generating takes, from the second token on: the first comes with the prompt.
+
+    model  the one to generate with: the given one, its operations timed
+    """
+
+    def __init__(self, model: Model):
+        self.bytes_per_token = sum(
+            weight.nbytes
+            for name, weight in model.params.items()
+            if weight.ndim == 2 and (model.config.tied_embeddings or name != "tok_embeddings.weight")
+        )
+        self.n_tokens, self.seconds = 0, 0.0
+        self.spent: defaultdict[str, float] = defaultdict(float)
+        self.read: defaultdict[str, int] = defaultdict(int)
+        self._names = _names(model)
+        self.model = copy.copy(model)
+        self.model.ops = dataclasses.replace(FAST, **{name: self._timed(getattr(FAST, name), name) for name in TIMED})
+
+    def cache(self) -> KVCache:
+        """Return an empty cache whose updates are timed."""
+        return _TimedCache(self)
+
+    def watch(self, steps: Iterable[Step]) -> Iterator[Step]:
+        """Pass the steps on, and time what is called to make each."""
+        steps = iter(steps)
+        for first in steps:
+            yield first
+            break
+        self.spent.clear()
+        self.read.clear()
+        while True:
+            started = time.perf_counter()
+            step = next(steps, None)
+            if step is None:
+                return
+            self.seconds += time.perf_counter() - started
+            self.n_tokens += 1
+            yield step
+
+    def text(self) -> str:
+        """A table: milliseconds a token and share of each operation, and how fast weights were read."""
+        if not self.n_tokens:
+            return "profile: no token after the first was made"
+        ms = 1000 / self.n_tokens
+        bandwidth = memory_bandwidth()
+        rows = sorted(self.spent.items(), key=lambda item: -item[1])
+        rows.append(("the rest: Python, residual sums", self.seconds - sum(self.spent.values())))
+        lines = [f"{'a token of ' + format(self.n_tokens, ','):<32} {'ms':>8} {'share':>7} {'GB/s':>7}"]
+        for name, seconds in rows:
+            speed = f"{self.read[name] / seconds / 1e9:7.1f}" if self.read.get(name) else ""
+            lines.append(f"{name:<32} {seconds * ms:8.2f} {seconds / self.seconds:7.1%} {speed}".rstrip())
+        limit = self.bytes_per_token / bandwidth
+        share = limit * self.n_tokens / self.seconds
+        lines.append(f"{'all':<32} {self.seconds * ms:8.2f}")
+        lines.append(
+            f"the memory's limit: {self.bytes_per_token / 1e6:,.0f} MB of weights a token at {bandwidth / 1e9:.1f} GB/s "
+            f"(one large matrix-vector product) take {limit * 1000:.2f} ms, {share:.0%} of it all"
+        )
+        return "\n".join(lines)
+
+    def _timed(self, function: Callable, name: str) -> Callable:
+        """Return the function with its time added up: under its name, or that of the weights it multiplies by."""
+        label = self._product if name in ("linear", "linears") else lambda *args: (name, 0)
+
+        def timed(*args: object) -> object:
+            started = time.perf_counter()
+            result = function(*args)
+            seconds = time.perf_counter() - started
+            key, n_bytes = label(*args)
+            self.spent[key] += seconds
+            if n_bytes:
+                self.read[key] += n_bytes
+            return result
+
+        return timed
+
+    def _product(self, x: np.ndarray, *weights: Weight) -> tuple[str, int]:
+        first, *others = (self._names.get(id(weight), "linear") for weight in weights)
+        return " ".join([first, *(name.rsplit(".", 1)[-1] for name in others)]), sum(weight.nbytes for weight in weights)
+
+
+class _TimedCache(KVCache):
+    def __init__(self, profile: Profile):
+        super().__init__(profile.model.config)
+        self.update = profile._timed(self.update, "cache")
+
+
+def _names(model: Model) -> dict[int, str]:
+    """id(weight) -> its name in the table: without `.weight`, and the same in all layers."""
+    names = {id(weight): re.sub(r"^layers\.\d+\.|\.weight$", "", name) for name, weight in model.params.items()}
+    return names | {id(model.params["tok_embeddings.weight"]): "output"} if model.config.tied_embeddings else names
+
+
+def memory_bandwidth() -> float:
+    """Bytes a second that one large float32 matrix-vector product reads; the best of five, after one that isn't counted."""
+    matrix, x = np.ones(LARGE, np.float32), np.ones(LARGE[1], np.float32)
+    seconds = []
+    for _ in range(6):
+        started = time.perf_counter()
+        matrix @ x
+        seconds.append(time.perf_counter() - started)
+    return matrix.nbytes / min(seconds[1:])

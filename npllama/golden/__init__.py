@@ -1,0 +1,1 @@
+"""For those who port: precisions, traces, bundles, mistakes, comparison."""

@@ -1,0 +1,383 @@
+"""Hold a candidate's activations against a reference's, one by one in the order of their computation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from ...checkpoint import Model, load
+from ...config import Config
+from ..precision import PRECISIONS, Precision
+from ..trace import checked_run, model_facts, run
+from .hints import hints
+from .inputs import Activations, InputError, read_activations
+from .judging import Aligned, Judged, judge, pair, problem_of
+from .maps import LayoutError, MapError, NameMap, NeedsModel, Rule, arrange, read_map
+from .metrics import Metrics, measure, unit_roundoff
+from .names import by_token, dimensions, in_order, place
+from .noise import NoiseFloor, bundled_noise, default_noise, measure_noise, noise_between
+
+
+@dataclass
+class Row:
+    """What was found about one activation."""
+
+    name: str
+    problem: str | None = None  # what makes it fail besides its error: missing, NaN, another shape ...
+    metrics: Metrics | None = None
+    judged: Judged | None = None  # of the whole computation so far
+    local: Judged | None = None  # of the operation alone, given the candidate's own inputs
+    passed: bool = False
+
+
+@dataclass
+class Comparison:
+    """The outcome of compare()."""
+
+    reference: str
+    candidate: str
+    precision: str  # the candidate's
+    noise: NoiseFloor
+    tolerance: tuple[float, float] | None  # atol and rtol, when they judge instead of the noise floor
+    rows: list[Row]  # in the order of computation
+    assumed: str = ""  # why this precision, where the candidate's files are of several
+    warnings: list[str] = field(default_factory=list)
+    hints: list[str] = field(default_factory=list)
+
+    @property
+    def equal(self) -> bool:
+        """Whether nothing failed."""
+        return all(row.passed for row in self.rows)
+
+    @property
+    def exit_status(self) -> int:
+        """0 equal, 1 different."""
+        return 0 if self.equal else 1
+
+    @property
+    def first(self) -> Row | None:
+        """The first row that failed; one that both sides have, if there is any such."""
+        failed = [row for row in self.rows if not row.passed]
+        return next((row for row in failed if row.metrics or row.problem not in ABSENT), failed[0] if failed else None)
+
+    @property
+    def wrong_by_themselves(self) -> list[str]:
+        """The activations whose operation is wrong even on the candidate's own inputs."""
+        return [row.name for row in self.rows if row.local and not row.local.passed]
+
+    @property
+    def verdict(self) -> str:
+        """One sentence, and the precision that is meant if the candidate doesn't say."""
+        return self._verdict() + (f"; judged as {self.precision}: {self.assumed}" if self.assumed else "")
+
+    def _verdict(self) -> str:
+        row = self.first
+        if row is None:
+            return self._equal_verdict()
+        if row.problem in ABSENT:
+            theirs, ours = ([r.name for r in self.rows if r.problem == absent] for absent in ABSENT)
+            if theirs and ours and len(theirs) + len(ours) == len(self.rows):
+                names = f"{theirs[0]} in the reference, {ours[0]} in the candidate"
+                return f"different: no name in common ({names}): is a --map missing?"
+            others = sum(r.problem == row.problem for r in self.rows) - 1
+            return f"different: {row.name} is {row.problem}" + (f", and {others} more" if others else "")
+        if row.judged is None:
+            return f"first divergence: {row.name} ({row.problem})"
+        shown, kind = row.judged, "relative error"
+        if self.tolerance is None and row.problem is None and row.judged.passed:
+            shown, kind = row.local, "local relative error"
+        against = f"noise floor {_short(shown.floor)}"
+        if self.tolerance is not None:
+            against = f"beyond atol {self.tolerance[0]:g} + rtol {self.tolerance[1]:g}"
+        sentence = f"first divergence: {row.name} ({kind} {shown.error:.1e}, {against})"
+        return sentence + (f": {row.problem}" if row.problem else "")
+
+    def _equal_verdict(self) -> str:
+        count = f"{len(self.rows)} activation{'s' * (len(self.rows) != 1)}"
+        if self.tolerance is not None:
+            return f"equal within atol {self.tolerance[0]:g} + rtol {self.tolerance[1]:g}: {count}"
+        worst = max(self.rows, key=lambda row: row.judged.ratio)
+        if worst.judged.ratio == 0:
+            return f"identical: {count}"
+        return (
+            f"equal within rounding: {count}, none more than {worst.judged.ratio:.2g} times its noise floor "
+            f"({worst.name}; the limit is {worst.judged.limit:g})"
+        )
+
+
+ABSENT = ("missing from the candidate", "not in the reference")
+
+
+def _short(x: float) -> str:
+    """6e-07, as one significant digit is all that a floor has."""
+    return f"{x:.0e}"
+
+
+@np.errstate(all="ignore")  # others' arrays may hold any numbers; the rows say which of them are not finite
+def compare(
+    reference: Activations | Path | str,
+    candidate: Activations | Path | str,
+    *,
+    names: str | None = None,
+    model: Model | Path | str | None = None,
+    noise: NoiseFloor | Path | str | None = None,
+    precision: str | None = None,
+    partial: bool = False,
+    atol: float | None = None,
+    rtol: float | None = None,
+) -> Comparison:
+    """Compare two sets of activations, each a path of any kind that inputs.read_activations() knows.
+
+    names      how the candidate's names and layouts become ours: "hf", "transformerlens", "ggml" or a JSON file (maps.py)
+    model      measures the noise floor and each operation by itself; by default the one that the reference's trace.json names
+    noise      a trace of the same tokens as the reference's, in the candidate's precision (one of the two in float64)
+    precision  the candidate's, when it isn't what its trace.json says or, without one, what its arrays are stored in
+    partial    compare what both sides have; else a name that one side lacks is a failure
+    atol, rtol judge by |candidate - reference| <= atol + rtol · |reference| instead of the noise floor
+
+    Raises ValueError, naming the file, when an input can't be used; what differs is in the result.
+    """
+    reference, candidate = (x if isinstance(x, Activations) else read_activations(x) for x in (reference, candidate))
+    for option, x in (("atol", atol), ("rtol", rtol)):
+        if x is not None and not 0 <= x < math.inf:
+            raise InputError(f"{option} is {x:g}, expected a finite number that is not below 0")
+    warnings: list[str] = []
+    tokens, steps = _tokens(reference, candidate)
+    found = model if isinstance(model, Model) else _find_model(reference, model, warnings)
+    config = found.config if found else _config(reference)
+    if tokens is not None:
+        tokens = _checked_tokens(tokens, steps, reference, candidate, config)
+    name_map = read_map(names)
+    assumed = "" if precision else candidate.mixed
+    precision = precision or candidate.precision
+    if precision not in PRECISIONS:
+        raise InputError(f"precision is {precision!r}, expected {', '.join(PRECISIONS)}")
+    coarser = max(precision, reference.precision, key=unit_roundoff)
+
+    aligned = Aligned(reference, {}, config, found, tokens, steps)
+    rows = _align(aligned, candidate, name_map, partial, warnings)
+    if not rows or (partial and not aligned.candidate and all(row.problem in (None, *ABSENT) for row in rows)):
+        raise InputError(f"{candidate.path}: no activation in common with {reference.path}")
+    for side, own in ((reference, list(aligned.candidate)), (candidate, list(candidate))):
+        warnings += [f"{side.path}: {name} is not as trace.json's sha256 has it" for name in own if not side.hash_matches(name)]
+
+    tolerance = None if atol is None and rtol is None else (atol or 0.0, rtol or 0.0)
+    floor = _noise_floor(aligned, coarser, noise, reference, tolerance is not None)
+    comparison = Comparison(str(reference.path), str(candidate.path), precision, floor, tolerance, rows, assumed, warnings)
+    for row in rows:
+        if row.name in aligned.candidate:
+            _judge_row(row, aligned, comparison)
+    if found and tokens is not None and tolerance is None:
+        _judge_operations(aligned, comparison)
+    for row in rows:
+        row.passed = row.problem is None and _within(row, comparison)
+    if (first := comparison.first) and first.name in aligned.candidate:
+        comparison.hints = hints(first.name, aligned, floor, precision)
+    return comparison
+
+
+# ------------------------------------------------------------------------------------------------------- what is compared
+
+
+def _tokens(reference: Activations, candidate: Activations) -> tuple[np.ndarray | None, list]:
+    """The tokens of both; InputError if they were not given the same."""
+    metas = [side.meta for side in (reference, candidate) if side.meta]
+    if len(metas) == 2:
+        for key in ("tokens", "steps"):
+            if metas[0][key] != metas[1][key]:
+                theirs, ours = _start(metas[1][key]), _start(metas[0][key])
+                raise InputError(f"{candidate.path}: its {key} are {theirs}, those of {reference.path} {ours}")
+    return (np.array(metas[0]["tokens"]), metas[0]["steps"]) if metas else (None, [])
+
+
+def _checked_tokens(
+    tokens: np.ndarray, steps: list, reference: Activations, candidate: Activations, config: Config | None
+) -> np.ndarray:
+    """The prompt's ids in the shape of the reference's batch; InputError if neither its arrays nor the model can have them."""
+    file = (reference if reference.meta else candidate).path / "trace.json"
+    for name in reference:
+        here, shape = place(name), reference.shape(name)
+        if here.axes is None or not len(here.axes) <= len(shape) <= len(here.axes) + 1:
+            continue
+        batch, own = shape[: len(shape) - len(here.axes)], shape[len(shape) - len(here.axes) + here.axes.index("T")]
+        if here.step is None and math.prod(batch) * own == tokens.size:
+            tokens = tokens.reshape(*batch, own)
+        elif here.step is None or here.step >= len(steps):
+            has = f"{len(steps)} steps" if here.step is not None else f"tokens of shape {list(tokens.shape)}"
+            raise InputError(f"{file} has {has}, but in {reference.path} {name} has the shape {list(shape)}")
+    if config is not None:
+        try:
+            checked_run(config, tokens, steps)
+        except ValueError as error:
+            raise InputError(f"{file}: {error}") from None
+    return tokens
+
+
+def _start(values: list) -> str:
+    text = str(values)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _config(reference: Activations) -> Config | None:
+    config = ((reference.meta or {}).get("model") or {}).get("config")
+    return Config.from_dict(config) if config else None
+
+
+def _find_model(reference: Activations, given: Path | str | None, warnings: list[str]) -> Model | None:
+    """The model given, or the reference's own if it is where trace.json says and unchanged."""
+    facts = (reference.meta or {}).get("model") or {}
+    if given is None and not facts.get("path"):
+        return None
+    try:
+        model = load(given or facts["path"])
+    except (ValueError, OSError) as error:
+        if given is not None:
+            raise
+        warnings.append(f"the reference's model can't be opened, so noise is not measured: {error}")
+        return None
+    if facts.get("manifest_sha256") not in (None, model_facts(model)["manifest_sha256"]):
+        if given is None:
+            warnings.append(f"{facts['path']} is no longer the model that the reference is from, so noise is not measured")
+            return None
+        warnings.append(f"{given} is not the model that the reference is from")
+    return model
+
+
+def _align(aligned: Aligned, candidate: Activations, name_map: NameMap, partial: bool, warnings: list[str]) -> list[Row]:
+    """Bring the candidate's arrays into our names and layouts; a row for each activation that either side has."""
+    reference = aligned.reference
+    sources: dict[str, tuple[str, Rule]] = {}
+    unknown, skipped = [], []
+    for own in candidate:
+        found = name_map.find(own)
+        if isinstance(found, str):
+            unknown.append(own)
+        elif found is not None:
+            name, rule = found
+            if name in sources:
+                raise MapError(f"{candidate.path}: both {sources[name][0]} and {own} stand for {name}")
+            sources[name] = own, rule
+    head_dim = aligned.config.head_dim if aligned.config else dimensions(reference).get("K")
+    rows, out_of_reach = [], 0
+    for name in in_order([*reference, *(name for name in sources if name not in reference)]):
+        if name not in sources:
+            if not name_map.reaches(name):
+                out_of_reach += 1
+            elif not partial:
+                rows.append(Row(name, ABSENT[0]))
+        elif name not in reference:
+            if not partial:
+                rows.append(Row(name, ABSENT[1]))
+        else:
+            own, rule = sources[name]
+            try:
+                x = arrange(candidate[own], name, rule, reference[name], head_dim, aligned.model and aligned.model.params)
+            except NeedsModel:
+                skipped.append(name)
+                continue
+            except MapError as error:
+                raise MapError(f"map {name_map.title}: {own}: {error}") from None
+            except LayoutError as error:
+                rows.append(Row(name, str(error)))
+                continue
+            rows.append(Row(name, None if x.size else "empty"))
+            aligned.candidate[name], aligned.rules[name] = x, rule
+    if not partial:
+        rows += [Row(own, ABSENT[1]) for own in unknown]
+    if out_of_reach:
+        warnings.append(f"{out_of_reach} of the reference's activations have no name in the map {name_map.title}: not compared")
+    if skipped:
+        warnings.append(f"{', '.join(skipped)}: come before a weight, so comparing them needs the model (-m): not compared")
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------------------ judging
+
+
+def _noise_floor(aligned: Aligned, precision: str, given, reference: Activations, by_tolerance: bool) -> NoiseFloor:
+    if isinstance(given, NoiseFloor):
+        return given
+    can_measure = aligned.model is not None and aligned.tokens is not None and not by_tolerance
+    measured = None
+    if can_measure:
+        measured = measure_noise(aligned.model, aligned.tokens, aligned.steps, precision, aligned.candidate.keys())
+    if given is None:
+        n_layers = 1 + max((place(name).layer or 0 for name in reference), default=0)
+        return measured or bundled_noise(reference, precision) or default_noise(precision, n_layers)
+    other = read_activations(given)
+    if other.meta and reference.meta and any(other.meta[key] != reference.meta[key] for key in ("tokens", "steps")):
+        raise InputError(f"{given}: its tokens are not the reference's")
+    if _is_the_candidate(other, aligned):
+        raise InputError(f"{given}: equal to the candidate; a noise trace is another, right program's in the same precision")
+    floor = noise_between(reference, other, precision, str(given))
+    return NoiseFloor(precision, floor.source, floor.accumulated, measured.local if measured else {}, floor.limits)
+
+
+def _is_the_candidate(noise: Activations, aligned: Aligned) -> bool:
+    """Whether each number of the noise trace is the candidate's, so that any mistake would count as noise."""
+    shared = [name for name in noise if name in aligned.candidate]
+    pairs = [(noise[name], aligned.candidate[name], aligned.reference[name]) for name in shared]
+    same = all(np.array_equal(x, c, equal_nan=True) for x, c, _ in pairs)
+    return same and any(not np.array_equal(x, r, equal_nan=True) for x, _, r in pairs)
+
+
+def _judge_row(row: Row, aligned: Aligned, comparison: Comparison) -> None:
+    if row.problem:
+        return
+    c, r, kept = pair(aligned, row.name, aligned.candidate[row.name], aligned.reference[row.name])
+    row.problem = problem_of(row.name, c, r)
+    logits = place(row.name).kind == "logits"
+    of_tokens = [by_token(row.name, x) for x in (c, r)]  # [..., T, numbers]
+    of_tokens = [x[kept[..., -x.shape[-2] :]] for x in of_tokens]
+    row.metrics = measure(*of_tokens, comparison.precision, logits)
+    row.judged = judge(row.name, c, r, kept, comparison.noise)
+    if comparison.tolerance is not None and row.problem is None:
+        atol, rtol = comparison.tolerance
+        both = np.isfinite(r)
+        beyond = np.abs(c[both] - r[both]) > atol + rtol * np.abs(r[both])
+        if count := np.count_nonzero(beyond):
+            row.problem = f"{count} of {beyond.size} numbers are beyond the tolerance"
+
+
+def _within(row: Row, comparison: Comparison) -> bool:
+    if comparison.tolerance is not None:
+        return True
+    return all(judged is None or judged.passed for judged in (row.judged, row.local))
+
+
+def _judge_operations(aligned: Aligned, comparison: Comparison) -> None:
+    """Compute every operation in float64 from the candidate's own activations, and judge what the candidate made of them.
+
+    Where one of those can't be used (it has another shape, or numbers that are none), what is computed from it isn't judged:
+    the candidate's own input is not known then.
+    """
+    rows = {row.name: row for row in comparison.rows}
+    n_layers = aligned.model.config.n_layers
+    unusable: set[str] = set()  # by themselves, or by what went into them unrecorded
+
+    def tap(name: str, x: np.ndarray) -> np.ndarray:
+        inputs = place(name).inputs(n_layers)
+        inputs_known = unusable.isdisjoint(inputs)
+        if name not in rows or rows[name].problem in ABSENT:  # not recorded: x goes on
+            if not inputs_known:
+                unusable.add(name)
+            return x
+        c = aligned.candidate.get(name)
+        if c is None or c.shape != x.shape:
+            unusable.add(name)
+            return x
+        c, expected, kept = pair(aligned, name, c, x)
+        if np.isnan(c).any() or np.isposinf(c).any():
+            unusable.add(name)
+            return x
+        if inputs_known and np.isfinite(expected[~np.isneginf(expected)]).all():
+            one = all(source in aligned.candidate for source in inputs)
+            rows[name].local = judge(name, c, expected, kept, comparison.noise, local=True, one=one)
+            if (np.isneginf(c) != np.isneginf(expected)).any():  # masked in one only
+                rows[name].local = replace(rows[name].local, error=math.inf, ratio=math.inf)
+        return c
+
+    run(aligned.model, aligned.tokens, aligned.steps, Precision("float64"), tap)

@@ -1,0 +1,328 @@
+"""What may have gone wrong: the list of mistakes, each tried on the candidate's own numbers.
+
+A mistake is a prediction: what the first wrong activation would be, computed in float64 from the candidate's own inputs (the
+reference's, where the candidate lacks them) with that mistake. A hint is given only when the prediction explains the candidate
+and the right operation doesn't: it is evidence, not a guess from the error's size. The one that is a guess, bfloat16_sized(),
+ends in a question mark. Operations between recorded activations are computed too, so that the mistakes in these are found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TypeVar
+
+import numpy as np
+
+from ... import ops
+from ...activations import STREAM, TABLE, TOKENS, Activation, Context, stream_before
+from ...cache import PADDING
+from ...engine.linear import widen
+from ...model import PLAIN
+from ...scope import Ops
+from ..mistakes import MISTAKES, NORMS, QUERIES, ROTATED, Mistake, Taken
+from ..precision import ROUND
+from .angles import turned_by, wrong_frequencies
+from .judging import Aligned, judge, pair, relative_error
+from .names import place
+from .noise import NoiseFloor
+
+ROUNDED_ONCE, GATHERED = 2.0**-6, 2.0**-3  # more than the relative error of one bfloat16 operation, of some layers of them
+EXPLAINED = 1e-3  # a prediction that leaves less than this share of the error explains it
+
+T = TypeVar("T")
+Prediction = tuple[str, "np.ndarray | None"]
+RIGHT = Mistake("", "")  # changes nothing
+
+
+class Scene:
+    """The first wrong activation, with what is known of its surroundings."""
+
+    def __init__(self, name: str, aligned: Aligned, noise: NoiseFloor, precision: str):
+        self.name, self.here, self.aligned, self.noise, self.precision = name, place(name), aligned, noise, precision
+        self.config, self.params = aligned.config, aligned.model and aligned.model.params
+        self.target = np.asarray(aligned.candidate[name], np.float64)
+        self.layers = 1 + max((place(n).layer or 0 for n in aligned.reference), default=0)
+
+    def sibling(self, kind: str) -> str:
+        """Name another activation of the same pass, and of the same layer if it is one of a layer's."""
+        if kind == STREAM:
+            return self.here.prefix + stream_before(self.layers if self.here.layer is None else self.here.layer)
+        return self.here.sibling(kind)
+
+    def recorded(self, name: str) -> np.ndarray | None:
+        """An activation of the candidate in float64; None if it has none, or a shortened one, or one that its map has made."""
+        x, rule = self.aligned.candidate.get(name), self.aligned.rules.get(name)
+        made = rule and (rule.scale or rule.unmasked)
+        whole = x is not None and not made and x.shape == self.aligned.reference[name].shape
+        return np.asarray(x, np.float64) if whole else None
+
+    def reference(self, name: str) -> np.ndarray | None:
+        """An activation of the reference in float64, if it has it."""
+        return np.asarray(self.aligned.reference[name], np.float64) if name in self.aligned.reference else None
+
+    def earlier(self, kind: str) -> list[np.ndarray | None]:
+        """What was kept in the cache by the passes before this one, the candidate's if it has it."""
+        steps = [] if self.here.step is None else [None, *range(self.here.step)]
+        names = [self.here._replace(step=step).sibling(kind) for step in steps]
+        return [self.reference(name) if (x := self.recorded(name)) is None else x for name in names]
+
+    def tokens(self) -> np.ndarray | None:
+        """The ids of this pass, where they are known."""
+        if self.here.step is None or self.aligned.tokens is None:
+            return self.aligned.tokens
+        return np.reshape(self.aligned.steps[self.here.step], (*self.aligned.tokens.shape[:-1], 1))
+
+    def positions(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of this pass's tokens and of all slots so far.    int [..., T], int [..., S]"""
+        if self.aligned.tokens is None:
+            x = self.aligned.reference[self.name]
+            axes = self.here.axes
+            counted = np.arange(x.shape[axes.index("T") - len(axes)])
+            return counted, counted
+        is_token = self.aligned.tokens >= 0
+        if self.here.step is not None:
+            more = np.ones((*is_token.shape[:-1], self.here.step + 1), bool)
+            is_token = np.concatenate([is_token, more], axis=-1)
+        slots = np.where(is_token, np.cumsum(is_token, axis=-1) - 1, PADDING)
+        return (slots if self.here.step is None else slots[..., -1:]), slots
+
+    def only_in_decode(self) -> bool:
+        """Whether the candidate has this activation of the prompt, where it is right, since this is the first wrong one."""
+        return self.here.step is not None and self.here._replace(step=None).sibling(self.here.kind) in self.aligned.candidate
+
+    def explains(self, prediction: np.ndarray | None, wrong: np.ndarray | None) -> bool:
+        """Whether the prediction is the candidate up to rounding, or leaves a thousandth of what the right operation leaves.
+
+        One that rounding doesn't tell from the right operation's result explains nothing.
+        """
+        if prediction is None or np.isnan(prediction).any() or prediction.shape != self.aligned.reference[self.name].shape:
+            return False
+        if wrong is not None and self._agrees(*pair(self.aligned, self.name, prediction, wrong)):
+            return False
+        c, r, kept = pair(self.aligned, self.name, self.target, prediction)
+        if self._agrees(c, r, kept):
+            return True
+        if wrong is None or (np.isneginf(c) != np.isneginf(r)).any():
+            return False
+        c, w, _ = pair(self.aligned, self.name, self.target, wrong)
+        return relative_error(c, r) < EXPLAINED * min(relative_error(c, w), 1.0)
+
+    def _agrees(self, c: np.ndarray, r: np.ndarray, kept: np.ndarray) -> bool:
+        if (np.isneginf(c) != np.isneginf(r)).any():
+            return False
+        return judge(self.name, c, r, kept, self.noise, local=self.name in self.noise.local, one=True).passed
+
+
+class Attempt:
+    """Activations as they would be with one mistake, or none, each from what of its inputs the candidate has recorded."""
+
+    def __init__(self, scene: Scene, mistake: Mistake = RIGHT, frequencies: np.ndarray | None = None):
+        self.scene, self.mistake = scene, mistake
+        self.ops: Ops = replace(PLAIN, **mistake.ops)
+        self.config = scene.config and mistake.constants(scene.config)
+        self.params = None if scene.params is None else mistake.params(scene.params, scene.config)
+        self.frequencies = frequencies
+        self.computed: dict[str, np.ndarray | None] = {}
+
+    def __call__(self, kind: str) -> np.ndarray:
+        """Return an input: the candidate's, else one computed from what it has, else the reference's; ValueError without."""
+        if kind == TOKENS:
+            return at_hand(self.scene.tokens())
+        name = self.scene.sibling(kind)
+        x = self.scene.recorded(name)
+        if x is None and kind != STREAM:
+            x = self.compute(kind)
+        return at_hand(self.scene.reference(name) if x is None else x)
+
+    def compute(self, kind: str) -> np.ndarray | None:
+        """Compute an activation by the table and by the mistake; None where what goes into it is not at hand or doesn't fit."""
+        if kind not in self.computed:
+            change, x = self.mistake.activations.get(kind), None
+            with contextlib.suppress(ValueError), np.errstate(all="ignore"):
+                x = self._by_table(TABLE[kind])
+            with contextlib.suppress(ValueError), np.errstate(all="ignore"):
+                if change:  # of the reference's numbers, where the right ones are not at hand
+                    right, x = (self.scene.reference(self.scene.sibling(kind)) if x is None else x), None
+                    x = change(at_hand(right), self)
+            self.computed[kind] = x
+        return self.computed[kind]
+
+    def _by_table(self, row: Activation) -> np.ndarray:
+        inputs = [self(kind) for kind in row.inputs]
+        taken = self.mistake.parameters
+        if self.params is None and isinstance(taken, Taken) and row.weight.endswith(taken.weight):
+            twins = [a.name for a in TABLE.values() if a.inputs == row.inputs and a.weight.endswith(taken.other)]
+            return self(twins[0]) if twins else at_hand(None)
+        weight = self.weight(row) if row.weight else None
+        slots = {row.slots: self.slots(row.slots)} if row.slots else {}
+        rotation = mask = None
+        if row.operation == "rope":
+            rotation = self.ops.rope_rotation(self.scene.positions()[0], self.expected_frequencies())
+        if row.operation == "attention_scores":
+            mask = self.ops.causal_mask(*self.scene.positions(), np.float64)
+        return np.asarray(row.compute(inputs, weight, Context(self.config, rotation, mask, slots, self.ops)), np.float64)
+
+    def slots(self, kind: str) -> np.ndarray:
+        """Keys or values of all tokens so far, kept as the mistake keeps them.    [..., G, S, K]"""
+        passes = [*map(at_hand, self.scene.earlier(kind)), self(kind)]
+        whole = np.concatenate(passes, axis=-3).swapaxes(-2, -3)
+        if self.mistake.cache is None:
+            return whole
+        store, length, kept = np.zeros((*whole.shape[:-2], 2 * whole.shape[-2], whole.shape[-1])), 0, whole
+        for new in passes:
+            kept = self.mistake.cache(store, length, new)
+            length += new.shape[-3]
+        return kept
+
+    def expected_frequencies(self) -> np.ndarray:
+        """The config's, or those that the reference's own queries were rotated by."""
+        if self.frequencies is not None:
+            return self.frequencies
+        if (config := self.config) is not None:
+            return self.ops.rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, np.float64)
+        if self.ops.rope_frequencies is not PLAIN.rope_frequencies:
+            return at_hand(None)
+        q, rotated = (at_hand(self.scene.reference(self.scene.sibling(kind))) for kind in ("attention.q", "attention.q_rope"))
+        return at_hand(turned_by(q, rotated, self.scene.positions()[0]))
+
+    def weight(self, row: Activation) -> np.ndarray:
+        """The weight, that of a norm from the reference's numbers when there is no model."""
+        scene = self.scene
+        if self.params is not None:
+            weight = self.params[row.parameter(scene.config, scene.here.layer)]
+            return weight if row.operation == "embed" else np.asarray(widen(weight), np.float64)
+        if row.operation != "rms_norm":
+            return at_hand(None)
+        x, y = (at_hand(scene.reference(scene.sibling(kind))) for kind in (row.inputs[0], row.name))
+        unit = ops.rms_norm(x, np.ones(()), at_hand(scene.config).norm_eps)
+        over_tokens = tuple(range(unit.ndim - 1))
+        return np.sum(y * unit, over_tokens) / np.sum(unit * unit, over_tokens)
+
+
+def at_hand(x: T | None) -> T:
+    """Return x; raise ValueError where there is none."""
+    if x is None:
+        raise ValueError("not at hand")
+    return x
+
+
+def hints(name: str, aligned: Aligned, noise: NoiseFloor, precision: str) -> list[str]:
+    """Return the mistakes that explain the activation, usually one or none."""
+    scene = Scene(name, aligned, noise, precision)
+    if scene.here.axes is None or np.isnan(scene.target).any() or np.isposinf(scene.target).any():
+        return []
+    attempt = Attempt(scene)
+    right = attempt.compute(scene.here.kind)
+    if right is not None and scene.explains(right, None):
+        return ["its own operation is right: what goes into it isn't, by a little each time or in a step that isn't recorded"]
+    if not scene.target.any() and np.any(scene.aligned.reference[name]):
+        return ["every number is zero: was it ever written?"]
+    for predictions in (from_the_list, other_angles, other_eps):
+        for text, prediction in predictions(attempt):
+            if scene.explains(prediction, right):
+                return [text]
+    found = reduced_precision(scene, right) or bfloat16_sized(scene)
+    return [found] if found else []
+
+
+def from_the_list(right: Attempt) -> Iterator[Prediction]:
+    """Every mistake that shows at this activation, or else at one before it that isn't recorded, the nearest first."""
+    scene, computed = right.scene, list(right.computed)  # what goes into an activation comes before it, and it comes last
+    near = {name: max((computed.index(kind) for kind in m.at if kind in computed), default=-1) for name, m in MISTAKES.items()}
+    for mistake in sorted(MISTAKES.values(), key=lambda mistake: -near[mistake.name]):
+        if mistake.fitted or near[mistake.name] < 0:
+            continue
+        if mistake.needs == "decode" and not scene.only_in_decode():
+            continue
+        if scene.config is not None and not mistake.applies(scene.config):
+            continue
+        text = mistake.sentence + (row_order_note(right) if mistake.name == "rows_in_halves" else "")
+        yield text, Attempt(scene, mistake).compute(scene.here.kind)
+
+
+def row_order_note(right: Attempt) -> str:
+    """What the candidate's own rotation says of Hugging Face's order of rows: whether the whole is right in its own layout."""
+    scene, kind = right.scene, right.scene.here.kind
+    rotated = scene.recorded(f"{scene.name}_rope")
+    if kind in QUERIES and rotated is not None:
+        with contextlib.suppress(ValueError):  # without the angles
+            rotation = ops.rope_rotation(scene.positions()[0], right.expected_frequencies())
+            halves, pairs = (rope(scene.target, *rotation) for rope in (MISTAKES["half_split"].ops["rope"], ops.rope))
+            if relative_error(rotated, halves) >= relative_error(rotated, pairs):
+                return ", but RoPE rotates adjacent pairs"
+            return f"; {kind[-1]}_rope rotates halves too, so only the layout differs (--map, pairs: halves)"
+    return ""
+
+
+def other_angles(right: Attempt) -> Iterator[Prediction]:
+    """RoPE by other angles, as the candidate's own queries or keys show them."""
+    scene, kind = right.scene, right.scene.here.kind
+    if kind not in ROTATED or right.computed[kind] is None or right.computed[kind].shape != scene.target.shape:
+        return
+    x, expected, (positions, _) = right(kind.removesuffix("_rope")), right.expected_frequencies(), scene.positions()
+    if (found := turned_by(x, scene.target, positions)) is not None:
+        for text, frequencies in wrong_frequencies(found, expected, scene.config, positions):
+            yield text, Attempt(scene, frequencies=frequencies).compute(kind)
+
+
+def other_eps(right: Attempt) -> Iterator[Prediction]:
+    """A norm by another eps, solved for from each token's scale."""
+    scene, kind = right.scene, right.scene.here.kind
+    if kind not in NORMS or right.computed[kind] is None or right.computed[kind].shape != scene.target.shape:
+        return
+    x, weight = right(TABLE[kind].inputs[0]), right.weight(TABLE[kind])
+    weighted = x * weight
+    inverse = np.sum(scene.target * weighted, -1) / np.sum(weighted * weighted, -1)  # 1 / sqrt(mean x² + eps)
+    mean_square = np.mean(x * x, axis=-1)
+    # Tokens of small numbers show eps best: each token's estimate is off by about its mean square's rounding.
+    eps = float(np.average(1 / inverse**2 - mean_square, weights=1 / mean_square**2))
+    expected = scene.config.norm_eps
+    if abs(eps - expected) > 1e-2 * expected and eps > -expected:
+        shown = 0.0 if abs(eps) < 1e-2 * expected else float(f"{eps:.2g}")
+        text = f"wrong eps: the norm is that of eps = {shown:g}, and {expected:g} was expected"
+        yield text, ops.rms_norm(x, weight, max(eps, 0.0))
+
+
+def reduced_precision(scene: Scene, right: np.ndarray | None) -> str | None:
+    """Whether every number of the candidate, but not of the reference, is one of a 16-bit format, and about the right one.
+
+    Rounding is the cause only where nothing else is wrong: ones, zeros and a bfloat16 model's untouched embeddings are numbers
+    of 16 bits, too. About right is what one operation on the candidate's own inputs makes, or, where it isn't known, what
+    several have made of the reference's.
+    """
+    if scene.precision in ROUND:
+        return None
+    reference = np.asarray(scene.aligned.reference[scene.name], np.float64)
+    c, r, _ = pair(scene.aligned, scene.name, scene.target, reference if right is None else right)
+    if relative_error(c, r) > (GATHERED if right is None else ROUNDED_ONCE):
+        return None
+    reference = reference.astype(np.float32)
+    target = scene.target.astype(np.float32)
+    finite = target[np.isfinite(target)]
+    for precision, rounding in ROUND.items():
+        if (
+            np.array_equal(rounding(finite), finite)
+            and np.count_nonzero(rounding(reference) != reference) > reference.size // 8
+        ):
+            return (
+                f"{precision} where float32 was meant: every number is one that {precision} has "
+                f"(if {precision} was meant: --precision {precision})"
+            )
+    return None
+
+
+def bfloat16_sized(scene: Scene) -> str | None:
+    """Whether the error looks like bfloat16's rounding: of its size, and unrelated to the reference's numbers."""
+    if scene.precision in ROUND:
+        return None
+    c, r, _ = pair(scene.aligned, scene.name, scene.target, scene.aligned.reference[scene.name])
+    error, both = relative_error(c, r), np.isfinite(c) & np.isfinite(r)
+    d, r = c[both] - r[both], r[both]
+    related = abs(float(np.sum(d * r))) / math.sqrt(float(np.sum(d * d) * np.sum(r * r)) or 1.0)
+    if 2.0**-11 < error < 2.0**-6 and related < 0.1:
+        size = f"{error:.1e}, unrelated to the values"
+        return f"an error of the size of bfloat16's rounding ({size}): bfloat16 where float32 was meant?"
+    return None

@@ -1,0 +1,321 @@
+"""What other programs call the activations, and how they lay them out.
+
+A map is {pattern: rule}. In a pattern `{i}` stands for the layer; a `step.N/` in front is kept. A rule is null for a known name
+that has no counterpart here, else a canonical name, or an object with `name` and any of
+
+    axes       the candidate's axes in the dimension key, in its order: "H T K" for heads first, "T H*K" for joined heads,
+               "S+" for an axis that may be longer than S (the rest is cut off), "T-" for one that may be the last tokens only,
+               "a | b" for one or the other. Without it: as forward() has them. A batch axis of one in front is dropped.
+    pairs      "halves" when RoPE turns x[j] with x[j + K/2] (Hugging Face), "adjacent" (the default) for x[2j] with x[2j + 1]
+    scale      "1/sqrt(K)": the candidate's numbers lack this factor
+    unmasked   true: the candidate's scores come before its mask; hidden ones are left out of the comparison
+    weight     a parameter, such as "layers.{i}.ffn_norm.weight", that the candidate's numbers lack as a factor; needs the model
+
+as in {"blk.{i}.q": {"name": "layers.{i}.attention.q", "axes": "H T K", "pairs": "halves"}}.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from ...activations import TABLE
+from ...checkpoint.foreign import read_json
+from ...errors import NpllamaError, printable, shown
+from .names import place
+
+
+class MapError(NpllamaError):
+    """A map can't be read, or two names of the candidate stand for the same activation."""
+
+
+class LayoutError(NpllamaError):
+    """An array doesn't have the axes that it should."""
+
+
+class NeedsModel(NpllamaError):
+    """An array lacks a weight that only the model has."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One candidate name's counterpart and layout; see the module's docstring."""
+
+    name: str
+    axes: str = ""
+    pairs: str = "adjacent"
+    scale: str = ""
+    unmasked: bool = False
+    weight: str = ""
+
+
+def _heads(name: str, pairs: str = "adjacent", axes: str = "T {}*K | T {} K") -> Rule:
+    group = TABLE[name].axes[-2]  # H or G
+    return Rule("layers.{i}." + name, axes.format(group, group), pairs)
+
+
+# The output of each module of transformers' LlamaForCausalLM (models/llama/modeling_llama.py), as a forward hook sees it.
+# RoPE, the scores, the weights, the heads and the residual after attention are not modules: `npllama capture` records them too.
+# The rows of q_proj and k_proj are permuted so that RoPE turns halves.
+HF: dict[str, Rule | None] = {
+    "model.embed_tokens": Rule("tok_embeddings"),
+    "model.layers.{i}.input_layernorm": Rule("layers.{i}.attention_norm"),
+    "model.layers.{i}.self_attn.q_proj": _heads("attention.q", "halves"),
+    "model.layers.{i}.self_attn.k_proj": _heads("attention.k", "halves"),
+    "model.layers.{i}.self_attn.v_proj": _heads("attention.v"),
+    "model.layers.{i}.self_attn.o_proj": Rule("layers.{i}.attention.out"),
+    "model.layers.{i}.post_attention_layernorm": Rule("layers.{i}.ffn_norm"),
+    "model.layers.{i}.mlp.gate_proj": Rule("layers.{i}.feed_forward.gate"),
+    "model.layers.{i}.mlp.up_proj": Rule("layers.{i}.feed_forward.up"),
+    "model.layers.{i}.mlp.down_proj": Rule("layers.{i}.feed_forward.out"),
+    "model.layers.{i}": Rule("layers.{i}.out"),
+    "model.norm": Rule("norm"),
+    "lm_head": Rule("logits", "T- V"),
+    "model": None,  # the same as model.norm
+    "model.rotary_emb": None,
+    "model.layers.{i}.self_attn": None,  # the same as o_proj
+    "model.layers.{i}.mlp": None,  # the same as down_proj
+    "model.layers.{i}.mlp.act_fn": None,  # silu(gate), before it meets up
+}
+
+# The hook points of TransformerLens's HookedTransformer (components/transformer_block.py, abstract_attention.py, rms_norm.py,
+# mlps/gated_mlp.py), for a model loaded with from_pretrained_no_processing or with folded norms alike: hook_normalized comes
+# before the norm's weight. Its rotary embedding turns halves.
+TRANSFORMERLENS: dict[str, Rule | None] = {
+    "hook_embed": Rule("tok_embeddings"),
+    "blocks.{i}.ln1.hook_normalized": Rule("layers.{i}.attention_norm", weight="layers.{i}.attention_norm.weight"),
+    "blocks.{i}.attn.hook_q": _heads("attention.q", "halves", "T {} K"),
+    "blocks.{i}.attn.hook_k": _heads("attention.k", "halves", "T {} K"),
+    "blocks.{i}.attn.hook_v": _heads("attention.v", axes="T {} K"),
+    "blocks.{i}.attn.hook_rot_q": _heads("attention.q_rope", "halves", "T {} K"),
+    "blocks.{i}.attn.hook_rot_k": _heads("attention.k_rope", "halves", "T {} K"),
+    "blocks.{i}.attn.hook_attn_scores": Rule("layers.{i}.attention.scores"),
+    "blocks.{i}.attn.hook_pattern": Rule("layers.{i}.attention.weights"),
+    "blocks.{i}.attn.hook_z": _heads("attention.heads", axes="T {} K"),
+    "blocks.{i}.hook_attn_out": Rule("layers.{i}.attention.out"),
+    "blocks.{i}.hook_resid_mid": Rule("layers.{i}.attention_residual"),
+    "blocks.{i}.ln2.hook_normalized": Rule("layers.{i}.ffn_norm", weight="layers.{i}.ffn_norm.weight"),
+    "blocks.{i}.mlp.hook_pre": Rule("layers.{i}.feed_forward.gate"),
+    "blocks.{i}.mlp.hook_pre_linear": Rule("layers.{i}.feed_forward.up"),
+    "blocks.{i}.mlp.hook_post": Rule("layers.{i}.feed_forward.act"),
+    "blocks.{i}.hook_mlp_out": Rule("layers.{i}.feed_forward.out"),
+    "blocks.{i}.hook_resid_post": Rule("layers.{i}.out"),
+    "ln_final.hook_normalized": Rule("norm", weight="norm.weight"),
+    "logits": Rule("logits"),  # what the model returns; not a hook
+    "blocks.{i}.hook_resid_pre": None,  # the same as the residual before
+    "blocks.{i}.hook_attn_in": None,
+    "blocks.{i}.hook_mlp_in": None,
+    "blocks.{i}.ln1.hook_scale": None,
+    "blocks.{i}.ln2.hook_scale": None,
+    "blocks.{i}.attn.hook_result": None,
+    "ln_final.hook_scale": None,
+}
+
+# The names that llama.cpp's callback gives its tensors (src/models/llama.cpp; build_attn and build_ffn in src/llama-graph.cpp),
+# their dimensions in the order of the bytes (the reverse of ne[]). Qcur and Kcur name both sides of RoPE: what is dumped last,
+# after it, is meant. kq is neither scaled nor masked; without flash attention it has one column per cell of the cache. The last
+# layer may compute only the tokens whose logits were asked for. GGUF files have Meta's order of rows in wq and wk.
+GGML: dict[str, Rule | None] = {
+    "inp_embd": Rule("tok_embeddings"),
+    "embd": Rule("tok_embeddings"),
+    "attn_norm-{i}": Rule("layers.{i}.attention_norm"),
+    "Qcur-{i}": _heads("attention.q_rope"),
+    "Kcur-{i}": _heads("attention.k_rope"),
+    "Vcur-{i}": _heads("attention.v"),
+    "kq-{i}": Rule("layers.{i}.attention.scores", "H T S+", scale="1/sqrt(K)", unmasked=True),
+    "kq_soft_max-{i}": Rule("layers.{i}.attention.weights", "H T S+"),
+    "kq_soft_max_ext-{i}": Rule("layers.{i}.attention.weights", "H T S+"),  # its name until 2025
+    "kqv_out-{i}": _heads("attention.heads"),
+    "attn_out-{i}": Rule("layers.{i}.attention.out"),
+    "ffn_inp-{i}": Rule("layers.{i}.attention_residual", "T- D"),
+    "ffn_norm-{i}": Rule("layers.{i}.ffn_norm", "T- D"),
+    "ffn_gate-{i}": Rule("layers.{i}.feed_forward.gate", "T- F"),
+    "ffn_up-{i}": Rule("layers.{i}.feed_forward.up", "T- F"),
+    "ffn_swiglu-{i}": Rule("layers.{i}.feed_forward.act", "T- F"),
+    "ffn_gate_par-{i}": Rule("layers.{i}.feed_forward.act", "T- F"),  # its name until 2025
+    "ffn_out-{i}": Rule("layers.{i}.feed_forward.out", "T- D"),
+    "l_out-{i}": Rule("layers.{i}.out", "T- D"),
+    "result_norm": Rule("norm", "T- D"),
+    "result_output": Rule("logits", "T- V"),
+    "norm-{i}": None,  # before the norm's weight
+    "norm": None,
+    "ffn_silu-{i}": None,  # silu(gate), before it meets up
+    "kqv-{i}": None,  # the heads before they are permuted
+}
+
+BUILT_IN = {"hf": HF, "transformerlens": TRANSFORMERLENS, "ggml": GGML}
+
+
+class NameMap:
+    """Candidate name -> (canonical name, rule)."""
+
+    def __init__(self, title: str, rules: dict[str, Rule | None]):
+        self.title = title
+        self._rules = [(_regex(pattern), rule) for pattern, rule in rules.items()]
+        self._targets = [_regex(rule.name) for rule in rules.values() if rule]
+
+    def find(self, name: str) -> tuple[str, Rule] | str | None:
+        """The canonical name and the rule; None for a name to be passed over, or the name itself if the map doesn't know it."""
+        step, _, bare = name.rpartition("/") if re.match(r"step\.\d+/", name) else ("", "", name)
+        for regex, rule in self._rules:
+            if match := regex.fullmatch(bare):
+                if rule is None:
+                    return None
+                layer = match.groupdict().get("i", "")
+                filled = Rule(
+                    **{**vars(rule), "name": rule.name.replace("{i}", layer), "weight": rule.weight.replace("{i}", layer)}
+                )
+                return (f"{step}/" if step else "") + filled.name, filled
+        return name
+
+    def reaches(self, name: str) -> bool:
+        """Whether some candidate name would stand for this canonical name."""
+        here = place(name)
+        bare = name.removeprefix(here.prefix)
+        return any(regex.fullmatch(bare) for regex in self._targets)
+
+
+class Unmapped(NameMap):
+    """The candidate uses our own names and layouts."""
+
+    def __init__(self) -> None:
+        super().__init__("", {})
+
+    def find(self, name: str) -> tuple[str, Rule]:
+        """Itself."""
+        return name, Rule(name)
+
+    def reaches(self, name: str) -> bool:
+        """Every name."""
+        return True
+
+
+def _regex(pattern: str) -> re.Pattern[str]:
+    return re.compile(re.escape(pattern).replace(r"\{i\}", r"(?P<i>\d+)", 1))
+
+
+def read_map(given: str | None) -> NameMap:
+    """A built-in map by its name, or a JSON file of the user's. Raises MapError."""
+    if given is None:
+        return Unmapped()
+    if given in BUILT_IN:
+        return NameMap(given, BUILT_IN[given])
+    file = Path(given)
+    if not file.exists():
+        raise MapError(f"map {given}: No such file or directory; built-in maps: {', '.join(BUILT_IN)}")
+    content = read_json(file, MapError)
+    if not content:
+        raise MapError(f"map {given}: empty, expected an object {{pattern: canonical name}}")
+    return NameMap(given, {pattern: _rule(given, pattern, rule) for pattern, rule in content.items()})
+
+
+AXES = re.compile(r"T-|[A-Z](\*[A-Z])*\+?")  # one of the candidate's axes, as the module's docstring has it
+
+
+def _rule(file: str, pattern: str, rule: object) -> Rule | None:
+    where = f"map {file}: {printable(pattern)[:200]}"
+    if rule is None:
+        return None
+    if isinstance(rule, str):
+        rule = {"name": rule}
+    known = {field.name: bool if field.name == "unmasked" else str for field in fields(Rule)}
+    if not isinstance(rule, dict) or not isinstance(rule.get("name"), str):
+        raise MapError(f"{where} is {shown(rule)}, expected a canonical name, null or an object with `name`")
+    for key, value in rule.items():
+        if key not in known or not isinstance(value, known[key]):
+            raise MapError(f"{where} has {printable(key)[:60]} {shown(value)}; known are {', '.join(known)}")
+    made = Rule(**rule)
+    axes = place(made.name.replace("{i}", "0")).axes
+    if axes is None:
+        raise MapError(f"{where} stands for {shown(made.name)}, which is not the name of an activation")
+    if made.pairs not in ("adjacent", "halves") or made.scale not in ("", "1/sqrt(K)"):
+        raise MapError(f"{where}: pairs is adjacent or halves, and scale 1/sqrt(K)")
+    for choice in made.axes.split("|") if made.axes else []:
+        found = [axis for token in choice.split() for axis in token.rstrip("+-").split("*")]
+        if sorted(found) != sorted(axes) or not all(AXES.fullmatch(token) for token in choice.split()):
+            raise MapError(f"{where} has the axes {shown(choice.strip())}, expected {' '.join(axes)} in some order")
+    return made
+
+
+def arrange(x: np.ndarray, name: str, rule: Rule, reference: np.ndarray, head_dim: int | None, params) -> np.ndarray:
+    """A candidate's array in our layout: the axes of `reference`, T perhaps shortened to the last tokens.
+
+    Raises LayoutError when its shape is none that the rule allows, NeedsModel when the rule needs a parameter and has none,
+    MapError when the model has no such parameter.
+    """
+    axes = place(name).axes
+    if axes is None or not len(axes) <= reference.ndim <= len(axes) + 1:
+        x = x[0] if x.ndim == reference.ndim + 1 and len(x) == 1 else x
+        if x.shape != reference.shape:
+            raise LayoutError(f"shape {list(x.shape)}, expected {list(reference.shape)}")
+        return x
+    batch = reference.shape[: reference.ndim - len(axes)]
+    sizes = dict(zip(axes, reference.shape[len(batch) :], strict=True))
+    x = _split_and_order(x, batch, axes, sizes, rule.axes or " ".join(axes))
+    if rule.pairs == "halves":
+        K = x.shape[-1]
+        x = np.stack([x[..., : K // 2], x[..., K // 2 :]], axis=-1).reshape(x.shape)
+    if rule.scale:
+        if head_dim is None:
+            raise LayoutError("the head's size is not known, to scale by 1/sqrt(K)")
+        x = x / np.asarray(math.sqrt(head_dim), x.dtype)
+    if rule.weight:
+        if params is None:
+            raise NeedsModel(f"{name} comes before {rule.weight}")
+        x = x * _factor(rule.weight, params, x.shape[-1]).astype(x.dtype)
+    if rule.unmasked:
+        x = np.where(np.isneginf(reference), np.asarray(-np.inf, x.dtype), x)
+    return x
+
+
+def _factor(name: str, params, size: int) -> np.ndarray:
+    """A parameter that numbers along the last axis are multiplied by; MapError if the model has none of that name and size."""
+    if name not in params:
+        close = difflib.get_close_matches(name, params, 1)
+        raise MapError(f"weight is {name}, which the model doesn't have" + (f"; {close[0]} it has" if close else ""))
+    weight = np.asarray(params[name])
+    if weight.shape != (size,):
+        raise MapError(f"weight {name} has the shape {list(weight.shape)}, expected [{size}]")
+    return weight
+
+
+def _split_and_order(x, batch: tuple[int, ...], axes: str, sizes: dict[str, int], choices: str) -> np.ndarray:
+    """From the first choice of axes that fits x's shape to `axes`."""
+    allowed = []
+    for choice in choices.split("|"):
+        tokens = choice.split()
+        for lead in [batch] if batch else [(), (1,)]:
+            allowed.append([*lead, *(_size(token, sizes) for token in tokens)])
+            cut = _fits(x.shape, lead, tokens, sizes)
+            if cut is None:
+                continue
+            x = x[cut]
+            found = [axis for token in tokens for axis in token.rstrip("+-").split("*")]
+            now = sizes | ({"T": x.shape[len(lead) + tokens.index("T-")]} if "T-" in tokens else {})
+            x = x.reshape(*batch, *(now[axis] for axis in found))
+            return x.transpose(*range(len(batch)), *(len(batch) + found.index(axis) for axis in axes))
+    raise LayoutError(f"shape {list(x.shape)}, expected {allowed[0]}")
+
+
+def _size(token: str, sizes: dict[str, int]) -> int:
+    return math.prod(sizes[axis] for axis in token.rstrip("+-").split("*"))
+
+
+def _fits(shape: tuple[int, ...], lead: tuple[int, ...], tokens: list[str], sizes: dict[str, int]) -> tuple | None:
+    """How to cut an array of this shape to the sizes; None if it doesn't fit."""
+    if len(shape) != len(lead) + len(tokens) or shape[: len(lead)] != lead:
+        return None
+    cut: list[slice] = [slice(None)] * len(lead)
+    for found, token in zip(shape[len(lead) :], tokens, strict=True):
+        expected = _size(token, sizes)
+        if not (
+            found == expected or (token.endswith("+") and found > expected) or (token.endswith("-") and 0 < found < expected)
+        ):
+            return None
+        cut.append(slice(expected) if token.endswith("+") else slice(None))
+    return tuple(cut)

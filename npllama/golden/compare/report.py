@@ -1,0 +1,61 @@
+"""A comparison as a file: JSON for machines, or a page."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from ...checkpoint.atomic import write_file
+from .comparison import Comparison
+from .html import page
+from .text import judged_by
+
+FORMAT = "npllama comparison 1"
+
+
+def as_dict(comparison: Comparison) -> dict[str, object]:
+    """Everything, for JSON. A number that is not finite is the string "inf", "-inf" or "nan"."""
+    first = comparison.first
+    return {
+        "format": FORMAT,
+        "verdict": comparison.verdict,
+        "equal": comparison.equal,
+        "first": first and first.name,
+        "hints": comparison.hints,
+        "wrong_by_themselves": comparison.wrong_by_themselves,
+        "warnings": comparison.warnings,
+        "reference": comparison.reference,
+        "candidate": comparison.candidate,
+        "precision": comparison.precision,
+        "judged_by": judged_by(comparison),
+        "limit": None if comparison.tolerance is not None else comparison.noise.limits.several,
+        "activations": [
+            {
+                "name": row.name,
+                "passed": row.passed,
+                "problem": row.problem,
+                **{
+                    key: _plain(part and vars(part))
+                    for key, part in (("metrics", row.metrics), ("accumulated", row.judged), ("local", row.local))
+                },
+            }
+            for row in comparison.rows
+        ],
+    }
+
+
+def _plain(values: dict[str, object] | None) -> dict[str, object] | None:
+    return values and {key: str(x) if isinstance(x, float) and not math.isfinite(x) else x for key, x in values.items()}
+
+
+def write_report(comparison: Comparison, path: Path | str) -> None:
+    """Write x.json or x.html. Raises ValueError for another ending, or when the file can't be written."""
+    path = Path(path)
+    if path.suffix == ".json":
+        content = json.dumps(as_dict(comparison), indent=1, allow_nan=False) + "\n"
+    elif path.suffix == ".html":
+        content = page(comparison)
+    else:
+        raise ValueError(f"{path}: expected a report that ends in .json or .html")
+    write_file(path, content.encode())

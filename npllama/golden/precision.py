@@ -1,0 +1,172 @@
+"""The forward pass in other precisions: float64 as the gold, float32, and simulated bfloat16 and float16.
+
+A simulated 16-bit value is a float32 number that the 16-bit format has too. Every operation computes in float32 on such numbers
+and rounds its result to the nearest, ties to even, as torch's eager mode does on the CPU: each torch operation that returns a
+16-bit tensor is one rounding. Matrix products accumulate in float32 and round once at the end. Weights are rounded once.
+
+Where r() rounds, operation by operation. "meta" is llama3/model.py of llama-models 0.3.0; "hf" is modeling_llama.py of
+transformers 5.23 with eager attention. Their norms and softmax round at the same places; RoPE and the scale differ.
+
+| activation | meta | hf |
+|---|---|---|
+| tok_embeddings | the rounded weights' rows | the same |
+| attention_norm, ffn_norm, norm | r(r(x / sqrt(mean(x²) + eps)) · weight)   RMSNorm.forward | the same   LlamaRMSNorm.forward |
+| q, k, v, out, gate, up, logits | r(x Wᵀ)   ColumnParallelLinear, RowParallelLinear | the same   nn.Linear |
+| q_rope, k_rope | r(x · e^(i·m·θ)), complex numbers in float32   apply_rotary_emb | r(r(x·r(cos)) ± r(x'·r(sin)))
+    LlamaRotaryEmbedding.forward, apply_rotary_pos_emb |
+| scores | r(r(q·k) / sqrt(K)) + mask   Attention.forward | r(r(q·k) · K^-0.5) + mask   eager_attention_forward |
+| weights | r(softmax), all of it in float32   F.softmax(scores.float()).type_as(xq) | the same   softmax(dtype=torch.float32) |
+| heads | r(weights · v)   torch.matmul | the same |
+| attention_residual, out | r(x + y)   TransformerBlock.forward | the same   LlamaDecoderLayer.forward |
+| act | r(r(silu(gate)) · up)   FeedForward.forward | the same   LlamaMLP.forward |
+
+RoPE's frequencies and angles are float32 in both. (`model.bfloat16()` on a Hugging Face model rounds the frequencies too, which
+`from_pretrained(dtype=torch.bfloat16)` doesn't: that is not simulated.) Meta's Transformer.forward returns `output(h).float()`,
+which changes no value.
+
+The last rounding of each operation is where every activation passes, at the tap; only what is rounded inside an operation needs
+operations of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from .. import model, ops
+from ..cache import KVCache
+from ..config import Config
+from ..engine.weights import Weight, is_packed, to_bfloat16, widen
+from ..scope import Ops, Params, Tap
+
+PRECISIONS = ("float64", "float32", "bfloat16", "float16")
+CONVENTIONS = ("meta", "hf")
+
+Round = Callable[[np.ndarray], np.ndarray]
+
+
+def round_bfloat16(x: np.ndarray) -> np.ndarray:
+    """The nearest bfloat16 to each float32, ties to even, as float32; what lies beyond the largest becomes infinite."""
+    return widen(to_bfloat16(x))
+
+
+def round_float16(x: np.ndarray) -> np.ndarray:
+    """The nearest IEEE half-precision number to each float32, ties to even, as float32; beyond 65504 it becomes infinite."""
+    with np.errstate(over="ignore", under="ignore"):
+        return np.asarray(x, np.float32).astype(np.float16).astype(np.float32)
+
+
+ROUND: dict[str, Round] = {"bfloat16": round_bfloat16, "float16": round_float16}
+
+
+def rounding_ops(r: Round, convention: str) -> Ops:
+    """ops.py with the roundings that happen before an operation's last."""
+
+    def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+        return r(ops.rms_norm(x, np.ones_like(weight), eps)) * weight
+
+    def swiglu(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+        return r(ops.silu(gate)) * up
+
+    def attention_scores(q: np.ndarray, keys: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        products, K = r(ops.query_key_products(q, keys)), q.shape[-1]
+        return r(products * K**-0.5 if convention == "hf" else products / K**0.5) + mask
+
+    def rope_rotation(positions: np.ndarray, frequencies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        cos, sin = ops.rope_rotation(positions, frequencies)
+        return r(cos), r(sin)
+
+    def rope(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+        even, odd = x[..., 0::2], x[..., 1::2]
+        y = np.empty_like(x)
+        y[..., 0::2] = r(even * cos) - r(odd * sin)
+        y[..., 1::2] = r(even * sin) + r(odd * cos)
+        return y
+
+    meta = replace(model.PLAIN, rms_norm=rms_norm, swiglu=swiglu, attention_scores=attention_scores)
+    return meta if convention == "meta" else replace(meta, rope_rotation=rope_rotation, rope=rope)
+
+
+class LazyParams(Mapping[str, Weight]):
+    """Parameters made from others of the same names as they are asked for, so that one at a time is held twice."""
+
+    def __init__(self, params: Mapping[str, Weight], make: Callable[[str], Weight]):
+        self._params, self._make = params, make
+
+    def __getitem__(self, name: str) -> Weight:
+        return self._make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._params)
+
+    def __len__(self) -> int:
+        return len(self._params)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """One way to compute: a name of PRECISIONS and, where that has 16 bits, a name of CONVENTIONS for the rounding points.
+
+    Raises ValueError for other names.
+    """
+
+    name: str = "float32"
+    convention: str | None = None  # for 16 bits, None means "meta"; the others have none
+
+    def __post_init__(self) -> None:
+        if self.name not in PRECISIONS:
+            raise ValueError(f"precision is {self.name!r}, expected {', '.join(PRECISIONS)}")
+        if self.convention not in (None, *CONVENTIONS):
+            raise ValueError(f"convention is {self.convention!r}, expected {' or '.join(CONVENTIONS)}")
+        object.__setattr__(self, "convention", (self.convention or "meta") if self.name in ROUND else None)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """What activations are computed and kept in: float64, or float32 for all others."""
+        return np.dtype(np.float64 if self.name == "float64" else np.float32)
+
+    def round(self, x: np.ndarray) -> np.ndarray:
+        """The nearest numbers that this precision has, in its dtype."""
+        return ROUND.get(self.name, lambda x: x)(np.asarray(x).astype(self.dtype, copy=False))
+
+    @functools.cached_property
+    def ops(self) -> Ops | None:
+        """The operations with the roundings inside them, for 16 bits; None for forward()'s own."""
+        return rounding_ops(ROUND[self.name], self.convention) if self.name in ROUND else None
+
+    def params(self, params: Params) -> Params:
+        """The parameters in this precision, cast when they are used; packed ones that need no cast stay packed."""
+        as_they_are = {
+            "float32": (np.float32, np.float16, np.uint16, np.int8),
+            "bfloat16": (np.uint16,),
+            "float16": (np.float16,),
+        }
+
+        def cast(weight: Weight) -> Weight:
+            if weight.dtype in as_they_are.get(self.name, (np.float64,)):
+                return weight
+            return self.round(widen(weight) if is_packed(weight) else weight)
+
+        return LazyParams(params, lambda name: cast(params[name]))
+
+    def forward(
+        self,
+        params: Params,
+        config: Config,
+        tokens: ArrayLike,
+        cache: KVCache | None = None,
+        tap: Tap | None = None,
+        last_only: bool = False,
+    ) -> np.ndarray:
+        """model.forward() in this precision; a tap sees rounded activations, and what it returns goes on unrounded."""
+        if self.name in ROUND:
+            watch, r = tap, ROUND[self.name]
+
+            def tap(name: str, x: np.ndarray) -> np.ndarray:
+                return r(x) if watch is None else watch(name, r(x))
+
+        return model.forward(self.params(params), config, tokens, cache, tap, last_only, self.ops)

@@ -1,0 +1,1 @@
+"""For those who learn: walkthroughs, exercises, plots, the page."""

@@ -1,0 +1,196 @@
+"""Writes the exercises' files, runs what a student put into them, and says in a line what is wrong.
+
+The student's code runs in this process, which is the student's own: it is guarded against mistakes, not against malice.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..checkpoint.atomic import write_file
+from ..errors import NpllamaError, printable
+from .exercises import EXERCISES, Exercise
+
+RTOL, ATOL = 1e-4, 1e-6  # float32 in any order of operations is inside, and every known mistake far outside
+
+TEMPLATE = '''\
+"""Exercise {number} of {total}: {name}
+
+{statement}
+
+To check it: npllama exercise check . {name}
+"""
+
+import numpy as np
+
+
+def {name}({arguments}):
+    raise NotImplementedError  # write it here
+'''
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one exercise."""
+
+    passed: bool
+    line: str
+    hint: str | None = None
+
+
+class Unusable(NpllamaError):
+    """The student's file has no result to compare; the message is the line to print."""
+
+
+def file_name(exercise: Exercise) -> str:
+    """The student's file, `01_softmax.py`: listed in the order of the exercises."""
+    return f"{EXERCISES.index(exercise) + 1:02}_{exercise.name}.py"
+
+
+def start(folder: Path) -> list[Path]:
+    """Write the file of each exercise that isn't there yet, and return those written. What is there stays as it is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for number, exercise in enumerate(EXERCISES, start=1):
+        path = folder / file_name(exercise)
+        text = TEMPLATE.format(
+            number=number,
+            total=len(EXERCISES),
+            name=exercise.name,
+            arguments=exercise.arguments,
+            statement=exercise.statement,
+        )
+        if not os.path.lexists(path):  # never onto the student's work
+            write_file(path, text.encode())
+            written.append(path)
+    return written
+
+
+def check(folder: Path, exercise: Exercise) -> Outcome:
+    """Run the student's function on every case and hold it against the real one."""
+    path = folder / file_name(exercise)
+    if not path.is_file():
+        return Outcome(False, f"{path.name} is not there: `npllama exercise start {folder}` writes it again")
+    try:
+        with warnings.catch_warnings(), np.errstate(all="ignore"):  # a NaN is reported as one, once
+            warnings.simplefilter("ignore")
+            return judge(exercise, results(exercise, load(path, exercise.name), path))
+    except Unusable as error:
+        return Outcome(False, str(error))
+
+
+def load(path: Path, name: str) -> Callable[..., np.ndarray]:
+    """The function of this name in the student's file, run from its source: a compiled copy could be that of a minute ago."""
+    namespace = {"__name__": path.stem, "__file__": str(path)}
+    try:
+        exec(compile(path.read_bytes(), str(path), "exec", dont_inherit=True), namespace)
+    except SyntaxError as error:
+        where = f"line {error.lineno}" if error.lineno else path.name
+        raise Unusable(f"Python can't read {where}: {one_line(error.msg)}") from None
+    except (Exception, SystemExit) as error:
+        raise Unusable(told(error, path)) from None
+    function = namespace.get(name)
+    if not callable(function):
+        raise Unusable(f"there is no function {name} in {path.name}")
+    return function
+
+
+def results(exercise: Exercise, function: Callable[..., np.ndarray], path: Path) -> list[np.ndarray]:
+    """What the student's function returns for each case. Raises Unusable for what is not an array of the right kind."""
+    found = []
+    for arguments in exercise.cases():
+        before = copy.deepcopy(arguments)
+        try:
+            result = function(*arguments)
+        except NotImplementedError:
+            raise Unusable("not done yet") from None
+        except (Exception, SystemExit) as error:
+            raise Unusable(told(error, path)) from None
+        if result is None:
+            raise Unusable("it returned nothing: is there a `return`?")
+        if not isinstance(result, np.ndarray | np.generic):
+            raise Unusable(f"it returned a {type(result).__name__}, expected an array")
+        if not exercise.in_place and not all(map(np.array_equal, before, arguments)):
+            raise Unusable("it changed the array that it was given: make a new one, the caller still needs the old")
+        found.append(np.array(result))
+    return found
+
+
+def judge(exercise: Exercise, found: list[np.ndarray]) -> Outcome:
+    """Right, a known mistake, or the place of the largest difference."""
+    expected = outputs(exercise, exercise.reference)
+    if not all(map(same, found, expected)):
+        hint = next((m for m, wrong in exercise.mistakes.items() if all(map(same, found, outputs(exercise, wrong)))), None)
+        return Outcome(False, difference(exercise, found, expected), hint)
+    allowed = {"float32", "float64"} if exercise.any_float else {"float32"}
+    if wrong := {array.dtype.name for array in found} - allowed:
+        return Outcome(
+            False,
+            f"the numbers are right, but they are {wrong.pop()}, expected float32",
+            "np.sqrt(64), np.zeros(n), np.arange(n) / n and np.where(m, 0, -np.inf) are float64: use math.sqrt, pass a dtype",
+        )
+    return Outcome(True, f"ok; npllama's own is {exercise.real}")
+
+
+def outputs(exercise: Exercise, function: Callable[..., np.ndarray]) -> list[np.ndarray]:
+    """What the reference or a wrong function gives for each case; copied, since a cache writes into what it has returned."""
+    with np.errstate(all="ignore"):
+        return [np.array(function(*arguments, *exercise.rest)) for arguments in exercise.cases()]
+
+
+def same(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two arrays have one shape and, but for rounding, the same numbers, NaN and infinities included."""
+    numeric = a.dtype.kind in "fiub" and b.dtype.kind in "fiub"
+    return numeric and a.shape == b.shape and np.allclose(a, b, RTOL, ATOL, equal_nan=True)
+
+
+def difference(exercise: Exercise, found: list[np.ndarray], expected: list[np.ndarray]) -> str:
+    """A line on the first case that is wrong: its shape, its NaN, or its largest difference."""
+    case = next(i for i, pair in enumerate(zip(found, expected, strict=True)) if not same(*pair))
+    f, e = found[case], expected[case]
+    shapes = ", ".join(shape_of(argument) for argument in exercise.cases()[case])
+    given = f"case {case + 1} of {len(found)}, {exercise.name}({shapes})"
+    if f.dtype.kind not in "fiub":
+        return f"{given}: the result is {f.dtype}, expected float32"
+    if f.shape != e.shape:
+        return f"{given}: the result has shape {list(f.shape)}, expected {list(e.shape)}"
+    if np.any(unexpected := np.isnan(f) & ~np.isnan(e)):
+        return f"{given}: {np.count_nonzero(unexpected)} of {f.size} numbers are NaN"
+    wide_f, wide_e = f.astype(np.float64), e.astype(np.float64)
+    gap = np.subtract(wide_f, wide_e, out=np.zeros_like(wide_f), where=wide_f != wide_e)  # inf - inf would be NaN
+    at = np.unravel_index(np.argmax(np.abs(gap)), gap.shape)
+    index = ", ".join(map(str, at))
+    return f"{given}: found {wide_f[at]:.6g} at [{index}], expected {wide_e[at]:.6g}"
+
+
+def shape_of(argument: object) -> str:
+    """An array's shape, `[2, 3]`; another argument itself."""
+    return str(list(argument.shape)) if isinstance(argument, np.ndarray) else str(argument)
+
+
+def told(error: BaseException, path: Path) -> str:
+    """A line about an exception: its kind, the line of the student's file that it came through, its message."""
+    if isinstance(error, SystemExit):
+        return f"it called exit(){where(error, path)}: return the result instead"
+    message = one_line(str(error))
+    return f"{type(error).__name__}{where(error, path)}" + (f": {message}" if message else "")
+
+
+def where(error: BaseException, path: Path) -> str:
+    """` in line 12`, the last of the student's file that was running; empty if none was."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    return f" in line {lines[-1]}" if lines else ""
+
+
+def one_line(text: str) -> str:
+    """A message without line breaks, not longer than is read."""
+    text = printable(" ".join(text.split()))
+    return text if len(text) <= 200 else text[:199] + "…"

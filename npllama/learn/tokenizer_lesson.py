@@ -1,0 +1,329 @@
+"""How a text becomes ids, as a lesson: the file's lines, the split, the merges, the special tokens, other tokenizers beside.
+
+The ids are the tokenizer's own. The library that makes them doesn't show its way, so split() and merges() walk it again from
+the pattern and the ranks; a test holds that they arrive at the same ids.
+"""
+
+from __future__ import annotations
+
+import base64
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ..tokenizer import (
+    LLAMA3_PATTERN,
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    TiktokenTokenizer,
+    Tokenizer,
+    ids_of,
+    import_regex,
+    load_tokenizer,
+    merge_rounds,
+)
+from .lesson import Source, Step, Table, cell_width, label
+
+# It meets each of the seven alternatives.
+SENTENCE = "Don't panic:\n  42 llamas can't eat 12345 mangosteens\n"
+
+# What the alternatives of LLAMA3_PATTERN stand for, in their order.
+ALTERNATIVES = (
+    "the end of a contraction",
+    "a word, with what is before it",
+    "up to three digits",
+    "punctuation",
+    "line ends",
+    "blanks, but for the last",
+    "blanks",
+)
+CHAIN_CELLS, PAIRS_CELLS = 36, 33  # columns of a terminal for a word in bytes, and for its pairs
+SENTENCE_CELLS, SENTENCE_LINES = 64, 12  # columns of the sentence itself, and lines
+SPECIAL_SHOWN = 12
+TOKENS_SHOWN = 40
+IDS_CELLS = 24
+
+
+def alternatives(pattern: str = LLAMA3_PATTERN) -> list[str]:
+    """A pattern's alternatives, cut at each `|` that is in no bracket."""
+    found, depth, escaped = [""], 0, False
+    for c in pattern:
+        if not escaped:
+            depth += (c in "([") - (c in ")]")
+        if c == "|" and depth == 0 and not escaped:
+            found.append("")
+        else:
+            found[-1] += c
+        escaped = c == "\\" and not escaped
+    return found
+
+
+def split(text: str) -> list[tuple[str, int]]:
+    """A text's pieces before any merging, each with the index of the alternative that matched it."""
+    pattern = import_regex("the split pattern").compile("|".join(f"({alternative})" for alternative in alternatives()))
+    return [(match[0], match.lastindex - 1) for match in pattern.finditer(text)]
+
+
+@dataclass(frozen=True)
+class Merge:
+    """One round of byte-pair encoding: what there is, and the neighbours that together are a piece, the lowest rank first."""
+
+    parts: tuple[bytes, ...]
+    pairs: tuple[tuple[int, bytes], ...]  # rank, piece; the first is what is merged next
+
+
+def merges(piece: bytes, ranks: Mapping[bytes, int]) -> list[Merge]:
+    """The rounds of merging a piece's bytes; the last round's parts are its tokens."""
+    rounds = []
+    for merged in merge_rounds(piece, ranks):
+        parts = [part for part in merged if part is not None]
+        pairs = [
+            (ranks[joined], i, joined) for i, joined in enumerate(map(b"".join, itertools.pairwise(parts))) if joined in ranks
+        ]
+        rounds.append(Merge(tuple(parts), tuple((rank, joined) for rank, _, joined in sorted(pairs))))
+    return rounds
+
+
+# ------------------------------------------------------------------------------------------------------------------ the steps
+
+
+def tokenizer_lesson(tokenizer: Tokenizer, sentence: str = SENTENCE, beside: Sequence[Tokenizer] = ()) -> list[Step]:
+    """The way of one sentence through a tokenizer; `beside` holds others for the same sentence.
+
+    Files as Llama 3's have lines, a split and merges to show; other kinds only ids, special tokens and the comparison.
+    """
+    steps = [_sentence(tokenizer, sentence)]
+    if isinstance(tokenizer, TiktokenTokenizer):
+        ranks = tokenizer.ranks
+        steps += [_lines(tokenizer, sentence), _pattern(), _split(tokenizer, sentence, ranks)]
+        if word := _word(sentence, ranks):
+            steps.append(_merges(tokenizer, word, ranks))
+    else:
+        steps.append(_pieces(tokenizer, sentence))
+    steps.append(_special(tokenizer))
+    if beside:
+        steps.append(_beside([tokenizer, *beside], sentence))
+    return steps
+
+
+def _sentence(tokenizer: Tokenizer, sentence: str) -> Step:
+    lines = _folded(_as_text(sentence))
+    rows = [(label(_visible(line), SENTENCE_CELLS + 2),) for line in lines[:SENTENCE_LINES]]
+    if len(lines) > SENTENCE_LINES:
+        rows.append(("…",))
+    return Step(
+        "The sentence",
+        r"What a tokenizer is given: characters, blanks and line ends (\n) among them.",
+        shape=f"{len(sentence)} characters  ->  {len(tokenizer.encode(sentence))} ids",
+        tables=(Table(("",), tuple(rows)),),
+        sources=(Source.of(Tokenizer.encode),),
+    )
+
+
+def _lines(tokenizer: TiktokenTokenizer, sentence: str) -> Step:
+    n = tokenizer.vocab_size - len(tokenizer.special_tokens)
+    met = sorted(set(tokenizer.encode(sentence)), reverse=True)[:3]
+    rows = []
+    for id in [*range(3), *sorted({*met, n - 1} - set(range(3)))]:
+        data = tokenizer.token_bytes(id, False)
+        rows.append((f"{base64.b64encode(data).decode()} {id}", label(tokenizer.piece(id)), len(data), id))
+    return Step(
+        "A line of tokenizer.model",
+        f"The file has {n:,} lines: a piece in base64, a blank and its rank. The pieces are bytes, not characters, and all 256 "
+        "single bytes are among them, so that any text can be spelled. The rank is the token's id and also its turn: in "
+        "training, pieces were added one at a time, the most frequent pair first, and merging goes in the same order.",
+        formula="line = base64(piece) + ' ' + rank",
+        shape=f"{n:,} pieces + {len(tokenizer.special_tokens)} special tokens = {tokenizer.vocab_size:,} ids",
+        tables=(Table(("line", "piece", "bytes", "rank = id"), tuple(rows)),),
+        sources=(Source.of(load_tokenizer), Source.of(TiktokenTokenizer.__init__)),
+    )
+
+
+def _pattern() -> Step:
+    rows = tuple(
+        (i, name, pattern.replace(" ", "␣"))
+        for i, (name, pattern) in enumerate(zip(ALTERNATIVES, alternatives(), strict=True), 1)
+    )
+    return Step(
+        "The split pattern",
+        "Before any merging the text is cut, so that no token reaches across a word's end. The pattern has seven "
+        "alternatives; at each place the first that fits is taken, and what it matched is cut off. A word takes one character "
+        "before it along, mostly its blank; of several blanks the last is left for the word after them.",
+        formula="pattern = 1 | 2 | 3 | 4 | 5 | 6 | 7",
+        tables=(Table(("", "it matches", "alternative (␣ is a blank)"), rows),),
+        sources=(Source.of(TiktokenTokenizer.__init__),),
+    )
+
+
+def _split(tokenizer: TiktokenTokenizer, sentence: str, ranks: Mapping[bytes, int]) -> Step:
+    rows = []
+    parts = split(_as_text(sentence))
+    for part, which in parts[:TOKENS_SHOWN]:
+        ids = ids_of(part.encode(), ranks)
+        rows.append((label(_visible(part)), which + 1, ALTERNATIVES[which], _fitting(map(str, ids), IDS_CELLS)))
+    if len(parts) > TOKENS_SHOWN:
+        rows.append(("…",) * 4)
+    n_used = len({which for _, which in parts})
+    used = "all seven" if n_used == len(ALTERNATIVES) else f"{n_used} of the seven"
+    told = f"The sentence falls into {len(parts)} part{'s' * (len(parts) != 1)}, using {used} alternatives. "
+    return Step(
+        "The pattern at work",
+        (told if parts else "The sentence is empty: there is nothing to cut. ")
+        + "What is a piece of the vocabulary is a token at once; what is not is merged from its bytes.",
+        shape=f"{len(sentence)} characters  ->  {len(parts)} parts  ->  {len(tokenizer.encode(sentence))} ids",
+        tables=(Table(("part", "", "matched by", "ids"), tuple(rows)),),
+        sources=(Source.of(TiktokenTokenizer._encode),),
+    )
+
+
+def _word(sentence: str, ranks: Mapping[bytes, int]) -> bytes | None:
+    """The part whose merging there is most to see of, and room for: the longest, best one that is no piece itself."""
+    parts = [part.encode() for part, _ in split(_as_text(sentence))]
+    fitting = [part for part in parts if cell_width(_chain(part[i : i + 1] for i in range(len(part)))) <= CHAIN_CELLS]
+    return max(fitting, key=lambda part: (part not in ranks, len(part)), default=None)
+
+
+def _merges(tokenizer: TiktokenTokenizer, word: bytes, ranks: Mapping[bytes, int]) -> Step:
+    rows = []
+    for i, merge in enumerate(merges(word, ranks)):
+        lowest = _fitting([f"{_bytes_text(piece)} {rank}" for rank, piece in merge.pairs], PAIRS_CELLS)
+        rows.append((i, _chain(merge.parts), lowest or "none: done"))
+    ids = ids_of(word, ranks)
+    end = f"What is left are its tokens: {', '.join(map(str, ids))}."
+    if word in ranks:
+        end = f"The whole part is in the vocabulary, as {ranks[word]}, so that the library needs none of this."
+    return Step(
+        f"Merging {label(_visible(word.decode()))}",
+        "The part begins as single bytes. In each round, of all neighbours that together are a piece, those of the lowest rank "
+        f"become one. {end}",
+        formula="merge the pair with the smallest rank, until no pair is a piece",
+        shape=f"{len(word)} bytes  ->  {len(ids)} id{'s' * (len(ids) != 1)}",
+        tables=(Table(("", "pieces (␣ is a blank)", "pairs that are pieces, with their rank"), tuple(rows)),),
+        sources=(Source.of(merge_rounds), Source.of(TiktokenTokenizer._encode)),
+    )
+
+
+def _pieces(tokenizer: Tokenizer, sentence: str) -> Step:
+    ids = tokenizer.encode(sentence)
+    rows: list[tuple[str | int, ...]] = [(id, label(tokenizer.piece(id))) for id in ids[:TOKENS_SHOWN]]
+    if len(ids) > TOKENS_SHOWN:
+        rows.append(("…", "…"))
+    return Step(
+        "The sentence's tokens",
+        f"This is a {type(tokenizer).__name__}, run by a library; the split and the merges are shown for a tokenizer.model as "
+        "Llama 3's, such as the embedded model's.",
+        shape=f"{len(sentence)} characters  ->  {len(ids)} ids",
+        tables=(Table(("id", "piece"), tuple(rows)),),
+        sources=(Source.of(type(tokenizer)._encode),),
+    )
+
+
+def _special(tokenizer: Tokenizer) -> Step:
+    special = tokenizer.special_tokens
+    named = [(name, id) for name, id in special.items() if "reserved" not in name][:SPECIAL_SHOWN]
+    rows: list[tuple[str | int, ...]] = [(id, name, _role(tokenizer, id)) for name, id in named]
+    left = len(special) - len(named)
+    if left:
+        rows.append(("…", f"{left} more", ""))
+    spelled = next(iter(special), None)
+    sentence = "Ids that no text leads to: they say where a text begins and ends and who speaks. "
+    if spelled:
+        n = len(tokenizer.encode(spelled))
+        sentence += f"Written in a prompt, {spelled} is plain text of {n} tokens, unless special=True is asked for."
+    return Step(
+        "Special tokens",
+        sentence,
+        shape=f"{len(special)} special tokens",
+        tables=(Table(("id", "token", ""), tuple(rows)),) if rows else (),
+        sources=(Source.of(Tokenizer.encode),),
+    )
+
+
+def _role(tokenizer: Tokenizer, id: int) -> str:
+    if id == tokenizer.bos_id:
+        return "BOS: before a text" if tokenizer.adds_bos else "BOS"
+    if id == tokenizer.eos_id:
+        return "EOS: ends a text"
+    return "generation ends here" if id in tokenizer.stop_ids else ""
+
+
+def _beside(tokenizers: Sequence[Tokenizer], sentence: str) -> Step:
+    encoded = [tokenizer.encode(sentence) for tokenizer in tokenizers]
+    longest = max(map(len, encoded))
+    rows: list[tuple[str | int, ...]] = []
+    for i in range(min(longest, TOKENS_SHOWN)):
+        row: list[str | int] = []
+        for tokenizer, ids in zip(tokenizers, encoded, strict=True):
+            row += [ids[i], label(tokenizer.piece(ids[i]))] if i < len(ids) else ["", ""]
+        rows.append(tuple(row))
+    if longest > TOKENS_SHOWN:
+        rows.append(("…",) * (2 * len(tokenizers)))
+    told = "The same sentence. "
+    if any(isinstance(tokenizer, SentencePieceTokenizer) for tokenizer in tokenizers):
+        told += (
+            "SentencePiece, LLaMA 1 and 2's, merges characters by a score instead of bytes by a rank, writes a blank as ▁ and "
+            "puts one before the text, keeps digits apart, and falls back on single bytes such as <0x0A> for what it has no "
+            "piece for. "
+        )
+    return Step(
+        "Beside other tokenizers",
+        told + "A larger vocabulary makes fewer tokens: a shorter way through the model, and a larger embedding.",
+        shape="\n".join(
+            f"{_kind(tokenizer)}, {tokenizer.vocab_size:,} ids  ->  {len(ids)} tokens"
+            for tokenizer, ids in zip(tokenizers, encoded, strict=True)
+        ),
+        tables=(Table(tuple(itertools.chain(*(("id", _kind(tokenizer)) for tokenizer in tokenizers))), tuple(rows)),),
+        sources=tuple(dict.fromkeys(Source.of(type(tokenizer)._encode) for tokenizer in tokenizers)),
+    )
+
+
+def _kind(tokenizer: Tokenizer) -> str:
+    """What people call it."""
+    kinds = {TiktokenTokenizer: "tiktoken", SentencePieceTokenizer: "SentencePiece", HuggingFaceTokenizer: "tokenizer.json"}
+    return kinds[type(tokenizer)]
+
+
+# ------------------------------------------------------------------------------------------------------------------ characters
+
+
+def _as_text(sentence: str) -> str:
+    """The sentence without halves of surrogate pairs, as encode() reads it."""
+    return sentence.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _folded(text: str) -> list[str]:
+    """A text in lines: a new one after each newline, and where the one before is full."""
+    lines = [""]
+    for c in text:
+        if lines[-1].endswith("\n") or cell_width(_visible(lines[-1] + c)) > SENTENCE_CELLS:
+            lines.append("")
+        lines[-1] += c
+    return lines
+
+
+def _visible(s: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in s)
+
+
+def _bytes_text(data: bytes) -> str:
+    """A part of a word in a chain of parts."""
+    text = "".join(
+        f"<{ord(c) - 0xDC00:02X}>" if "\udc80" <= c <= "\udcff" else _visible(c)
+        for c in data.decode("utf-8", "surrogateescape")
+    )
+    return text.replace(" ", "␣")
+
+
+def _chain(parts: Iterable[bytes]) -> str:
+    return "·".join(map(_bytes_text, parts))
+
+
+def _fitting(items: Iterable[str], room: int) -> str:
+    """Items in a line of so many columns, with dots for those that don't fit."""
+    items, line = list(items), ""
+    for i, item in enumerate(items):
+        longer = f"{line}, {item}" if line else item
+        if cell_width(longer) > room - (3 if i < len(items) - 1 else 0):
+            return f"{line}, …" if line else "…"
+        line = longer
+    return line

@@ -1,0 +1,301 @@
+"""A file, or a folder, that is written whole or not at all.
+
+How folders are replaced, and what killed runs leave, is in test_checkpoint.py, with the model directory that they are for.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from npllama.checkpoint import atomic
+
+from conftest import hear_signals
+
+posix = pytest.mark.skipif(os.name == "nt", reason="links, pipes and signals are POSIX's")
+
+
+def left_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_appears_when_it_is_complete(tmp_path):
+    path = tmp_path / "x.npy"
+    path.write_bytes(b"old")
+    with atomic.new_file(path) as file:
+        file.write(b"new")
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new"
+    assert left_in(tmp_path) == ["x.npy"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("stop"), OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_a_file_that_is_not_finished_vanishes(tmp_path, error):
+    path = tmp_path / "x.npy"
+    path.write_bytes(b"old")
+
+    def half() -> None:
+        with atomic.new_file(path) as file:
+            file.write(b"new")
+            raise error
+
+    with pytest.raises(atomic.FileError if isinstance(error, OSError) else type(error)) as raised:
+        half()
+    if isinstance(error, OSError):
+        assert str(raised.value) == f"{path}: No space left on device"
+    assert path.read_bytes() == b"old"
+    assert left_in(tmp_path) == ["x.npy"]
+
+
+def test_what_is_no_file_is_refused(tmp_path):
+    for path in (tmp_path, "", tmp_path / "missing" / "x"):
+        with pytest.raises(atomic.FileError, match=r"is a folder, expected a file to write|missing/x: No such file"):
+            atomic.write_file(path, b"x")
+    assert left_in(tmp_path) == []
+
+
+@posix
+def test_a_link_stays_and_what_it_names_is_replaced(tmp_path):
+    (tmp_path / "real").write_bytes(b"old")
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "dangling").symlink_to("elsewhere")
+    for name, real in (("link", "real"), ("dangling", "elsewhere")):
+        atomic.write_file(tmp_path / name, b"new")
+        assert (tmp_path / name).is_symlink()
+        assert (tmp_path / real).read_bytes() == b"new"
+
+
+@posix
+def test_a_pipe_is_written_to_and_stays(tmp_path):
+    """As a device is: `--out /dev/null` must not put a file in its place."""
+    os.mkfifo(tmp_path / "pipe")
+    read: list[bytes] = []
+    reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_bytes()))
+    reader.start()
+    atomic.write_file(tmp_path / "pipe", b"new")
+    reader.join(60)
+    assert read == [b"new"]
+    assert (tmp_path / "pipe").is_fifo()
+    assert left_in(tmp_path) == ["pipe"]
+
+
+WRITER = """
+import sys, time
+from npllama.atomic import new_file
+with new_file(sys.argv[1]) as file:
+    file.write(b"half")
+    file.flush()
+    print("now", flush=True)
+    time.sleep(60)
+"""
+
+
+@posix
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGKILL"])
+def test_killed_at_work(tmp_path, name):
+    path = tmp_path / "x.npy"
+    command = [sys.executable, "-c", WRITER, str(path)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, text=True, preexec_fn=hear_signals, **pipes) as process:
+        assert process.stdout.readline() == "now\n"
+        atomic.write_file(path, b"ours")  # another run's file, at work, is left alone
+        assert len(left_in(tmp_path)) == 2
+        process.send_signal(getattr(signal, name))
+        assert process.wait(60) != 0
+    assert len(left_in(tmp_path)) == (2 if name == "SIGKILL" else 1)
+    atomic.write_file(path, b"whole")
+    assert path.read_bytes() == b"whole"
+    assert left_in(tmp_path) == ["x.npy"]
+
+
+@posix
+def test_a_file_is_on_the_disk_before_it_is_put_in_place(tmp_path, monkeypatch):
+    done, replace = [], os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: done.append(os.fstat(descriptor).st_size))
+    monkeypatch.setattr(os, "replace", lambda *paths: done.append("in place") or replace(*paths))
+    atomic.write_file(tmp_path / "x", b"new")
+    assert done == [3, "in place"]
+
+
+# ------------------------------------------------------------------------------------------------------------------- folders
+
+
+def new(path: Path):
+    return atomic.new_folder(path, force=False, foreign=lambda folder: None)
+
+
+@posix
+def test_a_folder_is_on_the_disk_before_it_is_put_in_place(tmp_path, monkeypatch):
+    """Each file, then the folder that names them; then the one that names it. An inode says which a descriptor is of."""
+    done, put_in_place = [], atomic._put_in_place
+    monkeypatch.setattr(os, "fsync", lambda descriptor: done.append(os.fstat(descriptor).st_ino))
+    monkeypatch.setattr(atomic, "_put_in_place", lambda *paths: done.append("in place") or put_in_place(*paths))
+    with new(tmp_path / "m") as folder:
+        for name in ("a", "b"):
+            (folder / name).write_bytes(b"new")
+        files = {path.stat().st_ino for path in folder.iterdir()}
+    assert set(done[: len(files)]) == files
+    assert done[len(files) :] == [(tmp_path / "m").stat().st_ino, "in place", tmp_path.stat().st_ino]
+
+
+def test_what_was_made_meanwhile_is_kept(tmp_path):
+    def meanwhile() -> None:
+        with new(tmp_path / "m"):
+            (tmp_path / "m").mkdir()
+            (tmp_path / "m" / "theirs").touch()
+
+    with pytest.raises(atomic.FolderError, match="exists"):
+        meanwhile()
+    assert left_in(tmp_path) == ["m"]
+    assert left_in(tmp_path / "m") == ["theirs"]
+
+
+def test_the_lock_is_removed_last(tmp_path, monkeypatch):
+    """Without it, a folder that was half removed when the process ended would be taken for one that is being made."""
+    folder = tmp_path / "m"
+    (folder / "sub").mkdir(parents=True)
+    for name in (atomic.LOCK, "a", "sub/b", "z"):
+        (folder / name).touch()
+    removed, iterdir, unlink = [], Path.iterdir, Path.unlink
+    monkeypatch.setattr(Path, "iterdir", lambda path: iter(sorted(iterdir(path))))  # the lock first
+    monkeypatch.setattr(Path, "unlink", lambda path, **options: removed.append(path.name) or unlink(path, **options))
+    atomic._remove(folder)
+    assert removed == ["a", "z", atomic.LOCK]
+    assert not folder.exists()
+
+
+def goes_while_looked_at(monkeypatch, name: str) -> None:
+    """A file, or with "" the folder, is removed by another process when the folder is listed."""
+    iterdir = Path.iterdir
+
+    def listed(path: Path):
+        if not name:
+            shutil.rmtree(path)
+        found = list(iterdir(path))
+        if name:
+            (path / name).unlink()
+        return iter(found)
+
+    monkeypatch.setattr(Path, "iterdir", listed)
+
+
+@pytest.mark.parametrize(("name", "dead"), [("x", False), ("", True)])
+def test_what_goes_while_it_is_looked_at_is_no_error(tmp_path, monkeypatch, name, dead):
+    """Where files can't be locked, a folder's files are looked at, which are their writer's to remove."""
+    monkeypatch.setattr(atomic, "fcntl", None)
+    for file in (atomic.LOCK, "x"):
+        (tmp_path / "m").mkdir(exist_ok=True)
+        (tmp_path / "m" / file).touch()
+    with monkeypatch.context() as patch:
+        goes_while_looked_at(patch, name)
+        assert atomic._is_dead(tmp_path / "m") == dead
+
+
+def test_a_scratch_folder_vanishes_and_what_has_its_name_stays(tmp_path):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "theirs").touch()
+    with atomic.scratch_folder(tmp_path / "m") as folder:
+        (folder / "x").touch()
+        with pytest.raises(atomic.FolderError, match="another run is writing it"), atomic.scratch_folder(tmp_path / "m"):
+            pass
+    assert left_in(tmp_path) == ["m"]
+    assert left_in(tmp_path / "m") == ["theirs"]
+
+
+def test_a_file_of_a_folder_is_named_as_it_will_be(tmp_path):
+    with pytest.raises(OSError, match="No space") as raised, atomic.writing(tmp_path / "x", "m/x"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert raised.value.filename == "m/x"
+    with pytest.raises(FileNotFoundError) as raised, atomic.writing(tmp_path / "y", "m/y"):
+        open(tmp_path / "source")  # noqa: SIM115
+    assert raised.value.filename == str(tmp_path / "source")
+
+
+def ours(path: Path) -> None:
+    (path / "sub").mkdir(parents=True)
+    for name in ("x", "sub/y", ".shown", atomic.LOCK):
+        (path / name).touch()
+
+
+def not_ours(path: Path) -> str | None:
+    return atomic.not_ours(path, {"x", "sub/y", ".shown", "missing"})
+
+
+FOREIGN = {
+    "a file": lambda path: (path / "z").touch(),
+    "a hidden file": lambda path: (path / ".z").touch(),
+    "a folder": lambda path: (path / "z").mkdir(),
+    "a hidden folder": lambda path: (path / ".z").mkdir(),
+    "a file in a folder of ours": lambda path: (path / "sub" / ".z").touch(),
+    "a link": lambda path: (path / "z").symlink_to("x"),
+    "a link to a folder": lambda path: (path / "z").symlink_to("sub"),
+    "a link that leads nowhere": lambda path: (path / "z").symlink_to("nowhere"),
+    "a pipe": lambda path: os.mkfifo(path / "z"),
+    "a link in place of a file": lambda path: (path / "x").rename(path.parent / "x") and (path / "x").symlink_to("../x"),
+    "a folder in place of a file": lambda path: (path / "x").unlink() or (path / "x").mkdir(),
+    "a link in place of a folder": lambda path: (path / "sub").rename(path.parent / "s") and (path / "sub").symlink_to("../s"),
+    "a lock with something in it": lambda path: (path / atomic.LOCK).write_text("precious"),
+}
+
+
+@posix
+@pytest.mark.parametrize("foreign", FOREIGN)
+def test_whatever_was_not_written_is_a_reason(tmp_path, foreign):
+    ours(tmp_path / "m")
+    assert not_ours(tmp_path / "m") is None
+    FOREIGN[foreign](tmp_path / "m")
+    assert not_ours(tmp_path / "m").startswith("it holds ")
+
+
+# ------------------------------------------------------------------------------------------------------------------- signals
+
+
+@pytest.fixture
+def handler():
+    """Sets SIGTERM's handler, and puts back what was."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield lambda handler: signal.signal(signal.SIGTERM, handler)
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_a_program_s_own_handler_stays(tmp_path, handler):
+    def own(number, frame) -> None: ...
+
+    handler(own)
+    with new(tmp_path / "m"):
+        assert signal.getsignal(signal.SIGTERM) is own
+    assert signal.getsignal(signal.SIGTERM) is own
+
+
+def test_the_default_is_put_back(tmp_path, handler):
+    handler(signal.SIG_DFL)
+    with new(tmp_path / "m"):
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_another_thread_sets_no_handler(tmp_path, handler):
+    """Python would refuse it."""
+    handler(signal.SIG_DFL)
+    failed = []
+
+    def work() -> None:
+        try:
+            with new(tmp_path / "m"):
+                pass
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(60)
+    assert not failed
+    assert (tmp_path / "m").is_dir()

@@ -1,0 +1,259 @@
+"""npllama chat: what a turn computes, and the program as a person at a terminal meets it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+import npllama
+from npllama.chat import encode_llama2, encode_llama3
+from npllama.cli import chat_loop
+from npllama.cli.chat_loop import Conversation
+
+from conftest import full_disk, hear_signals
+
+pty = pytest.importorskip("pty", reason="this system has no pseudo-terminals")
+
+
+@pytest.fixture
+def demo() -> npllama.Model:
+    return npllama.load()
+
+
+@pytest.fixture
+def conversation(demo) -> Conversation:
+    return Conversation(demo, encode_llama3, "Be brief.", npllama.Sampling(), max_tokens=6)
+
+
+@pytest.fixture
+def computed(monkeypatch) -> list[int]:
+    """How many prompt tokens each answer read."""
+    lengths: list[int] = []
+    real = chat_loop.generate_steps
+
+    def watched(model, ids, *args, **options):
+        lengths.append(len(ids))
+        return real(model, ids, *args, **options)
+
+    monkeypatch.setattr(chat_loop, "generate_steps", watched)
+    return lengths
+
+
+def said(conversation: Conversation, question: str) -> str:
+    pieces: list[str] = []
+    conversation.ask(question, pieces.append)
+    return "".join(pieces)
+
+
+def fresh(conversation: Conversation, question: str) -> str:
+    """The answer with nothing kept."""
+    messages = [*conversation.messages, {"role": "user", "content": question}]
+    ids = conversation.encode(conversation.model.tokenizer, messages)
+    return conversation.model.tokenizer.decode(list(npllama.generate(conversation.model, ids, max_tokens=6)))
+
+
+def test_a_later_question_computes_only_what_is_new(conversation, computed):
+    tokenizer = conversation.model.tokenizer
+    for question in ("Who art thou? " * 5, "And I?", "What now?"):
+        expected = fresh(conversation, question)
+        assert said(conversation, question) == expected
+        assert len(conversation.held) == conversation.cache.length
+    # Of the turn before: the answer's last token, which nothing came after, and the end of the turn; then the new turn.
+    turn = len(encode_llama3(tokenizer, [{"role": "user", "content": "And I?"}])) - 1
+    assert computed[1] <= turn + 3
+    assert computed[1] < computed[0] / 2
+    assert computed[2] < computed[0] / 2
+
+
+def test_after_a_reset_the_same_question_computes_one_token(conversation, computed):
+    first = said(conversation, "Who art thou?")
+    conversation.reset()
+    assert conversation.messages == [{"role": "system", "content": "Be brief."}]
+    assert said(conversation, "Who art thou?") == first
+    assert computed[1] == 1
+
+
+def test_an_interrupted_answer_is_kept_and_the_cache_stays_right(conversation):
+    def impatient(text: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        conversation.ask("Who art thou?", impatient)
+    assert len(conversation.held) == conversation.cache.length
+    assert [message["role"] for message in conversation.messages] == ["system", "user", "assistant"]
+    expected = fresh(conversation, "And I?")
+    assert said(conversation, "And I?") == expected
+
+
+def test_a_question_that_does_not_fit_leaves_the_conversation_as_it_was(conversation, computed):
+    said(conversation, "Who art thou?")
+    before = list(conversation.messages)
+    with pytest.raises(ValueError, match=r"the conversation has \d+ tokens, the model's context holds 512: /reset forgets it"):
+        conversation.ask("word " * 600, print)
+    assert conversation.messages == before
+    expected = fresh(conversation, "And I?")
+    assert said(conversation, "And I?") == expected
+
+
+def test_a_system_prompt_that_the_format_refuses_is_refused_at_once(demo, tiny_sentencepiece):
+    demo.tokenizer = tiny_sentencepiece
+    with pytest.raises(ValueError, match=r"a system message holds \[INST\]"):
+        Conversation(demo, encode_llama2, "[INST]", npllama.Sampling(), max_tokens=6)
+
+
+# -------------------------------------------------------------------------------------------------------------- at a terminal
+
+
+class Terminal:
+    """npllama chat under a pseudo-terminal."""
+
+    def __init__(self, *args: str):
+        self.ours, theirs = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "npllama", "chat", "--temperature", "0", *args],
+            stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, env={**os.environ, "TERM": "dumb"},
+            preexec_fn=hear_signals,
+        )  # fmt: skip
+        os.close(theirs)
+        self.shown = ""
+
+    def type(self, text: str) -> None:
+        os.write(self.ours, text.encode())
+
+    def until(self, pattern: str, seconds: float = 120) -> str:
+        """What appears up to the pattern, which is taken off."""
+        end = time.monotonic() + seconds
+        os.set_blocking(self.ours, False)
+        while not (match := re.search(pattern, self.shown)):
+            assert time.monotonic() < end, f"no {pattern!r} in {self.shown!r}"
+            with contextlib.suppress(BlockingIOError):
+                try:
+                    self.shown += os.read(self.ours, 65536).decode(errors="replace")
+                    self.shown = re.sub(r"\x1b\[\?2004[hl]|\r", "", self.shown)  # bracketed paste, on and off
+                except OSError as error:  # Linux says so when the other side has closed
+                    if isinstance(error, BlockingIOError):
+                        raise
+                    assert re.search(pattern, self.shown), f"ended without {pattern!r}: {self.shown!r}"
+            time.sleep(0.01)
+        before, self.shown = self.shown[: match.end()], self.shown[match.end() :]
+        return before
+
+    def close(self) -> int:
+        self.type("\x04")
+        status = self.process.wait(60)
+        return status
+
+
+def test_save_on_a_full_disk_keeps_the_last(conversation, tmp_path):
+    file, saved = tmp_path / "saved.json", set()
+    chat_loop.obey("save", str(file), conversation, saved)
+    before = file.read_bytes()
+    conversation.messages.append({"role": "user", "content": "word " * 500})
+    with full_disk(1000), pytest.raises(ValueError, match=r"saved\.json: File too large"):
+        chat_loop.obey("save", str(file), conversation, saved)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [before]
+
+
+def test_logits_that_are_nan_are_said(demo, conversation):
+    said(conversation, "Who art thou?")
+    demo.params["norm.weight"] = np.full_like(demo.params["norm.weight"], np.nan)
+    with pytest.raises(ValueError, match=r"new token 1: of 2,256 logits 2,256 are NaN"):
+        said(conversation, "And I?")
+
+
+@pytest.fixture
+def open_terminal() -> Iterator[type[Terminal]]:
+    opened: list[Terminal] = []
+
+    def make(*args: str) -> Terminal:
+        opened.append(Terminal(*args))
+        opened[-1].until("> ")
+        return opened[-1]
+
+    yield make
+    for terminal in opened:
+        terminal.process.kill()
+        terminal.process.wait()
+        os.close(terminal.ours)
+
+
+def test_a_conversation_at_a_terminal(open_terminal, tmp_path):
+    terminal = open_terminal("-n", "5", "--system", "Be brief.")
+    terminal.type("/help\n")
+    assert "/save FILE" in terminal.until("\n> ")
+    terminal.type("Who art thou?\n")
+    assert "tokens/s" in terminal.until("\n> ")
+    terminal.type("one\\\ntwo\n")
+    terminal.until("\n> ")
+    terminal.type('"""three\n\n  four\\\n"""\n')
+    terminal.until("\n> ")
+    file = tmp_path / "saved.json"
+    terminal.type(f"/save {file}\n")
+    terminal.until("7 messages.*\n> ")
+    messages = json.loads(file.read_text())
+    typed = [message["content"] for message in messages if message["role"] != "assistant"]
+    assert typed == ["Be brief.", "Who art thou?", "one\ntwo", "three\n\n  four\\"]
+    terminal.type("/reset\n")
+    terminal.until("forgotten.*\n> ")
+    terminal.type(f"/save {file}\n")  # its own file may be written again
+    terminal.until("1 messages.*\n> ")
+    terminal.type("/nonsense\n")
+    terminal.until("/nonsense is not understood.*\n> ")
+    (tmp_path / "other").write_text("mine")
+    terminal.type(f"/save {tmp_path / 'other'}\n")
+    terminal.until("other exists.*\n> ")
+    assert (tmp_path / "other").read_text() == "mine"
+    terminal.type(f"/save {tmp_path}/no/where\n")
+    terminal.until("No such file.*\n> ")
+    assert terminal.close() == 0
+
+
+@pytest.mark.parametrize("command", ["/exit", "/quit"])
+def test_a_command_ends_the_chat(open_terminal, command):
+    terminal = open_terminal()
+    terminal.type(f"{command}\n")
+    assert terminal.process.wait(60) == 0
+
+
+def test_a_bad_message_is_said_and_dropped(open_terminal):
+    terminal = open_terminal("-n", "5")
+    terminal.type('"""' + "\n".join(["word " * 100] * 6) + '"""\n')
+    assert "Traceback" not in terminal.until("the model's context holds 512.*\n> ")
+    terminal.type("Who art thou?\n")
+    assert "tokens/s" in terminal.until("\n> ")
+    assert terminal.close() == 0
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(open_terminal):
+    terminal = open_terminal("-n", "450", "--temperature", "1.9", "--top-p", "1")
+    terminal.type("Who art thou?\n")
+    terminal.until("thou\\?\n.+")
+    terminal.process.send_signal(signal.SIGINT)
+    assert "Traceback" not in terminal.until("stopped.*\n> ")
+    terminal.type("half a line")
+    time.sleep(0.3)
+    terminal.process.send_signal(signal.SIGINT)
+    terminal.until("\n> ")
+    terminal.type("/help\n")
+    terminal.until("/save FILE(.|\n)*\n> ")
+    assert terminal.close() == 0
+
+
+def test_the_arrow_brings_the_last_message_back(open_terminal):
+    pytest.importorskip("readline", reason="this Python has no readline")
+    terminal = open_terminal("-n", "2")
+    terminal.type("Who art thou?\n")
+    terminal.until("tokens/s.*\n> ")
+    terminal.type("\x10\n")  # Ctrl-P, as the arrow up
+    assert "Who art thou?" in terminal.until("tokens/s.*\n> ")
+    assert terminal.close() == 0

@@ -1,0 +1,249 @@
+"""y = x Wᵀ by every path: how many rows, how the weight is stored, how it is cut into tiles, how many threads."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from npllama import ops
+from npllama.engine import fast, linear, threads
+from npllama.scope import Scope
+
+from tiny import byte_swapped, relative_error, uniform
+
+PACK = {
+    "float32": lambda x: x,
+    "float64": lambda x: x.astype(np.float64),
+    "bfloat16": linear.to_bfloat16,
+    "float16": lambda x: x.astype(np.float16),
+    "int8": linear.to_int8,
+}
+
+
+@pytest.fixture(autouse=True, params=[1, 2, 3], ids=lambda n: f"{n}threads")
+def n_threads(request, monkeypatch):
+    """Each test on one thread and on more; all work, however small, is shared."""
+    before = threads.n_threads()
+    threads.set_threads(request.param)
+    monkeypatch.setattr(linear, "SHARED", 1)
+    monkeypatch.setattr(fast, "SHARED", 1)
+    yield
+    threads.set_threads(before)
+
+
+def exact(x, weight):
+    return x.astype(np.float64) @ linear.widen(weight).astype(np.float64).T
+
+
+@pytest.mark.parametrize("storage", PACK)
+@pytest.mark.parametrize("shape", [(53, 96), (200, 64), (1, 7), (130, 33)], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 16, 17, 40])
+def test_every_path_is_the_product(storage, shape, rows, monkeypatch):
+    monkeypatch.setattr(linear, "tile_size", lambda n: 20 * shape[1])  # 20 rows a tile: the last one is a part
+    x = uniform(rows, (rows, shape[1]))
+    weight = PACK[storage](uniform(5, shape))
+    y = linear.linear(x if storage != "float64" else x.astype(np.float64), weight)
+    assert y.dtype == (np.float64 if storage == "float64" else np.float32)
+    assert y.shape == (rows, shape[0])
+    assert relative_error(y, exact(x, weight)) < (1e-15 if storage == "float64" else 1e-6)
+
+
+@pytest.mark.parametrize("storage", PACK)
+def test_a_row_is_the_same_in_any_batch(storage):
+    """Within rounding: what a token gets doesn't depend on who is computed beside it."""
+    x, weight = uniform(1, (24, 96)), PACK[storage](uniform(2, (300, 96)))
+    together = linear.linear(x.astype(linear.widen(weight).dtype), weight)
+    for rows in (1, 2, 5, 16):
+        alone = linear.linear(x[:rows].astype(together.dtype), weight)
+        assert relative_error(alone, together[:rows]) < 1e-6
+
+
+@pytest.mark.parametrize("rows", [1, 3, 30])
+def test_every_float16_is_widened_exactly(rows):
+    """Each of the 63,488 finite ones, subnormal and zero too, by a product with one and zeros."""
+    bits = np.arange(1 << 16).astype(np.uint16).view(np.float16)
+    weight = np.where(np.isfinite(bits), bits, np.float16(0)).reshape(-1, 64)
+    for column in (0, 1, 62, 63):
+        x = np.zeros((rows, 64), np.float32)
+        x[:, column] = 1
+        y = linear.linear(x, weight)
+        np.testing.assert_array_equal(y, np.broadcast_to(weight[:, column].astype(np.float32), y.shape))
+
+
+@pytest.mark.parametrize("large", [3e4, 7e4, 1e6, 1e30, np.inf, np.nan])
+def test_float16_weights_take_any_input(large):
+    """The scaled form would overflow beyond 2^15; such rows take the other path."""
+    x, weight = uniform(3, (2, 64)), uniform(4, (50, 64)).astype(np.float16)
+    x[1, 5] = large
+    y = linear.linear(x, weight)
+    with np.errstate(invalid="ignore"):
+        expected = exact(x, weight)
+    assert relative_error(y[0], expected[0]) < 1e-6
+    np.testing.assert_array_equal(np.isfinite(y[1]), np.isfinite(expected[1]))
+    if np.isfinite(large):
+        assert relative_error(y[1], expected[1]) < 1e-6
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "float16"])
+def test_a_weight_is_read_wherever_it_lies(storage):
+    packed = PACK[storage](uniform(6, (40, 48)))
+    raw = np.zeros(packed.nbytes + 2, np.uint8)
+    moved = raw[2:].view(packed.dtype).reshape(packed.shape)
+    moved[:] = packed
+    x = uniform(7, (1, 48))
+    for weight in (moved, moved[:, 3:41], moved[::2], np.asfortranarray(moved)):
+        assert relative_error(linear.linear(x[:, : weight.shape[1]], weight), exact(x[:, : weight.shape[1]], weight)) < 1e-6
+
+
+@pytest.mark.parametrize("storage", PACK)
+@pytest.mark.parametrize("rows", [1, 3, 20])
+def test_foreign_byte_order_gives_the_same_bits(storage, rows):
+    """Arrays of the other byte order, as files of another machine are: `>u2` is not np.uint16 to NumPy."""
+    x, weight = uniform(8, (rows, 48)), PACK[storage](uniform(9, (70, 48)))
+    x = x.astype(linear.widen(weight).dtype)
+    if storage == "int8":
+        other = linear.Int8(weight.values, byte_swapped(weight.scale))
+    else:
+        other = byte_swapped(weight)
+        assert not other.dtype.isnative
+        tokens = np.array([[3, 60], [-1, 7]])
+        for embedded in (linear.embed(tokens, other), linear.embed(byte_swapped(tokens), other)):
+            np.testing.assert_array_equal(embedded, linear.embed(tokens, weight))
+            assert embedded.dtype.isnative
+    assert linear.is_packed(other) == linear.is_packed(weight) == (storage not in ("float32", "float64"))
+    expected = linear.linear(x, weight)
+    for y in (linear.linear(x, other), linear.linears(x, other, other)[1]):
+        assert y.dtype == expected.dtype
+        np.testing.assert_array_equal(y, expected)
+    # NumPy itself multiplies what has a foreign byte order, in an order of summation of its own.
+    assert relative_error(linear.linear(byte_swapped(x), other), expected) < 1e-6
+    assert relative_error(linear.products(byte_swapped(x), byte_swapped(x)), linear.products(x, x)) < 1e-6
+    np.testing.assert_array_equal(linear.widen(other), linear.widen(weight))
+    assert linear.widen(other).dtype.isnative
+
+
+@pytest.mark.parametrize("pack", [linear.to_bfloat16, linear.to_int8])
+def test_packing_takes_any_byte_order(pack):
+    x = uniform(3, (5, 16))
+    np.testing.assert_array_equal(linear.widen(pack(byte_swapped(x))), linear.widen(pack(x)))
+
+
+def test_an_array_in_native_byte_order_is_not_copied():
+    x, packed = uniform(1, (4, 4)), linear.to_int8(uniform(1, (4, 4)))
+    assert linear.native(x) is x
+    assert linear.native(packed) is packed
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "float16"])
+@pytest.mark.parametrize("rows", [1, 3, 20])
+def test_pairs_on_a_machine_of_the_other_byte_order(storage, rows, monkeypatch):
+    """There, a word has the first of two neighbours where it has the second one here: so have words of swapped neighbours."""
+    x, weight = uniform(8, (rows, 48)), PACK[storage](uniform(9, (70, 48)))
+    expected = linear.linear(x, weight)
+    swapped = np.ascontiguousarray(weight.reshape(70, 24, 2)[:, :, ::-1]).reshape(70, 48)
+    monkeypatch.setattr(sys, "byteorder", "big" if sys.byteorder == "little" else "little")
+    np.testing.assert_array_equal(linear.linear(x, swapped), expected)
+
+
+@pytest.mark.parametrize("n", [1, 3, 16, 17])
+@pytest.mark.parametrize("slots", [1, 31, 20_000])
+def test_products_are_the_dot_products(n, slots):
+    x, y = uniform(8, (2, n, 64)), uniform(9, (2, slots, 64))
+    found = linear.products(x, y)
+    assert found.dtype == np.float32
+    assert relative_error(found, np.einsum("gnk,gsk->gns", x.astype(np.float64), y.astype(np.float64))) < 1e-6
+
+
+@pytest.mark.parametrize("batch", [(), (2,)], ids=str)
+@pytest.mark.parametrize(("T", "S"), [(1, 1), (1, 70), (9, 9), (30, 71), (64, 64)])
+@pytest.mark.parametrize("tile", [1, 100, 1 << 17])
+def test_tiled_attention_is_attention(batch, T, S, tile, monkeypatch):
+    monkeypatch.setattr(fast, "TILE", tile)
+    monkeypatch.setattr(fast, "SHARED", 0)
+    H, G, K = 6, 2, 8
+    q, keys, values = uniform(1, (*batch, T, H, K)), uniform(2, (*batch, G, S, K)), uniform(3, (*batch, G, S, K))
+    slots = np.broadcast_to(np.arange(S), (*batch, S)).copy()
+    if batch:
+        slots[1] -= 5  # a row whose first five slots are padding
+        slots[1, : min(5, S - T)] = 1 << 30
+    mask = ops.causal_mask(slots[..., S - T :], slots, np.float32)
+    expected = ops.attention_heads(ops.softmax(ops.attention_scores(q, keys, mask)), values)
+    found = fast.tiled_attention(q, keys, values, mask)
+    assert found.dtype == np.float32
+    assert relative_error(found, expected) < 1e-6
+
+
+def test_tiled_attention_of_large_scores(monkeypatch):
+    """No float32 holds exp(1000): the largest is taken off first."""
+    monkeypatch.setattr(fast, "SHARED", 0)
+    q, keys, values = np.full((9, 2, 4), 500, np.float32), np.ones((2, 9, 4), np.float32), uniform(3, (2, 9, 4))
+    found = fast.tiled_attention(q, keys, values, ops.causal_mask(np.arange(9), np.arange(9), np.float32))
+    means = np.cumsum(values, axis=1) / np.arange(1, 10)[:, None]  # equal scores: every slot so far weighs the same
+    assert relative_error(found, means.swapaxes(0, 1)) < 1e-7
+
+
+@pytest.mark.parametrize("shape", [(9, 5), (2, 9, 5), (8, 5), (3, 5), (1, 5)], ids=str)
+@pytest.mark.parametrize("n_threads", [1, 2, 3])
+def test_tokens_go_separate_ways(shape, n_threads, monkeypatch):
+    """Every token once, on as many threads as have enough of them; the rest of the function is its own."""
+    monkeypatch.setattr(fast, "TOKENS", 4)
+    x, sizes, before = uniform(10, shape), [], threads.n_threads()
+    n = x.size // 5
+
+    def f(x: np.ndarray, s: Scope) -> np.ndarray:
+        sizes.append(x.size // 5)
+        return x * 2 + np.max(x, axis=-1, keepdims=True)
+
+    threads.set_threads(n_threads)
+    try:
+        found = fast.by_token(f)(x, Scope({}, None, None, None))
+    finally:
+        threads.set_threads(before)
+    np.testing.assert_array_equal(found, x * 2 + np.max(x, axis=-1, keepdims=True))
+    share = -(-n // n_threads)
+    assert sorted(sizes) == ([n] if share < 4 else sorted(min(share, n - i) for i in range(0, n, share)))
+
+
+def test_no_input_is_changed():
+    q, keys, values = uniform(1, (40, 4, 8)), uniform(2, (2, 40, 8)), uniform(3, (2, 40, 8))
+    mask = ops.causal_mask(np.arange(40), np.arange(40), np.float32)
+    x, weight = uniform(4, (5, 32)), uniform(5, 32)
+    cos, sin = ops.rope_rotation(np.arange(40), ops.rope_frequencies(8, 1e4, None, np.float32))
+    before = [a.copy() for a in (q, keys, values, mask, x, weight, cos, sin)]
+    fast.tiled_attention(q, keys, values, mask)
+    ops.attention_scores(q, keys, mask), ops.softmax(x), ops.rms_norm(x, weight, 1e-5), ops.swiglu(x, x), ops.silu(x)
+    ops.rope(q, cos, sin), linear.linear(x, x), linear.products(x, x)
+    for a, b in zip(before, (q, keys, values, mask, x, weight, cos, sin), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+SIDE_BY_SIDE = """
+import sys, threading, time
+import numpy as np
+from npllama.linear import linear
+random = np.random.default_rng(0)
+weight = np.asfortranarray(random.standard_normal((1024, 192)).astype(np.float32))
+end, wrong = time.monotonic() + 2, []
+
+def multiply(n):
+    x = random.standard_normal((n, 192)).astype(np.float32)
+    expected = x.astype(np.float64) @ weight.T
+    while time.monotonic() < end and not wrong:
+        if np.abs(linear(x, weight) - expected).max() > 1e-3:
+            wrong.append(n)
+
+for a, b in ((11, 10), (14, 13)):
+    end = time.monotonic() + 2
+    both = [threading.Thread(target=multiply, args=(n,)) for n in (a, b)]
+    [thread.start() for thread in both], [thread.join() for thread in both]
+sys.exit(1 if wrong else 0)
+"""
+
+
+def test_two_threads_multiply_few_rows_side_by_side():
+    """With OpenBLAS 0.3.31 on AVX-512 the obvious order of the columns wrote into each other's memory, or the allocator's."""
+    done = subprocess.run([sys.executable, "-c", SIDE_BY_SIDE], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,270 @@
+"""Work shared among threads: all of it is done, once; errors arrive; BLAS gets its threads back."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import weakref
+
+import numpy as np
+import pytest
+
+from npllama.engine import threads
+
+
+@pytest.fixture(autouse=True)
+def as_before():
+    before = threads.n_threads()
+    yield
+    threads.set_threads(before)
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 5])
+@pytest.mark.parametrize("n", [0, 1, 2, 100])
+def test_every_task_runs_once(n_threads, n):
+    threads.set_threads(n_threads)
+    done = []
+    threads.parallel(done.append, n)
+    assert sorted(done) == list(range(n))
+
+
+def test_tasks_run_side_by_side():
+    threads.set_threads(2)
+    both = threading.Barrier(2, timeout=60)
+    threads.parallel(lambda i: both.wait(), 2)  # a barrier of two is passed by two threads only
+
+
+@pytest.mark.parametrize("bad", [0, 7, 63])
+def test_an_exception_arrives_and_blas_has_its_threads_again(bad):
+    threads.set_threads(2)
+    before = [library.get_num_threads() for library in threads._blas()]
+    inside = []
+
+    def task(i: int) -> None:
+        inside.append(max(library.get_num_threads() for library in threads._blas()))
+        if i == bad:
+            raise RuntimeError(f"task {i}")
+
+    with pytest.raises(RuntimeError, match=f"task {bad}"):
+        threads.parallel(task, 64)
+    assert set(inside) == {1}
+    assert [library.get_num_threads() for library in threads._blas()] == before
+    threads.parallel(lambda i: None, 4)  # and the pool still works
+
+
+@pytest.mark.parametrize("where", ["caller", "worker"])
+def test_after_an_exception_nothing_more_is_begun(where):
+    threads.set_threads(2)
+    begun = []
+
+    def task(i: int) -> None:
+        begun.append(i)
+        if (threading.current_thread() is threading.main_thread()) == (where == "caller"):
+            raise RuntimeError
+        time.sleep(0.001)
+
+    with pytest.raises(RuntimeError):
+        threads.parallel(task, 5000)
+    assert len(begun) < 1000
+
+
+def test_what_was_begun_has_ended_when_an_exception_arrives():
+    threads.set_threads(2)
+    both, ended = threading.Barrier(2, timeout=60), []
+
+    def task(i: int) -> None:
+        both.wait()
+        if threading.current_thread() is threading.main_thread():
+            raise RuntimeError
+        time.sleep(0.3)
+        ended.append(i)
+
+    with pytest.raises(RuntimeError):
+        threads.parallel(task, 2)
+    assert len(ended) == 1
+
+
+def test_a_region_that_an_interrupt_left_marked_counts_no_more(monkeypatch):
+    threads.set_threads(2)
+    region = threads._Region(lambda i: None, 1)
+    monkeypatch.setattr(threads._this_thread, "region", region, raising=False)
+    assert threads.n_threads() == 1
+    region.over = True
+    assert threads.n_threads() == 2
+
+
+INTERRUPTED = """
+import faulthandler, random, signal, time
+faulthandler.dump_traceback_later(240, exit=True)  # if it hangs
+from npllama import threads
+threads.set_threads(2)
+libraries, chance = threads._blas(), random.Random(1)
+threads.parallel(lambda i: None, 2)
+signal.signal(signal.SIGALRM, signal.default_int_handler)
+n, unfinished, end = 0, 0, time.monotonic() + 5
+while time.monotonic() < end:
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 1e-4 + chance.random() * 1e-3)
+        while True:
+            threads.parallel(lambda i: sum(range(100)), 4)
+    except KeyboardInterrupt:
+        n += 1
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    unfinished += threads._state.before is not None
+    done = []
+    threads.parallel(done.append, 4)
+    assert sorted(done) == [0, 1, 2, 3]
+    assert [library.get_num_threads() for library in libraries] == [2] * len(libraries)
+    assert threads.n_threads() == 2 and threads._state.before is None and not threads._state.holders
+assert n > 10, n  # thousands on an idle machine
+print(n, "interrupts,", unfinished, "of them before BLAS had its threads back")
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers' signals on this system")
+def test_an_interrupt_at_any_moment():
+    """Ctrl-C, which is how an answer is stopped: the next region finds all as it should be, and the process ends."""
+    subprocess.run([sys.executable, "-c", INTERRUPTED], check=True, timeout=300)
+
+
+def test_the_number_may_change_while_another_thread_computes():
+    threads.set_threads(2)
+    inside, go = threading.Event(), threading.Event()
+
+    def task(i: int) -> None:
+        inside.set()
+        assert go.wait(60)
+
+    caller = threading.Thread(target=threads.parallel, args=(task, 2))
+    caller.start()
+    assert inside.wait(60)
+    threads.set_threads(3)
+    assert {library.get_num_threads() for library in threads._blas()} == {1}
+    go.set()
+    caller.join()
+    assert {library.get_num_threads() for library in threads._blas()} == {3}
+
+
+def test_a_limit_that_others_set_stays():
+    threads.set_threads(2)
+    for library in threads._blas():
+        threads._set(library, 1)
+    threads.parallel(lambda i: None, 4)
+    assert {library.get_num_threads() for library in threads._blas()} == {1}
+
+
+def test_fewer_threads_end_the_others():
+    def alive() -> int:
+        return sum(thread.name == "npllama" for thread in threading.enumerate())
+
+    threads.set_threads(4)
+    threads.parallel(lambda i: None, 8)
+    assert alive() == 3
+    threads.set_threads(2)
+    end = time.monotonic() + 60
+    while alive() > 1:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    threads.parallel(lambda i: None, 8)
+    assert alive() == 1
+
+
+def test_what_was_computed_with_is_not_kept():
+    """A worker that waits must not hold the arrays of its last task."""
+    threads.set_threads(2)
+    both, array = threading.Barrier(2, timeout=60), np.zeros(10)
+    gone = weakref.ref(array)
+    threads.parallel(lambda i, array=array: both.wait(), 2)
+    del array
+    end = time.monotonic() + 60
+    while gone() is not None:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_two_callers_at_once_leave_blas_as_it_was():
+    threads.set_threads(2)
+    before = [library.get_num_threads() for library in threads._blas()]
+
+    inside = set()
+
+    def caller() -> None:
+        for _ in range(200):
+            threads.parallel(lambda i: inside.add(max(library.get_num_threads() for library in threads._blas())), 3)
+
+    callers = [threading.Thread(target=caller) for _ in range(4)]
+    for thread in callers:
+        thread.start()
+    for thread in callers:
+        thread.join()
+    assert inside == {1}
+    assert [library.get_num_threads() for library in threads._blas()] == before
+
+
+def test_a_task_shares_its_own_work_with_nobody():
+    """It would wait for a thread that waits for it."""
+    threads.set_threads(2)
+    done = []
+
+    def task(i: int) -> None:
+        assert threads.n_threads() == 1
+        here = threading.get_ident()
+        threads.parallel(lambda j: done.append((i, j, threading.get_ident() == here)), 3)
+        if i == 5:
+            raise RuntimeError
+
+    threads.parallel(task, 5)
+    assert sorted(done) == [(i, j, True) for i in range(5) for j in range(3)]
+    with pytest.raises(RuntimeError):
+        threads.parallel(task, 6)
+    assert threads.n_threads() == 2
+
+
+def test_set_threads_is_blas_threads_too():
+    threads.set_threads(1)
+    assert {library.get_num_threads() for library in threads._blas()} == {1}
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "two", " ", "1.5", "²"])
+def test_a_bad_variable_is_one_line(value, monkeypatch):
+    monkeypatch.setenv(threads.VARIABLE, value)
+    monkeypatch.setattr(threads._state, "n_threads", None)
+    with pytest.raises(ValueError, match="number"):
+        threads.n_threads()
+
+
+def test_the_processors_are_those_this_process_may_use(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3}, raising=False)
+    assert threads.available_cpus() == 1
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert threads.available_cpus() == os.cpu_count()
+
+
+def test_the_variable_is_taken(monkeypatch):
+    for value, expected in (("3", 3), ("", threads.available_cpus())):  # empty is as good as unset
+        monkeypatch.setenv(threads.VARIABLE, value)
+        monkeypatch.setattr(threads._state, "n_threads", None)
+        assert threads.n_threads() == expected
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_after_a_fork_the_child_computes():
+    code = """
+import os, signal, warnings
+warnings.simplefilter("ignore")
+from npllama import threads
+threads.set_threads(3)
+threads.parallel(lambda i: None, 8)
+pid = os.fork()
+if pid == 0:
+    signal.alarm(100)  # should it wait for a thread that isn't there
+    done = []
+    threads.parallel(done.append, 8)
+    os._exit(0 if sorted(done) == list(range(8)) and threads.n_threads() == 3 else 1)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -1,0 +1,367 @@
+"""Each mistake in a port is named, at the operation that has it, and no other mistake is."""
+
+from __future__ import annotations
+
+import re
+
+import broken_ports
+import numpy as np
+import pytest
+
+from npllama import LinearRopeScaling, ops
+from npllama.checkpoint import Model
+from npllama.golden.compare import compare
+from npllama.golden.mistakes import Port, to_pairs
+from npllama.golden.precision import Precision, round_bfloat16
+from npllama.golden.trace import read_trace, record, write_trace
+
+import tiny
+
+TOKENS = tiny.random_tokens(broken_ports.CONFIG, 2, 24)
+
+# mistake -> where it shows first, words of its hint (each of which is in no other's), and whether it needs the model
+EXPECTED = {
+    "half_split": ("layers.0.attention.q_rope", "half-split RoPE", False),
+    "no_rope": ("layers.0.attention.q_rope", "no RoPE", False),
+    "no_mask": ("layers.0.attention.scores", "mask is missing", False),
+    "mask_one_late": ("layers.0.attention.scores", "off by one in the causal mask", False),
+    "position_1_late": ("layers.0.attention.q_rope", "position off by one: RoPE", False),
+    "keys_and_values_tiled": ("layers.0.attention.scores", "keys are not repeated", False),
+    "values_tiled": ("layers.0.attention.heads", "values are not repeated", False),
+    "unscaled": ("layers.0.attention.scores", "1/sqrt(K) is missing", False),
+    "theta_500000": ("layers.0.attention.q_rope", "θ = 500000, and 10000 was expected", False),
+    "eps": ("layers.0.attention_norm", "eps = 1e-06, and 1e-05 was expected", False),
+    "scale_factor": ("layers.0.attention.q_rope", "scale factor: 8, and 32 was expected", False),
+    "no_scaling": ("layers.0.attention.q_rope", "scaling is missing", False),
+    "transposed": ("layers.0.attention.q", "transposed weights", True),
+    "value_from_k": ("layers.0.attention.v", "value is taken from k", False),
+    "bfloat16_weights": ("layers.0.attention.q", "weights rounded to bfloat16", True),
+    "bfloat16": ("tok_embeddings", "every number is one that bfloat16 has", False),
+    "rows_in_halves": ("layers.0.attention.q", "half-split order", False),
+}
+WORDS = {words for _, words, _ in EXPECTED.values()}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return broken_ports.tiny_model()
+
+
+@pytest.fixture(scope="module")
+def reference(model, tmp_path_factory):
+    """A float64 trace of a prompt and one decode step."""
+    return write_trace(model, TOKENS, tmp_path_factory.mktemp("compare") / "reference", 1, Precision("float64")).path
+
+
+def trace_of(bug, model, reference, out, taps=None):
+    broken, port = broken_ports.port(bug, model)
+    return write_trace(broken, TOKENS, out, read_trace(reference).meta["steps"], port).path
+
+
+def test_every_mistake_is_expected_somewhere():
+    assert set(EXPECTED) == set(broken_ports.BUGS)
+
+
+@pytest.mark.parametrize("bug", EXPECTED)
+def test_the_mistake_is_named_and_no_other(bug, model, reference, tmp_path):
+    where, words, _ = EXPECTED[bug]
+    found = compare(reference, trace_of(bug, model, reference, tmp_path / "mine"), model=model)
+    assert found.exit_status == 1
+    assert found.verdict.startswith(f"first divergence: {where} ("), found.verdict
+    assert len(found.hints) == 1, found.hints
+    assert {w for w in WORDS if w in found.hints[0]} == {words}, found.hints
+
+
+@pytest.mark.parametrize("bug", EXPECTED)
+def test_most_need_no_model(bug, model, reference, tmp_path):
+    """From trace.json's constants and the activations alone; weights that are wrong show only beside the right ones."""
+    where, words, needs_model = EXPECTED[bug]
+    found = compare(reference, trace_of(bug, model, reference, tmp_path / "mine"))
+    assert found.verdict.startswith(f"first divergence: {where} ("), found.verdict
+    assert {w for w in WORDS for hint in found.hints if w in hint} == (set() if needs_model else {words}), found.hints
+
+
+def test_a_right_port_gets_no_hint(model, reference, tmp_path):
+    steps = read_trace(reference).meta["steps"]
+    found = compare(reference, write_trace(model, TOKENS, tmp_path / "mine", steps).path, model=model)
+    assert found.equal, found.verdict
+    assert found.hints == []
+    assert found.wrong_by_themselves == []
+
+
+def test_rounding_is_not_taken_for_a_mistake(model, reference, tmp_path):
+    steps = read_trace(reference).meta["steps"]
+    path = write_trace(model, TOKENS, tmp_path / "mine", steps).path
+    found = compare(reference, path, model=model, atol=0, rtol=0)
+    assert found.first.name == "layers.0.attention_norm"
+    assert found.hints[0].startswith("its own operation is right")
+
+
+def test_eps_is_read_from_the_tokens_that_show_it(tmp_path):
+    """A token of large numbers hides eps in its rounding, and must not drown what the others say."""
+    model = broken_ports.tiny_model()
+    embeddings = model.params["tok_embeddings.weight"].copy()
+    embeddings[TOKENS[0]] *= 1000
+    model = Model(model.config, {**model.params, "tok_embeddings.weight": embeddings})
+    reference = write_trace(model, TOKENS, tmp_path / "reference", 0, Precision("float64")).path
+    found = compare(reference, write_trace(model, TOKENS, tmp_path / "mine", precision=Port("eps")).path)
+    assert found.hints == ["wrong eps: the norm is that of eps = 1e-06, and 1e-05 was expected"]
+
+
+def test_a_layout_that_is_only_different_is_told_from_a_mistake(model, reference, tmp_path):
+    """Hugging Face's rows with Hugging Face's rotation compute the same model: the map is wrong, not the port."""
+    steps = read_trace(reference).meta["steps"]
+    port = Port("rows_in_halves", "half_split")
+    found = compare(reference, write_trace(model, TOKENS, tmp_path / "mine", steps, port).path, model=model)
+    assert "only the layout differs" in found.hints[0]
+
+
+@pytest.mark.parametrize("bug", ["no_mask", "unscaled", "keys_and_values_tiled"])
+def test_found_in_the_weights_when_the_scores_are_not_recorded(bug, model, reference, tmp_path):
+    path = trace_of(bug, model, reference, tmp_path / "mine")
+    arrays = {name: np.array(x) for name, x in read_trace(path).items() if not name.endswith("scores")}
+    np.savez(tmp_path / "mine.npz", **arrays)
+    found = compare(reference, tmp_path / "mine.npz", model=model, partial=True)
+    assert found.first.name == "layers.0.attention.weights"
+    assert EXPECTED[bug][1] in found.hints[0]
+
+
+@pytest.fixture(scope="module")
+def bare_reference(reference, tmp_path_factory):
+    """The same numbers without trace.json: no constants are known."""
+    file = tmp_path_factory.mktemp("bare") / "reference.npz"
+    np.savez(file, **{name: np.array(x) for name, x in read_trace(reference).items()})
+    return file
+
+
+def test_without_constants_a_missing_scaling_is_no_wrong_theta(model, reference, bare_reference, tmp_path):
+    """No θ has the reference's angles, so that none can be expected."""
+    found = compare(bare_reference, trace_of("no_scaling", model, reference, tmp_path / "mine"))
+    assert found.hints == ["the reference's RoPE angles are scaled, yours are not: they are those of θ = 10000 alone"]
+    found = compare(bare_reference, trace_of("scale_factor", model, reference, tmp_path / "factor"))
+    assert found.hints[0].startswith("wrong RoPE angles: pair "), "both are scaled"
+
+
+def test_without_constants_a_wrong_theta_is_one(tmp_path):
+    model = broken_ports.tiny_model(rope_scaling=None)
+    np.savez(tmp_path / "reference.npz", **record(model, TOKENS, precision=Precision("float64")))
+    np.savez(tmp_path / "mine.npz", **record(model, TOKENS, precision=Port("theta_500000")))
+    found = compare(tmp_path / "reference.npz", tmp_path / "mine.npz")
+    assert found.hints == ["wrong RoPE θ: the angles are those of θ = 500000, and 10000 was expected"]
+
+
+@pytest.mark.parametrize(
+    ("scaling", "hint"),
+    [
+        (None, "RoPE's scaling is missing: the angles are those of θ alone"),
+        (LinearRopeScaling(2.0), "wrong RoPE scale factor: every angle is 2 times the expected one"),
+    ],
+)
+def test_mistakes_in_linear_scaling(scaling, hint, tmp_path):
+    model = broken_ports.tiny_model(rope_scaling=LinearRopeScaling(4.0))
+    reference = write_trace(model, TOKENS, tmp_path / "reference", 0, Precision("float64")).path
+    mine = write_trace(broken_ports.tiny_model(rope_scaling=scaling), TOKENS, tmp_path / "mine").path
+    assert compare(reference, mine, model=model).hints == [hint]
+
+
+def half_split_rows_turned_adjacently(model):
+    """Hugging Face's rows in wq and wk, but RoPE as Meta's code has it; recorded in adjacent pairs, as a right map has it."""
+    arrays = record(model, TOKENS, precision=Port("rows_in_halves"))
+    turned = [name for name in arrays if name.endswith(("q", "k", "q_rope", "k_rope"))]
+    return {**arrays, **{name: to_pairs(arrays[name]) for name in turned}}
+
+
+def test_adjacent_pairs_turned_in_hugging_faces_rows(model, reference, tmp_path):
+    np.savez(tmp_path / "mine.npz", **half_split_rows_turned_adjacently(model))
+    found = compare(reference, tmp_path / "mine.npz", model=model, partial=True)
+    assert found.first.name == "layers.0.attention.q_rope"
+    assert found.hints[0].startswith("interleaved RoPE on rows in Hugging Face's order")
+
+
+@pytest.mark.parametrize(
+    ("bug", "where", "words"),
+    [
+        ("relu", "feed_forward.act", "ReLU instead of silu"),
+        ("gelu_tanh", "feed_forward.act", "GELU instead of silu in the feed-forward, by its formula with tanh"),
+        ("gelu_erf", "feed_forward.act", "GELU instead of silu in the feed-forward, by its formula with erf"),
+        ("quick_gelu", "feed_forward.act", "QuickGELU"),
+        ("sigmoid", "feed_forward.act", "the sigmoid instead of silu"),
+        ("no_silu", "feed_forward.act", "silu is missing"),
+        ("gate_up_exchanged", "feed_forward.act", "the gate and up are exchanged"),
+        ("no_norm_weight", "attention_norm", "weight is missing"),
+        ("norm_weight_plus_one", "attention_norm", "1 + weight"),
+        ("no_norm", "attention_norm", "the norm is missing"),
+        ("layer_norm", "attention_norm", "LayerNorm"),
+    ],
+)
+def test_other_architectures_operations_are_named_without_the_model(bug, where, words, model, reference, tmp_path):
+    found = compare(reference, trace_of(bug, model, reference, tmp_path / "mine"))
+    assert found.first.name == f"layers.0.{where}"
+    assert words in found.hints[0]
+    assert len(found.hints) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("norm", lambda a: a["layers.1.out"], "the norm is missing"),
+        ("layers.1.attention_residual", lambda a: a["layers.1.attention.out"], "the residual connection is missing"),
+        ("layers.1.out", lambda a: a["layers.1.attention_residual"], "feed_forward.out is not added"),
+        ("layers.1.out", lambda a: a["layers.1.ffn_norm"] + a["layers.1.feed_forward.out"], "starts after the norm"),
+        ("layers.0.attention_residual", lambda a: a["tok_embeddings"], "attention.out is not added"),
+        (
+            "layers.1.feed_forward.act",
+            lambda a: ops.silu(a["layers.1.feed_forward.gate"]),
+            "up is",
+        ),
+    ],
+)
+def test_what_is_left_out_is_named(name, change, words, model, reference, tmp_path):
+    steps = read_trace(reference).meta["steps"]
+    right = record(model, TOKENS, steps)
+    np.savez(tmp_path / "mine.npz", **record(model, TOKENS, steps, patch={name: change(right)}))
+    found = compare(reference, tmp_path / "mine.npz", model=model)
+    assert found.first.name == name
+    assert words in found.hints[0]
+
+
+def test_an_output_matrix_taken_for_the_embedding(model, reference, tmp_path):
+    steps = read_trace(reference).meta["steps"]
+    broken = Model(model.config, {**model.params, "output.weight": model.params["tok_embeddings.weight"]})
+    found = compare(reference, write_trace(broken, TOKENS, tmp_path / "mine", steps).path, model=model)
+    assert found.first.name == "logits"
+    assert found.hints[0].startswith("the output matrix is taken to be the embedding")
+
+
+@pytest.mark.parametrize(
+    ("bug", "ending", "where", "words"),
+    [
+        ("transposed", "w2.weight", "layers.0.feed_forward.out", "transposed weights"),
+        ("layer_0_everywhere", "wk.weight", "layers.1.attention.k", "layer 0's, in the place of its own"),
+    ],
+)
+def test_one_wrong_weight_is_named(bug, ending, where, words, model, reference, tmp_path):
+    steps = read_trace(reference).meta["steps"]
+    broken = broken_ports.only(bug, model, ending)
+    found = compare(reference, write_trace(broken, TOKENS, tmp_path / "mine", steps).path, model=model)
+    assert found.first.name == where
+    assert words in found.hints[0]
+
+
+def test_weights_cut_to_bfloat16(model, reference, tmp_path):
+    found = compare(reference, trace_of("bfloat16_cut", model, reference, tmp_path / "mine"), model=model)
+    assert found.first.name == "layers.0.attention.q"
+    assert "cut off instead of rounded" in found.hints[0]
+
+
+NEVER_WRITTEN = "every number is zero: was it ever written?"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "hints"),
+    [
+        ("layers.1.attention.v", lambda x: 0 * x, [NEVER_WRITTEN]),
+        ("layers.1.out", lambda x: 0 * x, [NEVER_WRITTEN]),
+        ("layers.1.ffn_norm", lambda x: 0 * x + 1, []),
+        ("layers.1.attention.weights", lambda x: (x == x.max(-1, keepdims=True)).astype(x.dtype), []),
+        ("layers.1.attention.weights", lambda x: np.where(x > 0, np.float32(0.125), np.float32(0)), []),
+        ("layers.1.ffn_norm", lambda x: round_bfloat16(3 * x), []),
+    ],
+)
+def test_numbers_that_bfloat16_has_are_not_always_rounded_ones(name, change, hints, model, reference, tmp_path):
+    steps = read_trace(reference).meta["steps"]
+    np.savez(tmp_path / "mine.npz", **record(model, TOKENS, steps, patch={name: change}))
+    found = compare(reference, tmp_path / "mine.npz", model=model)
+    assert (found.first.name, found.hints) == (name, hints)
+
+
+def test_a_bfloat16_models_embeddings_taken_for_their_norm_are_not_rounded_ones(model, tmp_path):
+    """All numbers are bfloat16's, as the embeddings are; what is wrong is that nothing was computed."""
+    params = {name: round_bfloat16(x) for name, x in model.params.items()}
+    model = Model(model.config, params)
+    reference = write_trace(model, TOKENS, tmp_path / "reference", 0, Precision("float64")).path
+    arrays = record(model, TOKENS)
+    arrays = record(model, TOKENS, patch={"layers.0.attention_norm": arrays["tok_embeddings"]})
+    np.savez(tmp_path / "mine.npz", **arrays)
+    found = compare(reference, tmp_path / "mine.npz", model=model)
+    assert found.first.name == "layers.0.attention_norm"
+    assert not any("bfloat16" in hint for hint in found.hints)
+
+
+def test_only_wrong_operations_are_wrong_by_themselves(model, reference, tmp_path):
+    """Everything after the first mistake differs; only the mistaken operation fails on the candidate's own inputs."""
+    found = compare(reference, trace_of("values_tiled", model, reference, tmp_path / "mine"), model=model)
+    kinds = {name.partition("layers.")[2][2:] for name in found.wrong_by_themselves}
+    assert kinds == {"attention.heads"}
+    assert len(found.wrong_by_themselves) == 4, "two layers, in the prompt and in the step"
+    assert sum(not row.passed for row in found.rows) > 40
+
+
+def of_another_shape(x):
+    return x.reshape(len(x), -1)
+
+
+def not_a_number(x):
+    x = x.copy()
+    x[-1, 0, 0] = np.nan
+    return x
+
+
+@pytest.mark.parametrize("spoil", [of_another_shape, not_a_number])
+@pytest.mark.parametrize(
+    ("name", "unjudged"),
+    [
+        ("layers.1.attention.q", {"layers.1.attention.q", "layers.1.attention.q_rope"}),
+        ("layers.1.attention.v", {"layers.1.attention.v", "layers.1.attention.heads", "step.0/layers.1.attention.heads"}),
+    ],
+)
+def test_what_is_computed_from_unusable_numbers_is_not_accused(name, unjudged, spoil, model, reference, tmp_path):
+    """The operation after them may well be right: on which numbers it worked isn't known. In the cache they stay inputs."""
+    steps = read_trace(reference).meta["steps"]
+    mine = record(model, TOKENS, steps, patch={name: lambda x: x * 1.5})
+    np.savez(tmp_path / "mine.npz", **{**mine, name: spoil(mine[name])})
+    found = compare(reference, tmp_path / "mine.npz", model=model)
+    assert found.first.name == name
+    assert found.wrong_by_themselves == []
+    assert {row.name for row in found.rows if row.local is None} == unjudged
+    partial = {key: x for key, x in mine.items() if not key.endswith(("scores", "weights"))}
+    np.savez(tmp_path / "partial.npz", **{**partial, name: spoil(mine[name])})
+    found = compare(reference, tmp_path / "partial.npz", model=model, partial=True)
+    assert found.wrong_by_themselves == [], "nor is it by way of activations that aren't recorded"
+
+
+def test_inputs_are_what_an_activation_is_computed_from():
+    """Held against the computation itself: changing an input changes the activation, changing another one doesn't."""
+    from npllama.golden.compare.names import in_order, place
+
+    model, tokens, steps = broken_ports.tiny_model(), TOKENS[:4], [[5], [6]]
+    exact = record(model, tokens, steps)
+    layer_1 = [name for name in exact if "layers.1." in name or name.rpartition("/")[2] in ("norm", "logits")]
+    for name in layer_1:
+        inputs = set(place(name).inputs(model.config.n_layers))
+        assert inputs <= exact.keys(), inputs - exact.keys()
+        fixed = {n: exact[n] for n in exact if n != name}
+        for other in in_order(exact)[: in_order(exact).index(name)][-60:]:
+            changed = record(
+                model, tokens, steps, patch={**fixed, other: 2 * np.where(np.isneginf(exact[other]), 0, exact[other])}
+            )
+            assert (not np.array_equal(changed[name], exact[name])) == (other in inputs), (other, name)
+
+
+def test_a_second_mistake_is_not_lost_in_what_follows_from_the_first(model, reference, tmp_path):
+    steps = read_trace(reference).meta["steps"]
+    broken = broken_ports.only("transposed", model, "w2.weight")
+    found = compare(reference, write_trace(broken, TOKENS, tmp_path / "mine", steps, Port("half_split")).path, model=model)
+    kinds = {name.partition("layers.")[2][2:] for name in found.wrong_by_themselves}
+    assert kinds == {"attention.q_rope", "attention.k_rope", "feed_forward.out"}
+
+
+def test_an_error_below_the_accumulated_noise_is_found_by_the_operation_alone(model, reference, tmp_path):
+    """A norm that is off by eight millionths, where what has gathered before is more than that."""
+    steps = read_trace(reference).meta["steps"]
+    mine = record(model, TOKENS, steps, patch={"layers.1.ffn_norm": lambda x: x * np.float32(1 + 8e-6)})
+    np.savez(tmp_path / "mine.npz", **mine)
+    found = compare(reference, tmp_path / "mine.npz", model=model)
+    assert re.match(r"first divergence: layers.1.ffn_norm \(local relative error (7.9|8.[01])e-06, noise floor ", found.verdict)
+    assert found.wrong_by_themselves == ["layers.1.ffn_norm"]
+    assert found.first.judged.passed, "the whole pass up to it doesn't show it"

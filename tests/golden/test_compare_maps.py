@@ -1,0 +1,270 @@
+"""Other programs' names and layouts: Hugging Face's from the real model, the others from their documented shapes."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import broken_ports
+import numpy as np
+import pytest
+
+from npllama.golden.compare import compare
+from npllama.golden.compare.maps import BUILT_IN, MapError, read_map
+from npllama.golden.mistakes import Port
+from npllama.golden.precision import Precision
+from npllama.golden.trace import record, write_trace
+
+import tiny
+
+T = 12
+TOKENS = tiny.random_tokens(broken_ports.CONFIG, 2, T)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return broken_ports.tiny_model()
+
+
+@pytest.fixture(scope="module")
+def reference(model, tmp_path_factory):
+    return write_trace(model, TOKENS, tmp_path_factory.mktemp("maps") / "reference", 0, Precision("float64"))
+
+
+@pytest.fixture(scope="module")
+def ours(model, tmp_path_factory):
+    trace = write_trace(model, TOKENS, tmp_path_factory.mktemp("maps") / "mine")
+    return {name: np.array(x) for name, x in trace.items()}
+
+
+def halves(x):
+    return np.concatenate([x[..., 0::2], x[..., 1::2]], axis=-1)
+
+
+def joined(x):
+    return x.reshape(len(x), -1)
+
+
+def layerwise(names: dict[str, str], layers: int = 2) -> dict[str, str]:
+    return {k.replace("{i}", str(i)): v.replace("{i}", str(i)) for k, v in names.items() for i in range(layers)}
+
+
+def test_hugging_faces_modules(model, reference, tmp_path):
+    pytest.importorskip("torch", reason="torch is not installed")
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from hf_reference import hf_model, hf_module_outputs
+
+    recorded = hf_module_outputs(hf_model(model.config, model.params), TOKENS)
+    np.savez(tmp_path / "theirs.npz", **recorded)
+    found = compare(reference.path, tmp_path / "theirs.npz", names="hf", model=model)
+    assert found.equal, found.verdict
+    assert {row.name for row in found.rows} >= {"tok_embeddings", "layers.1.attention.q", "layers.1.attention.k", "logits"}
+    assert any("no name in the map hf" in warning for warning in found.warnings)
+
+    recorded["model.layers.1.self_attn.k_proj"] = np.ascontiguousarray(recorded["model.layers.1.self_attn.k_proj"][..., ::-1])
+    np.savez(tmp_path / "wrong.npz", **recorded)
+    assert compare(reference.path, tmp_path / "wrong.npz", names="hf", model=model).first.name == "layers.1.attention.k"
+
+
+def transformerlens(model, ours) -> dict[str, np.ndarray]:
+    """As run_with_cache() returns them: a batch axis, halves, norms before their weights."""
+    names = layerwise(
+        {
+            "blocks.{i}.attn.hook_v": "layers.{i}.attention.v",
+            "blocks.{i}.attn.hook_attn_scores": "layers.{i}.attention.scores",
+            "blocks.{i}.attn.hook_pattern": "layers.{i}.attention.weights",
+            "blocks.{i}.attn.hook_z": "layers.{i}.attention.heads",
+            "blocks.{i}.hook_attn_out": "layers.{i}.attention.out",
+            "blocks.{i}.hook_resid_mid": "layers.{i}.attention_residual",
+            "blocks.{i}.mlp.hook_pre": "layers.{i}.feed_forward.gate",
+            "blocks.{i}.mlp.hook_pre_linear": "layers.{i}.feed_forward.up",
+            "blocks.{i}.mlp.hook_post": "layers.{i}.feed_forward.act",
+            "blocks.{i}.hook_mlp_out": "layers.{i}.feed_forward.out",
+            "blocks.{i}.hook_resid_post": "layers.{i}.out",
+        }
+    )
+    turned = layerwise(
+        {
+            "blocks.{i}.attn.hook_q": "layers.{i}.attention.q",
+            "blocks.{i}.attn.hook_k": "layers.{i}.attention.k",
+            "blocks.{i}.attn.hook_rot_q": "layers.{i}.attention.q_rope",
+            "blocks.{i}.attn.hook_rot_k": "layers.{i}.attention.k_rope",
+        }
+    )
+    normed = layerwise(
+        {"blocks.{i}.ln1.hook_normalized": "layers.{i}.attention_norm", "blocks.{i}.ln2.hook_normalized": "layers.{i}.ffn_norm"}
+    ) | {"ln_final.hook_normalized": "norm"}
+    found = {"hook_embed": ours["tok_embeddings"], "logits": ours["logits"]}
+    found |= {theirs: ours[name] for theirs, name in names.items()}
+    found |= {theirs: halves(ours[name]) for theirs, name in turned.items()}
+    found |= {theirs: ours[name] / model.params[f"{name}.weight"] for theirs, name in normed.items()}
+    found |= {"blocks.0.hook_resid_pre": ours["tok_embeddings"], "blocks.0.ln1.hook_scale": np.ones((T, 1), np.float32)}
+    return {name: x[None] for name, x in found.items()}
+
+
+def ggml(model, ours) -> dict[str, np.ndarray]:
+    """As a callback sees them, the last dimension of ne[] first; the cache has 32 cells; the last layer ends in one token."""
+    K, cells = model.config.head_dim, 32
+    names = layerwise(
+        {
+            "attn_norm-{i}": "layers.{i}.attention_norm",
+            "Qcur-{i}": "layers.{i}.attention.q_rope",
+            "Kcur-{i}": "layers.{i}.attention.k_rope",
+            "attn_out-{i}": "layers.{i}.attention.out",
+            "ffn_inp-{i}": "layers.{i}.attention_residual",
+            "ffn_norm-{i}": "layers.{i}.ffn_norm",
+            "ffn_gate-{i}": "layers.{i}.feed_forward.gate",
+            "ffn_up-{i}": "layers.{i}.feed_forward.up",
+            "ffn_swiglu-{i}": "layers.{i}.feed_forward.act",
+            "ffn_out-{i}": "layers.{i}.feed_forward.out",
+            "l_out-{i}": "layers.{i}.out",
+        }
+    )
+    last_only = ("ffn_inp-1", "ffn_norm-1", "ffn_gate-1", "ffn_up-1", "ffn_swiglu-1", "ffn_out-1", "l_out-1")
+    found = {theirs: ours[name][-1:] if theirs in last_only else ours[name] for theirs, name in names.items()}
+    for i in range(2):
+        name = f"layers.{i}.attention."
+        found |= {f"Vcur-{i}": joined(ours[name + "v"]), f"kqv_out-{i}": joined(ours[name + "heads"])}
+        q, k = ours[name + "q_rope"], np.repeat(ours[name + "k_rope"], 3, axis=1)
+        kq = np.zeros((6, T, cells), np.float32)
+        kq[..., :T] = np.einsum("thk,shk->hts", q, k)
+        found[f"kq-{i}"] = kq
+        found[f"kq_soft_max-{i}"] = np.pad(ours[name + "weights"], ((0, 0), (0, 0), (0, cells - T)))
+    assert K == 16
+    found |= {"inp_embd": ours["tok_embeddings"], "result_norm": ours["norm"][-1:], "result_output": ours["logits"][-1:]}
+    return found | {"norm-0": ours["tok_embeddings"], "kqv-0": np.zeros((6, T, 16), np.float32)}
+
+
+@pytest.mark.parametrize("made", [transformerlens, ggml])
+def test_other_programs_names_and_layouts(made, model, reference, ours, tmp_path):
+    theirs = made(model, ours)
+    np.savez(tmp_path / "theirs.npz", **theirs)
+    found = compare(reference.path, tmp_path / "theirs.npz", names=made.__name__, model=model)
+    assert found.equal, found.verdict
+    rules = [rule for rule in BUILT_IN[made.__name__].values() if rule]
+    assert len(found.rows) >= len({r.name for r in rules if "{i}" in r.name}) * 2 - 2
+
+    for name, x in theirs.items():
+        if read_map(made.__name__).find(name) is None or np.ptp(x) == 0:
+            continue
+        np.savez(tmp_path / "wrong.npz", **{name: x * np.float32(1.001)})
+        found = compare(
+            reference.path, tmp_path / "wrong.npz", names=made.__name__, model=model, partial=True, atol=2e-5, rtol=2e-4
+        )
+        assert [row.name for row in found.rows if not row.passed] == [read_map(made.__name__).find(name)[0]], name
+
+
+@pytest.mark.parametrize(
+    ("bug", "words"),
+    [
+        ("unscaled", "1/sqrt(K) is missing"),
+        ("scaled_by_k", "divided by K instead of sqrt(K)"),
+        ("no_mask", "the causal mask is missing"),
+        ("mask_one_late", "each token sees the one after it"),
+        ("mask_one_early_but_first", "no token but the first sees itself"),
+    ],
+)
+def test_raw_scores_prove_neither_scale_nor_mask(bug, words, model, reference, tmp_path):
+    """ggml's kq comes before both: the map's rule, not the port, has put them into the scores that compare() sees."""
+    mine = record(model, TOKENS, precision=Port(bug))
+    np.savez(tmp_path / "theirs.npz", **ggml(model, mine))
+    found = compare(reference.path, tmp_path / "theirs.npz", names="ggml", model=model)
+    assert found.first.name == "layers.0.attention.weights"
+    assert words in found.hints[0]
+
+
+def test_norms_before_their_weight_are_left_out_aloud_without_a_model(model, reference, ours, tmp_path):
+    np.savez(tmp_path / "theirs.npz", **transformerlens(model, ours))
+    found = compare(reference.path, tmp_path / "theirs.npz", names="transformerlens")
+    assert found.equal
+    assert any(w.startswith("layers.0.attention_norm, ") and "needs the model (-m)" in w for w in found.warnings)
+
+
+@pytest.mark.parametrize(
+    ("rule", "layout"),
+    [
+        ({"axes": "H T K"}, lambda x: x.swapaxes(0, 1)),
+        ({"axes": "T H*K"}, joined),
+        ({"axes": "H*K T"}, lambda x: joined(x).T),
+        ({"axes": "K T H"}, lambda x: x.transpose(2, 0, 1)),
+        ({"axes": "H T K", "pairs": "halves"}, lambda x: halves(x).swapaxes(0, 1)),
+        ({"axes": "T H*K", "pairs": "halves"}, lambda x: joined(halves(x))),
+        ({"axes": "T H*K", "scale": "1/sqrt(K)"}, lambda x: joined(x * 4)),
+        ({}, lambda x: x[None]),
+    ],
+)
+def test_a_map_of_the_users(rule, layout, reference, ours, tmp_path):
+    (tmp_path / "map.json").write_text(json.dumps({"block{i}/q": {"name": "layers.{i}.attention.q", **rule}, "noise": None}))
+    name = "layers.{}.attention.q"
+    np.savez(tmp_path / "mine.npz", **{f"block{i}/q": layout(ours[name.format(i)]) for i in (0, 1)}, noise=np.ones(3))
+    found = compare(reference.path, tmp_path / "mine.npz", names=str(tmp_path / "map.json"))
+    assert found.equal, found.verdict
+    assert [row.name for row in found.rows] == [name.format(0), name.format(1)]
+
+
+def test_a_steps_prefix_is_kept():
+    assert read_map("ggml").find("step.3/l_out-1")[0] == "step.3/layers.1.out"
+    assert read_map("hf").find("step.0/lm_head")[0] == "step.0/logits"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not JSON"),
+        ("[]", "holds list, expected a JSON object"),
+        ("{}", "expected an object"),
+        ('{"a": "layers.0.attention.qq"}', "not the name of an activation"),
+        ('{"a": 3}', "a is 3, expected a canonical name"),
+        ('{"a": {"name": "norm", "axis": "T D"}}', "axis 'T D'"),
+        ('{"a": {"name": "norm", "axes": "T F"}}', "expected T D in some order"),
+        ('{"a": {"name": "norm", "pairs": "both"}}', "adjacent or halves"),
+        ('{"a": {"name": "norm", "axes": "T-*D"}}', "expected T D in some order"),
+        ('{"a": {"name": "norm", "axes": "T D-"}}', "expected T D in some order"),
+        ('{"a": ""}', "a stands for '', which is not the name of an activation"),
+        ('{"a": "a\\nb"}', "which is not the name of an activation"),
+        ('{"a": [["b"]]}', r"a is \[\['b'\]\], expected a canonical name"),
+        ('{"a": ' + "[" * 10**5, "nested deeper"),
+    ],
+)
+def test_a_broken_map_is_said_to_be(content, message, tmp_path):
+    (tmp_path / "map.json").write_text(content)
+    with pytest.raises(MapError, match=message):
+        read_map(str(tmp_path / "map.json"))
+
+
+def test_an_unknown_map_is_told_the_known_ones():
+    with pytest.raises(MapError, match="hf, transformerlens, ggml"):
+        read_map("mlx")
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        ("norm.wieght", "norm: weight is norm.wieght, which the model doesn't have; norm.weight it has"),
+        ("layers.0.attention.wk.weight", "norm: weight layers.0.attention.wk.weight has the shape [32, 96], expected [96]"),
+    ],
+)
+def test_a_maps_weight_that_the_model_lacks(weight, message, model, reference, ours, tmp_path):
+    (tmp_path / "map.json").write_text(json.dumps({"norm": {"name": "norm", "weight": weight}}))
+    np.savez(tmp_path / "mine.npz", norm=ours["norm"])
+    with pytest.raises(MapError, match=re.escape(f"map {tmp_path / 'map.json'}: {message}")):
+        compare(reference.path, tmp_path / "mine.npz", names=str(tmp_path / "map.json"), model=model)
+
+
+def test_two_names_for_one_activation_are_refused(reference, ours, tmp_path):
+    np.savez(tmp_path / "mine.npz", inp_embd=ours["tok_embeddings"], embd=ours["tok_embeddings"])
+    with pytest.raises(MapError, match="both inp_embd and embd stand for tok_embeddings"):
+        compare(reference.path, tmp_path / "mine.npz", names="ggml")
+
+
+def test_a_name_that_the_map_does_not_know_is_a_difference(reference, ours, tmp_path):
+    np.savez(tmp_path / "mine.npz", inp_embd=ours["tok_embeddings"], atn_norm=ours["tok_embeddings"])
+    found = compare(reference.path, tmp_path / "mine.npz", names="ggml")
+    assert [row.name for row in found.rows if row.problem == "not in the reference"] == ["atn_norm"]
+    assert compare(reference.path, tmp_path / "mine.npz", names="ggml", partial=True).equal
+
+
+def test_a_wrong_shape_is_a_difference_that_says_what_was_expected(reference, ours, tmp_path):
+    np.savez(tmp_path / "mine.npz", **{"Qcur-0": ours["layers.0.attention.q_rope"].swapaxes(0, 1)})
+    found = compare(reference.path, tmp_path / "mine.npz", names="ggml", partial=True)
+    assert found.verdict == "first divergence: layers.0.attention.q_rope (shape [6, 12, 16], expected [12, 96])"

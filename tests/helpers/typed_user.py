@@ -1,0 +1,43 @@
+"""A program as a user with a type checker writes it: test_typing.py has mypy read it. Nothing here is run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+import npllama
+from npllama.golden.compare import compare
+
+
+def run(folder: Path) -> str:
+    model = npllama.load(folder, dtype="float32")
+    config: npllama.Config = model.config
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        return f"{config.dim} wide, with {npllama.n_parameters(config):,} parameters"
+    ids: list[int] = tokenizer.encode("text", bos=True)
+    cache = npllama.KVCache(config)
+    logits: np.ndarray = npllama.forward(model.params, config, ids, cache, last_only=True)
+    sampling = npllama.Sampling(temperature=0.8, top_p=0.95)
+    for row in npllama.generate_batch(model, [ids, np.array(ids)], max_tokens=4, sampling=sampling):
+        ended: list[bool] = [id is None for id in row]
+    for step in npllama.generate_steps(model, ids, 4, sampling, cache=cache):
+        top: list[tuple[int, float]] = step.top(5)
+    made: list[int] = list(npllama.generate(model, np.array(ids), max_tokens=len(top) + len(ended) + len(logits)))
+    return tokenizer.decode(made)
+
+
+def port(folder: Path, tokens: list[int]) -> bool:
+    model = npllama.load(folder)
+    seen: dict[str, np.ndarray] = {}
+
+    def tap(name: str, x: np.ndarray) -> np.ndarray:
+        seen[name] = x
+        return x
+
+    precision = npllama.Precision("bfloat16", "hf")
+    precision.forward(model.params, model.config, tokens, tap=tap)
+    npllama.write_trace(model, tokens, folder / "trace", precision=precision)
+    trace: npllama.Trace = npllama.read_trace(folder / "trace")
+    return compare(trace.path, folder / "mine").exit_status == 0

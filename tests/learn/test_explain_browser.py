@@ -1,0 +1,283 @@
+"""The page in a real browser: it loads without an error or a request, and what it shows is what the taps do.
+
+Needs chromium (or NPLLAMA_CHROMIUM, a path to one) and playwright's Python package; its own browsers are not needed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+pytest.importorskip("bokeh", reason="bokeh is not installed")
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+
+from test_explain import HOSTILE, hostile_model  # noqa: E402
+
+from npllama import Sampling, load, record  # noqa: E402
+from npllama.learn.explain import explain  # noqa: E402
+from npllama.learn.lens import logit_lens, residual_norms, token_labels, visible  # noqa: E402
+from npllama.sampling import probabilities  # noqa: E402
+
+CHROMIUM = os.environ.get("NPLLAMA_CHROMIUM") or next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 375, "height": 760}
+PATIENCE = 300_000.0  # milliseconds: only a page that hangs takes as long, on however busy a machine
+PROMPT = "What light through yonder window"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=PATIENCE)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load()
+
+
+@pytest.fixture(scope="module")
+def ids(model):
+    return model.tokenizer.encode(PROMPT, bos=True)
+
+
+@pytest.fixture(scope="module")
+def recording(model, ids):
+    return record(model, ids)
+
+
+@pytest.fixture(scope="module")
+def file(model, ids, tmp_path_factory):
+    out = tmp_path_factory.mktemp("page") / "page.html"
+    explain(model, ids, out)
+    return out
+
+
+@pytest.fixture
+def opened(browser, file):
+    """Open a page as asked for; at the end no page may have complained, or asked the network for anything."""
+    contexts, complaints, requests = [], [], []
+
+    def open_page(path=file, **options):
+        context = browser.new_context(**{"viewport": DESKTOP, **options})
+        context.set_default_timeout(PATIENCE)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: message.type in ("error", "warning") and complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        context.on("request", lambda request: requests.append(request.url))
+        page.goto(path.as_uri())
+        page.wait_for_selector("html[data-ready=yes]", state="attached")
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not complaints
+    assert all(url.startswith("file://") and url.endswith(".html") for url in requests)
+    assert len(requests) == len(contexts)
+
+
+def looks(page) -> list[tuple[str, int, float]]:
+    """The table of what the chosen token looks at."""
+    rows = page.locator("#looks-table tbody tr").all_inner_texts()
+    return [(token, int(at), float(weight.rstrip("%\u00a0 "))) for token, at, weight in (row.split("\t") for row in rows)]
+
+
+def expected_looks(recording, labels, layer, head, token):
+    row = recording[f"layers.{layer}.attention.weights"][head, token, : token + 1]
+    order = np.argsort(-np.rint(65535 * row), kind="stable")[:8]
+    return [(labels[at], at, 100 * row[at]) for at in order]
+
+
+def same(found, expected) -> bool:
+    assert [row[:2] for row in found] == [row[:2] for row in expected]
+    return np.allclose([row[2] for row in found], [row[2] for row in expected], atol=0.0051)
+
+
+def test_the_numbers_are_the_trace_s(opened, model, ids, recording):
+    page, config, T = opened(), model.config, len(ids)
+    shape = (config.n_layers, config.n_heads, T, T)
+    weights = page.evaluate(
+        "Array.from({length: L}, (_, l) => Array.from({length: H}, (_, h) => Array.from({length: T}, (_, f) =>"
+        " Array.from({length: T}, (_, a) => weight(l, h, f, a)))))"
+    )
+    expected = np.stack([recording[f"layers.{i}.attention.weights"] for i in range(config.n_layers)])
+    assert expected.shape == shape
+    assert np.abs(np.array(weights) - expected).max() <= 0.5 / 65535 + 1e-9
+    norms = np.array(page.evaluate("source('norms').data.ys"))
+    assert np.array_equal(norms.T.astype(np.float32), residual_norms(recording, config).astype(np.float32))
+    lens_ids, lens = (x[..., 0] for x in logit_lens(model, recording, 1))
+    cells = page.evaluate("(({x, y, shade, text}) => ({x: [...x], y: [...y], shade: [...shade], text}))(source('lens').data)")
+    assert np.array_equal(np.array(cells["shade"], np.float32), lens[cells["y"], cells["x"]])
+    shown = token_labels(model.tokenizer, lens_ids[cells["y"], cells["x"]])
+    assert all(a == b or a == b[:7] + "…" for a, b in zip(cells["text"], shown, strict=True))
+    assert [text.split("\n")[0] for text in page.locator("#tokens button").all_inner_texts()] == token_labels(
+        model.tokenizer, ids
+    )
+
+
+def test_the_sliders_compute_what_sampling_does(opened, recording):
+    page, logits = opened(), recording["logits"][-1]
+    order = np.argsort(-logits, kind="stable")
+    for temperature, top_p in [(1.0, 1.0), (0.7, 0.9), (2.0, 0.5), (0.05, 1.0), (1.3, 0.05), (0.0, 0.3), (0.0, 1.0)]:
+        for slider, value in (("#temperature", temperature), ("#top-p", top_p)):
+            page.locator(slider).fill(str(value))
+        expected = probabilities(logits, Sampling(temperature, top_p=top_p))[order]
+        found = np.array(page.evaluate("Array.from(distribution(state.temperature, state.topP))"))
+        assert np.array_equal(found > 0, expected > 0)
+        assert np.allclose(found, expected, rtol=1e-12, atol=0)
+        table = [row.split("\t") for row in page.locator("#candidates-table tbody tr").all_inner_texts()]
+        assert [int(row[1]) for row in table] == order[:20].tolist()
+        assert np.allclose([float(row[3].rstrip("%\u00a0 ")) for row in table], 100 * expected[:20], atol=0.0051)
+        assert np.allclose(page.evaluate("Array.from(source('candidates').data.p)"), expected[:20], rtol=1e-12, atol=0)
+        summary = page.inner_text("#summary")
+        assert summary.startswith(f"{np.count_nonzero(expected):,} of {len(logits):,} tokens can be drawn")
+
+
+def test_hover_shows_what_a_token_looks_at(opened, model, ids, recording):
+    page, labels = opened(), token_labels(model.tokenizer, ids)
+    for token in (3, len(ids) - 1, 0):
+        page.locator("#tokens button").nth(token).hover()
+        assert same(looks(page), expected_looks(recording, labels, 0, 0, token))
+        assert page.locator("#tokens button[aria-pressed=true]").count() == 1
+    # On the map: the middle of a cell, by Bokeh's own scales.
+    page.locator("#attention-figure").scroll_into_view_if_needed()
+    row, column = 5, 2
+    x, y = page.evaluate(
+        """([row, column]) => {
+          const view = Bokeh.index.get_by_id(models.attention.id), frame = view.frame, box = view.el.getBoundingClientRect();
+          return [box.x + frame.x_scale.compute(column), box.y + frame.y_scale.compute(row)];
+        }""",
+        [row, column],
+    )
+    page.mouse.move(x, y)
+    page.wait_for_function("state.token === 5")
+    assert same(looks(page), expected_looks(recording, labels, 0, 0, row))
+    weight = recording["layers.0.attention.weights"][0, row, column]
+    tip = f"{labels[row]} ({row}) looks at {labels[column]} ({column}): {100 * weight:.1f}%"
+    page.get_by_text(tip).wait_for(state="visible")
+
+
+def test_layer_head_and_step_are_picked_with_the_keyboard(opened, model, ids, recording):
+    page, labels = opened(), token_labels(model.tokenizer, ids)
+    page.locator("#layer").focus()
+    for _ in range(4):
+        page.keyboard.press("ArrowDown")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "head"
+    for _ in range(2):
+        page.keyboard.press("ArrowDown")
+    token = len(ids) - 1
+    assert same(looks(page), expected_looks(recording, labels, 4, 2, token))
+    shades = np.array(page.evaluate("Array.from(source('attention').data.weight)"))
+    expected = recording["layers.4.attention.weights"][2][np.tril_indices(len(ids))]
+    assert np.abs(shades - expected).max() <= 0.5 / 65535 + 1e-9
+
+    page.locator("#tokens button").nth(token).focus()
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate("state.token") == 2
+    assert same(looks(page), expected_looks(recording, labels, 4, 2, 2))
+
+    page.locator("#temperature").focus()
+    page.keyboard.press("Home")
+    assert page.inner_text("#temperature-value") == "0.00, greedy"
+    page.locator("#step").focus()
+    seen = []
+    for _ in range(20):
+        kind = page.evaluate("data.steps[state.step].kind")
+        seen.append(kind)
+        name = f"layers.4.{kind}" if page.evaluate("data.steps[state.step].in_layer") else kind
+        x = recording[name]
+        x = x[:, 2] if "scores" in name or "weights" in name else x[2]
+        head = 2 * len(x) // model.config.n_heads  # of head 2: its own, or the key/value head that it shares
+        kind = "head" if len(x) == model.config.n_heads else "key/value head"
+        first = (x if x.ndim == 1 else x[head])[:4]
+        which = "" if x.ndim == 1 else f", {kind} {head},"
+        numbers = page.inner_text("#step-numbers")
+        assert numbers.startswith(f"{name} of {labels[2]} (2){which} begins with ")
+        shown = [float(part.replace("−∞", "-inf")) for part in numbers.rsplit("begins with ", 1)[1].rstrip(".").split(", ")]
+        assert np.allclose(shown, first, rtol=6e-4)
+        assert str(x.shape[-1]) in page.inner_text("#step-shape")
+        assert "def " in page.inner_text("#step-code")
+        assert page.inner_text("#step-line")
+        page.keyboard.press("ArrowDown")
+    assert seen == page.evaluate("data.steps.map(step => step.kind)")
+
+
+def test_tab_reaches_every_control(opened):
+    page, reached = opened(), set()
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        reached.add(page.evaluate("document.activeElement.id || document.activeElement.parentElement.id"))
+    assert {"theme", "tokens", "layer", "head", "temperature", "top-p", "step"} <= reached
+
+
+@pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_light_and_dark_wide_and_narrow(viewport, scheme, opened, tmp_path):
+    """Screenshots, where NPLLAMA_SCREENSHOTS names a folder, are for eyes."""
+    page = opened(viewport=viewport, color_scheme=scheme, has_touch=viewport is PHONE)
+    assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
+
+    def brightness(colour: str) -> float:
+        numbers = [int(x) for x in re.findall(r"\d+", colour)] if colour.startswith("rgb") else bytes.fromhex(colour[1:])
+        return sum(numbers[:3]) / 3
+
+    def sides() -> list[bool]:
+        """Whether the page, and the inverse of the figures' text, are dark."""
+        paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        text = page.evaluate("models.lens.left[0].major_label_text_color")
+        return [brightness(paper) < 128, brightness(text) >= 128]
+
+    assert sides() == [scheme == "dark"] * 2
+    if folder := os.environ.get("NPLLAMA_SCREENSHOTS"):
+        page.screenshot(path=os.path.join(folder, f"{viewport['width']}-{scheme}.png"), full_page=True)
+    page.locator("#theme").click()
+    assert sides() == [scheme != "dark"] * 2
+    if viewport is PHONE:
+        page.locator("#tokens button").nth(1).tap()
+        assert page.evaluate("state.token") == 1
+
+
+def test_a_lens_wider_than_the_screen_begins_at_the_last_token_and_fades_where_there_is_more(opened):
+    page = opened(viewport=PHONE)
+    lens = page.locator(".scroll:has(#lens-figure)")
+    at = "e => [e.scrollWidth - e.clientWidth - e.scrollLeft, e.scrollLeft, e.classList.contains('before'), " + (
+        "e.classList.contains('after')]"
+    )
+    to_the_right, to_the_left, before, after = lens.evaluate(at)
+    assert abs(to_the_right) <= 1
+    assert to_the_left > 100
+    assert (before, after) == (True, False)
+    lens.evaluate("e => { e.scrollLeft = 0 }")
+    page.locator(".scroll.after:not(.before):has(#lens-figure)").wait_for()
+    wide = opened(viewport=DESKTOP).locator(".scroll:has(#lens-figure)")
+    assert wide.evaluate(at)[2:] == [False, False]
+
+
+def test_a_hostile_prompt_is_text(opened, tmp_path):
+    explain(hostile_model(), [1, 2], tmp_path / "hostile.html")
+    page = opened(tmp_path / "hostile.html")
+    assert page.title().startswith("npllama explains: </script>")
+    assert page.locator("#tokens button").all_text_contents() == [visible(HOSTILE) + "1", visible(HOSTILE) + "2"]
+    assert page.locator("b, #tokens script").count() == 0
+
+
+@pytest.mark.parametrize("n_tokens", [1, 200])
+def test_one_token_and_many(n_tokens, opened, model, tmp_path):
+    ids = (model.tokenizer.encode(PROMPT * 60, bos=True))[:n_tokens]
+    explain(model, ids, tmp_path / "page.html")
+    page = opened(tmp_path / "page.html")
+    assert page.locator("#tokens button").count() == n_tokens
+    assert looks(page)

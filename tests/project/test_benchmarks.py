@@ -1,0 +1,147 @@
+"""The benchmarks measure what they say: the baseline is right, models open, workers answer. No speed is tested."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import npllama
+from npllama.checkpoint import STORAGE, demo_path, open_model
+
+from conftest import ROOT
+from tiny import CONFIGS, random_params, random_tokens, relative_error
+
+sys.path.append(str(ROOT))
+from benchmarks import models, naive, storage
+from benchmarks.__main__ import table
+from benchmarks.processes import Ask, Worker, alternate
+from benchmarks.rows import Line, of_all_layers
+
+
+@pytest.mark.parametrize("shape", ["llama1", "grouped", "one_kv_head", "narrow_heads"])
+def test_naive_baseline_has_our_logits(shape):
+    config = CONFIGS[shape]
+    params, tokens = random_params(config, seed=3), random_tokens(config, 4, 12)
+    expected = npllama.forward(params, config, tokens)
+    cache: naive.Cache = {}
+    first = naive.forward(params, config, tokens[:7], cache, 0)
+    rest = [naive.forward(params, config, tokens[i : i + 1], cache, i) for i in range(7, 12)]
+    found = np.concatenate([first, *rest])
+    assert found.dtype == np.float64  # the accident that makes it slow
+    assert relative_error(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("dtype", STORAGE)
+def test_models_open_and_have_the_values_they_say(dtype, sparse, tmp_path):
+    path = models.write(tmp_path / "model", models.TINY, dtype, sparse)
+    model = npllama.load(path, "float32")
+    matrices = [weight for weight in model.params.values() if weight.ndim == 2]
+    logits = npllama.forward(model.params, model.config, np.arange(5))
+    assert np.isfinite(logits).all()
+    for weight in matrices:
+        assert (weight == 0).all() if sparse else 0 < np.std(weight) < 0.1
+    first, second = open_model(path).params["layers.0.attention.wq.weight"], matrices[2]
+    assert sparse or not np.array_equal(npllama.engine.linear.widen(first), second)
+
+
+def test_bytes_and_operations_are_those_of_the_matrices():
+    config = models.TINY
+    sizes = {name: np.prod(shape) for name, shape in npllama.parameter_shapes(config).items() if len(shape) == 2}
+    read = sum(size for name, size in sizes.items() if name != "tok_embeddings.weight")
+    assert models.bytes_per_token(config, 4) == 4 * read
+    layers = read - sizes["output.weight"]
+    pairs = 10 * 11 / 2  # of a query and a slot up to it
+    attention = config.n_layers * 2 * 2 * config.n_heads * config.head_dim * pairs
+    assert models.prefill_flops(config, 10) == 2 * 10 * layers + 2 * sizes["output.weight"] + attention
+    one, three = (models.bytes_per_token(config, 2, n) for n in (1, 3))
+    assert of_all_layers(three, one, 3, config.n_layers) == models.bytes_per_token(config, 2)
+
+
+def test_published_shapes_have_their_published_sizes():
+    shapes = (models.SMOLLM2_135M, models.SMOLLM2_360M, models.TINYLLAMA_1B, models.LLAMA_3B, models.LLAMA_8B)
+    sizes = [134_515_008, 361_821_120, 1_100_048_384, 3_212_749_824, 8_030_261_248]
+    assert [npllama.n_parameters(shape) for shape in shapes] == sizes
+
+
+def test_worker_answers_each_command(tmp_path):
+    path = models.write(tmp_path / "model", models.TINY, "bfloat16")
+    commands = ["prefill 20", "prefill 20 1", "decode 2", "decode 2 1", "batch 3 2", "context 40 2", "load"]
+    with Worker("npllama", str(path), "stored") as worker:
+        assert worker.load > 0
+        found = alternate({"npllama": worker}, [Ask("npllama", command) for command in commands], rounds=2)
+        assert len(found) == len(commands)
+        assert min(found.values()) > 0
+        assert set(worker.ask("memory")) == {"bytes", "anonymous"}
+    assert worker.process.returncode == 0
+
+
+def test_worker_that_fails_says_so(tmp_path):
+    with pytest.raises(RuntimeError, match=r"benchmarks\.worker npllama .*nowhere stored ended with status 1"):
+        Worker("npllama", str(tmp_path / "nowhere"), "stored")
+
+
+@pytest.mark.parametrize(
+    ("line", "met"),
+    [
+        (Line("r", "w", "tokens/s", 20, "torch", 10, wanted=2), True),
+        (Line("r", "w", "tokens/s", 20, "torch", 10, wanted=2.1), False),
+        (Line("r", "w", "s", 20, "cp", 10, wanted=2.1, less_is_better=True), True),
+        (Line("r", "w", "s", 20, "cp", 10, wanted=1.9, less_is_better=True), False),
+        (Line("r", "w", "tokens/s", 20, "torch", 10, wanted=2, limit=30, wanted_share=0.7), False),
+        (Line("r", "w", "tokens/s", 20, "torch", 10, limit=30), None),
+    ],
+)
+def test_a_line_is_met_where_ratio_and_share_are(line, met):
+    assert line.met is met
+    verdict = {True: "| met", False: "| not met", None: "|  "}[met]
+    assert verdict in table([line]).splitlines()[-1]
+
+
+def test_small_rows_run_from_the_command_line(tmp_path):
+    """CI runs all with --quick; these need nothing installed."""
+    command = [sys.executable, "-m", "benchmarks", "--quick", "--only", "batch", "opening", "8b-whole", "--json"]
+    target = tmp_path / "found.json"
+    done = subprocess.run([*command, str(target)], capture_output=True, text=True, cwd=ROOT, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(target.read_text())
+    assert {line["row"] for line in found["lines"]} == {"batch", "opening", "8b-whole"}
+    assert {line["met"] for line in found["lines"]} == {None}  # no threshold in --quick
+    assert {"cpu", "numpy", "threads"} <= set(found["machine"])
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        ([demo_path(), "/nowhere"], "/nowhere: No such file or directory"),
+        ([demo_path(), __file__, "--share", "0.01"], "that share of the text has "),
+        ([demo_path(), __file__, "--share", "1.5"], "--share is 1.5, expected more than 0 and at most 1"),
+        (["/nowhere", __file__], "/nowhere: not found"),
+    ],
+)
+def test_storage_refuses_what_it_can_not_measure_before_it_begins(args, line, capsys, monkeypatch):
+    monkeypatch.setattr(storage, "write", lambda *args, **options: pytest.fail("converted, to fail afterwards"))
+    assert storage.main([str(arg) for arg in args]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"benchmarks.storage: {line}")
+
+
+def test_a_folder_that_is_missing_is_found_before_anything_is_measured(tmp_path):
+    for option in ("--json", "--plot", "--folder"):
+        command = [sys.executable, "-m", "benchmarks", "--quick", option, str(tmp_path / "no" / "where")]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "is not a folder" in done.stderr
+
+
+def test_tied_models_have_no_output_matrix(tmp_path):
+    path = models.write(tmp_path / "model", replace(models.TINY, tied_embeddings=True), "int8", sparse=True)
+    model = open_model(path)
+    assert "output.weight" not in model.params
+    assert model.params["tok_embeddings.weight"].dtype == np.uint16  # no embedding is int8
