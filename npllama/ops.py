@@ -3,6 +3,8 @@
 Shapes are in the dimension key of model.py. Every result has the dtype of its input: a scalar from Python or an array made with
 the input's dtype never promotes, while `np.sqrt(64)` or `np.zeros(n)` would turn a float32 model into float64. A function may
 update in place an array it has made itself (`y += 1`): new memory costs more than the arithmetic. No input is changed.
+
+The signatures are frozen: other implementations are checked by them. Faster forms are in engine/fast.py.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import numpy as np
@@ -191,3 +192,26 @@ def test_a_packed_product_never_widens_the_whole_weight():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 4 * linear.tile_size(threads.n_threads()) * (threads.n_threads() + 1) < 4 * weight.size / 4
+
+
+SIGNATURES = {
+    "rms_norm": "x, weight, eps",
+    "softmax": "x",
+    "silu": "x",
+    "swiglu": "gate, up",
+    "rope_frequencies": "head_dim, theta, scaling, dtype",
+    "rope_rotation": "positions, frequencies",
+    "rope": "x, cos, sin",
+    "causal_mask": "query_positions, slot_positions, dtype",
+    "query_key_products": "q, keys",
+    "attention_scores": "q, keys, mask",
+    "attention_heads": "weights, values",
+}
+
+
+def test_the_signatures_are_frozen():
+    """Other implementations are checked by them; a default would hide a constant of the model."""
+    functions = {name: f for name, f in vars(ops).items() if inspect.isfunction(f) and f.__module__ == ops.__name__}
+    found = {name: inspect.signature(function).parameters for name, function in functions.items()}
+    assert {name: ", ".join(parameters) for name, parameters in found.items()} == SIGNATURES
+    assert all(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for ps in found.values() for p in ps.values())
