@@ -129,7 +129,7 @@ def judge(exercise: Exercise, found: list[np.ndarray]) -> Outcome:
     """Decide between right, a known mistake, and unknown, with the place of the largest difference."""
     expected = outputs(exercise, exercise.reference)
     if not all(map(same, found, expected)):
-        hint = next((m for m, wrong in exercise.mistakes.items() if all(map(same, found, outputs(exercise, wrong)))), None)
+        hint = next((hint for hint, wrong in exercise.hints.items() if all(map(same, found, outputs(exercise, wrong)))), None)
         return Outcome(False, difference(exercise, found, expected), hint)
     allowed = {"float32", "float64"} if exercise.any_float else {"float32"}
     if wrong := {array.dtype.name for array in found} - allowed:
@@ -142,7 +142,7 @@ def judge(exercise: Exercise, found: list[np.ndarray]) -> Outcome:
 
 
 def outputs(exercise: Exercise, function: Callable[..., np.ndarray]) -> list[np.ndarray]:
-    """Run a function on each case; its results are copied, since a cache writes into what it has returned."""
+    """Run the reference or a wrong function on each case; results are copied, since a cache writes into those it returned."""
     with np.errstate(all="ignore"):
         return [np.array(function(*arguments, *exercise.rest)) for arguments in exercise.cases()]
 
