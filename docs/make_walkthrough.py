@@ -70,7 +70,7 @@ steps, and this sentence needs all of them.
 
 # %%
 def show(steps):
-    """Steps of a lesson, with links to the code."""
+    """Format steps of a lesson, with links to the code."""
     return Markdown(lesson.markdown(steps, link=lambda source: f"../{source.file}#L{source.line}"))
 
 
@@ -83,7 +83,7 @@ environment variables.)
 
 # %%
 def tokenizer_at(variable):
-    """The tokenizer of the file that an environment variable names, or None."""
+    """Load the tokenizer of the file that an environment variable names, or return None."""
     try:
         return npllama.load_tokenizer(os.environ[variable])
     except KeyError:
@@ -125,7 +125,7 @@ show(steps[2:5])
 
 # %% text
 So far each token is computed alone, and no number depends on its position: exchange two tokens, and their rows are
-exchanged unchanged. Position enters in two places: RoPE, in the next two steps, and the causal mask after them.
+exchanged likewise. Position enters in two places: RoPE, in the next two steps, and the causal mask after them.
 
 # %%
 show(steps[5:7])
@@ -142,7 +142,7 @@ frequencies = ops.rope_frequencies(model.config.head_dim, model.config.rope_thet
 
 
 def product(m, n):
-    """The query at position m times the key at position n."""
+    """Multiply the query at position m with the key at position n."""
     rotated = [ops.rope(x[None], *ops.rope_rotation(np.array([p]), frequencies)) for x, p in ((q, m), (k, n))]
     return float(np.vdot(*rotated))
 
@@ -218,18 +218,18 @@ plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 
 
 def run(params=params, ops=PLAIN):
-    """The logits and every activation of a pass over the passage."""
+    """Compute the logits and every activation of a pass over the passage."""
     seen = npllama.Recording()
     return npllama.forward(params, config, ids, tap=seen, ops=ops), seen
 
 
 def surprise(logits, ids=ids):
-    """Minus the log-probability of each next token, in nats.    [T, V] -> [T - 1]"""
+    """Compute minus the log-probability of each next token, in nats.    [T, V] -> [T - 1]"""
     return -log_probabilities(logits[:-1])[np.arange(len(ids) - 1), ids[1:]]
 
 
 def divergence(wrong):
-    """KL divergence of the mistaken probabilities from the right ones at each token, in nats.    [T]"""
+    """Compute the KL divergence of the mistaken probabilities from the right ones at each token, in nats.    [T]"""
     p, q = log_probabilities(right), log_probabilities(wrong)
     return np.sum(np.exp(p) * (p - q), axis=-1)
 
@@ -242,7 +242,7 @@ def draw_divergence(ax, wrong):
 
 
 def difference(a, b):
-    """The largest difference over the largest number."""
+    """Divide the largest difference by the largest number."""
     finite = np.isfinite(a)  # the mask's -inf is in both
     return float(np.max(np.abs(a[finite] - b[finite]), initial=0) / np.max(np.abs(a[finite])))
 
@@ -305,7 +305,7 @@ other are not.
 
 # %%
 def half_split(x, cos, sin):
-    """RoPE for Hugging Face's order of the rows."""
+    """Rotate pairs in Hugging Face's order of the rows."""
     a, b = np.split(x, 2, axis=-1)
     return np.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
 
@@ -345,7 +345,7 @@ text = text[:N]
 
 
 def read(rope_scaling, max_seq_len=N):
-    """The surprise at each token of the whole text in one pass."""
+    """Compute the surprise at each token of the whole text in one pass."""
     longer = dataclasses.replace(config, max_seq_len=max_seq_len, rope_scaling=rope_scaling)
     return surprise(npllama.forward(params, longer, text), text)
 
