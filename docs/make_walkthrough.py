@@ -36,7 +36,7 @@ prompt, is one command:
 
 ```console
 $ npllama walkthrough "Before we proceed any further, hear me" --layer 3 --head 2
-$ npllama walkthrough --tokenizer "the sentence of your choice"
+$ npllama walkthrough-tokenizer "the sentence of your choice"
 ```
 
 # %%
