@@ -34,7 +34,7 @@ from ..model import forward
 from .lens import lens_names, logit_lens, residual_names, residual_norms, token_label, token_labels
 from .lesson import Source, computed_at
 
-TEMPLATE = importlib.resources.files("npllama") / "explain.html"
+TEMPLATE = importlib.resources.files("npllama") / "learn" / "explain.html"
 LENS_CANDIDATES = 5  # at each layer and position
 CANDIDATES = 20  # of the last token's, named in the page
 FIRST_NUMBERS = 4  # of each activation, for each token

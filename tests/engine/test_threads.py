@@ -100,7 +100,7 @@ def test_a_region_that_an_interrupt_left_marked_counts_no_more(monkeypatch):
 INTERRUPTED = """
 import faulthandler, random, signal, time
 faulthandler.dump_traceback_later(240, exit=True)  # if it hangs
-from npllama import threads
+from npllama.engine import threads
 threads.set_threads(2)
 libraries, chance = threads._blas(), random.Random(1)
 threads.parallel(lambda i: None, 2)
@@ -256,7 +256,7 @@ def test_after_a_fork_the_child_computes():
     code = """
 import os, signal, warnings
 warnings.simplefilter("ignore")
-from npllama import threads
+from npllama.engine import threads
 threads.set_threads(3)
 threads.parallel(lambda i: None, 8)
 pid = os.fork()
