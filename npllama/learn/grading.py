@@ -128,7 +128,7 @@ def judge(exercise: Exercise, found: list[np.ndarray]) -> Outcome:
     """Right, a known mistake, or the place of the largest difference."""
     expected = outputs(exercise, exercise.reference)
     if not all(map(same, found, expected)):
-        hint = next((m.hint for m in exercise.mistakes if all(map(same, found, outputs(exercise, m.function)))), None)
+        hint = next((m for m, wrong in exercise.mistakes.items() if all(map(same, found, outputs(exercise, wrong)))), None)
         return Outcome(False, difference(exercise, found, expected), hint)
     allowed = {"float32", "float64"} if exercise.any_float else {"float32"}
     if wrong := {array.dtype.name for array in found} - allowed:
@@ -141,9 +141,9 @@ def judge(exercise: Exercise, found: list[np.ndarray]) -> Outcome:
 
 
 def outputs(exercise: Exercise, function: Callable[..., np.ndarray]) -> list[np.ndarray]:
-    """What a function gives for each case; copied, since a cache writes into what it has returned."""
+    """What the reference or a wrong function gives for each case; copied, since a cache writes into what it has returned."""
     with np.errstate(all="ignore"):
-        return [np.array(function(*arguments)) for arguments in exercise.cases()]
+        return [np.array(function(*arguments, *exercise.rest)) for arguments in exercise.cases()]
 
 
 def same(a: np.ndarray, b: np.ndarray) -> bool:
