@@ -37,7 +37,7 @@ model and any prompt, is one command:
 
 ```console
 $ npllama walkthrough "Before we proceed any further, hear me" --layer 3 --head 2
-$ npllama walkthrough --tokenizer "the sentence of your choice"
+$ npllama walkthrough-tokenizer "the sentence of your choice"
 ```
 
 # %%

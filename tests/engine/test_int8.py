@@ -339,7 +339,7 @@ def test_convert_quantizes_what_every_reader_reads(tmp_path, kind):
     src = tmp_path / "src"
     if kind == "meta":
         pytest.importorskip("torch", reason="torch is not installed")
-        from npllama_convert.export import to_meta
+        from to_meta import to_meta
 
         with checkpoint.create(tmp_path / "plain", config, "bfloat16", {}) as writer:
             for name, array in params.items():
@@ -367,7 +367,7 @@ def test_convert_quantizes_what_every_reader_reads(tmp_path, kind):
 
 def test_the_way_back_to_torch_has_the_widened_numbers(tmp_path):
     torch = pytest.importorskip("torch", reason="torch is not installed")
-    from npllama_convert.export import to_meta
+    from to_meta import to_meta
 
     params = write(tmp_path / "m")
     to_meta(tmp_path / "m", tmp_path / "meta")
