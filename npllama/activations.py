@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import numpy as np
 
@@ -77,30 +78,44 @@ class Activation:
         y = operation(*arguments)
         if self.operation == "linears":  # of several weights at once; here one
             [y] = y
-        return model.split_heads(y, sizes(context.config)[self.axes[-2]]) if model.split_heads in self.functions else y
+        if model.split_heads in self.functions:
+            return model.split_heads(y, sizes(_given(context.config, "config"))[self.axes[-2]])
+        return y
 
 
 @dataclass(frozen=True)
 class Context:
     """What the operations of a pass take besides its activations and weights.
 
-    config    the constants; None where no operation needs one
+    config    the constants
     rotation  of this pass's tokens, as ops.rope takes it
     mask      [..., 1, T, S]
     slots     activation -> what the cache holds of it, this pass's tokens included: [..., G, S, K]
+
+    Each of the first three may be None where no operation that is called needs it.
     """
 
     config: Config | None
     rotation: Rotation | None
-    mask: Array
+    mask: Array | None
     slots: Mapping[str, Array] = field(default_factory=dict)
     ops: Ops = PLAIN
 
 
+T = TypeVar("T")
+
+
+def _given(x: T | None, name: str) -> T:
+    """Return a field of a Context that an operation needs; ValueError if it is None."""
+    if x is None:
+        raise ValueError(f"the context has no {name}, which this operation needs")
+    return x
+
+
 CONSTANTS: dict[str, Callable[[Context], tuple]] = {  # operation -> its arguments after inputs and weight
-    "rms_norm": lambda context: (context.config.norm_eps,),
-    "rope": lambda context: context.rotation,
-    "attention_scores": lambda context: (context.mask,),
+    "rms_norm": lambda context: (_given(context.config, "config").norm_eps,),
+    "rope": lambda context: _given(context.rotation, "rotation"),
+    "attention_scores": lambda context: (_given(context.mask, "mask"),),
 }
 
 PRODUCTS = (linear.linears, linear.linear)  # several weights by one x

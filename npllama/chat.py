@@ -194,13 +194,13 @@ def _special_tokens(tokenizer: Tokenizer, name: str) -> Mapping[str, int]:
 
 def _checked(messages: Messages) -> list[tuple[str, str]]:
     """Return the messages as (role, content), or raise the ValueError that says what is wrong with them."""
-    turns = []
+    turns: list[tuple[str, str]] = []
     for i, message in enumerate(messages):
         role, content = message.get("role"), message.get("content")
         if not isinstance(content, str):
             raise ValueError(f"message {i} has content {content!r:.60}, expected text")
         expected = "assistant" if turns and turns[-1][0] == "user" else "user"
-        if role != expected and not (role == "system" and i == 0):
+        if role is None or (role != expected and not (role == "system" and i == 0)):
             raise ValueError(
                 f"message {i} is from {role!r}, expected {expected!r}: system may come first, then user and assistant"
             )

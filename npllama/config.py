@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from .errors import NpllamaError, shown
 
@@ -35,11 +36,11 @@ def check_whole(name: str, value: object) -> int:
 
 def check_number(name: str, value: object, limits: tuple[float, float]) -> float:
     """Return a positive number; ConfigError if the value is none, or beyond what can be computed with."""
-    numeric = isinstance(value, int | float) and not isinstance(value, bool)
-    if not numeric or not limits[0] <= value <= limits[1]:
-        limit = f" from {limits[0]:g} to {limits[1]:g}" if numeric and 0 < value < math.inf else ""
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    if not limits[0] <= number <= limits[1]:
+        limit = f" from {limits[0]:g} to {limits[1]:g}" if 0 < number < math.inf else ""
         raise ConfigError(f"{name} is {shown(value)}, expected a positive number{limit}")
-    return float(value)
+    return float(number)
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,8 @@ class Config:
             kind = LinearRopeScaling if set(scaling) == {"factor"} else RopeScaling
             _check_fields(kind, scaling)
             scaling = kind(**scaling)
-        return cls(**{**values, "rope_scaling": scaling})
+        constants: dict[str, Any] = {**values, "rope_scaling": scaling}  # of any type: __post_init__ checks each
+        return cls(**constants)
 
     def to_dict(self) -> dict[str, object]:
         """Plain values, for JSON."""

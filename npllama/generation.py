@@ -112,13 +112,14 @@ def _decode_by_lookup(
     for token in tokens.tolist():
         known.add(token)
     proposed: list[int] = []
+    rng = np.random.default_rng(0)  # greedy decoding draws nothing from it
     logits = prefill(model, tokens, cache)[None]
     made = 0
     while made < max_tokens:
         accepted, before = 0, cache.length - len(proposed)
         try:
             for row in logits:
-                token = _draw(row, Sampling(), None, f"token {made + 1}")
+                token = _draw(row, Sampling(), rng, f"token {made + 1}")
                 if token in stop:
                     return
                 yield Step(token, row)
@@ -205,7 +206,7 @@ def _decode_batch(
         logits = forward(model.params, model.config, column, cache, last_only=True, ops=model.ops)[:, -1]
 
 
-def _draw(logits: np.ndarray, sampling: Sampling, rng: np.random.Generator | None, name: str) -> int:
+def _draw(logits: np.ndarray, sampling: Sampling, rng: np.random.Generator, name: str) -> int:
     """As sample(); an error names the token that was to be drawn."""
     try:
         return sample(logits, sampling, rng)

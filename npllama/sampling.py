@@ -46,7 +46,7 @@ def probabilities(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     """The distribution that a token is drawn from, in float64.    [V] -> [V], sums to 1"""
     logits = checked(logits).astype(np.float64)
     if sampling.temperature == 0:
-        return np.eye(1, len(logits), np.argmax(logits))[0]
+        return np.eye(1, len(logits), int(np.argmax(logits)))[0]
     scaled = logits - logits.max()
     with np.errstate(over="ignore"):  # a tiny temperature: -inf is right
         scaled /= sampling.temperature

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal, Protocol, overload
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from . import ops
 from .cache import KVCache
-from .config import Config
+from .config import Config, LinearRopeScaling, RopeScaling
 from .engine import linear as engine
 from .engine.weights import Weight
 
 Array = np.ndarray
 Params = Mapping[str, Weight]
 Tap = Callable[[str, Array], Array]
+
+
+class Linears(Protocol):
+    """The type of engine.linears: x, then any number of weights."""
+
+    def __call__(self, x: Array, /, *weights: Weight) -> list[Array]: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -29,17 +37,17 @@ class Ops:
 
     attention: Callable[[Array, Array, Array, Array, Scope], Array]  # q, keys, values, mask, scope -> heads
     feed_forward: Callable[[Array, Scope], Array]
-    attention_scores: Callable[[Array, Array, Array], Array] | None = ops.attention_scores
-    softmax: Callable[[Array], Array] | None = ops.softmax
-    attention_heads: Callable[[Array, Array], Array] | None = ops.attention_heads
-    embed: Callable[[Array, Array], Array] = engine.embed
+    attention_scores: Callable[[Array, Array, Array], Array] = ops.attention_scores
+    softmax: Callable[[Array], Array] = ops.softmax
+    attention_heads: Callable[[Array, Array], Array] = ops.attention_heads
+    embed: Callable[[Array, Weight], Array] = engine.embed
     linear: Callable[[Array, Weight], Array] = engine.linear
-    linears: Callable[..., list[Array]] = engine.linears
+    linears: Linears = engine.linears
     rms_norm: Callable[[Array, Array, float], Array] = ops.rms_norm
-    rope_frequencies: Callable[..., Array] = ops.rope_frequencies
+    rope_frequencies: Callable[[int, float, RopeScaling | LinearRopeScaling | None, DTypeLike], Array] = ops.rope_frequencies
     rope_rotation: Callable[[Array, Array], tuple[Array, ...]] = ops.rope_rotation
-    rope: Callable[..., Array] = ops.rope
-    causal_mask: Callable[..., Array] = ops.causal_mask
+    rope: Callable[..., Array] = ops.rope  # x, then what rope_rotation returns
+    causal_mask: Callable[[Array, Array, DTypeLike], Array] = ops.causal_mask
     swiglu: Callable[[Array, Array], Array] = ops.swiglu
 
     def __post_init__(self) -> None:
@@ -73,6 +81,10 @@ class Scope:
         """Return the same pass, seen from one name further down."""
         return Scope(self.params, self.config, self.cache, self.ops, self.tap, f"{self.prefix}{name}.", self.layer)
 
+    @overload  # vectors are in no packed form
+    def __getitem__(self, name: Literal["attention_norm", "ffn_norm", "norm"]) -> Array: ...
+    @overload
+    def __getitem__(self, name: str) -> Weight: ...
     def __getitem__(self, name: str) -> Weight:
         return self.params[f"{self.prefix}{name}.weight"]
 

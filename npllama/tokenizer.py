@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property, lru_cache
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol
 
 from .checkpoint.foreign import LONG_LIMIT, parse_json, read_bytes
 from .errors import NpllamaError, reason
@@ -99,7 +99,9 @@ class Tokenizer(ABC):
         except UnicodeEncodeError:
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         ids = self._encode(text, special)
-        return [self.bos_id, *ids] if bos and self.adds_bos and ids[:1] != [self.bos_id] else ids
+        if bos and self.adds_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
+            return [self.bos_id, *ids]
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """Turn ids into text; bytes that are not UTF-8 become U+FFFD.
@@ -296,7 +298,9 @@ def merge_rounds(piece: bytes, ranks: Mapping[bytes, int]) -> Iterator[list[byte
     pairs: list[tuple[int, int, bytes]] = []  # a heap, whose smallest is the lowest rank, and then the leftmost
 
     def offer(left: int) -> None:
-        if left >= 0 and after[left] < n and (joined := parts[left] + parts[after[left]]) in ranks:
+        if left < 0 or after[left] == n or (one := parts[left]) is None or (other := parts[after[left]]) is None:
+            return
+        if (joined := one + other) in ranks:
             heapq.heappush(pairs, (ranks[joined], left, joined))
 
     for left in range(n):
@@ -304,8 +308,10 @@ def merge_rounds(piece: bytes, ranks: Mapping[bytes, int]) -> Iterator[list[byte
     yield parts
     while pairs:
         _, left, joined = heapq.heappop(pairs)
-        if parts[left] is None or (right := after[left]) == n or parts[left] + parts[right] != joined:
-            continue  # one of the two has merged with another meanwhile
+        if (one := parts[left]) is None or (right := after[left]) == n or (other := parts[right]) is None:
+            continue  # it has merged with the one on its left meanwhile
+        if one + other != joined:
+            continue  # one of the two has merged with another
         parts[left], parts[right] = joined, None
         after[left] = after[right]
         if after[left] < n:
@@ -364,7 +370,7 @@ class SentencePieceTokenizer(Tokenizer):
     def _encode(self, text: str, special: bool) -> list[int]:
         if not special:
             return self._processor.encode(text)
-        ids = []
+        ids: list[int] = []
         for part in self._special_pattern.split(text):  # every part between special tokens is a text of its own
             ids += [self.special_tokens[part]] if part in self.special_tokens else self._processor.encode(part)
         return ids
@@ -406,7 +412,7 @@ class HuggingFaceTokenizer(Tokenizer):
                 raise
             raise TokenizerError(f"{path}: found {reason(error)}, expected a tokenizer.json") from None
 
-    def _load(self, path: PathLike, data: bytes, values: dict[str, object], tokenizers: ModuleType) -> None:
+    def _load(self, path: PathLike, data: bytes, values: dict[str, Any], tokenizers: ModuleType) -> None:
         added = values.get("added_tokens") or []
         _check_merges(path, values.get("model"))
         ids = {token["content"]: token["id"] for token in added}
@@ -441,7 +447,7 @@ class HuggingFaceTokenizer(Tokenizer):
         library.encode_special_tokens = True  # the special tokens' spelling is text
 
     @cached_property
-    def _library_for_special(self):
+    def _library_for_special(self) -> Any:
         """A second one: which of the two it is to be isn't an argument of encode(), and this class can be used by threads."""
         library = copy.deepcopy(self._library)
         library.encode_special_tokens = False
@@ -456,9 +462,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self.bos_id = next((id for id in found if id is not None), None)
         self.adds_bos = self.bos_id is not None and (processors is not None if beside.adds_bos is None else beside.adds_bos)
         named = beside.id("eos", vocabulary, self.vocab_size)
-        known = [self.special_tokens[name] for name in EOS_NAMES if name in self.special_tokens]
-        self.eos_id = named if named is not None else next(iter(known), None)
-        self.stop_ids = frozenset({*beside.stop_ids(vocabulary, self.vocab_size), *known, self.eos_id} - {None})
+        ends = [self.special_tokens[name] for name in EOS_NAMES if name in self.special_tokens]
+        self.eos_id = named if named is not None else next(iter(ends), None)
+        self.stop_ids = frozenset({*beside.stop_ids(vocabulary, self.vocab_size), *ends})  # EOS is one of either
 
     def _encode(self, text: str, special: bool) -> list[int]:
         library = self._library_for_special if special else self._library
@@ -516,7 +522,7 @@ class _Beside:
     def stop_ids(self, vocabulary: Mapping[str, int], size: int) -> set[int]:
         """All that ends an answer: EOS, end of turn (eot), end of message (eom)."""
         named = (self.id(name, vocabulary, size) for name in ("eos", "eot", "eom"))
-        return {*self._ids("eos", size), *named} - {None}
+        return {*self._ids("eos", size), *(id for id in named if id is not None)}
 
     def _ids(self, name: str, size: int) -> list[int]:
         found = self._generation.get(f"{name}_token_id")
@@ -562,7 +568,7 @@ def _decoder_types(decoder: object) -> set[str]:
         return set()
     if decoder.get("type") == "Sequence":
         return set().union(*map(_decoder_types, decoder.get("decoders") or []))
-    return {decoder.get("type")}
+    return {str(decoder.get("type"))}
 
 
 def _read(path: PathLike) -> bytes:

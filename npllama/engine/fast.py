@@ -95,17 +95,18 @@ def tiled_attention(q: np.ndarray, keys: np.ndarray, values: np.ndarray, mask: n
 
     def work(i: int) -> None:
         *at, g, tile = np.unravel_index(i, (*batch, G, n_tiles))
+        row = tuple(at)  # of the batch
         tokens, heads = slice(tile * size, min(T, tile * size + size)), slice(g * R, g * R + R)
         first, stop = S - T + tokens.start, S - T + tokens.stop  # slots: of the first query, and after the last
-        queries = q[(*at, tokens, heads)].swapaxes(0, 1).reshape(-1, K)  # those of one head after another
-        scores = products(queries, keys[(*at, g, slice(stop))])
+        queries = q[row][tokens, heads].swapaxes(0, 1).reshape(-1, K)  # those of one head after another
+        scores = products(queries, keys[row][g, :stop])
         hidden = slice(0 if padded else first, stop)  # slots that may be, to some
-        scores.reshape(R, -1, stop)[..., hidden] += mask[(*at, slice(None), tokens, hidden)]
+        scores.reshape(R, -1, stop)[..., hidden] += mask[row][:, tokens, hidden]
         scores -= np.max(scores, axis=-1, keepdims=True)
         weights = np.exp(scores, out=scores)
-        y_tile = weights @ values[(*at, g, slice(stop))]
+        y_tile = weights @ values[row][g, :stop]
         y_tile /= (weights @ ones[:stop])[:, None]
-        y[(*at, tokens, heads)] = y_tile.reshape(R, -1, K).swapaxes(0, 1)
+        y[row][tokens, heads] = y_tile.reshape(R, -1, K).swapaxes(0, 1)
 
     parallel(work, math.prod(batch) * G * n_tiles)
     return y
@@ -113,8 +114,6 @@ def tiled_attention(q: np.ndarray, keys: np.ndarray, values: np.ndarray, mask: n
 
 def faster(plain: Ops) -> Ops:
     """Return the set with this module's operations in the place of those that they are faster than."""
-    inside_attention = dict.fromkeys(("attention_scores", "softmax", "attention_heads"))
     feed_forward = by_token(plain.feed_forward)
-    return replace(
-        plain, attention=attention, **inside_attention, feed_forward=feed_forward, rope_rotation=rope_rotation, rope=rope
-    )
+    whole = replace(plain, attention_scores=None, softmax=None, attention_heads=None)  # type: ignore[arg-type]  # none is called
+    return replace(whole, attention=attention, feed_forward=feed_forward, rope_rotation=rope_rotation, rope=rope)

@@ -39,9 +39,9 @@ def new_bytes(params: Mapping[str, Weight], config: Config, dtype: DTypeLike) ->
     return n * np.dtype(dtype).itemsize
 
 
-def in_memory(params: Mapping[str, Weight], config: Config, dtype: DTypeLike) -> dict[str, np.ndarray]:
+def in_memory(params: Mapping[str, Weight], config: Config, dtype: DTypeLike) -> dict[str, Weight]:
     """The parameters as dense arrays of this dtype, in memory where that reads faster than where they are."""
-    dense: dict[str, np.ndarray] = {}
+    dense: dict[str, Weight] = {}
     jobs: list[tuple[np.ndarray, Form]] = []
     for names in groups(config):
         weights = [params[name] for name in names]

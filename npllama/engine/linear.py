@@ -63,10 +63,12 @@ def linears(x: np.ndarray, *weights: Weight) -> list[np.ndarray]:
     """Multiply the same x by each weight; as one product where they lie side by side (layout.py)."""
     if (block := block_of(weights)) is None:
         return [linear(x, weight) for weight in weights]
-    y, parts, start = linear(x, block), [], 0
+    y, start = linear(x, block), 0
+    parts: list[np.ndarray] = []
     for weight in weights:
-        parts.append(y[..., start : start + len(weight)])
-        start += len(weight)
+        stop = start + weight.shape[0]
+        parts.append(y[..., start:stop])
+        start = stop
     return parts
 
 

@@ -78,6 +78,7 @@ def _folders() -> Iterator[tuple[Path, tuple[str, ...], str, str]]:
         lines = os.fsdecode((PROC / "self" / "cgroup").read_bytes()).split("\n")
     except OSError:
         return
+    names: tuple[tuple[str, ...], str, str]
     for line in lines:
         number, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")

@@ -13,8 +13,17 @@ import os
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
+from typing import Protocol
 
 VARIABLE = "NPLLAMA_NUM_THREADS"
+
+
+class _Blas(Protocol):
+    """What is used of a threadpoolctl.LibController."""
+
+    def get_num_threads(self) -> int: ...
+
+    def set_num_threads(self, num_threads: int) -> object: ...
 
 
 class _State:
@@ -23,7 +32,7 @@ class _State:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.n_threads: int | None = None
-        self.blas: list | None = None  # threadpoolctl's controllers of the BLAS libraries that it knows
+        self.blas: list[_Blas] | None = None  # threadpoolctl's controllers of the BLAS libraries that it knows
         self.n_workers = 0  # threads of ours that wait for shares
         self.shares: SimpleQueue[_Share | None] = SimpleQueue()
         self.holders: set[int] = set()  # threads in a region, which need BLAS at one thread
@@ -60,13 +69,13 @@ def n_threads() -> int:
     region = getattr(_this_thread, "region", None)
     if region is not None and not region.over:
         return 1
-    if _state.n_threads is None:
-        text = os.environ.get(VARIABLE)
-        if not text:
-            _state.n_threads = available_cpus()
+    n = _state.n_threads
+    if n is None:
+        if text := os.environ.get(VARIABLE):
+            set_threads(n := _whole(text))
         else:
-            set_threads(_whole(text))
-    return _state.n_threads
+            _state.n_threads = n = available_cpus()
+    return n
 
 
 def _whole(text: str) -> int:
@@ -96,7 +105,7 @@ def controls_blas() -> bool:
     return bool(_blas())
 
 
-def _blas() -> list:
+def _blas() -> list[_Blas]:
     with _state.lock:
         if _state.blas is None:
             from threadpoolctl import ThreadpoolController  # it looks at every library of the process: not at import
@@ -105,7 +114,7 @@ def _blas() -> list:
         return _state.blas
 
 
-def _set(library: object, n: int) -> None:
+def _set(library: _Blas, n: int) -> None:
     """From any thread: threadpoolctl 3.8 otherwise obeys the first that asked, and no other. Ours take turns by the lock."""
     release = getattr(library, "clear_controlling_thread", lambda force=False: None)
     release(force=True)

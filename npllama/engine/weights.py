@@ -46,11 +46,30 @@ class Form:
     def __init__(self, values: np.ndarray):
         self.values = values
 
-    shape = property(lambda self: self.values.shape)
-    dtype = property(lambda self: self.values.dtype)
-    ndim = property(lambda self: self.values.ndim)
-    size = property(lambda self: self.values.size)
-    nbytes = property(lambda self: self.values.nbytes)
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As an array's."""
+        return self.values.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype that the numbers are stored in."""
+        return self.values.dtype
+
+    @property
+    def ndim(self) -> int:
+        """As an array's."""
+        return self.values.ndim
+
+    @property
+    def size(self) -> int:
+        """As an array's."""
+        return self.values.size
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that the numbers are stored in, scales included."""
+        return self.values.nbytes
 
     def rows(self, part: Part) -> Form:
         """Return some rows in the same form."""
@@ -190,7 +209,9 @@ class Int8(Packed):
         super().__init__(values)
         self.scale = scale
 
-    nbytes = property(lambda self: self.values.nbytes + self.scale.nbytes)
+    @property
+    def nbytes(self) -> int:  # noqa: D102
+        return self.values.nbytes + self.scale.nbytes
 
     def rows(self, part: Part) -> Int8:  # noqa: D102
         return Int8(self.values[part], self.scale[part])
@@ -263,9 +284,11 @@ class SideBySide(np.ndarray):
 
 def block_of(weights: Sequence[Weight]) -> np.ndarray | None:
     """Return the matrix whose rows are those of all the weights, in this order and no others; None if there is none."""
-    whole, start = getattr(weights[0], "whole", None), 0
+    first, start = weights[0], 0
+    if not isinstance(first, SideBySide) or (whole := first.whole) is None:
+        return None
     for weight in weights:
-        if whole is None or getattr(weight, "whole", None) is not whole or weight.start != start:
+        if not isinstance(weight, SideBySide) or weight.whole is not whole or weight.start != start:
             return None
         start += len(weight)
     return whole if start == len(whole) else None

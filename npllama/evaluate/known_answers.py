@@ -7,7 +7,7 @@ implementation already move every number here, so tolerances may be wide.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ from ..checkpoint import Model
 from ..config import Config
 from ..generation import generate_steps, stream_text
 from ..sampling import Sampling
-from ..tokenizer import StreamDecoder
+from ..tokenizer import StreamDecoder, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def check(model: Model, answer: Answer) -> Iterator[Finding]:
     tokenizer = model.tokenizer
     if tokenizer is None:
         raise ValueError(f"{model.path} has no tokenizer, and the known answers are text")
-    ids = _prompt_ids(model, answer)
+    ids = _prompt_ids(model, tokenizer, answer)
     if answer.ids:
         yield _finding("the prompt's ids", ids, list(answer.ids))
     steps = generate_steps(model, ids, answer.n_tokens, Sampling())
@@ -161,14 +161,14 @@ def check(model: Model, answer: Answer) -> Iterator[Finding]:
         yield _finding("the text", "".join(stream_text(made, StreamDecoder(tokenizer, ids))).strip(), answer.text)
 
 
-def _prompt_ids(model: Model, answer: Answer) -> list[int]:
+def _prompt_ids(model: Model, tokenizer: Tokenizer, answer: Answer) -> list[int]:
     if not answer.chat:
-        return model.tokenizer.encode(answer.prompt, bos=True)
+        return tokenizer.encode(answer.prompt, bos=True)
     if (name := model.generation.get("chat_format")) not in FORMATS:
         raise ValueError(f"{model.path} has no chat format, expected {' or '.join(FORMATS)}: is it the chat model?")
     system = model.generation.get("system")
-    messages = [{"role": "system", "content": system}] if system else []
-    return FORMATS[name](model.tokenizer, [*messages, {"role": "user", "content": answer.prompt}])
+    messages = [{"role": "system", "content": str(system)}] if system else []
+    return FORMATS[name](tokenizer, [*messages, {"role": "user", "content": answer.prompt}])
 
 
 def _finding(what: str, found: object, expected: object) -> Finding:
@@ -181,5 +181,5 @@ def _short(value: object) -> str:
     return text if len(text) <= 100 else f"{text[:60]} ... {text[-36:]}"
 
 
-def _numbers(values: object) -> str:
+def _numbers(values: Iterable[float]) -> str:
     return ", ".join(f"{value:.7g}" for value in values)

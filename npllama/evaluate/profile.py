@@ -16,6 +16,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -92,13 +93,12 @@ class Profile:
 
     def _timed(self, function: Callable, name: str) -> Callable:
         """Return the function with its time added up: under its name, or that of the weights it multiplies by."""
-        label = self._product if name in ("linear", "linears") else lambda *args: (name, 0)
 
-        def timed(*args: object) -> object:
+        def timed(*args: Any) -> Any:
             started = time.perf_counter()
             result = function(*args)
             seconds = time.perf_counter() - started
-            key, n_bytes = label(*args)
+            key, n_bytes = self._product(*args) if name in ("linear", "linears") else (name, 0)
             self.spent[key] += seconds
             if n_bytes:
                 self.read[key] += n_bytes
@@ -114,7 +114,10 @@ class Profile:
 class _TimedCache(KVCache):
     def __init__(self, profile: Profile):
         super().__init__(profile.model.config)
-        self.update = profile._timed(self.update, "cache")
+        self._timed_update = profile._timed(super().update, "cache")
+
+    def update(self, layer: int, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self._timed_update(layer, k, v)
 
 
 def _names(model: Model) -> dict[int, str]:

@@ -62,7 +62,7 @@ def write_golden(
     tokens, _ = checked_run(model.config, tokens, steps)
     selection.check(model.config)
     if "logits" not in selection:
-        selection = Selection((*selection.taps, "logits"), selection.layers)
+        selection = Selection((*(selection.taps or ()), "logits"), selection.layers)
     n_activations, n_bytes = trace_size(model.config, tokens, n_steps_of(steps), FLOAT32, selection)
     n_logits = int(np.prod(tokens.shape[:-1])) * (tokens.shape[-1] + n_steps_of(steps)) * model.config.vocab_size
     n_bytes += 4 * n_logits  # these are float64

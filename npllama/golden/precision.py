@@ -40,7 +40,7 @@ from numpy.typing import ArrayLike
 from .. import model, ops
 from ..cache import KVCache
 from ..config import Config
-from ..engine.weights import Weight, is_packed, to_bfloat16, widen
+from ..engine.weights import Weight, to_bfloat16, widen
 from ..scope import Ops, Params, Tap
 
 PRECISIONS = ("float64", "float32", "bfloat16", "float16")
@@ -136,7 +136,7 @@ class Precision:
     @functools.cached_property
     def ops(self) -> Ops | None:
         """The operations with the roundings inside them, for 16 bits; None for forward()'s own."""
-        return rounding_ops(ROUND[self.name], self.convention) if self.name in ROUND else None
+        return rounding_ops(ROUND[self.name], self.convention or "meta") if self.name in ROUND else None
 
     def params(self, params: Params) -> Params:
         """The parameters in this precision, cast when they are used; packed ones that need no cast stay packed."""
@@ -149,7 +149,7 @@ class Precision:
         def cast(weight: Weight) -> Weight:
             if weight.dtype in as_they_are.get(self.name, (np.float64,)):
                 return weight
-            return self.round(widen(weight) if is_packed(weight) else weight)
+            return self.round(widen(weight))
 
         return LazyParams(params, lambda name: cast(params[name]))
 

@@ -279,8 +279,8 @@ def patched(patch: Patch, tap: Tap | None = None) -> Tap:
 
     def replace(name: str, x: np.ndarray) -> np.ndarray:
         if name in patch:
-            new = patch[name](x) if callable(patch[name]) else patch[name]
-            new = np.asarray(new)
+            given = patch[name]
+            new = np.asarray(given(x) if callable(given) else given)
             if new.shape != x.shape or new.dtype.kind not in "fiu":
                 raise TraceError(f"patch of {name} is {new.dtype} of shape {new.shape}, expected numbers of shape {x.shape}")
             x = new.astype(x.dtype, copy=False)
@@ -360,7 +360,7 @@ class TraceWriter:
         with writing(file, self.target / file.relative_to(self.folder)) as out:
             if self.storage == "npy":
                 np.lib.format.write_array_header_1_0(out, np.lib.format.header_data_from_array_1_0(stored))
-            out.write(stored)
+            out.write(stored.data)
         self.entries[name] = {
             "file": file.relative_to(self.folder).as_posix(),
             "dtype": dtype.name,
@@ -421,7 +421,7 @@ class TraceWriter:
 def statistics(x: np.ndarray) -> dict[str, float | int | None]:
     """What trace.json says of an array's numbers: of the finite ones, and how many are not."""
     finite = x[np.isfinite(x)].astype(np.float64)
-    found = {"min": None, "max": None, "mean": None, "rms": None}
+    found: dict[str, float | int | None] = {"min": None, "max": None, "mean": None, "rms": None}
     if finite.size:
         largest = float(np.max(np.abs(finite))) or 1.0  # the squares of what is divided by it can't overflow
         rms = largest * float(np.sqrt(np.mean((finite / largest) ** 2)))

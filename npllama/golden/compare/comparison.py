@@ -87,7 +87,7 @@ class Comparison:
         if row.judged is None:
             return f"first divergence: {row.name} ({row.problem})"
         shown, kind = row.judged, "relative error"
-        if self.tolerance is None and row.problem is None and row.judged.passed:
+        if self.tolerance is None and row.problem is None and row.judged.passed and row.local is not None:
             shown, kind = row.local, "local relative error"
         against = f"noise floor {_short(shown.floor)}"
         if self.tolerance is not None:
@@ -99,12 +99,12 @@ class Comparison:
         count = f"{len(self.rows)} activation{'s' * (len(self.rows) != 1)}"
         if self.tolerance is not None:
             return f"equal within atol {self.tolerance[0]:g} + rtol {self.tolerance[1]:g}: {count}"
-        worst = max(self.rows, key=lambda row: row.judged.ratio)
-        if worst.judged.ratio == 0:
+        worst, name = max(((row.judged, row.name) for row in self.rows if row.judged), key=lambda found: found[0].ratio)
+        if worst.ratio == 0:
             return f"identical: {count}"
         return (
-            f"equal within rounding: {count}, none more than {worst.judged.ratio:.2g} times its noise floor "
-            f"({worst.name}; the limit is {worst.judged.limit:g})"
+            f"equal within rounding: {count}, none more than {worst.ratio:.2g} times its noise floor "
+            f"({name}; the limit is {worst.limit:g})"
         )
 
 
@@ -171,7 +171,7 @@ def compare(
         if row.name in aligned.candidate:
             _judge_row(row, aligned, comparison)
     if found and tokens is not None and tolerance is None:
-        _judge_operations(aligned, comparison)
+        _judge_operations(found, tokens, aligned, comparison)
     for row in rows:
         row.passed = row.problem is None and _within(row, comparison)
     if (first := comparison.first) and first.name in aligned.candidate:
@@ -261,6 +261,7 @@ def _align(aligned: Aligned, candidate: Activations, name_map: NameMap, partial:
                 raise MapError(f"{candidate.path}: both {sources[name][0]} and {own} stand for {name}")
             sources[name] = own, rule
     head_dim = aligned.config.head_dim if aligned.config else dimensions(reference).get("K")
+    params = aligned.model.params if aligned.model else None
     rows, out_of_reach = [], 0
     for name in in_order([*reference, *(name for name in sources if name not in reference)]):
         if name not in sources:
@@ -274,7 +275,7 @@ def _align(aligned: Aligned, candidate: Activations, name_map: NameMap, partial:
         else:
             own, rule = sources[name]
             try:
-                x = arrange(candidate[own], name, rule, reference[name], head_dim, aligned.model and aligned.model.params)
+                x = arrange(candidate[own], name, rule, reference[name], head_dim, params)
             except NeedsModel:
                 skipped.append(name)
                 continue
@@ -297,12 +298,13 @@ def _align(aligned: Aligned, candidate: Activations, name_map: NameMap, partial:
 # ------------------------------------------------------------------------------------------------------------------ judging
 
 
-def _noise_floor(aligned: Aligned, precision: str, given, reference: Activations, by_tolerance: bool) -> NoiseFloor:
+def _noise_floor(
+    aligned: Aligned, precision: str, given: NoiseFloor | Path | str | None, reference: Activations, by_tolerance: bool
+) -> NoiseFloor:
     if isinstance(given, NoiseFloor):
         return given
-    can_measure = aligned.model is not None and aligned.tokens is not None and not by_tolerance
     measured = None
-    if can_measure:
+    if aligned.model is not None and aligned.tokens is not None and not by_tolerance:
         measured = measure_noise(aligned.model, aligned.tokens, aligned.steps, precision, aligned.candidate.keys())
     if given is None:
         n_layers = 1 + max((place(name).layer or 0 for name in reference), default=0)
@@ -330,9 +332,9 @@ def _judge_row(row: Row, aligned: Aligned, comparison: Comparison) -> None:
     c, r, kept = pair(aligned, row.name, aligned.candidate[row.name], aligned.reference[row.name])
     row.problem = problem_of(row.name, c, r)
     logits = place(row.name).kind == "logits"
-    of_tokens = [by_token(row.name, x) for x in (c, r)]  # [..., T, numbers]
-    of_tokens = [x[kept[..., -x.shape[-2] :]] for x in of_tokens]
-    row.metrics = measure(*of_tokens, comparison.precision, logits)
+    of_c, of_r = by_token(row.name, c), by_token(row.name, r)  # [..., T, numbers]
+    here = kept[..., -of_c.shape[-2] :]
+    row.metrics = measure(of_c[here], of_r[here], comparison.precision, logits)
     row.judged = judge(row.name, c, r, kept, comparison.noise)
     if comparison.tolerance is not None and row.problem is None:
         atol, rtol = comparison.tolerance
@@ -348,14 +350,14 @@ def _within(row: Row, comparison: Comparison) -> bool:
     return all(judged is None or judged.passed for judged in (row.judged, row.local))
 
 
-def _judge_operations(aligned: Aligned, comparison: Comparison) -> None:
+def _judge_operations(model: Model, tokens: np.ndarray, aligned: Aligned, comparison: Comparison) -> None:
     """Compute every operation in float64 from the candidate's own activations, and judge what the candidate made of them.
 
     Where one of those can't be used (it has another shape, or numbers that are none), what is computed from it isn't judged:
     the candidate's own input is not known then.
     """
     rows = {row.name: row for row in comparison.rows}
-    n_layers = aligned.model.config.n_layers
+    n_layers = model.config.n_layers
     unusable: set[str] = set()  # by themselves, or by what went into them unrecorded
 
     def tap(name: str, x: np.ndarray) -> np.ndarray:
@@ -375,9 +377,10 @@ def _judge_operations(aligned: Aligned, comparison: Comparison) -> None:
             return x
         if inputs_known and np.isfinite(expected[~np.isneginf(expected)]).all():
             one = all(source in aligned.candidate for source in inputs)
-            rows[name].local = judge(name, c, expected, kept, comparison.noise, local=True, one=one)
+            local = judge(name, c, expected, kept, comparison.noise, local=True, one=one)
             if (np.isneginf(c) != np.isneginf(expected)).any():  # masked in one only
-                rows[name].local = replace(rows[name].local, error=math.inf, ratio=math.inf)
+                local = replace(local, error=math.inf, ratio=math.inf)
+            rows[name].local = local
         return c
 
-    run(aligned.model, aligned.tokens, aligned.steps, Precision("float64"), tap)
+    run(model, tokens, aligned.steps, Precision("float64"), tap)

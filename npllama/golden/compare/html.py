@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable
 
 from .comparison import Comparison, Row
+from .judging import Judged
 from .names import place
 from .text import in_layers, judged_by, logits_line
 
@@ -51,7 +52,8 @@ def page(comparison: Comparison) -> str:
     parts += [f"<p><b>Hint:</b> {_text(hint)}</p>" for hint in comparison.hints]
     if culprits := in_layers(comparison.wrong_by_themselves):
         parts.append(f"<p><b>Wrong by themselves</b>, given the candidate's own inputs: {_text(culprits)}</p>")
-    parts += [f"<p>{_text(logits_line(row))}</p>" for row in comparison.rows if row.metrics and row.metrics.kl is not None][:1]
+    of_logits = [logits_line(row.name, row.metrics) for row in comparison.rows if row.metrics and row.metrics.kl is not None]
+    parts += [f"<p>{_text(line)}</p>" for line in of_logits[:1]]
     parts += [f'<p class="bad">Warning: {_text(warning)}</p>' for warning in comparison.warnings]
     parts.append(
         f'<p class="soft">reference {_text(comparison.reference)}<br>candidate {_text(comparison.candidate)} '
@@ -77,9 +79,9 @@ def _text(value: object) -> str:
     return html.escape(str(value))
 
 
-def _by_layer(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
+def _by_layer(rows: Iterable[Row]) -> list[tuple[str, list[tuple[Row, Judged]]]]:
     """A panel for each layer; what comes before the first is in its panel, what comes after the last in that one's."""
-    panels: dict[str, list[Row]] = {}
+    panels: dict[str, list[tuple[Row, Judged]]] = {}
     title, pass_before = "", None
     for row in rows:
         if row.judged is None:
@@ -88,13 +90,13 @@ def _by_layer(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
         if here.layer is not None or here.prefix != pass_before:
             step = "" if here.step is None else f"step {here.step}, "
             title, pass_before = f"{step}layer {here.layer or 0}", here.prefix
-        panels.setdefault(title, []).append(row)
+        panels.setdefault(title, []).append((row, row.judged))
     return list(panels.items())
 
 
-def _panel(title: str, rows: list[Row], comparison: Comparison) -> str:
+def _panel(title: str, rows: list[tuple[Row, Judged]], comparison: Comparison) -> str:
     """A picture of one layer: a logarithmic axis upwards, the activations in their order to the right."""
-    values = [v for row in rows for j in (row.judged, row.local) if j for v in (j.error, j.floor, j.limit * j.floor)]
+    values = [v for row, judged in rows for j in (judged, row.local) if j for v in (j.error, j.floor, j.limit * j.floor)]
     values = [v for v in values if v > 0 and math.isfinite(v)] or [1e-8, 1.0]
     low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)) + 1e-9)
     high = max(high, low + 1)
@@ -112,23 +114,21 @@ def _panel(title: str, rows: list[Row], comparison: Comparison) -> str:
         out.append(f'<path class="grid" d="M{LEFT} {at}H{LEFT + WIDTH}"/>')
         out.append(f'<text x="{LEFT - 5}" y="{at + 3}" text-anchor="end">1e{power}</text>')
     if comparison.tolerance is None:
-        out.append(_line("floor", [(x(i), y(row.judged.floor)) for i, row in enumerate(rows)]))
-        out.append(_line("limit", [(x(i), y(row.judged.limit * row.judged.floor)) for i, row in enumerate(rows)]))
-    out.append(_line("error", [(x(i), y(row.judged.error)) for i, row in enumerate(rows)]))
-    for i, row in enumerate(rows):
+        out.append(_line("floor", [(x(i), y(judged.floor)) for i, (_, judged) in enumerate(rows)]))
+        out.append(_line("limit", [(x(i), y(judged.limit * judged.floor)) for i, (_, judged) in enumerate(rows)]))
+    out.append(_line("error", [(x(i), y(judged.error)) for i, (_, judged) in enumerate(rows)]))
+    for i, (row, judged) in enumerate(rows):
         bad = "" if row.passed else "-bad"
-        tip = f"{row.name}: error {row.judged.error:.2e}, floor {row.judged.floor:.1e}, {row.judged.ratio:.3g} times it"
+        tip = f"{row.name}: error {judged.error:.2e}, floor {judged.floor:.1e}, {judged.ratio:.3g} times it"
         if row.local:
             tip += f"; alone {row.local.error:.2e}, {row.local.ratio:.3g} times its floor"
             ring = "local" if row.local.passed else "local local-bad"
             out.append(f'<circle class="{ring}" cx="{x(i)}" cy="{y(row.local.error)}" r="4.5"/>')
-        out.append(
-            f'<circle class="dot{bad}" cx="{x(i)}" cy="{y(row.judged.error)}" r="2.8"><title>{_text(tip)}</title></circle>'
-        )
+        out.append(f'<circle class="dot{bad}" cx="{x(i)}" cy="{y(judged.error)}" r="2.8"><title>{_text(tip)}</title></circle>')
         name = place(row.name).kind
         turned = f'transform="translate({x(i) + 3},{TOP + HEIGHT + 10}) rotate(-60)"'
         out.append(f'<text class="name{bad}" text-anchor="end" {turned}>{_text(name)}</text>')
-    failed = sum(not row.passed for row in rows)
+    failed = sum(not row.passed for row, _ in rows)
     state = f'<span class="bad">{failed} different</span>' if failed else '<span class="good">within the limit</span>'
     size = f"0 0 {LEFT + WIDTH + 6} {TOP + HEIGHT + BOTTOM}"
     picture = f'<svg viewBox="{size}" role="img">{"".join(out)}</svg>'

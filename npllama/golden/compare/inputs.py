@@ -120,7 +120,7 @@ def _read_folder(path: Path) -> Activations:
     if (path / "trace.json").exists():
         trace = read_trace(path)
         _check_run(path / "trace.json", trace.meta)
-        return Activations(path, {name: lambda n=name: trace[n] for name in trace}, trace)
+        return Activations(path, {name: functools.partial(trace.__getitem__, name) for name in trace}, trace)
     try:
         npy, raw = sorted(path.rglob("*.npy")), sorted(path.rglob("*.f32"))
     except OSError as error:  # a folder below that may not be read
@@ -128,7 +128,7 @@ def _read_folder(path: Path) -> Activations:
     if npy and raw:
         raise InputError(f"{path}: holds both .npy and .f32 files, expected one kind")
     if npy:
-        return Activations(path, {_name(file, path): lambda f=file: foreign.read_npy(f, InputError) for file in npy})
+        return Activations(path, {_name(file, path): functools.partial(foreign.read_npy, file, InputError) for file in npy})
     if not raw:
         return Activations(path, {})
     shapes = _read_shapes(path / SHAPES_FILE)
@@ -136,7 +136,8 @@ def _read_folder(path: Path) -> Activations:
     if without := sorted(set(names) ^ set(shapes)):
         where = "has no shape in" if without[0] in names else "has no .f32 file, but is in"
         raise InputError(f"{path}: {shown(without[0])} {where} {SHAPES_FILE}")
-    return Activations(path, {n: lambda f=file, s=shapes[n]: foreign.read_raw(f, s, InputError) for n, file in names.items()})
+    read = foreign.read_raw
+    return Activations(path, {n: functools.partial(read, file, shapes[n], InputError) for n, file in names.items()})
 
 
 def _check_run(file: Path, meta: dict) -> None:
@@ -181,7 +182,7 @@ def _is_noise(noise: object, shape: list[int]) -> bool:
     """Whether this is what a golden bundle says of an activation: {"float32": {"rms": number, "max": number}, ...}."""
     precisions = noise.values() if isinstance(noise, dict) else [None]
     numbers = [norms.get(norm) if isinstance(norms, dict) else None for norms in precisions for norm in ("rms", "max")]
-    return all(type(x) in (int, float) and 0 <= x < math.inf for x in numbers)
+    return all((type(x) is int or type(x) is float) and 0 <= x < math.inf for x in numbers)
 
 
 def _are_ids(rows: list[list], least: int) -> bool:
@@ -196,11 +197,12 @@ def _read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     """Read {"layers.0.attention_norm": [5, 96], ...}."""
     if not file.exists():
         raise InputError(f"{file} is missing; raw .f32 files need it: {{name: shape}}")
-    shapes = foreign.read_json(file, InputError, foreign.LONG_LIMIT)
-    for name, shape in shapes.items():
-        if not foreign.is_shape(shape):
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in foreign.read_json(file, InputError, foreign.LONG_LIMIT).items():
+        if not isinstance(shape, list) or not foreign.is_shape(shape):
             raise InputError(f"{file}: {shown(name)} has the shape {shown(shape)}, expected a list of whole numbers")
-    return {name: tuple(shape) for name, shape in shapes.items()}
+        shapes[name] = tuple(shape)
+    return shapes
 
 
 def _read_safetensors(path: Path) -> Activations:

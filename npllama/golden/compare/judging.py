@@ -117,10 +117,10 @@ def judge(
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         ratios = np.array([np.where(e == 0, 0.0, e / f) for e, f in zip(error, floor, strict=True)])  # [2, tokens]
         norm, at = np.unravel_index(np.argmax(ratios), ratios.shape)
-        relative = [0.0 if x[norm][at] == 0 else float(x[norm][at] / size.rms[at]) for x in (error, floor)]
+        relative, of_floor = (0.0 if x[norm][at] == 0 else float(x[norm][at] / size.rms[at]) for x in (error, floor))
     token = int(np.flatnonzero(kept.reshape(-1))[at])
     limit = noise.limits.one if one else noise.limits.several
-    return Judged(*relative, float(ratios[norm, at]), limit, Norms._fields[norm], token)
+    return Judged(relative, of_floor, float(ratios[norm, at]), limit, Norms._fields[norm], token)
 
 
 def relative_error(c: np.ndarray, r: np.ndarray) -> float:

@@ -26,7 +26,9 @@ import numpy as np
 
 from ...activations import TABLE
 from ...checkpoint.foreign import read_json
+from ...engine.weights import widen
 from ...errors import NpllamaError, printable, shown
+from ...scope import Params
 from .names import place
 
 
@@ -242,7 +244,9 @@ def _rule(file: str, pattern: str, rule: object) -> Rule | None:
     return made
 
 
-def arrange(x: np.ndarray, name: str, rule: Rule, reference: np.ndarray, head_dim: int | None, params) -> np.ndarray:
+def arrange(
+    x: np.ndarray, name: str, rule: Rule, reference: np.ndarray, head_dim: int | None, params: Params | None
+) -> np.ndarray:
     """A candidate's array in our layout: the axes of `reference`, T perhaps shortened to the last tokens.
 
     Raises LayoutError when its shape is none that the rule allows, NeedsModel when the rule needs a parameter and has none,
@@ -273,18 +277,18 @@ def arrange(x: np.ndarray, name: str, rule: Rule, reference: np.ndarray, head_di
     return x
 
 
-def _factor(name: str, params, size: int) -> np.ndarray:
+def _factor(name: str, params: Params, size: int) -> np.ndarray:
     """A parameter that numbers along the last axis are multiplied by; MapError if the model has none of that name and size."""
     if name not in params:
-        close = difflib.get_close_matches(name, params, 1)
+        close = difflib.get_close_matches(name, list(params), 1)
         raise MapError(f"weight is {name}, which the model doesn't have" + (f"; {close[0]} it has" if close else ""))
-    weight = np.asarray(params[name])
+    weight = widen(params[name])
     if weight.shape != (size,):
         raise MapError(f"weight {name} has the shape {list(weight.shape)}, expected [{size}]")
     return weight
 
 
-def _split_and_order(x, batch: tuple[int, ...], axes: str, sizes: dict[str, int], choices: str) -> np.ndarray:
+def _split_and_order(x: np.ndarray, batch: tuple[int, ...], axes: str, sizes: dict[str, int], choices: str) -> np.ndarray:
     """From the first choice of axes that fits x's shape to `axes`."""
     allowed = []
     for choice in choices.split("|"):
@@ -306,7 +310,7 @@ def _size(token: str, sizes: dict[str, int]) -> int:
     return math.prod(sizes[axis] for axis in token.rstrip("+-").split("*"))
 
 
-def _fits(shape: tuple[int, ...], lead: tuple[int, ...], tokens: list[str], sizes: dict[str, int]) -> tuple | None:
+def _fits(shape: tuple[int, ...], lead: tuple[int, ...], tokens: list[str], sizes: dict[str, int]) -> tuple[slice, ...] | None:
     """How to cut an array of this shape to the sizes; None if it doesn't fit."""
     if len(shape) != len(lead) + len(tokens) or shape[: len(lead)] != lead:
         return None

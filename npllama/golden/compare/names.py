@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -55,12 +56,13 @@ class Place(NamedTuple):
 
 def place(name: str) -> Place:
     """Read a name; one that isn't forward()'s is all kind."""
-    step, layer, kind = _NAME.fullmatch(name).groups()
+    match = _NAME.fullmatch(name)
+    step, layer, kind = match.groups() if match else (None, None, name)
     found = Place(None if step is None else int(step), None if layer is None else int(layer), kind)
     return found if found.axes else Place(None, None, name)
 
 
-def in_order(names) -> list[str]:
+def in_order(names: Iterable[str]) -> list[str]:
     """Names in the order of their computation; those that aren't forward()'s come last, as they came."""
 
     def key(name: str) -> tuple[float, ...]:
@@ -73,7 +75,7 @@ def in_order(names) -> list[str]:
     return sorted(names, key=key)
 
 
-def dimensions(arrays) -> dict[str, int]:
+def dimensions(arrays: Mapping[str, np.ndarray]) -> dict[str, int]:
     """The size of each dimension, from the shapes of a prompt's activations.    name -> array; T and S are left out"""
     sizes: dict[str, int] = {}
     for name, x in arrays.items():

@@ -58,9 +58,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ...activations import AFTER
+from ...cache import KVCache
 from ...checkpoint import Model
+from ...config import Config
 from ...model import PLAIN, forward
-from ...scope import Ops
+from ...scope import Ops, Params, Tap
 from ..precision import CONVENTIONS, Precision
 from ..trace import Recording, run
 from .inputs import Activations
@@ -227,8 +229,16 @@ def measure_noise(model: Model, tokens: ArrayLike, steps: list, precision: str, 
 class _Plain(Precision):
     """Float32 whose norms and softmax sum as a loop would, one number after the other."""
 
-    def forward(self, params, config, tokens, cache=None, tap=None, last_only=False):
-        """As Precision's."""
+    def forward(
+        self,
+        params: Params,
+        config: Config,
+        tokens: ArrayLike,
+        cache: KVCache | None = None,
+        tap: Tap | None = None,
+        last_only: bool = False,
+    ) -> np.ndarray:
+        """Compute as Precision does, with operations that sum in sequence."""
         return forward(self.params(params), config, tokens, cache, tap, last_only, _loops())
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from ...checkpoint.atomic import write_file
 from .comparison import Comparison
 from .html import page
+from .judging import Judged
+from .metrics import Metrics
 from .text import judged_by
 
 FORMAT = "npllama comparison 1"
@@ -36,7 +38,7 @@ def as_dict(comparison: Comparison) -> dict[str, object]:
                 "passed": row.passed,
                 "problem": row.problem,
                 **{
-                    key: _plain(part and vars(part))
+                    key: _plain(part)
                     for key, part in (("metrics", row.metrics), ("accumulated", row.judged), ("local", row.local))
                 },
             }
@@ -45,8 +47,10 @@ def as_dict(comparison: Comparison) -> dict[str, object]:
     }
 
 
-def _plain(values: dict[str, object] | None) -> dict[str, object] | None:
-    return values and {key: str(x) if isinstance(x, float) and not math.isfinite(x) else x for key, x in values.items()}
+def _plain(part: Metrics | Judged | None) -> dict[str, object] | None:
+    if part is None:
+        return None
+    return {key: str(x) if isinstance(x, float) and not math.isfinite(x) else x for key, x in vars(part).items()}
 
 
 def write_report(comparison: Comparison, path: Path | str) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from .comparison import Comparison, Row
+from .metrics import Metrics
 from .names import place
 
 NEIGHBOURS = 3  # rows shown on either side of the first failure
@@ -15,21 +17,23 @@ RED, GREEN, BOLD, PLAIN = "\033[31m", "\033[32m", "\033[1m", "\033[0m"
 
 def text(comparison: Comparison, everything: bool = False, colour: bool = False) -> str:
     """The verdict in the first line, what is known of its cause, and a table: around the first failure, or of everything."""
-    paint = (lambda code, s: f"{code}{s}{PLAIN}") if colour else (lambda code, s: s)
+
+    def paint(code: str, s: str) -> str:
+        return f"{code}{s}{PLAIN}" if colour else s
+
     lines = [paint(BOLD + (GREEN if comparison.equal else RED), comparison.verdict)]
     lines += [f"hint: {hint}" for hint in comparison.hints]
     if culprits := in_layers(comparison.wrong_by_themselves):
         lines.append(f"wrong by themselves, given the candidate's own inputs: {culprits}")
-    lines += [logits_line(row) for row in comparison.rows if row.metrics and row.metrics.kl is not None][:1]
+    lines += [logits_line(row.name, row.metrics) for row in comparison.rows if row.metrics and row.metrics.kl is not None][:1]
     lines += [f"warning: {warning}" for warning in comparison.warnings]
     lines += ["", *table(comparison, everything, paint), "", judged_by(comparison)]
     return "\n".join(lines)
 
 
-def logits_line(row: Row) -> str:
-    """What the difference means for the tokens that come out."""
-    m = row.metrics
-    return f"{row.name}: KL divergence {m.kl:.2g} nats, the same first choice {m.top1:.1%}, the same five {m.top5:.1%}"
+def logits_line(name: str, m: Metrics) -> str:
+    """Say what the difference of logits means for the tokens that come out."""
+    return f"{name}: KL divergence {m.kl:.2g} nats, the same first choice {m.top1:.1%}, the same five {m.top5:.1%}"
 
 
 def judged_by(comparison: Comparison) -> str:
@@ -95,7 +99,7 @@ def ratio(row: Row) -> float:
     return max((judged.ratio for judged in (row.judged, row.local) if judged), default=math.inf)
 
 
-def table(comparison: Comparison, everything: bool, paint) -> list[str]:
+def table(comparison: Comparison, everything: bool, paint: Callable[[str, str], str]) -> list[str]:
     """The rows in aligned columns."""
     rows = [cells(comparison.rows[i]) if i is not None else None for i in shown_rows(comparison, everything)]
     widths = [max(len(row[i]) for row in [COLUMNS, *filter(None, rows)]) for i in range(len(COLUMNS))]
@@ -121,9 +125,9 @@ def table(comparison: Comparison, everything: bool, paint) -> list[str]:
 def cells(row: Row) -> tuple[str, ...]:
     """One row's columns."""
     status = "ok" if row.passed else row.problem or "different"
-    if row.metrics is None:
-        return (row.name, *[""] * (len(COLUMNS) - 2), status)
     m, judged = row.metrics, row.judged
+    if m is None or judged is None:
+        return (row.name, *[""] * (len(COLUMNS) - 2), status)
     return (
         row.name,
         f"{m.max_abs:.1e}",
