@@ -118,9 +118,9 @@ def test_a_quantized_model_rounds_to_16_bits_on_demand(tmp_path):
     assert_same(tmp_path / "m", {name: to_bfloat16(array) for name, array in wide.items()})
 
 
+@pytest.mark.torch
 def test_the_logits_of_a_quantized_file_are_transformers_own(tmp_path):
     """transformers reads GGUF by itself, and permutes queries and keys back to its own layout."""
-    pytest.importorskip("torch", reason="torch is not installed")
     hf = pytest.importorskip("hf_reference", reason="transformers is not installed", exc_type=ImportError)
     config = tiny.CONFIGS["grouped"]
     file = foreign.write_gguf(tmp_path / "m.gguf", config, tiny.random_params(config, seed=5), "Q8_0", name="tiny")

@@ -14,32 +14,17 @@ import pytest
 
 from npllama import load, record
 from npllama.activations import TABLE, activation_shapes
-from npllama.checkpoint import Model
 from npllama.cli import main
 from npllama.learn.explain import explain, page_data, steps
 from npllama.learn.lens import logit_lens, residual_names, visible
 
-HOSTILE = '</script><script>document.title="pwned"</script> "q" \'s\' $$x^2$$ <!-- & <b>bold</b>\n\\u003c 你 {{DATA}}'
+from hostile import HOSTILE, hostile_model
+
 MILLION = 1_000_000
 
 
 def array(text: str, dtype: str, *shape: int) -> np.ndarray:
     return np.frombuffer(base64.b64decode(text), dtype).reshape(shape)
-
-
-class HostileTokenizer:
-    """Every token is the whole of HOSTILE: a real one may have </script> as one token, the embedded model's has not."""
-
-    vocab_size, silent_ids, special_tokens = 10**6, frozenset(), {}
-
-    def token_bytes(self, id, opening):
-        return HOSTILE.encode()
-
-
-def hostile_model() -> Model:
-    model = load()
-    model.__dict__["tokenizer"] = HostileTokenizer()
-    return model
 
 
 @pytest.fixture(scope="module")

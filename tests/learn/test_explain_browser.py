@@ -15,17 +15,17 @@ import pytest
 pytest.importorskip("bokeh", reason="bokeh is not installed")
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
-from test_explain import HOSTILE, hostile_model  # noqa: E402
-
 from npllama import Sampling, load, record  # noqa: E402
 from npllama.learn.explain import explain  # noqa: E402
 from npllama.learn.lens import logit_lens, residual_norms, token_labels, visible  # noqa: E402
 from npllama.sampling import probabilities  # noqa: E402
 
+from hostile import HOSTILE, hostile_model  # noqa: E402
+
 CHROMIUM = os.environ.get("NPLLAMA_CHROMIUM") or next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")]
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 375, "height": 760}
 PATIENCE = 300_000.0  # milliseconds: only a page that hangs takes as long, on however busy a machine
 PROMPT = "What light through yonder window"

@@ -1,0 +1,23 @@
+"""A model whose every token is text that would end a page's script, were it not escaped."""
+
+from __future__ import annotations
+
+from npllama import load
+from npllama.checkpoint import Model
+
+HOSTILE = '</script><script>document.title="pwned"</script> "q" \'s\' $$x^2$$ <!-- & <b>bold</b>\n\\u003c 你 {{DATA}}'
+
+
+class HostileTokenizer:
+    """Every token is the whole of HOSTILE: a real one may have </script> as one token, the embedded model's has not."""
+
+    vocab_size, silent_ids, special_tokens = 10**6, frozenset(), {}
+
+    def token_bytes(self, id, opening):
+        return HOSTILE.encode()
+
+
+def hostile_model() -> Model:
+    model = load()
+    model.__dict__["tokenizer"] = HostileTokenizer()
+    return model
