@@ -329,7 +329,7 @@ class SentencePieceTokenizer(Tokenizer):
             import sentencepiece
         except ImportError:
             raise MissingPackage(
-                f"{path}: a SentencePiece model needs the package sentencepiece: pip install 'npllama[sentencepiece]'"
+                f"{path}: a SentencePiece model needs the package sentencepiece: pip install 'npllama[convert]'"
             ) from None
         try:
             self._processor = processor = sentencepiece.SentencePieceProcessor(model_proto=data)
@@ -395,7 +395,9 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             import tokenizers
         except ImportError:
-            raise MissingPackage(f"{path}: a tokenizer.json needs the package tokenizers: pip install 'npllama[hf]'") from None
+            raise MissingPackage(
+                f"{path}: a tokenizer.json needs the package tokenizers: pip install 'npllama[convert]'"
+            ) from None
         values = _parse_json(path, data)
         try:
             self._load(path, data, values, tokenizers)
@@ -570,7 +572,7 @@ def _read(path: PathLike) -> bytes:
         try:
             import blobfile
         except ImportError:
-            raise TokenizerError(f"{path}: a remote path needs the package blobfile: pip install 'npllama[remote]'") from None
+            raise TokenizerError(f"{path}: a remote path needs the package blobfile: pip install 'npllama[convert]'") from None
         try:
             with blobfile.BlobFile(path, "rb") as file:
                 return file.read()

@@ -420,7 +420,7 @@ def test_our_reader_agrees_with_the_library_s(tmp_path):
 def test_without_the_library_the_line_says_what_to_install(tmp_path, monkeypatch):
     src = foreign.write_gguf(tmp_path / "m.gguf", CONFIG, PARAMS)
     monkeypatch.setitem(sys.modules, "gguf", None)
-    refused(src, tmp_path / "m", r"pip install 'npllama\[gguf\]'$")
+    refused(src, tmp_path / "m", r"pip install 'npllama\[convert\]'$")
 
 
 def test_the_library_s_blocks_are_refused_on_a_big_endian_machine(tmp_path, monkeypatch):

@@ -563,7 +563,7 @@ def test_an_impossible_rope_factor_is_refused(tmp_path, factor):
 def test_without_torch_the_line_says_what_to_install(tmp_path, monkeypatch):
     src = save(tmp_path / "src", [tensors_of()])
     monkeypatch.setitem(sys.modules, "torch", None)
-    refused(src, tmp_path / "m", r"pip install 'npllama\[convert\]'$")
+    refused(src, tmp_path / "m", r"pip install 'npllama\[torch\]'$")
 
 
 def test_without_sentencepiece_its_tokenizer_is_copied_unchecked(tmp_path, monkeypatch):

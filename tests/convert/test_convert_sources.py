@@ -422,5 +422,5 @@ def test_no_server_is_one_line(tmp_path, hub):
 
 def test_without_the_package_the_line_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ValueError, match=r"pip install 'npllama\[hf\]'$"):
+    with pytest.raises(ValueError, match=r"pip install 'npllama\[convert\]'$"):
         sources.read("hf:owner/name")
