@@ -118,7 +118,7 @@ def main() -> None:
 
 def draw_plot(points: Sequence[dict[str, object]], file: Path) -> None:
     if not importlib.util.find_spec("matplotlib"):
-        print(f"{file} is not drawn: matplotlib is not installed (pip install 'npllama[plot]')")
+        print(f"{file} is not drawn: matplotlib is not installed (pip install 'npllama[learn]')")
         return
     from .plots import draw
 

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import inspect
 import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -135,8 +137,7 @@ def capture(
     The other arguments are those of golden.trace.write_trace. Attention runs in eager mode: fused kernels show no scores.
     Raises ValueError when the model or the tokens can't be used, ImportError without torch or transformers.
     """
-    import torch
-
+    torch = needed("torch")
     path = None
     if isinstance(model, (str, Path)):
         path = Path(model)
@@ -172,14 +173,20 @@ def capture(
     return read_trace(out)
 
 
+def needed(package: str) -> ModuleType:
+    """Import torch or transformers, or raise the ImportError that says how to get it."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise ImportError(f"capturing needs {package}: pip install 'npllama[torch]'") from None
+
+
 def load_hugging_face(path: Path, dtype: str | None = None):
     """The causal language model in a folder that save_pretrained() wrote, its RoPE frequencies in float32; nothing is fetched.
 
     Raises ValueError when there is none.
     """
-    import torch
-    import transformers
-
+    torch, transformers = needed("torch"), needed("transformers")
     if not (path / "config.json").is_file():
         raise TraceError(f"{path}: no config.json, expected a folder of Hugging Face's format")
     release = tuple(int(part) for part in transformers.__version__.split(".")[:2])

@@ -49,7 +49,7 @@ def fetch(name: str, report: Report = print) -> Path:
         report(f"{name} is there already: {target}")
         return target
     if missing := [package for package in NEEDED if importlib.util.find_spec(package) is None]:
-        raise FetchError(f"{name} needs the packages {' and '.join(missing)}: pip install 'npllama[fetch]'")
+        raise FetchError(f"{name} needs the packages {' and '.join(missing)}: pip install 'npllama[convert]'")
     checkpoint.check_free(target, force=True)
     size = size_text
     report(f"{name}: {entry.description}; licence {entry.licence}")

@@ -343,4 +343,4 @@ def _import_library() -> ModuleType:
     try:
         return importlib.import_module("gguf")
     except ImportError:
-        raise CheckpointError("a GGUF file needs the package gguf: pip install 'npllama[gguf]'") from None
+        raise CheckpointError("a GGUF file needs the package gguf: pip install 'npllama[convert]'") from None

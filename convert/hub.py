@@ -59,7 +59,9 @@ def _snapshot(repository: str, revision: str | None, patterns: list[str]) -> Pat
     try:
         library = importlib.import_module("huggingface_hub")
     except ImportError:
-        raise CheckpointError("fetching from the hub needs the package huggingface_hub: pip install 'npllama[hf]'") from None
+        raise CheckpointError(
+            "fetching from the hub needs the package huggingface_hub: pip install 'npllama[convert]'"
+        ) from None
     errors = importlib.import_module("huggingface_hub.errors")
     where = f"hf:{repository}" + (f"@{revision}" if revision else "")
     try:

@@ -28,7 +28,7 @@ def import_torch():
     try:
         return importlib.import_module("torch")
     except ImportError:
-        raise CheckpointError("converting needs torch, once: pip install 'npllama[convert]'") from None
+        raise CheckpointError("converting needs torch, once: pip install 'npllama[torch]'") from None
 
 
 def load(path: Path, report: Report) -> object:

@@ -335,7 +335,7 @@ class SentencePieceTokenizer(Tokenizer):
             import sentencepiece
         except ImportError:
             raise MissingPackage(
-                f"{path}: a SentencePiece model needs the package sentencepiece: pip install 'npllama[sentencepiece]'"
+                f"{path}: a SentencePiece model needs the package sentencepiece: pip install 'npllama[convert]'"
             ) from None
         try:
             self._processor = processor = sentencepiece.SentencePieceProcessor(model_proto=data)
@@ -401,7 +401,9 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             import tokenizers
         except ImportError:
-            raise MissingPackage(f"{path}: a tokenizer.json needs the package tokenizers: pip install 'npllama[hf]'") from None
+            raise MissingPackage(
+                f"{path}: a tokenizer.json needs the package tokenizers: pip install 'npllama[convert]'"
+            ) from None
         values = _parse_json(path, data)
         try:
             self._load(path, data, values, tokenizers)
@@ -576,7 +578,7 @@ def _read(path: PathLike) -> bytes:
         try:
             import blobfile
         except ImportError:
-            raise TokenizerError(f"{path}: a remote path needs the package blobfile: pip install 'npllama[remote]'") from None
+            raise TokenizerError(f"{path}: a remote path needs the package blobfile: pip install 'npllama[convert]'") from None
         try:
             with blobfile.BlobFile(path, "rb") as file:
                 return file.read()

@@ -1,4 +1,4 @@
-"""Fixtures that several test files share."""
+"""Fixtures that several test files share, what the marker `torch` means, and the summary of skips."""
 
 from __future__ import annotations
 
@@ -15,7 +15,25 @@ from npllama.checkpoint import atomic
 from npllama.tokenizer import LLAMA3_PATTERN, SentencePieceTokenizer, TiktokenTokenizer, Tokenizer, load_tokenizer
 
 from make_corpus import as_unicode, make_corpus
+from skips import reason_of, summary
 from system import ROOT
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what is marked `torch` where torch is absent; what needs it unmarked fails there, and CI looks."""
+    if item.get_closest_marker("torch"):
+        pytest.importorskip("torch", reason="torch is not installed")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say why tests were skipped, by cause, with the command that provides what is missing."""
+    reports = terminalreporter.stats.get("skipped", [])
+    lines = summary((reason_of(report), isinstance(report, pytest.CollectReport)) for report in reports)
+    if lines:
+        terminalreporter.section("skipped, by cause")
+        for line in lines:
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """Record torch's numbers for the tests that run where torch is absent:  python tests/make_goldens.py
 
 Writes tests/goldens/*.npz: the operations, the RoPE frequencies, the logits and layer outputs of the tiny models, and the
-answers of the embedded model. Each file's `about` holds the versions and seeds. Needs the test-torch extra.
+answers of the embedded model. Each file's `about` holds the versions and seeds. Needs the extras test and torch.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import itertools
 import numpy as np
 import pytest
 
-from npllama import KVCache, forward
+from npllama import Config, KVCache, forward
 from npllama.engine.linear import to_bfloat16
 
 import tiny
@@ -17,6 +17,12 @@ from tiny import CONFIGS, byte_swapped, random_params, random_tokens, relative_e
 GROUPED = CONFIGS["grouped"]
 PARAMS = random_params(GROUPED, seed=1)
 TOKENS = random_tokens(GROUPED, seed=2, shape=24)
+
+
+def held(cache: KVCache, config: Config, layer: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return all keys and values that a layer has so far: those after adding none."""
+    G, K = config.n_kv_heads, config.head_dim
+    return cache.update(layer, np.zeros((0, G, K), np.float32), np.zeros((0, G, K), np.float32))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -108,7 +114,7 @@ def test_no_activation_is_promoted_and_all_have_their_name_and_shape(name, dtype
         expected |= {f"layers.{i}.{key}": shape for key, shape in layer.items()}
     expected |= {"norm": (T, D), "logits": (T, V)}
     assert list(seen.items()) == list(expected.items())
-    assert cache._keys[0].dtype == cache._values[-1].dtype == dtype
+    assert {x.dtype.name for x in (*held(cache, config, 0), *held(cache, config, config.n_layers - 1))} == {dtype}
 
 
 @pytest.mark.parametrize("storage", ["uint16", "float16"])
@@ -193,13 +199,12 @@ def test_the_cache_grows_by_doubling_and_lends_its_own_memory():
     cache = KVCache(GROUPED)
     copies = 0
     for i, token in enumerate(itertools.islice(itertools.cycle(TOKENS), 200)):
-        before = cache._keys[0]
+        before = held(cache, GROUPED, 0)[0] if i else np.empty(0)
         forward(PARAMS, GROUPED, [token], cache, last_only=True)
-        copies += cache._keys[0] is not before
+        copies += not np.shares_memory(held(cache, GROUPED, 0)[0], before)
         assert cache.length == i + 1
     assert copies <= 9  # 1, 2, 4 ... 256
-    keys, _ = cache.update(0, np.zeros((0, 2, 16), np.float32), np.zeros((0, 2, 16), np.float32))
-    assert np.shares_memory(keys, cache._keys[0])
+    assert all(np.shares_memory(*pair) for pair in zip(held(cache, GROUPED, 0), held(cache, GROUPED, 0), strict=True))
 
 
 @pytest.mark.parametrize(

@@ -105,15 +105,19 @@ def test_log_probabilities_of_any_size():
     assert log_probabilities(np.array([1e3, 0, -math.inf])).tolist() == [0, -1000, -math.inf]
 
 
+@pytest.mark.torch
 def test_log_probabilities_against_torch():
-    torch = pytest.importorskip("torch", reason="torch is not installed")
+    import torch
+
     x = np.random.default_rng(2).normal(size=(3, 50)) * 20
     np.testing.assert_allclose(log_probabilities(x), torch.log_softmax(torch.from_numpy(x), -1).numpy(), rtol=1e-13, atol=1e-14)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("settings", [{"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.1}], ids=str)
 def test_filters_keep_what_hugging_face_s_keep(settings):
-    torch = pytest.importorskip("torch", reason="torch is not installed")
+    import torch
+
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     warpers = {
         "top_k": transformers.TopKLogitsWarper,

@@ -578,10 +578,10 @@ def test_without_a_package_for_text_ids_still_have_theirs(tiny_tiktoken_file: Pa
 
 def test_a_missing_package_is_named(tiny_sentencepiece_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "blobfile", None)
-    with pytest.raises(TokenizerError, match=r"gs://b/t\.model: .*pip install 'npllama\[remote\]'"):
+    with pytest.raises(TokenizerError, match=r"gs://b/t\.model: .*pip install 'npllama\[convert\]'"):
         load_tokenizer("gs://b/t.model")
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
-    with pytest.raises(TokenizerError, match=r"pip install 'npllama\[sentencepiece\]'"):
+    with pytest.raises(TokenizerError, match=r"pip install 'npllama\[convert\]'"):
         load_tokenizer(tiny_sentencepiece_file)
 
 

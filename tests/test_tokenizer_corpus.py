@@ -4,40 +4,20 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from npllama.tokenizer import LLAMA3_PATTERN, LLAMA3_SPECIAL_TOKENS, BytePairEncoding, Tokenizer, load_tokenizer
 
-from make_corpus import as_unicode, make_corpus
-from test_gguf_vocabulary import byte_of_char, metadata_of_sentencepiece, metadata_of_tiktoken, write
-
-CORPUS = make_corpus(10_000)
-Judge = Callable[[str], list[int]]
-
-
-def mismatches(tokenizer: Tokenizer, judge: Judge, special: bool = False) -> list[str]:
-    """A line for each text whose ids differ; with special tokens, of those that may spell one."""
-    found = []
-    for text in CORPUS if not special else [text for text in CORPUS if "<" in text]:
-        ids, expected = tokenizer.encode(text, special=special), judge(as_unicode(text))
-        if ids != expected:
-            at = next((i for i, (a, b) in enumerate(zip(ids, expected, strict=False)) if a != b), min(len(ids), len(expected)))
-            found.append(f"{text!r:.80}: {ids[at : at + 4]}, expected {expected[at : at + 4]}, from id {at} on")
-    return found
+from make_corpus import make_corpus
+from tokenizer_judges import CORPUS, Judge, mismatches, sentencepiece_judge
+from vocabularies import byte_of_char, metadata_of_sentencepiece, metadata_of_tiktoken, write
 
 
 def hugging_face_judge(library, special: bool = False) -> Judge:
     library.encode_special_tokens = not special
     return lambda text: library.encode(text, add_special_tokens=False).ids
-
-
-def sentencepiece_judge(path: Path) -> Judge:
-    import sentencepiece
-
-    return sentencepiece.SentencePieceProcessor(model_file=str(path)).encode
 
 
 @pytest.fixture(scope="module")

@@ -228,7 +228,7 @@ def test_a_bad_file_beside_it_is_named(
 
 def test_a_missing_package_is_named(tiny_chatml_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(TokenizerError, match=r"tokenizer\.json: .*pip install 'npllama\[hf\]'"):
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json: .*pip install 'npllama\[convert\]'"):
         load_tokenizer(tiny_chatml_file)
 
 

@@ -27,7 +27,7 @@ def home() -> Path:
     except ImportError:
         raise ValueError(
             "no folder for models is known: set NPLLAMA_HOME to one, or pip install platformdirs for your system's own "
-            "('npllama[fetch]' brings it)"
+            "('npllama[convert]' brings it)"
         ) from None
 
 

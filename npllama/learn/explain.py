@@ -51,7 +51,7 @@ def explain(model: Model, ids: Sequence[int], out: Path) -> int:
     try:
         from bokeh.resources import Resources
     except ImportError:
-        raise ImportError("the page needs bokeh: pip install 'npllama[explain]'") from None
+        raise ImportError("the page needs bokeh: pip install 'npllama[learn]'") from None
     data = page_data(model, ids)
     library = Resources(mode="inline", components=["bokeh"]).js_raw[0]  # what follows it sets the log level, and logs that
     parts = {

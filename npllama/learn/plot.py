@@ -108,7 +108,7 @@ def show(draw: Callable[[Figure], None], out: Path | None) -> None:
     try:
         import matplotlib
     except ImportError:
-        raise ImportError("plots need matplotlib: pip install 'npllama[plot]'") from None
+        raise ImportError("plots need matplotlib: pip install 'npllama[learn]'") from None
     # Tokens may hold any character, `$` among them, which must not start a formula.
     settings: Any = {"text.parse_math": False, "font.size": 9, "svg.hashsalt": "npllama", "figure.constrained_layout.use": True}
     with matplotlib.rc_context(settings):

@@ -70,8 +70,10 @@ def test_bfloat16_rounding_agrees_with_ml_dtypes_on_every_kind_of_float32():
     assert np.array_equal(found[~is_nan].view(np.uint16), expected[~is_nan].view(np.uint16))
 
 
+@pytest.mark.torch
 def test_bfloat16_rounding_agrees_with_torch():
-    torch = pytest.importorskip("torch", reason="torch is not installed")
+    import torch
+
     values = np.random.default_rng(1).integers(0, 1 << 32, size=200_000, dtype=np.uint32).view(np.float32)
     values = values[~np.isnan(values)]
     expected = torch.from_numpy(values).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)

@@ -12,6 +12,7 @@ import pytest
 
 import npllama
 from npllama.cli import main
+from npllama.cli.console import error_text, rate
 
 from commands import COMMAND
 from system import ROOT, full_disk
@@ -121,3 +122,22 @@ def test_statistics_that_are_lost_are_an_error(environment):
 def test_a_file_may_be_standard_output():
     done = subprocess.run([*COMMAND, "logits", "--tokens", "1,2", "--out", "/dev/stdout"], stdout=subprocess.PIPE)
     assert np.load(io.BytesIO(done.stdout)).shape == (2, 2256)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (FileNotFoundError(2, "No such file or directory", "m/config.json"), "m/config.json: No such file or directory"),
+        (OSError(27, "File too large"), "File too large"),
+        (ValueError("two\n  lines"), "two lines"),
+        (MemoryError(), "MemoryError"),
+        (KeyError("x"), "unforeseen KeyError: 'x'; please report it, with what NPLLAMA_DEBUG=1 shows"),
+    ],
+)
+def test_an_error_is_one_line(error, expected):
+    assert error_text(error) == expected
+
+
+def test_no_time_at_all_is_a_rate_too():
+    assert rate(3, 2.0) == "1.5 tokens/s"
+    assert rate(1, 0.0).endswith(" tokens/s")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,10 +11,12 @@ import pytest
 
 import tiny
 
+pytestmark = pytest.mark.torch
 torch = pytest.importorskip("torch", reason="torch is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 from npllama import LinearRopeScaling  # noqa: E402
+from npllama.cli import main  # noqa: E402
 from npllama.golden.precision import round_bfloat16  # noqa: E402
 from npllama.golden.trace import Selection, TraceError, record  # noqa: E402
 from npllama_convert.capture import capture  # noqa: E402
@@ -165,3 +168,10 @@ def test_what_cannot_be_captured_is_refused(tmp_path):
     with pytest.raises(TraceError, match="GPT2LMHeadModel is neither built like"):
         capture(gpt2, [1], tmp_path / "t")
     assert not (tmp_path / "t").exists()
+
+
+@pytest.mark.parametrize("package", ["torch", "transformers"])
+def test_a_missing_package_is_named_with_the_extra_that_brings_it(package, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main(["capture", str(tmp_path), "--tokens", "1", "--out", str(tmp_path / "t")]) == 2
+    assert capsys.readouterr().err == f"npllama capture: capturing needs {package}: pip install 'npllama[torch]'\n"

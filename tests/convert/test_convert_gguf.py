@@ -118,9 +118,9 @@ def test_a_quantized_model_rounds_to_16_bits_on_demand(tmp_path):
     assert_same(tmp_path / "m", {name: to_bfloat16(array) for name, array in wide.items()})
 
 
+@pytest.mark.torch
 def test_the_logits_of_a_quantized_file_are_transformers_own(tmp_path):
     """transformers reads GGUF by itself, and permutes queries and keys back to its own layout."""
-    pytest.importorskip("torch", reason="torch is not installed")
     hf = pytest.importorskip("hf_reference", reason="transformers is not installed", exc_type=ImportError)
     config = tiny.CONFIGS["grouped"]
     file = foreign.write_gguf(tmp_path / "m.gguf", config, tiny.random_params(config, seed=5), "Q8_0", name="tiny")
@@ -420,7 +420,7 @@ def test_our_reader_agrees_with_the_library_s(tmp_path):
 def test_without_the_library_the_line_says_what_to_install(tmp_path, monkeypatch):
     src = foreign.write_gguf(tmp_path / "m.gguf", CONFIG, PARAMS)
     monkeypatch.setitem(sys.modules, "gguf", None)
-    refused(src, tmp_path / "m", r"pip install 'npllama\[gguf\]'$")
+    refused(src, tmp_path / "m", r"pip install 'npllama\[convert\]'$")
 
 
 def test_the_library_s_blocks_are_refused_on_a_big_endian_machine(tmp_path, monkeypatch):

@@ -71,9 +71,11 @@ def test_16_bits_stay_what_they_are_in_one_file_or_several(tmp_path, dtype, n_sh
     assert len(files) == (2 if n_shards == 1 else 5)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("name", CONFIGS)
 def test_what_transformers_saves_converts_and_computes_the_same(tmp_path, name):
-    torch = pytest.importorskip("torch", reason="torch is not installed")
+    import torch
+
     hf = pytest.importorskip("hf_reference", reason="transformers is not installed", exc_type=ImportError)
     config = CONFIGS[name]
     params = tiny.random_params(config, seed=6)
@@ -88,10 +90,12 @@ def test_what_transformers_saves_converts_and_computes_the_same(tmp_path, name):
     assert relative_error(forward(model.params, model.config, tokens), hf.hf_logits(judge, tokens)) < 1e-5
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("n_shards", [1, 2])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_pytorch_model_bin(tmp_path, n_shards, dtype):
-    torch = pytest.importorskip("torch", reason="torch is not installed")
+    import torch
+
     params = tiny.random_params(CONFIG, seed=5)
     src = foreign.write_hf(tmp_path / "src", CONFIG, params)
     (src / "model.safetensors").unlink()
@@ -128,9 +132,9 @@ def test_interleaving_by_hand():
     assert huggingface.interleaved_order(2, 4).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("factor", [2.0, 8.0, 2.5])
 def test_linear_frequencies_are_transformers_to_the_bit(factor):
-    pytest.importorskip("torch", reason="torch is not installed")
     hf = pytest.importorskip("hf_reference", reason="transformers is not installed", exc_type=ImportError)
     shape = (64, 10000.0, LinearRopeScaling(factor))
     expected, found = hf.torch_frequencies(shape), ops.rope_frequencies(*shape, "float32")

@@ -51,10 +51,12 @@ def test_a_bin_comes_back_bit_for_bit(tmp_path, name):
     assert verify(tmp_path / "m") == []
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_pt_comes_back_bit_for_bit(tmp_path, compiled, tied):
-    torch = pytest.importorskip("torch", reason="torch is not installed")
+    import torch
+
     config = dataclasses.replace(CONFIG, tied_embeddings=tied)
     params = tiny.random_params(config, seed=5)
     state = {name: torch.from_numpy(array) for name, array in params.items()}
@@ -120,6 +122,7 @@ def test_a_bin_that_is_none_is_one_line(tmp_path, fault):
     refused(src, tmp_path / "m", expected)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
@@ -140,16 +143,17 @@ def test_a_bin_that_is_none_is_one_line(tmp_path, fault):
     ],
 )
 def test_a_pt_that_is_none_is_one_line(tmp_path, content, expected):
-    torch = pytest.importorskip("torch", reason="torch is not installed")
+    import torch
+
     if isinstance(content, dict) and "model" not in content:
         content = content | {"model": {name: torch.from_numpy(array) for name, array in PARAMS.items()}}
     torch.save(content, tmp_path / "x.pt")
     refused(tmp_path / "x.pt", tmp_path / "m", expected)
 
 
+@pytest.mark.torch
 def test_stories260k_is_the_same_model_as_from_meta(tmp_path, shared_data):
     """Its published .bin is in this form; here it is written from Meta's form of the same weights."""
-    pytest.importorskip("torch", reason="torch is not installed")
     pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
     convert(shared_data / "stories260K", tmp_path / "meta")
     model = open_model(tmp_path / "meta")

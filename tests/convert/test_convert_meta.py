@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.torch
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from npllama import checkpoint, n_parameters  # noqa: E402
@@ -562,7 +563,7 @@ def test_an_impossible_rope_factor_is_refused(tmp_path, factor):
 def test_without_torch_the_line_says_what_to_install(tmp_path, monkeypatch):
     src = save(tmp_path / "src", [tensors_of()])
     monkeypatch.setitem(sys.modules, "torch", None)
-    refused(src, tmp_path / "m", r"pip install 'npllama\[convert\]'$")
+    refused(src, tmp_path / "m", r"pip install 'npllama\[torch\]'$")
 
 
 def test_without_sentencepiece_its_tokenizer_is_copied_unchecked(tmp_path, monkeypatch):

@@ -49,9 +49,9 @@ def assert_equal_models(folders: list[Path]) -> None:
         assert open_model(other).manifest["tensors"] == open_model(first).manifest["tensors"]  # each file's sha256
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("name", tiny.CONFIGS)
 def test_meta_hugging_face_and_gguf_give_the_same_bits(tmp_path, name, quick_conversion):
-    pytest.importorskip("torch", reason="torch is not installed")
     pytest.importorskip("gguf", reason="gguf is not installed")
     from to_meta import to_meta
 
@@ -68,8 +68,8 @@ def test_meta_hugging_face_and_gguf_give_the_same_bits(tmp_path, name, quick_con
     assert_equal_models([tmp_path / "meta", tmp_path / "hf", tmp_path / "gguf"])
 
 
+@pytest.mark.torch
 def test_stories260k_is_one_model_in_every_form(tmp_path, shared_data):
-    pytest.importorskip("torch", reason="torch is not installed")
     pytest.importorskip("gguf", reason="gguf is not installed")
     sentencepiece = pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
     src = shared_data / "stories260K"
@@ -155,8 +155,8 @@ def test_the_command_line_says_it_in_one_line_and_ends_with_2(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["src"]
 
 
+@pytest.mark.torch
 def test_linear_scaling_can_not_be_said_in_meta_s_words(tmp_path, quick_conversion):
-    pytest.importorskip("torch", reason="torch is not installed")
     from to_meta import to_meta
 
     config = tiny.config(n_layers=1, rope_scaling=LinearRopeScaling(2.0))
@@ -197,7 +197,7 @@ def test_safetensors_gguf_and_bin_need_no_torch(tmp_path):
         assert verify(tmp_path / f"m{i}") == []
 
 
-@pytest.mark.parametrize("form", ["hf", "gguf", "bin", "bin model"])
+@pytest.mark.parametrize("form", ["hf", "gguf", "bin", pytest.param("bin model", marks=pytest.mark.torch)])
 def test_memory_is_a_few_blocks_whatever_the_size(tmp_path, form, monkeypatch):
     monkeypatch.setattr("npllama.checkpoint.atomic._sync", lambda path: None)
     config = tiny.config(dim=1024, n_heads=16, n_kv_heads=16, head_dim=64, ffn_dim=2048, vocab_size=2048, n_layers=1)
@@ -210,7 +210,8 @@ def test_memory_is_a_few_blocks_whatever_the_size(tmp_path, form, monkeypatch):
     elif form == "bin":
         src = foreign.write_llama2c(tmp_path / "src.bin", config, params)
     else:
-        torch = pytest.importorskip("torch", reason="torch is not installed")
+        import torch
+
         src = foreign.write_hf(tmp_path / "src", config, params)
         (src / "model.safetensors").unlink()
         tensors = {name: torch.from_numpy(array) for name, array in foreign.hf_tensors(config, params).items()}
@@ -347,8 +348,10 @@ def test_a_repository_by_name(tmp_path, hub):
     assert_same(tmp_path / "again", PARAMS)
 
 
+@pytest.mark.torch
 def test_a_revision_and_the_older_weights(tmp_path, hub):
-    torch = pytest.importorskip("torch", reason="torch is not installed")
+    import torch
+
     src = foreign.write_hf(tmp_path / "src", CONFIG, PARAMS)
     (src / "model.safetensors").unlink()
     torch.save({name: torch.from_numpy(x) for name, x in foreign.hf_tensors(CONFIG, PARAMS).items()}, src / "pytorch_model.bin")
@@ -359,8 +362,8 @@ def test_a_revision_and_the_older_weights(tmp_path, hub):
     assert_same(tmp_path / "m", PARAMS)
 
 
+@pytest.mark.torch
 def test_the_folder_in_meta_s_form(tmp_path, hub):
-    pytest.importorskip("torch", reason="torch is not installed")
     from to_meta import to_meta
 
     convert(foreign.write_hf(tmp_path / "src", CONFIG, PARAMS), tmp_path / "hf")
@@ -419,5 +422,5 @@ def test_no_server_is_one_line(tmp_path, hub):
 
 def test_without_the_package_the_line_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ValueError, match=r"pip install 'npllama\[hf\]'$"):
+    with pytest.raises(ValueError, match=r"pip install 'npllama\[convert\]'$"):
         sources.read("hf:owner/name")

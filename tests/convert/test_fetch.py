@@ -259,7 +259,7 @@ def test_an_unknown_name(wheels, capsys):
 def test_packages_are_missed_before_the_download(wheels, monkeypatch, capsys):
     monkeypatch.setattr(fetch, "NEEDED", ("gguf", "no_such_package"))
     monkeypatch.setattr(fetch, "_download", None)
-    assert "needs the packages no_such_package: pip install 'npllama[fetch]'" in fails(capsys)
+    assert "needs the packages no_such_package: pip install 'npllama[convert]'" in fails(capsys)
 
 
 def test_without_platformdirs_the_message_says_what_to_do(monkeypatch, capsys):

@@ -22,9 +22,9 @@ from npllama_convert.gguf_vocabulary import PRE_TOKENIZERS
 
 from llamacpp_server import LlamaCpp
 from make_corpus import as_unicode
-from test_gguf_vocabulary import metadata_of_json, metadata_of_sentencepiece, metadata_of_tiktoken, write
-from test_tokenizer_corpus import CORPUS, Judge, mismatches, sentencepiece_judge
 from tiny import CONFIGS, config, random_params
+from tokenizer_judges import CORPUS, Judge, mismatches, sentencepiece_judge
+from vocabularies import metadata_of_json, metadata_of_sentencepiece, metadata_of_tiktoken, write
 
 if importlib.util.find_spec("xllamacpp") is None:  # imported in the server's process only: it is 100 MB of llama.cpp
     pytest.skip("xllamacpp is not installed", allow_module_level=True)

@@ -82,8 +82,10 @@ def test_the_smallest_and_largest_numbers_stay_finite():
     assert (np.abs(wide - x) <= half_step + 127 * 0.7e-45).all()  # a scale is off by half of the smallest float32 at most
 
 
+@pytest.mark.torch
 def test_the_values_and_scales_are_torch_s():
-    torch = pytest.importorskip("torch", reason="torch is not installed")
+    import torch
+
     x = tiny.uniform(4, (200, 300), std=0.1)
     x[:, :5] = (np.arange(200)[:, None] + np.array([0.5, 1.5, 2.5, -3.5, 127])) / 127 * 0.25  # many near ties
     found = to_int8(x)
@@ -331,14 +333,13 @@ def test_trace_golden_and_info_take_an_int8_model(tmp_path, capsys):
 # --------------------------------------------------------------------------------------------------------------- conversion
 
 
-@pytest.mark.parametrize("kind", ["meta", "huggingface", "gguf", "llama2.c"])
+@pytest.mark.parametrize("kind", [pytest.param("meta", marks=pytest.mark.torch), "huggingface", "gguf", "llama2.c"])
 def test_convert_quantizes_what_every_reader_reads(tmp_path, kind):
     foreign = pytest.importorskip("foreign", reason="ml_dtypes is not installed", exc_type=ImportError)
     config = tiny.config(n_layers=1, vocab_size=132)  # which two shards divide
     params = tiny.random_params(config, seed=5)
     src = tmp_path / "src"
     if kind == "meta":
-        pytest.importorskip("torch", reason="torch is not installed")
         from to_meta import to_meta
 
         with checkpoint.create(tmp_path / "plain", config, "bfloat16", {}) as writer:
@@ -365,8 +366,10 @@ def test_convert_quantizes_what_every_reader_reads(tmp_path, kind):
     assert verify(tmp_path / "m") == []
 
 
+@pytest.mark.torch
 def test_the_way_back_to_torch_has_the_widened_numbers(tmp_path):
-    torch = pytest.importorskip("torch", reason="torch is not installed")
+    import torch
+
     from to_meta import to_meta
 
     params = write(tmp_path / "m")

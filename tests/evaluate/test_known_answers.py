@@ -23,7 +23,6 @@ from tiny import relative_error
 @pytest.fixture(scope="module")
 def stories(shared_data, tmp_path_factory):
     """stories260K converted to each storage dtype."""
-    pytest.importorskip("torch", reason="torch is not installed")
     pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
     folder = tmp_path_factory.mktemp("stories")
     for dtype in ("float32", "float16", "bfloat16"):
@@ -31,6 +30,7 @@ def stories(shared_data, tmp_path_factory):
     return folder
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(
     ("storage", "dtype"),
     [("float32", "stored"), ("float32", "float64"), ("float16", "stored"), ("float16", "float32")],
@@ -41,6 +41,7 @@ def test_the_story_to_the_character(stories, storage, dtype, capsys):
     assert capsys.readouterr().out.strip() == STORY
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("dtype", ["stored", "float32"])
 def test_with_bfloat16_weights_the_tokens_are_hugging_face_s_on_the_same_weights(stories, dtype):
     """Rounded weights tell another story after 185 tokens, in torch as well."""
@@ -56,6 +57,7 @@ def test_with_bfloat16_weights_the_tokens_are_hugging_face_s_on_the_same_weights
     assert expected != story[:200]
 
 
+@pytest.mark.torch
 def test_logits_are_hugging_face_s(stories):
     hf = pytest.importorskip("hf_reference", reason="transformers is not installed", exc_type=ImportError)
     model = npllama.load(stories / "float32", dtype="stored")
@@ -64,6 +66,7 @@ def test_logits_are_hugging_face_s(stories):
     assert relative_error(npllama.forward(model.params, model.config, tokens), expected) < 1e-5
 
 
+@pytest.mark.torch
 def test_the_converted_config_is_what_the_checkpoint_says(stories):
     values = json.loads((stories / "float32" / "config.json").read_text())
     facts = {"dim": 64, "n_layers": 5, "n_heads": 8, "n_kv_heads": 4, "head_dim": 8, "ffn_dim": 172, "vocab_size": 512}
@@ -82,6 +85,7 @@ def test_smollm2_knows_the_capital_of_france(smollm2, capsys, monkeypatch):
     assert capsys.readouterr().out == "The capital of France is Paris.\n"
 
 
+@pytest.mark.torch
 def test_smollm2_logits_are_hugging_face_s(smollm2):
     hf = pytest.importorskip("hf_reference", reason="transformers is not installed", exc_type=ImportError)
     model = npllama.load(smollm2, dtype="float32")
@@ -95,6 +99,7 @@ def test_smollm2_logits_are_hugging_face_s(smollm2):
 # ------------------------------------------------------------------------------------------------------------------- check
 
 
+@pytest.mark.torch
 def test_check_stories260k(stories, capsys):
     assert main(["check", str(stories / "float32")]) == 0
     out = capsys.readouterr().out

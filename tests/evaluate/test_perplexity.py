@@ -28,10 +28,12 @@ def with_bos(model: Model, bos: int | None) -> Model:
     return model
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("context", [3, 16, 17, 50])
 @pytest.mark.parametrize("bos", [None, 5])
 def test_it_is_what_torch_computes(context: int, bos: int | None) -> None:
-    torch = pytest.importorskip("torch", reason="torch is not installed")
+    import torch
+
     pytest.importorskip("transformers", reason="transformers is not installed")
     import hf_reference as hf
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
@@ -122,3 +123,9 @@ def _model_cases() -> dict[str, ModelCase]:
 
 
 MODEL_CASES = _model_cases()
+
+
+def golden(name: str) -> dict[str, np.ndarray]:
+    """The arrays of tests/goldens/NAME.npz."""
+    with np.load(Path(__file__).parent.parent / "goldens" / f"{name}.npz", allow_pickle=False) as file:
+        return dict(file)

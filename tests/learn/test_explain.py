@@ -144,4 +144,4 @@ def test_without_bokeh_the_extra_is_named(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "bokeh", None)
     monkeypatch.setitem(sys.modules, "bokeh.resources", None)
     assert main(["explain", "hello", "-o", str(tmp_path / "page.html")]) == 2
-    assert "pip install 'npllama[explain]'" in capsys.readouterr().err
+    assert "pip install 'npllama[learn]'" in capsys.readouterr().err

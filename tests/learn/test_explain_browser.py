@@ -25,7 +25,7 @@ from hostile import HOSTILE, hostile_model  # noqa: E402
 CHROMIUM = os.environ.get("NPLLAMA_CHROMIUM") or next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")]
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 375, "height": 760}
 PATIENCE = 300_000.0  # milliseconds: only a page that hangs takes as long, on however busy a machine
 PROMPT = "What light through yonder window"

@@ -325,7 +325,7 @@ def test_what_is_wrong_is_said_in_one_line(options, said, tmp_path, capsys, monk
 def test_without_matplotlib_the_extra_is_named(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["plot", "mask", "--prompt", "hello", "-o", str(tmp_path / "a.png")]) == 2
-    assert "pip install 'npllama[plot]'" in one_line(capsys)
+    assert "pip install 'npllama[learn]'" in one_line(capsys)
 
 
 @pytest.mark.parametrize("backend", ["", "agg", "tkagg"])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import builtins
+import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -160,6 +162,72 @@ def test_nothing_heavy_at_the_top_and_no_torch_anywhere(name):
     assert not imports(FILES[name], top_level_only=True) & HEAVY
     allowed = {"npllama_convert"} if name in CONVERTER_USERS else set()
     assert imports(FILES[name]) & {"torch", "transformers", "npllama_convert"} <= allowed
+
+
+# ------------------------------------------------------------------------------------------------------------------ the tests
+
+TESTS = [path for path in sorted((ROOT / "tests").rglob("*.py")) if "ports" not in path.relative_to(ROOT).parts]
+HELPERS = {path.stem for path in TESTS if path.parent.name == "helpers"}
+# Beside them, in tests/ itself, stand the programs that a developer runs.
+PROGRAMS = {"make_goldens.py", "fetch_llama3_tokenizer.py", "mutation.py"}
+
+
+def imported_names(path: Path) -> set[str]:
+    """Return all that a file imports, with dots: `npllama.engine` and `npllama.engine.linear` for one from the other."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def test_no_test_imports_another():
+    """What tests share is in tests/helpers, and a helper is no test."""
+    for path in TESTS:
+        tests = {name for name in imported_names(path) if re.match(r"(.*\.)?(test_\w+|conftest)(\.|$)", name)}
+        assert not {name for name in tests if not name.startswith("npllama")}, path
+
+
+def test_helpers_live_in_one_place():
+    for path in TESTS:
+        if path.parent.name == "helpers":
+            assert not path.name.startswith("test_"), path
+        elif path.name not in {"conftest.py"} | (PROGRAMS if path.parent == ROOT / "tests" else set()):
+            assert path.name.startswith("test_"), f"{path}: no test, so its place is tests/helpers"
+
+
+# Found by name, not imported: a test there calls the command or solves the exercise.
+BY_NAME = {"cli", "learn.exercises"}
+MODULES = sorted(name for name, path in FILES.items() if path.stem not in ("__init__", "__main__"))
+
+
+def used_modules(path: Path) -> set[str]:
+    """Return the modules of npllama that a file takes something from, also by way of a room's own names."""
+    found = set()
+    for name in imported_names(path):
+        if name.startswith("npllama."):
+            module, _, last = name.rpartition(".")
+            value = getattr(importlib.import_module(module), last, None)
+            found |= {name, getattr(value, "__module__", None) or name}
+    return found
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_each_module_has_a_test_in_the_folder_of_its_room(name):
+    """A file named for it, or one that uses it."""
+    room, _, own = name.rpartition(".")
+    files = sorted((ROOT / "tests" / room.replace(".", "/")).glob("test_*.py"))
+    named = any(path.name == f"test_{own}.py" for path in files)
+    if room in BY_NAME and not named:
+        words = {own, own.replace("_", "-")}
+        constants = (node for path in files for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant))
+        named = any(node.value in words for node in constants if isinstance(node.value, str))
+    assert named or any(f"npllama.{name}" in used_modules(path) for path in files)
+
+
+# ---------------------------------------------------------------------------------------------------------------- the library
 
 
 def test_the_math_sees_no_file_and_no_tokenizer():

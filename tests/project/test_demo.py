@@ -6,11 +6,11 @@ import json
 
 import numpy as np
 import pytest
-from test_goldens import golden
 
 import npllama
 from npllama.checkpoint import demo_path, sha256, verify
 
+from cases import golden
 from tiny import relative_error
 
 
@@ -67,9 +67,9 @@ def test_it_writes_speeches():
     assert sum(20 < len(line) < 80 for line in lines) >= 5, text
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(("shards", "embedding_axis"), [(1, 0), (2, 0), (2, 1)], ids=str)
 def test_as_a_torch_checkpoint_it_converts_to_the_same_files(shards, embedding_axis, tmp_path):
-    pytest.importorskip("torch", reason="torch is not installed")
     from npllama_convert.sources import convert
 
     from to_meta import to_meta

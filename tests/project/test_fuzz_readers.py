@@ -25,12 +25,11 @@ import fuzz_readers
 
 GROUPS = {"without torch": [name for name in fuzz_readers.READERS if name not in fuzz_readers.NEED_TORCH]}
 GROUPS["with torch"] = list(fuzz_readers.NEED_TORCH)
+GROUP_CASES = ["without torch", pytest.param("with torch", marks=pytest.mark.torch)]
 
 
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("group", GROUP_CASES)
 def test_damaged_files_become_a_whole_model_or_one_line(group):
-    if group == "with torch":
-        pytest.importorskip("torch", reason="torch is not installed")
     seconds = os.environ.get("NPLLAMA_FUZZ_SECONDS")
     how_long = ["--minutes", str(float(seconds) / 60 / len(GROUPS))] if seconds else ["--cases", "100"]
     readers = [argument for name in GROUPS[group] for argument in ("--reader", name)]
@@ -41,11 +40,9 @@ def test_damaged_files_become_a_whole_model_or_one_line(group):
     assert result.stdout.count(" cases in ") == len(GROUPS[group])
 
 
-@pytest.mark.parametrize("group", ["without torch", "with torch"])
+@pytest.mark.parametrize("group", GROUP_CASES)
 def test_a_good_source_of_each_kind_converts(group, tmp_path, quick_conversion):
     """Else the damage would be done to nothing."""
-    if group == "with torch":
-        pytest.importorskip("torch", reason="torch is not installed")
     for name in GROUPS[group]:
         folder = tmp_path / name
         folder.mkdir()
@@ -66,7 +63,6 @@ class Evil:
 @pytest.fixture
 def source(tmp_path, monkeypatch):
     """A folder of Meta's with one shard, and the working directory where evil would leave its mark."""
-    pytest.importorskip("torch", reason="torch is not installed")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     folder = tmp_path / "source"
@@ -84,6 +80,7 @@ def refused(source: Path, expected: str) -> None:
     assert list(Path.cwd().iterdir()) == []  # no code ran, no member of a zip was unpacked
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("form", ["zip", "bare pickle", "module"])
 def test_a_pickle_that_runs_code_is_refused(source, form):
     import torch
@@ -135,6 +132,7 @@ BAD_ZIPS = {
 }  # fmt: skip
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("fault", BAD_ZIPS)
 def test_a_zip_that_means_harm_is_refused(source, fault):
     change, expected = BAD_ZIPS[fault]
@@ -142,6 +140,7 @@ def test_a_zip_that_means_harm_is_refused(source, fault):
     refused(source, expected)
 
 
+@pytest.mark.torch
 def test_a_zip_of_absurd_tensors_takes_no_memory(source):
     """A tensor of 2**50 numbers in a storage of a few bytes."""
     import torch

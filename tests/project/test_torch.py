@@ -8,6 +8,7 @@ import pytest
 import cases
 from tiny import random_params, relative_error
 
+pytestmark = pytest.mark.torch
 pytest.importorskip("torch", reason="torch is not installed")
 hf = pytest.importorskip("hf_reference", reason="transformers is not installed", exc_type=ImportError)
 

@@ -18,8 +18,8 @@ rounding of the reference. A candidate is different when, at some token, its err
 Two things are judged: the whole computation up to an activation ("accumulated"), and, with a model, what lies between the
 candidate's own recorded activations ("local"), which is one operation where all inputs of it are recorded. The limits, LIMITS,
 are wide because programs that are right round in other ways than npllama: they sum in other orders, multiply by an inverse,
-fuse operations. The largest ratios of right programs, over all activations and tokens (tests/golden/test_compare_noise.py and
-tests/golden/test_compare_worked_example.py measure again, on SmolLM2-135M where NPLLAMA_TEST_MODELS has it):
+fuse operations. The largest ratios of right programs, over all activations and tokens (tests/golden/compare/test_noise.py and
+tests/golden/compare/test_worked_example.py measure again, on SmolLM2-135M where NPLLAMA_TEST_MODELS has it):
 
 | program | accumulated | local, one operation | local, several |
 |---|---|---|---|

@@ -96,9 +96,9 @@ def test_plain_loops_are_well_within_the_limit(name, linear, tmp_path, record_pr
     assert compare(reference, tmp_path / "mine.npz").equal, "the default floor lets it pass as well"
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("name", ["grouped", "llama3.2"])
 def test_torch_is_well_within_the_limit(name, tmp_path):
-    pytest.importorskip("torch", reason="torch is not installed")
     pytest.importorskip("transformers", reason="transformers is not installed")
     from hf_reference import hf_model, hf_module_outputs
 

@@ -10,58 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from npllama.checkpoint import create, load
-from npllama.cli import main
-from npllama.config import parameter_shapes
 from npllama.golden.compare import compare
 from npllama.golden.compare.inputs import read_activations
-from npllama.golden.compare.text import in_layers, ranges
 from npllama.golden.mistakes import Port
 from npllama.golden.precision import Precision
-from npllama.golden.trace import Selection, record, write_trace
+from npllama.golden.trace import record, write_trace
 
-import broken_ports
 import tiny
-from system import full_disk
-
-TOKENS = tiny.random_tokens(broken_ports.CONFIG, 2, 9)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return broken_ports.tiny_model()
-
-
-@pytest.fixture(scope="module")
-def traces(model, tmp_path_factory):
-    """A float64 reference, a float32 candidate and a raw one, of a prompt and a step."""
-    folder = tmp_path_factory.mktemp("traces")
-    write_trace(model, TOKENS, folder / "reference", 1, Precision("float64"))
-    steps = json.loads((folder / "reference" / "trace.json").read_text())["steps"]
-    write_trace(model, TOKENS, folder / "mine", steps)
-    write_trace(model, TOKENS, folder / "raw", steps, storage="raw")
-    return folder
-
-
-@pytest.fixture
-def arrays(traces):
-    """The candidate's activations, to be spoiled."""
-    files = (traces / "mine").rglob("*.npy")
-    return {file.relative_to(traces / "mine").as_posix()[:-4]: np.load(file) for file in files}
-
-
-def run(capsys, *args: object) -> tuple[int, str, str]:
-    status = main(["compare", *map(str, args)])
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
-
+from candidates import TOKENS, run, save_npz
 
 # ------------------------------------------------------------------------------------------------------------- containers
-
-
-def save_npz(folder, arrays):
-    np.savez(folder / "mine.npz", **arrays)
-    return folder / "mine.npz"
 
 
 def save_npy(folder, arrays):
@@ -117,8 +75,10 @@ def test_raw_traces_are_read(traces, capsys):
     assert run(capsys, traces / "reference", traces / "raw")[0] == 0
 
 
+@pytest.mark.torch
 def test_bfloat16_safetensors_are_widened_and_judged_as_bfloat16(model, traces, tmp_path, capsys):
-    torch = pytest.importorskip("torch", reason="torch is not installed")
+    import torch
+
     safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
     steps = json.loads((traces / "reference" / "trace.json").read_text())["steps"]
     trace = write_trace(model, TOKENS, tmp_path / "simulated", steps, Precision("bfloat16"))
@@ -130,7 +90,8 @@ def test_bfloat16_safetensors_are_widened_and_judged_as_bfloat16(model, traces, 
 
 
 def save_one_in_bfloat16(folder, arrays):
-    torch = pytest.importorskip("torch", reason="torch is not installed")
+    import torch
+
     safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
     tensors = {name: torch.from_numpy(x) for name, x in arrays.items()}
     tensors["layers.1.attention.weights"] = tensors["layers.1.attention.weights"].bfloat16()
@@ -143,7 +104,7 @@ def save_one_in_float16(folder, arrays):
     return save_npz(folder, {**arrays, name: arrays[name].astype(np.float16)})
 
 
-@pytest.mark.parametrize("save", [save_one_in_float16, save_one_in_bfloat16])
+@pytest.mark.parametrize("save", [save_one_in_float16, pytest.param(save_one_in_bfloat16, marks=pytest.mark.torch)])
 def test_one_16_bit_array_is_no_excuse_for_the_others(save, model, traces, tmp_path, capsys):
     """An eps that is wrong is hidden by 16 bits, but only one activation has them."""
     steps = json.loads((traces / "reference" / "trace.json").read_text())["steps"]
@@ -477,181 +438,3 @@ def test_a_hash_that_does_not_match_is_a_warning(traces, arrays, tmp_path, capsy
     assert status == 0
     assert "warning: " in out
     assert "norm is not as trace.json's sha256 has it" in out
-
-
-# --------------------------------------------------------------------------------------------------------------- judgement
-
-
-def test_equal_traces_pass_and_one_unit_in_one_number_is_noise_but_no_equality(traces, arrays, tmp_path, capsys):
-    same = save_npz(tmp_path, arrays)
-    assert run(capsys, traces / "mine", same)[0] == 0
-    assert run(capsys, traces / "mine", same, "--atol", 0, "--rtol", 0)[0] == 0
-    for name in ("tok_embeddings", "layers.0.attention.scores", "layers.1.attention.weights", "step.0/logits"):
-        changed = {n: x.copy() for n, x in arrays.items()}
-        at = np.unravel_index(np.argmax(np.where(np.isfinite(changed[name]), np.abs(changed[name]), -1)), changed[name].shape)
-        changed[name][at] = np.nextafter(changed[name][at], np.float32(np.inf))
-        path = save_npz(tmp_path, changed)
-        assert compare(traces / "mine", path).equal, name
-        found = compare(traces / "mine", path, atol=0, rtol=0)
-        assert found.exit_status == 1
-        assert [row.name for row in found.rows if not row.passed] == [name]
-        assert found.first.metrics.max_ulp == 1
-
-
-def test_tolerances_are_numpys(traces, arrays, tmp_path):
-    arrays["norm"] = arrays["norm"] + np.float32(1e-3) * np.sign(arrays["norm"])
-    reference = np.load(traces / "reference" / "norm.npy")
-    arrays["norm"][0, 0] = 2 * reference[0, 0]  # |c - r| is 1 · |r|, and 0.5 · |c|
-    for atol, rtol in [(0, 0.6), (0, 1.01), (1e-3, 0), (1.1e-3, 0), (0, 1e-3), (5e-4, 1e-3), (1e-3, 1e-2), (0, 10.0)]:
-        found = compare(traces / "reference", save_npz(tmp_path, arrays), atol=atol, rtol=rtol)
-        norm = next(row for row in found.rows if row.name == "norm")
-        assert norm.passed == np.allclose(arrays["norm"].astype(float), reference, atol=atol, rtol=rtol), (atol, rtol)
-
-
-@pytest.mark.parametrize("option", ["--atol", "--rtol"])
-@pytest.mark.parametrize("value", ["nan", "-1", "inf"])
-def test_a_tolerance_that_judges_nothing_is_refused(option, value, traces, arrays, tmp_path, capsys):
-    arrays["norm"] *= 2
-    status, out, err = run(capsys, traces / "reference", save_npz(tmp_path, arrays), f"{option}={value}")
-    assert (status, out) == (2, "")
-    assert f"{option[2:]} is {value}, expected a finite number that is not below 0" in err
-
-
-def test_finite_numbers_that_mask_are_masks(traces, arrays, tmp_path):
-    for stand_in in (-1e9, np.finfo(np.float32).min, -1e4):
-        for name, x in arrays.items():
-            if name.endswith("scores"):
-                x[np.isneginf(x) | (x <= -1e4)] = stand_in
-        assert compare(traces / "reference", save_npz(tmp_path, arrays)).equal
-
-
-def test_restricted_traces(model, traces, tmp_path, capsys):
-    steps = json.loads((traces / "reference" / "trace.json").read_text())["steps"]
-    chosen = Selection(taps=("*.q_rope", "logits"))
-    write_trace(model, TOKENS, tmp_path / "part", steps, selection=chosen)
-    write_trace(model, TOKENS, tmp_path / "part64", steps, Precision("float64"), chosen)
-    assert run(capsys, tmp_path / "part64", tmp_path / "part")[0] == 0
-    assert run(capsys, traces / "reference", tmp_path / "part")[0] == 1
-    status, out, _ = run(capsys, traces / "reference", tmp_path / "part", "--partial")
-    assert (status, "equal within rounding: 6 activations" in out) == (0, True)
-    assert run(capsys, tmp_path / "part64", traces / "mine")[0] == 1
-    assert run(capsys, tmp_path / "part64", traces / "mine", "--partial")[0] == 0
-
-
-def test_the_noise_floor_can_come_from_a_trace(model, traces, arrays, tmp_path, capsys):
-    steps = json.loads((traces / "reference" / "trace.json").read_text())["steps"]
-    write_trace(model, TOKENS, tmp_path / "noise", steps, Precision("bfloat16"))
-    mine = save_npz(tmp_path, {name: x * np.float32(1.001) for name, x in arrays.items()})
-    assert run(capsys, traces / "reference", mine)[0] == 1
-    status, out, _ = run(capsys, traces / "reference", mine, "--noise", tmp_path / "noise", "--precision", "bfloat16")
-    assert status == 0
-    assert str(tmp_path / "noise") in out
-    status, _, err = run(capsys, traces / "reference", mine, "--noise", traces / "reference")
-    assert (status, "equal to the reference" in err) == (2, True)
-
-
-def test_the_candidate_is_no_noise_trace(model, traces, arrays, tmp_path, capsys):
-    """Else each of its mistakes would be its own excuse."""
-    wrong = save_npz(tmp_path, {name: x * np.float32(1.1) for name, x in arrays.items()})
-    copy = shutil.copy(wrong, tmp_path / "copy.npz")
-    for noise in (wrong, copy):
-        status, out, err = run(capsys, traces / "reference", wrong, "--noise", noise)
-        assert (status, out) == (2, "")
-        assert f"{noise}: equal to the candidate" in err
-        assert err.count("\n") == 1
-
-
-def test_the_references_own_model_measures_the_noise(model, tmp_path, capsys):
-    with create(tmp_path / "model", model.config, "float32", {"kind": "test"}) as writer:
-        for name in parameter_shapes(model.config):
-            writer.add(name, model.params[name])
-    stored = load(tmp_path / "model")
-    write_trace(stored, TOKENS, tmp_path / "reference", 0, Precision("float64"))
-    write_trace(stored, TOKENS, tmp_path / "mine")
-    _, out, _ = run(capsys, tmp_path / "reference", tmp_path / "mine")
-    assert "measured: npllama in float32 against float64" in out
-    manifest = tmp_path / "model" / "manifest.json"
-    manifest.write_text(manifest.read_text() + " ")
-    _, out, _ = run(capsys, tmp_path / "reference", tmp_path / "mine")
-    assert "no longer the model that the reference is from" in out
-    assert "default for float32" in out
-    shutil.rmtree(tmp_path / "model")
-    status, out, _ = run(capsys, tmp_path / "reference", tmp_path / "mine")
-    assert (status, "can't be opened" in out) == (0, True)
-    status, _, err = run(capsys, tmp_path / "reference", tmp_path / "mine", "-m", tmp_path / "absent")
-    assert (status, "absent" in err) == (2, True)
-
-
-# ------------------------------------------------------------------------------------------------------------------ output
-
-
-def test_the_table_shows_the_first_failure_and_its_neighbours(traces, arrays, tmp_path, capsys):
-    arrays["layers.1.attention.v"][0] = 0
-    path = save_npz(tmp_path, arrays)
-    _, out, _ = run(capsys, traces / "reference", path)
-    assert sum(line.startswith(("layers.", "tok_", "norm", "logits ")) for line in out.splitlines()) == 7
-    _, out, _ = run(capsys, traces / "reference", path, "--all")
-    assert sum(line.split(" ")[0] in arrays for line in out.splitlines()) == len(arrays)
-    assert "\033" not in out
-
-
-def test_colour_only_where_it_is_wanted(traces, monkeypatch, capsys):
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    assert "\033[32m" in run(capsys, traces / "reference", traces / "mine")[1]
-    monkeypatch.setenv("NO_COLOR", "1")
-    assert "\033" not in run(capsys, traces / "reference", traces / "mine")[1]
-
-
-def test_the_report_for_machines(traces, arrays, tmp_path, capsys):
-    arrays["layers.1.attention.v"][0, 0, 0] = np.nan
-    arrays["layers.1.attention.weights"][0, 0, 5] = 0.1  # where the reference has an exact zero
-    run(capsys, traces / "reference", save_npz(tmp_path, arrays), "--report", tmp_path / "x.json")
-    report = json.loads((tmp_path / "x.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    assert (report["equal"], report["first"]) == (False, "layers.1.attention.v")
-    assert report["verdict"].startswith("first divergence: layers.1.attention.v")
-    rows = {row["name"]: row for row in report["activations"]}
-    assert set(rows) == set(arrays)
-    assert rows["logits"]["metrics"].keys() >= {"max_abs", "max_rel", "rms", "nmse", "cosine", "max_ulp", "kl", "top1", "top5"}
-    assert rows["norm"]["metrics"]["kl"] is None
-    assert rows["layers.1.attention.weights"]["metrics"]["max_rel"] == "inf"
-    assert rows["layers.1.attention.v"]["problem"].startswith("1 NaN")
-
-
-def test_the_page_is_one_file_without_requests(traces, arrays, tmp_path, capsys):
-    arrays["<script>"] = np.ones(3, np.float32)
-    run(capsys, traces / "reference", save_npz(tmp_path, arrays), "--report", tmp_path / "x.html")
-    page = (tmp_path / "x.html").read_text()
-    assert not any(word in page for word in ("http", "src=", "href", "url(", "@import", "<script"))
-    assert "&lt;script&gt;" in page
-    assert page.count("<svg") == 4, "a picture for each layer of the prompt and of the step"
-    assert "prefers-color-scheme: dark" in page
-    from xml.etree import ElementTree
-
-    ElementTree.fromstring(
-        page.partition("<!doctype html>")[2]
-        .replace('<meta charset="utf-8">', "")
-        .replace('<meta name="viewport" content="width=device-width">', "")
-        .replace("<br>", "<br/>")
-    )
-
-
-def test_a_report_that_can_not_be_written_is_bad_usage(traces, tmp_path, capsys):
-    for path, message in [(tmp_path / "x.txt", ".json or .html"), (tmp_path / "no" / "x.json", "No such file")]:
-        status, _, err = run(capsys, traces / "reference", traces / "mine", "--report", path)
-        assert (status, message in err) == (2, True)
-
-
-def test_layers_are_drawn_together():
-    assert ranges([0, 1, 2, 5]) == "0-2, 5"
-    names = ["layers.0.attention.q", "layers.0.attention.k", "layers.1.attention.q", "layers.1.attention.k", "logits"]
-    assert in_layers(names) == "attention.q, attention.k in layers 0-1; logits"
-
-
-@pytest.mark.parametrize("name", ["x.json", "x.html"])
-def test_a_report_that_is_not_whole_does_not_replace_the_last(traces, tmp_path, capsys, name):
-    (tmp_path / name).write_text("the last")
-    with full_disk(1000):
-        status, _, err = run(capsys, traces / "reference", traces / "mine", "--report", tmp_path / name)
-    assert (status, err) == (2, f"npllama compare: {tmp_path / name}: File too large\n")
-    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "the last")]

@@ -29,15 +29,19 @@ def test_differences_are_those_of_plain_python():
     assert m.nmse == pytest.approx(math.fsum(x * x for x in d) / size, rel=1e-12)
 
 
+@pytest.mark.torch
 def test_cosine_is_torchs():
-    torch = pytest.importorskip("torch", reason="torch is not installed")
+    import torch
+
     c, r = pair(off=0.5)
     expected = torch.nn.functional.cosine_similarity(torch.from_numpy(c).ravel(), torch.from_numpy(r).ravel(), dim=0)
     assert measure(c, r, "float32").cosine == pytest.approx(float(expected), rel=1e-12)
 
 
+@pytest.mark.torch
 def test_logits_are_judged_as_torch_does():
-    torch = pytest.importorskip("torch", reason="torch is not installed")
+    import torch
+
     c, r = pair((40, 50), off=0.7)
     m = measure(c, r, "float32", logits=True)
     log_c, log_r = (torch.log_softmax(torch.from_numpy(x), dim=-1) for x in (c, r))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,14 +10,8 @@ import pytest
 from npllama import forward, ops
 
 import cases
+from cases import golden
 from tiny import random_params, relative_error, sha256_of
-
-GOLDENS = Path(__file__).parent.parent / "goldens"
-
-
-def golden(name: str) -> dict[str, np.ndarray]:
-    with np.load(GOLDENS / f"{name}.npz", allow_pickle=False) as file:
-        return dict(file)
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from npllama.checkpoint import create, demo_path, load
+from npllama.checkpoint import create, load
 from npllama.cli import main
 from npllama.golden.compare import compare
 from npllama.golden.compare.noise import LIMITS
@@ -95,8 +95,6 @@ def test_numbers_are_struck_out_but_names_are_not():
 
 
 def test_the_page_shows_what_its_commands_print(compiler, tmp_path):
-    if not (demo_path() / "manifest.json").is_file():
-        pytest.skip("the embedded model is not there")
     for name in ("tests", "npllama"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "bin").mkdir()

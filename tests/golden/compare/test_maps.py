@@ -49,8 +49,8 @@ def layerwise(names: dict[str, str], layers: int = 2) -> dict[str, str]:
     return {k.replace("{i}", str(i)): v.replace("{i}", str(i)) for k, v in names.items() for i in range(layers)}
 
 
+@pytest.mark.torch
 def test_hugging_faces_modules(model, reference, tmp_path):
-    pytest.importorskip("torch", reason="torch is not installed")
     pytest.importorskip("transformers", reason="transformers is not installed")
     from hf_reference import hf_model, hf_module_outputs
 
