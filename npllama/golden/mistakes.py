@@ -12,11 +12,11 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, DTypeLike
 
 from .. import model, ops
 from ..activations import LAYER, STREAM, TABLE, stream_before
@@ -24,17 +24,17 @@ from ..cache import KVCache
 from ..config import Config, LinearRopeScaling, RopeScaling
 from ..engine import linear
 from ..engine.linear import Weight, widen
-from ..scope import Array, Params, Tap
+from ..scope import Array, Ops, Params, Tap
 from .precision import ROUND, LazyParams, Precision, Round, round_bfloat16
 
 
 class Seen(Protocol):
     """The activations of the same layer and pass that are known, by their names in the table."""
 
-    def __call__(self, name: str) -> Array:
+    def __call__(self, name: str, /) -> Array:
         """Return an activation of this pass; STREAM is the residual stream that the layer gets."""
 
-    def slots(self, name: str) -> Array:
+    def slots(self, name: str, /) -> Array:
         """Return an activation of all tokens so far, as the cache holds keys.    [..., G, S, K]"""
 
 
@@ -78,7 +78,8 @@ class Mistake:
 
     def params(self, params: Params, config: Config) -> Params:
         """Return the parameters as the mistaken program has them, each made when it is asked for."""
-        return LazyParams(params, lambda name: self.parameters(name, params, config)) if self.parameters else params
+        change = self.parameters
+        return LazyParams(params, lambda name: change(name, params, config)) if change else params
 
 
 NEEDS = {
@@ -91,10 +92,13 @@ NEEDS = {
 }
 
 
+_Stores = dict[tuple[int, str], Array]  # (layer, "k" or "v") -> its slots
+
+
 class _Cache:
     """A cache that keeps keys and values by a wrong cache_update(); what positions its slots hold is right."""
 
-    def __init__(self, right: KVCache, update: Callable[[Array, int, Array], Array], stores: dict):
+    def __init__(self, right: KVCache, update: Callable[[Array, int, Array], Array], stores: _Stores):
         self._right, self._update, self._stores = right, update, stores
 
     def __getattr__(self, name: str) -> object:
@@ -114,11 +118,14 @@ class _Seen:
 
     def __init__(self, passes: list[dict[str, Array]], name: str):
         self._passes = passes
-        self._prefix, self._layer, self.name = re.fullmatch(r"(layers\.(\d+)\.|)(.+)", name).groups()
+        in_layer = re.match(r"layers\.(\d+)\.", name)
+        self._layer = int(in_layer[1]) if in_layer else None
+        self._prefix = in_layer[0] if in_layer else ""
+        self.name = name.removeprefix(self._prefix)
 
     def __call__(self, name: str) -> Array:
         layers = 1 + max(int(key.split(".")[1]) for key in self._passes[-1] if key.startswith("layers."))
-        at = layers if self._layer is None else int(self._layer)
+        at = layers if self._layer is None else self._layer
         return self._passes[-1][stream_before(at) if name == STREAM else self._prefix + name]
 
     def slots(self, name: str) -> Array:
@@ -131,6 +138,11 @@ class Port(Precision):
     Port("half_split", "transposed"), by their names in MISTAKES; further operations as keywords, such as rope=mine
     computed  what it really computes in: by default float32, or what a mistake says
     """
+
+    mistakes: list[Mistake]
+    computed: Precision
+    made: Ops
+    passes: WeakKeyDictionary[KVCache, tuple[list[dict[str, Array]], _Stores]]
 
     def __init__(self, *names: str, computed: Precision | None = None, **replaced: Callable):
         super().__init__("float32")
@@ -160,7 +172,7 @@ class Port(Precision):
         for mistake in self.mistakes:
             params, config = mistake.params(params, config), mistake.constants(config)
             if mistake.cache:
-                cache = _Cache(cache, mistake.cache, stores)
+                cache = _Cache(cache, mistake.cache, stores)  # type: ignore[assignment]  # the right one's but for update()
 
         changes = [mistake.activations for mistake in self.mistakes if mistake.activations]
 
@@ -185,7 +197,12 @@ def to_halves(x: Array) -> Array:
 
 def to_pairs(x: Array) -> Array:
     """Reorder a head's numbers from Hugging Face's halves to adjacent pairs."""
-    return np.stack(np.split(x, 2, axis=-1), axis=-1).reshape(x.shape)
+    return np.stack(_halves(x), axis=-1).reshape(x.shape)
+
+
+def _halves(x: Array) -> tuple[Array, Array]:
+    first, second = np.split(x, 2, axis=-1)
+    return first, second
 
 
 def _rotated(first: Array, second: Array, cos: Array, sin: Array) -> tuple[Array, Array]:
@@ -234,11 +251,11 @@ def _mean_square(x: Array, axis: int | None = -1) -> Array:
     return np.mean(x * x, axis=axis, keepdims=True)
 
 
-def _mask(visible: Array, dtype, hidden: float = -math.inf) -> Array:
+def _mask(visible: Array, dtype: DTypeLike, hidden: float = -math.inf) -> Array:
     return np.where(visible, np.zeros((), dtype), np.asarray(hidden, dtype))[..., None, :, :]
 
 
-def _triangle(T: int, S: int, dtype) -> Array:
+def _triangle(T: int, S: int, dtype: DTypeLike) -> Array:
     return _mask(np.tri(T, S, S - T, dtype=bool), dtype)
 
 
@@ -312,8 +329,20 @@ def _exchanged(name: str, params: Params, config: Config) -> Weight:
     return params[re.sub(r"w[13]\.weight$", lambda found: "w3.weight" if found[0][1] == "1" else "w1.weight", name)]
 
 
-def _scaling(config: Config, **changes: float) -> Config:
-    return replace(config, rope_scaling=replace(config.rope_scaling, **changes))
+def _scaling_of(config: Config) -> RopeScaling | LinearRopeScaling:
+    if config.rope_scaling is None:
+        raise ValueError("the model's RoPE is not scaled, so its scaling can't be wrong")
+    return config.rope_scaling
+
+
+def _llama_3_scaling_of(config: Config) -> RopeScaling:
+    if not isinstance(config.rope_scaling, RopeScaling):
+        raise ValueError("the model's RoPE is not scaled as Llama 3.1's is, so that scaling can't be wrong")
+    return config.rope_scaling
+
+
+def _scaling(config: Config, **changes: Any) -> Config:
+    return replace(config, rope_scaling=replace(_scaling_of(config), **changes))
 
 
 def _llama_3_scaled(config: Config) -> bool:
@@ -359,6 +388,30 @@ def _reshaped(store: Array, length: int, new: Array) -> Array:
     return store[..., : length + T, :]
 
 
+def _by_theta(theta: float) -> Callable[..., Array]:
+    return lambda head_dim, _, scaling, dtype: ops.rope_frequencies(head_dim, theta, scaling, dtype)
+
+
+def _theta_is_not(theta: float) -> Callable[[Config], bool]:
+    return lambda config: config.rope_theta != theta
+
+
+def _values_from(source: str) -> Callable[[Array, Seen], Array]:
+    return lambda x, seen: ops.attention_heads(seen("attention.weights"), seen.slots(source))
+
+
+def _only(name: str) -> Callable[[Array, Seen], Array]:
+    return lambda x, seen: seen(name)
+
+
+def _without(name: str) -> Callable[[Array, Seen], Array]:
+    return lambda x, seen: x - seen(name)
+
+
+def _sum_of(one: str, other: str) -> Callable[[Array, Seen], Array]:
+    return lambda x, seen: seen(one) + seen(other)
+
+
 # ------------------------------------------------------------------------------------------------------------------ the list
 
 RESIDUALS = {"attention_residual": ("attention_norm", "attention.out"), "out": ("ffn_norm", "feed_forward.out")}
@@ -369,10 +422,10 @@ QUERIES, ROTATED, SCORES = ("attention.q", "attention.k"), ("attention.q_rope", 
 HEADS, ACT = ("attention.heads",), ("feed_forward.act",)
 
 
-def _each(what: str, at: tuple[str, ...], *rows: tuple, **more: object) -> Iterator[Mistake]:
+def _each(what: str, at: tuple[str, ...], *rows: tuple[Any, ...], **more: Any) -> Iterator[Mistake]:
     """Mistakes in one operation, or in what a field changes.    rows of name, sentence, wrong function, needs if any"""
     for name, sentence, function, *needs in rows:
-        change = {what: function} if what in ("cache", "sampling") else {"ops": {what: function}}
+        change: dict[str, Any] = {what: function} if what in ("cache", "sampling") else {"ops": {what: function}}
         yield Mistake(name, sentence, at, **change, needs="".join(needs), **more)
 
 
@@ -479,7 +532,7 @@ _LIST = (
         ("half_split",
             "half-split RoPE: it rotates x[j] with x[j + K/2], which is Hugging Face's layout, whose wq and wk are permuted to "
             "match; Meta's pairs are adjacent, x[2j] with x[2j + 1]",
-            lambda x, cos, sin: np.concatenate(_rotated(*np.split(x, 2, axis=-1), cos, sin), axis=-1)),
+            lambda x, cos, sin: np.concatenate(_rotated(*_halves(x), cos, sin), axis=-1)),
         ("interleaved_on_halves",
             "interleaved RoPE on rows in Hugging Face's order: it rotates x[2j] with x[2j + 1], but in that order the pairs "
             "are x[j] with x[j + K/2]; with the rows permuted to adjacent pairs it fits",
@@ -533,8 +586,8 @@ _LIST = (
     ),
     *(
         Mistake(f"theta_{theta:.0f}", f"theta is {theta:.0f} whatever the argument says: {who}", ROTATED,
-            {"rope_frequencies": lambda K, _, scaling, dtype, theta=theta: ops.rope_frequencies(K, theta, scaling, dtype)},
-            fitted=True, applies=lambda config, theta=theta: config.rope_theta != theta)
+            {"rope_frequencies": _by_theta(theta)},
+            fitted=True, applies=_theta_is_not(theta))
         for theta, who in (
             (10000.0, "LLaMA 1 and 2 have that, Llama 3 has 500000"),
             (500000.0, "Llama 3 has that, LLaMA 1 and 2 have 10000"),
@@ -546,19 +599,21 @@ _LIST = (
         constants=lambda config: _scaling(config, factor=8.0), fitted=True,
         applies=lambda config: config.rope_scaling is not None and config.rope_scaling.factor != 8),
     Mistake("scaling_multiplies", "RoPE's frequencies are multiplied by the scale factor, not divided by it", ROTATED,
-        constants=lambda config: _scaling(config, factor=1 / config.rope_scaling.factor),
+        constants=lambda config: _scaling(config, factor=1 / _scaling_of(config).factor),
         applies=lambda config: config.rope_scaling is not None),
     Mistake("scaling_of_all", "RoPE's scaling divides every frequency: Llama 3.1's divides those of long wavelengths only",
-        ROTATED, constants=lambda config: replace(config, rope_scaling=LinearRopeScaling(config.rope_scaling.factor)),
+        ROTATED, constants=lambda config: replace(config, rope_scaling=LinearRopeScaling(_scaling_of(config).factor)),
         applies=_llama_3_scaled),
     Mistake("scaling_unblended",
         "RoPE's scaling doesn't blend: wavelengths between the two limits are divided by a factor between 1 and the whole",
-        ROTATED, constants=lambda config: _scaling(config, high_freq_factor=config.rope_scaling.low_freq_factor * (1 + 1e-9)),
+        ROTATED,
+        constants=lambda config: _scaling(config, high_freq_factor=_llama_3_scaling_of(config).low_freq_factor * (1 + 1e-9)),
         applies=_llama_3_scaled),
     Mistake("scaling_of_new_context",
         "RoPE's scaling has the model's context length in the place of the original one, before it was extended", ROTATED,
         constants=lambda config: _scaling(config, original_max_seq_len=config.max_seq_len),
-        applies=lambda config: _llama_3_scaled(config) and config.max_seq_len != config.rope_scaling.original_max_seq_len),
+        applies=lambda config: (
+            _llama_3_scaled(config) and config.max_seq_len != _llama_3_scaling_of(config).original_max_seq_len)),
     # ----- the cache
     *_each("cache", SCORES + HEADS,
         ("cache_overwritten", "the new keys overwrite the first ones: they go behind the `length` slots in use",
@@ -674,7 +729,7 @@ _LIST = (
     *(
         Mistake(f"values_from_{source.partition('.')[2]}",
             f"the value is taken from k: the heads are averages of {source}, not of attention.v", HEADS,
-            activations={HEADS[0]: lambda x, seen, k=source: ops.attention_heads(seen("attention.weights"), seen.slots(k))})
+            activations={HEADS[0]: _values_from(source)})
         for source in ("attention.k", "attention.k_rope")
     ),
     # ----- the residual stream
@@ -683,12 +738,12 @@ _LIST = (
         for kind, (normed, added) in RESIDUALS.items()
         for mistake in (
             Mistake(f"no_residual_{kind}", f"the residual connection is missing: it is {added} alone", (kind,),
-                activations={kind: lambda x, seen, added=added: seen(added)}),
+                activations={kind: _only(added)}),
             Mistake(f"nothing_added_{kind}", f"{added} is not added: these are the numbers before it", (kind,),
-                activations={kind: lambda x, seen, added=added: x - seen(added)}),
+                activations={kind: _without(added)}),
             Mistake(f"residual_after_norm_{kind}",
                 f"the residual connection starts after the norm: {added} is added to {normed}, not to what went into it",
-                (kind,), activations={kind: lambda x, seen, normed=normed, added=added: seen(normed) + seen(added)}),
+                (kind,), activations={kind: _sum_of(normed, added)}),
         )
     ),
     Mistake("residual_before_attention", "the feed-forward's residual connection starts before attention, whose output is lost",

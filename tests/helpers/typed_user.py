@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 import npllama
 from npllama.golden.compare import compare
+from npllama.model import PLAIN
+from npllama.scope import Ops, Scope
 
 
 def run(folder: Path) -> str:
@@ -41,3 +44,15 @@ def port(folder: Path, tokens: list[int]) -> bool:
     npllama.write_trace(model, tokens, folder / "trace", precision=precision)
     trace: npllama.Trace = npllama.read_trace(folder / "trace")
     return compare(trace.path, folder / "mine").exit_status == 0
+
+
+def own_operations(model: npllama.Model, tokens: list[int]) -> np.ndarray:
+    def softmax(x: np.ndarray) -> np.ndarray:
+        return PLAIN.softmax(x - x.max())
+
+    def feed_forward(x: np.ndarray, s: Scope) -> np.ndarray:
+        gate, up = s.ops.linears(s.ops.rms_norm(x, s["ffn_norm"], s.config.norm_eps), s["w1"], s["w3"])
+        return s.ops.linear(s.ops.swiglu(gate, up), s["w2"])
+
+    ops: Ops = replace(PLAIN, softmax=softmax, feed_forward=feed_forward)
+    return npllama.forward(model.params, model.config, tokens, ops=ops)

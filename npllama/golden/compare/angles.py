@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from ... import ops
-from ...config import Config, RopeScaling
+from ...config import Config, LinearRopeScaling, RopeScaling
 
 
 def turned_by(before: np.ndarray, after: np.ndarray, positions: np.ndarray) -> np.ndarray | None:
@@ -71,7 +71,7 @@ def scale_factor(found: np.ndarray, unscaled: np.ndarray, scaling: RopeScaling) 
     return float(np.round(unscaled[slow[0]] / found[slow[0]], 2))  # the fastest of them rotates furthest: the best known
 
 
-def fitted_theta(frequencies: np.ndarray, scaling: RopeScaling | None) -> float:
+def fitted_theta(frequencies: np.ndarray, scaling: RopeScaling | LinearRopeScaling | None) -> float:
     """The θ whose frequencies come closest: least squares in the angle per position, so that fast pairs count most."""
 
     def miss(log_theta: float) -> float:

@@ -1,4 +1,4 @@
-"""Hold a candidate's activations against a reference's, one by one in the order of their computation."""
+"""Compare a candidate's activations with a reference's, one by one in the order of their computation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .noise import NoiseFloor, bundled_noise, default_noise, measure_noise, nois
 
 @dataclass
 class Row:
-    """What was found about one activation."""
+    """The findings on one activation."""
 
     name: str
     problem: str | None = None  # what makes it fail besides its error: missing, NaN, another shape ...
@@ -162,7 +162,8 @@ def compare(
     if not rows or (partial and not aligned.candidate and all(row.problem in (None, *ABSENT) for row in rows)):
         raise InputError(f"{candidate.path}: no activation in common with {reference.path}")
     for side, own in ((reference, list(aligned.candidate)), (candidate, list(candidate))):
-        warnings += [f"{side.path}: {name} is not as trace.json's sha256 has it" for name in own if not side.hash_matches(name)]
+        changed = [name for name in own if not side.hash_matches(name)]
+        warnings += [f"{side.path}: {name} does not match its sha256 in trace.json" for name in changed]
 
     tolerance = None if atol is None and rtol is None else (atol or 0.0, rtol or 0.0)
     floor = _noise_floor(aligned, coarser, noise, reference, tolerance is not None)
@@ -183,7 +184,7 @@ def compare(
 
 
 def _tokens(reference: Activations, candidate: Activations) -> tuple[np.ndarray | None, list]:
-    """The tokens of both; InputError if they were not given the same."""
+    """Return the tokens of both; InputError if they were not given the same."""
     metas = [side.meta for side in (reference, candidate) if side.meta]
     if len(metas) == 2:
         for key in ("tokens", "steps"):
@@ -196,7 +197,7 @@ def _tokens(reference: Activations, candidate: Activations) -> tuple[np.ndarray 
 def _checked_tokens(
     tokens: np.ndarray, steps: list, reference: Activations, candidate: Activations, config: Config | None
 ) -> np.ndarray:
-    """The prompt's ids in the shape of the reference's batch; InputError if neither its arrays nor the model can have them."""
+    """Return the prompt's ids in the shape of the reference's batch; InputError if they fit neither its arrays nor the model."""
     file = (reference if reference.meta else candidate).path / "trace.json"
     for name in reference:
         here, shape = place(name), reference.shape(name)
@@ -227,7 +228,7 @@ def _config(reference: Activations) -> Config | None:
 
 
 def _find_model(reference: Activations, given: Path | str | None, warnings: list[str]) -> Model | None:
-    """The model given, or the reference's own if it is where trace.json says and unchanged."""
+    """Return the given model, or the reference's own if trace.json's path leads to it, unchanged."""
     facts = (reference.meta or {}).get("model") or {}
     if given is None and not facts.get("path"):
         return None
@@ -247,7 +248,7 @@ def _find_model(reference: Activations, given: Path | str | None, warnings: list
 
 
 def _align(aligned: Aligned, candidate: Activations, name_map: NameMap, partial: bool, warnings: list[str]) -> list[Row]:
-    """Bring the candidate's arrays into our names and layouts; a row for each activation that either side has."""
+    """Bring the candidate's arrays into our names and layouts; return a row for each activation that either side has."""
     reference = aligned.reference
     sources: dict[str, tuple[str, Rule]] = {}
     unknown, skipped = [], []
@@ -351,9 +352,9 @@ def _within(row: Row, comparison: Comparison) -> bool:
 
 
 def _judge_operations(model: Model, tokens: np.ndarray, aligned: Aligned, comparison: Comparison) -> None:
-    """Compute every operation in float64 from the candidate's own activations, and judge what the candidate made of them.
+    """Compute every operation in float64 from the candidate's own activations, and judge the candidate's results by that.
 
-    Where one of those can't be used (it has another shape, or numbers that are none), what is computed from it isn't judged:
+    Where one of those can't be used (it has another shape, or NaN), what is computed from it isn't judged:
     the candidate's own input is not known then.
     """
     rows = {row.name: row for row in comparison.rows}

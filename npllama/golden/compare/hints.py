@@ -19,7 +19,7 @@ import numpy as np
 from ... import ops
 from ...activations import STREAM, TABLE, TOKENS, Activation, Context, stream_before
 from ...cache import PADDING
-from ...engine.linear import widen
+from ...engine.linear import Weight, widen
 from ...model import PLAIN
 from ...scope import Ops
 from ..mistakes import MISTAKES, NORMS, QUERIES, ROTATED, Mistake, Taken
@@ -42,7 +42,7 @@ class Scene:
 
     def __init__(self, name: str, aligned: Aligned, noise: NoiseFloor, precision: str):
         self.name, self.here, self.aligned, self.noise, self.precision = name, place(name), aligned, noise, precision
-        self.config, self.params = aligned.config, aligned.model and aligned.model.params
+        self.config, self.params = aligned.config, aligned.model.params if aligned.model else None
         self.target = np.asarray(aligned.candidate[name], np.float64)
         self.layers = 1 + max((place(n).layer or 0 for n in aligned.reference), default=0)
 
@@ -79,7 +79,7 @@ class Scene:
         """Of this pass's tokens and of all slots so far.    int [..., T], int [..., S]"""
         if self.aligned.tokens is None:
             x = self.aligned.reference[self.name]
-            axes = self.here.axes
+            axes = at_hand(self.here.axes)
             counted = np.arange(x.shape[axes.index("T") - len(axes)])
             return counted, counted
         is_token = self.aligned.tokens >= 0
@@ -123,7 +123,7 @@ class Attempt:
         self.scene, self.mistake = scene, mistake
         self.ops: Ops = replace(PLAIN, **mistake.ops)
         self.config = scene.config and mistake.constants(scene.config)
-        self.params = None if scene.params is None else mistake.params(scene.params, scene.config)
+        self.params = mistake.params(scene.params, scene.config) if scene.params is not None and scene.config else None
         self.frequencies = frequencies
         self.computed: dict[str, np.ndarray | None] = {}
 
@@ -188,11 +188,11 @@ class Attempt:
         q, rotated = (at_hand(self.scene.reference(self.scene.sibling(kind))) for kind in ("attention.q", "attention.q_rope"))
         return at_hand(turned_by(q, rotated, self.scene.positions()[0]))
 
-    def weight(self, row: Activation) -> np.ndarray:
+    def weight(self, row: Activation) -> Weight:
         """The weight, that of a norm from the reference's numbers when there is no model."""
         scene = self.scene
         if self.params is not None:
-            weight = self.params[row.parameter(scene.config, scene.here.layer)]
+            weight = self.params[row.parameter(at_hand(scene.config), scene.here.layer)]
             return weight if row.operation == "embed" else np.asarray(widen(weight), np.float64)
         if row.operation != "rms_norm":
             return at_hand(None)
@@ -260,7 +260,7 @@ def row_order_note(right: Attempt) -> str:
 def other_angles(right: Attempt) -> Iterator[Prediction]:
     """RoPE by other angles, as the candidate's own queries or keys show them."""
     scene, kind = right.scene, right.scene.here.kind
-    if kind not in ROTATED or right.computed[kind] is None or right.computed[kind].shape != scene.target.shape:
+    if kind not in ROTATED or (made := right.computed[kind]) is None or made.shape != scene.target.shape:
         return
     x, expected, (positions, _) = right(kind.removesuffix("_rope")), right.expected_frequencies(), scene.positions()
     if (found := turned_by(x, scene.target, positions)) is not None:
@@ -271,15 +271,15 @@ def other_angles(right: Attempt) -> Iterator[Prediction]:
 def other_eps(right: Attempt) -> Iterator[Prediction]:
     """A norm by another eps, solved for from each token's scale."""
     scene, kind = right.scene, right.scene.here.kind
-    if kind not in NORMS or right.computed[kind] is None or right.computed[kind].shape != scene.target.shape:
+    if kind not in NORMS or (made := right.computed[kind]) is None or made.shape != scene.target.shape:
         return
-    x, weight = right(TABLE[kind].inputs[0]), right.weight(TABLE[kind])
+    x, weight = right(TABLE[kind].inputs[0]), widen(right.weight(TABLE[kind]))
     weighted = x * weight
     inverse = np.sum(scene.target * weighted, -1) / np.sum(weighted * weighted, -1)  # 1 / sqrt(mean x² + eps)
     mean_square = np.mean(x * x, axis=-1)
     # Tokens of small numbers show eps best: each token's estimate is off by about its mean square's rounding.
     eps = float(np.average(1 / inverse**2 - mean_square, weights=1 / mean_square**2))
-    expected = scene.config.norm_eps
+    expected = at_hand(scene.config).norm_eps
     if abs(eps - expected) > 1e-2 * expected and eps > -expected:
         shown = 0.0 if abs(eps) < 1e-2 * expected else float(f"{eps:.2g}")
         text = f"wrong eps: the norm is that of eps = {shown:g}, and {expected:g} was expected"

@@ -1,4 +1,4 @@
-"""Two arrays of one activation: aligned, held against each other token by token, and judged by the noise floor."""
+"""Two arrays of one activation: aligned, compared token by token, and judged by the noise floor."""
 
 from __future__ import annotations
 
@@ -45,17 +45,17 @@ class Aligned:
     model: Model | None
     tokens: np.ndarray | None
     steps: list
-    rules: dict[str, Rule] = field(default_factory=dict)  # canonical name -> how its map had it arranged
+    rules: dict[str, Rule] = field(default_factory=dict)  # canonical name -> the rule of the map that arranged it
 
     def padding(self, name: str) -> np.ndarray | None:
-        """Which of the activation's tokens are padding, bool [..., T]; None if none is."""
+        """Return which of the activation's tokens are padding, bool [..., T]; None if none is."""
         if self.tokens is None or place(name).step is not None or (self.tokens >= 0).all():
             return None
         return self.tokens < 0
 
 
 def pair(aligned: Aligned, name: str, c: np.ndarray, r: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Both in float64 and the same shape, padding zeroed, and which tokens count.    c, r like r; bool [..., T]"""
+    """Return both in float64 and the same shape, padding zeroed, and which tokens count.    c, r like r; bool [..., T]"""
     axes = place(name).axes
     c, r = c.astype(np.float64), r.astype(np.float64)
     kept = np.ones(by_token(name, r).shape[:-1], bool)
@@ -76,7 +76,7 @@ def pair(aligned: Aligned, name: str, c: np.ndarray, r: np.ndarray) -> tuple[np.
 
 
 def _as_masked(c: np.ndarray, r: np.ndarray) -> np.ndarray:
-    """Scores whose finite stand-ins for -inf, such as -1e9, are -inf where they mask as well."""
+    """Replace finite masked scores, such as -1e9, by -inf where they are low enough to mask."""
     hidden = np.isneginf(r)
     with np.errstate(invalid="ignore"):
         largest = np.max(np.where(hidden, -np.inf, c), axis=-1, keepdims=True)
@@ -84,7 +84,7 @@ def _as_masked(c: np.ndarray, r: np.ndarray) -> np.ndarray:
 
 
 def problem_of(name: str, c: np.ndarray, r: np.ndarray) -> str | None:
-    """What makes two arrays differ that no difference of numbers shows."""
+    """Describe NaN, infinities and masks that differ between two arrays; None if there are none."""
     only_masked_here = np.isneginf(c) & ~np.isneginf(r)
     scores = place(name).kind == "attention.scores"  # -inf is a mask there, and a mistake elsewhere
     kinds = {
@@ -103,7 +103,7 @@ def problem_of(name: str, c: np.ndarray, r: np.ndarray) -> str | None:
 def judge(
     name: str, c: np.ndarray, r: np.ndarray, kept: np.ndarray, noise: NoiseFloor, local: bool = False, one: bool = False
 ) -> Judged:
-    """The worst token of two arrays of the same shape; what is not finite in both is left out.
+    """Judge two arrays of the same shape by their worst token; what is not finite in both is left out.
 
     local   r is computed from the candidate's own activations
     one     by the one operation between those and this, so that the stricter limit holds
@@ -124,7 +124,7 @@ def judge(
 
 
 def relative_error(c: np.ndarray, r: np.ndarray) -> float:
-    """sqrt(Σ (c - r)² / Σ r²) over what is finite in both."""
+    """Return sqrt(Σ (c - r)² / Σ r²) over what is finite in both."""
     both = np.isfinite(c) & np.isfinite(r)
     size = math.sqrt(float(np.sum(r[both] ** 2)))
     return math.sqrt(float(np.sum((c[both] - r[both]) ** 2))) / size if size else math.inf

@@ -85,14 +85,14 @@ DEFAULTS = {"float64": (16, 96, 0), "float32": (16, 96, 0), "bfloat16": (3, 36, 
 
 
 class Norms(NamedTuple):
-    """The size of each token's numbers, or of their difference.    each float64 [..., T]"""
+    """The two norms of each token's numbers, or of their difference.    each float64 [..., T]"""
 
     rms: np.ndarray
     max: np.ndarray
 
 
 def norms(rows: np.ndarray) -> Norms:
-    """The two sizes of each row's finite numbers.    [..., T, numbers] -> [..., T]"""
+    """Return the two norms of each row's finite numbers.    [..., T, numbers] -> [..., T]"""
     finite = np.isfinite(rows)
     x = np.where(finite, rows, 0.0).astype(np.float64)
     largest = np.max(np.abs(x), axis=-1, initial=0.0)
@@ -101,7 +101,7 @@ def norms(rows: np.ndarray) -> Norms:
 
 
 def difference(name: str, a: np.ndarray, b: np.ndarray) -> Norms:
-    """The sizes of a - b at each token; what is not finite in both is left out."""
+    """Return the norms of a - b at each token; what is not finite in both is left out."""
     with np.errstate(invalid="ignore"):  # inf - inf is not a number, and is left out
         return norms(by_token(name, a).astype(np.float64) - by_token(name, b))
 
@@ -129,7 +129,7 @@ class NoiseFloor:
         self.limits, self.n_layers = limits or LIMITS[precision], n_layers
 
     def floor(self, name: str, size: Norms, kept: np.ndarray, local: bool = False) -> Norms:
-        """The floor at each token that is kept, for a reference of this size there.    kept bool [..., T]; size, floor [n]"""
+        """Return the floor at each token that is kept, for a reference of this size there.    kept bool [..., T]; size, floor [n]"""
         u = unit_roundoff(self.precision)
         noise = (self.local if local else self.accumulated).get(name)
         if noise is None:
@@ -143,13 +143,13 @@ class NoiseFloor:
 
 
 def default_noise(precision: str, n_layers: int = 0) -> NoiseFloor:
-    """The floor without a model."""
+    """Return the floor without a model."""
     source = f"default for {precision}, since no model is at hand to measure with"
     return NoiseFloor(precision, source, {}, {}, n_layers=n_layers)
 
 
 def bundled_noise(reference: Activations, precision: str) -> NoiseFloor | None:
-    """The floor that a golden bundle's trace.json has for each activation; None in a trace that isn't one."""
+    """Return the floor that a golden bundle's trace.json has for each activation; None in a trace that isn't one."""
     found = {}
     for name, entry in (reference.meta or {}).get("activations", {}).items():
         if numbers := entry.get("noise", {}).get(precision):
@@ -161,12 +161,12 @@ def bundled_noise(reference: Activations, precision: str) -> NoiseFloor | None:
 
 
 def one_pass(precision: str) -> Limits:
-    """The limits for a floor that is from one pass."""
+    """Return the limits for a floor that is from one pass."""
     return LIMITS[precision]._replace(several=ONE_PASS)
 
 
 def noise_between(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray], precision: str, source: str) -> NoiseFloor:
-    """The floor from two traces of the same tokens, one in float64 and one in the precision; shapes must agree.
+    """Return the floor from two traces of the same tokens, one in float64 and one in the precision; shapes must agree.
 
     Raises ValueError with the first name that only one has, or that differs in shape.
     """
@@ -185,9 +185,12 @@ def noise_between(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray], prec
 
 
 def measure_noise(model: Model, tokens: ArrayLike, steps: list, precision: str, names: Collection[str]) -> NoiseFloor:
-    """The floor of the named activations: the tokens computed in float64 and twice in the precision, each time rounding
-    otherwise, and once more in float64 for each of the two, with the named activations replaced by the rounded ones, so that
-    each shows only the rounding since the ones before it. The larger difference counts."""
+    """Measure the floor of the named activations.
+
+    The tokens are computed in float64, and twice in the precision, which round at different points. For each of these two,
+    another float64 pass replaces the named activations by the rounded ones, so that each shows only the rounding since the ones
+    before it. The larger difference counts.
+    """
     scale, computed = 1.0, precision
     if precision == "float64":  # there is nothing better to hold it against, but both round alike
         scale, computed = unit_roundoff("float64") / unit_roundoff("float32"), "float32"

@@ -437,4 +437,4 @@ def test_a_hash_that_does_not_match_is_a_warning(traces, arrays, tmp_path, capsy
     status, out, _ = run(capsys, traces / "reference", mine)
     assert status == 0
     assert "warning: " in out
-    assert "norm is not as trace.json's sha256 has it" in out
+    assert "norm does not match its sha256 in trace.json" in out
