@@ -27,7 +27,6 @@ import json, sys
 from pathlib import Path
 import torch
 from npllama.config import parameter_shapes
-from npllama_convert.export import split_axis
 from npllama_convert.meta import resolve
 folder, vocabulary, shards = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 params = json.loads((folder / "params.json").read_text())
@@ -37,7 +36,8 @@ for shard in range(shards):
     for i, (name, shape) in enumerate(parameter_shapes(resolve(params, vocab_size=vocabulary, report=len)).items()):
         shape = list(shape)
         if len(shape) == 2:
-            shape[split_axis(name, embedding_axis=1)] //= shards
+            by_columns = name.endswith(("tok_embeddings.weight", "attention.wo.weight", "feed_forward.w2.weight"))
+            shape[1 if by_columns else 0] //= shards
             i = i * shards + shard
         n = torch.Size(shape).numel()
         state[name] = pool.roll(i).repeat(-(-n // len(pool)))[:n].reshape(shape).clone()

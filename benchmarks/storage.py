@@ -20,8 +20,7 @@ import numpy as np
 
 import npllama
 from npllama import checkpoint
-from npllama.cli import read_text
-from npllama.cli.console import FORESEEN, error_text, say_error
+from npllama.cli.console import FORESEEN, error_text, read_text, say_error
 from npllama.evaluate.perplexity import perplexity
 from npllama.generation import prefill
 from npllama_convert import sources

@@ -125,7 +125,7 @@ def capture(
     selection: Selection = EVERYTHING,
     storage: str = "npy",
     force: bool = False,
-    say: Callable[[str], object] = lambda line: None,
+    report: Callable[[str], object] = lambda line: None,
 ) -> Trace:
     """Run a torch model and write its activations as a trace.
 
@@ -167,7 +167,7 @@ def capture(
         "config": config.to_dict(),
     }
     with new_trace(out, selection, storage, force, n_bytes) as writer:
-        say(f"{n_activations} activations, {size_text(n_bytes)}, to {out}")
+        report(f"{n_activations} activations, {size_text(n_bytes)}, to {out}")
         fed = _run(model, layout, config, tokens, n_steps_of(steps), given, writer)
         writer.describe(layout.source, tokens, fed, precision, facts, versions, notes)
     return read_trace(out)

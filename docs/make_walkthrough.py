@@ -2,8 +2,9 @@
 
     pip install '.[notebook]' && python docs/make_walkthrough.py
 
-The text and the code are below; the numbers are what running them gives. The comparison of Llama 3's tokenizer with LLaMA 1 and
-2's needs their files, which may not be in the repository: name them in NPLLAMA_LLAMA3_TOKENIZER and NPLLAMA_LLAMA2_TOKENIZER.
+The text and the code are below; the numbers are the outputs of running them. The comparison of Llama 3's tokenizer with
+LLaMA 1 and 2's needs their files, which may not be in the repository: name them in NPLLAMA_LLAMA3_TOKENIZER and
+NPLLAMA_LLAMA2_TOKENIZER.
 """
 
 from __future__ import annotations
@@ -25,18 +26,18 @@ CELLS = r'''
 # Llama, one step at a time
 
 This page follows a prompt through a real Llama model, from its letters to the next word. The model is the small one
-inside npllama: six layers that have read Shakespeare. It is built as Llama 3 is, so every step here is a step of Llama
-3 8B, with smaller numbers. To run it yourself, `pip install '.[notebook]'` and open
-the notebook beside this page, [walkthrough.ipynb](walkthrough.ipynb), in Jupyter or an editor that runs notebooks.
+inside npllama: six layers, trained on Shakespeare. Its architecture is Llama 3's, so every step here is a step of Llama
+3 8B, with smaller numbers. To run it yourself, `pip install '.[notebook]'` and open the notebook of this page,
+[walkthrough.ipynb](walkthrough.ipynb), in Jupyter or an editor that runs notebooks.
 
-Each table shows what the forward pass itself had in its hands at that line of code, and each step ends with the function
-and the line. A few numbers it never holds by themselves: scores before the mask, silu of the gate, lengths and sizes,
-probabilities. These are computed from the others with the model's own functions. The same lesson, for any model and any
-prompt, is one command:
+Each table shows the numbers that the forward pass itself computed at that line of code, and each step ends with the
+function and the line. A few numbers the pass never holds by themselves: scores before the mask, silu of the gate, lengths
+and sizes, probabilities. These are computed from the others with the model's own functions. The same lesson, for any
+model and any prompt, is one command:
 
 ```console
 $ npllama walkthrough "Before we proceed any further, hear me" --layer 3 --head 2
-$ npllama walkthrough --tokenizer "the sentence of your choice"
+$ npllama walkthrough-tokenizer "the sentence of your choice"
 ```
 
 # %%
@@ -48,11 +49,12 @@ import numpy as np
 from IPython.display import Markdown
 
 import npllama
-from npllama import lesson, ops
+from npllama import ops
+from npllama.learn import lesson
+from npllama.learn.tokenizer_lesson import tokenizer_lesson
+from npllama.learn.walkthrough import walkthrough
 from npllama.model import PLAIN
 from npllama.sampling import log_probabilities
-from npllama.tokenizer_lesson import tokenizer_lesson
-from npllama.walkthrough import walkthrough
 
 model = npllama.load()
 model.config
@@ -63,12 +65,12 @@ model.config
 
 ## 1. Text becomes numbers
 
-A model can't read. Before it begins, the tokenizer turns the text into a list of whole numbers. Llama 3's does it in
-four moves, and this sentence needs all of them.
+A model computes with numbers. First the tokenizer encodes the text as a list of integers. Llama 3's does it in four
+steps, and this sentence needs all of them.
 
 # %%
 def show(steps):
-    """Steps of a lesson, with links to the code."""
+    """Format steps of a lesson, with links to the code."""
     return Markdown(lesson.markdown(steps, link=lambda source: f"../{source.file}#L{source.line}"))
 
 
@@ -76,12 +78,12 @@ show(tokenizer_lesson(model.tokenizer))
 
 # %% text
 The embedded model knows 2,000 pieces. The real Llama 3 knows 128,000, and LLaMA 1 and 2 know 32,000 of another kind.
-Here is the same sentence through both. (Their files are not ours to give away: this cell looks for them where two
-environment variables say.)
+Here is the same sentence through both. (Their files may not be redistributed: this cell reads them from the paths in two
+environment variables.)
 
 # %%
 def tokenizer_at(variable):
-    """The tokenizer of the file that an environment variable names, or None."""
+    """Load the tokenizer of the file that an environment variable names, or return None."""
     try:
         return npllama.load_tokenizer(os.environ[variable])
     except KeyError:
@@ -99,7 +101,7 @@ else:
 comparison
 
 # %% text
-## 2. The prompt, and where it goes
+## 2. The prompt
 
 Now a prompt. These are the first words of *Coriolanus*, which the model has read many times; the next one is "speak".
 
@@ -110,53 +112,53 @@ steps = walkthrough(model, tokens, layer=0, head=0)
 show(steps[0:2])
 
 # %% text
-The first token, BOS, is not in the text. It says "a text begins here", and it was there in every text of the training.
-To leave it out is a quiet mistake: everything runs, and in this small model only the first few words are guessed worse.
+The first token, BOS, is not in the text. It marks where a text begins, and every text of the training began with it.
+Omitting it is a quiet mistake: everything runs, and in this small model only the first few words are predicted worse.
 
 ## 3. Attention, slowly
 
-One layer does two things: attention, in which tokens look at each other, and a feed-forward, in which each thinks for
-itself. Both get a normed copy of the stream and add their result to the original.
+One layer does two things: attention, in which tokens attend to each other, and a feed-forward, which computes for each
+token alone. Both read a normalized copy of the residual stream and add their result to the original.
 
 # %%
 show(steps[2:5])
 
 # %% text
-So far every token is alone, and no number depends on where it stands: exchange two tokens, and their rows are exchanged
-as they are. Position enters in two places: RoPE, in the next two steps, and the causal mask after them.
+So far each token is computed alone, and no number depends on its position: exchange two tokens, and their rows are
+exchanged likewise. Position enters in two places: RoPE, in the next two steps, and the causal mask after them.
 
 # %%
 show(steps[5:7])
 
 # %% text
-Turning has a property worth seeing once with your own eyes. A query at position 5 and a key at position 3 give the same
-product as the same two at 105 and 103: what counts is the distance.
+Rotation has a property worth checking once. A query at position 5 and a key at position 3 give the same product as the
+same two at 105 and 103: only the distance counts.
 
 # %%
 seen = npllama.record(model, tokens)
-q = seen["layers.0.attention.q"][16, :1].astype(np.float64)  # [1, K], not turned yet
+q = seen["layers.0.attention.q"][16, :1].astype(np.float64)  # [1, K], not rotated yet
 k = seen["layers.0.attention.k"][10, :1].astype(np.float64)
 frequencies = ops.rope_frequencies(model.config.head_dim, model.config.rope_theta, None, np.float64)
 
 
 def product(m, n):
-    """The query at position m times the key at position n."""
-    turned = [ops.rope(x[None], *ops.rope_rotation(np.array([p]), frequencies)) for x, p in ((q, m), (k, n))]
-    return float(np.vdot(*turned))
+    """Multiply the query at position m with the key at position n."""
+    rotated = [ops.rope(x[None], *ops.rope_rotation(np.array([p]), frequencies)) for x, p in ((q, m), (k, n))]
+    return float(np.vdot(*rotated))
 
 
 for m, n in [(5, 3), (105, 103), (105, 3)]:
     print(f"query at {m:3}, key at {n:3}: {product(m, n):.12f}")
 
 # %% text
-Now the queries meet the keys.
+Now each query is compared with each key.
 
 # %%
 show(steps[7:10])
 
 # %% text
-The mask is why one pass over a text can answer for all its positions at once: what comes later can't be seen. Change
-the last token, and nothing before it moves, not by a bit:
+The mask is why one pass over a text predicts at all its positions at once: later tokens can't be seen. Change the last
+token, and nothing before it changes, not by a bit:
 
 # %%
 changed = [*tokens[:-1], tokens[-1] + 1]
@@ -170,27 +172,27 @@ show(steps[10:13])
 # %% text
 ## 4. The feed-forward
 
-Three quarters of a layer's weights are here, and no token sees another.
+Three quarters of a layer's weights are here, and each token is computed alone.
 
 # %%
 show(steps[13:16])
 
 # %% text
-## 5. The same again, and a word
+## 5. All layers, and the next token
 
 # %%
 show(steps[16:21])
 
 # %% text
-That is the whole of it. Generating a text is this, once for each token.
+This is the whole pass. Generating a text repeats it, once for each token.
 
 ## 6. Where tutorials go wrong
 
-These four mistakes are common in tutorials and ports. What they share is that nothing complains: the shapes fit, the
-program runs, and the answer is words. Here each is planted in the right model from outside, through the same three
-openings that anyone has: the parameters, the operations, the configuration. To see what it does, the model reads a
-passage that it has learned, and we ask at each token how surprised it is: the surprise is minus the logarithm of the
-probability that it gave to what really came, in nats. 0 is certainty; guessing among all 2,256 ids is ln 2256 = 7.7.
+These four mistakes are common in tutorials and ports. None of them raises an error: the shapes fit, the program runs, and
+the answer is words. Here each is made in the right model through its public interface: the parameters, the operations,
+the configuration. To measure it, the model reads a passage from its training data, and we compute its surprise at each
+token: minus the logarithm of the probability that it gave to the token that came next, in nats. 0 is certainty; guessing
+among all 2,256 ids is ln 2256 = 7.7.
 
 # %%
 passage = """First Citizen:
@@ -216,31 +218,31 @@ plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 
 
 def run(params=params, ops=PLAIN):
-    """The logits and every activation of a pass over the passage."""
+    """Compute the logits and every activation of a pass over the passage."""
     seen = npllama.Recording()
     return npllama.forward(params, config, ids, tap=seen, ops=ops), seen
 
 
 def surprise(logits, ids=ids):
-    """At each token but the last, in nats, by what came next.    [T, V] -> [T - 1]"""
+    """Compute minus the log-probability of each next token, in nats.    [T, V] -> [T - 1]"""
     return -log_probabilities(logits[:-1])[np.arange(len(ids) - 1), ids[1:]]
 
 
 def divergence(wrong):
-    """How far the mistaken probabilities are from the right ones at each token: KL divergence, in nats.    [T]"""
+    """Compute the KL divergence of the mistaken probabilities from the right ones at each token, in nats.    [T]"""
     p, q = log_probabilities(right), log_probabilities(wrong)
     return np.sum(np.exp(p) * (p - q), axis=-1)
 
 
 def draw_divergence(ax, wrong):
-    """A bar for each token, and what the mistake costs."""
+    """Draw a bar for each token, with the mean surprise in the title."""
     ax.bar(np.arange(len(ids)), divergence(wrong), color=ORANGE, width=0.8)
     title = f"surprise: {surprise(right).mean():.2f} right, {surprise(wrong).mean():.2f} mistaken"
     ax.set(xlabel="position", ylabel="KL divergence, nats", title=title)
 
 
 def difference(a, b):
-    """The largest difference over the largest number."""
+    """Divide the largest difference by the largest number."""
     finite = np.isfinite(a)  # the mask's -inf is in both
     return float(np.max(np.abs(a[finite] - b[finite]), initial=0) / np.max(np.abs(a[finite])))
 
@@ -251,8 +253,8 @@ print(f"{len(ids)} tokens, surprise {surprise(right).mean():.2f} nats on average
 # %% text
 ### Values taken from k
 
-`k = x Wk` and `v = x Wv` stand below each other, one line is copied, and a letter stays. With grouped queries wk and wv
-have the same shape, so that nothing can notice.
+`k = x Wk` and `v = x Wv` are adjacent lines; one is copied, and a letter is not changed. wk and wv have the same shape, so
+that no error is raised.
 
 # %%
 mistaken = dict(params)
@@ -269,12 +271,12 @@ axis.set(xlabel="relative difference", title="layer 0's attention: scores and we
 plt.show()
 
 # %% text
-The attention maps of layer 0 are perfect: scores and weights have no difference at all, and these are what people look
-at. What is handed over along those lines is wrong, in every layer, and the model ends little better than guessing.
+The attention maps of layer 0 are right: scores and weights have no difference at all, and these are what people plot. The
+values that they average are wrong, in every layer, and the model predicts little better than guessing.
 
 ### Layer 0's feed-forward in every layer
 
-The loop runs over the layers, and one name in it kept its 0: `layers.0.feed_forward.w1.weight`.
+The loop runs over the layers, and one name in it has a fixed 0: `layers.0.feed_forward.w1.weight`.
 
 # %%
 mistaken = dict(params)
@@ -297,13 +299,13 @@ weights. The mistake is in the loop, and the first number that shows it is in la
 
 ### Interleaved and half-split RoPE mixed
 
-Meta's checkpoints turn neighbours, `(x[0], x[1])`, `(x[2], x[3])`; Hugging Face's turn halves, `(x[0], x[K/2])`, and
-store wq and wk with their rows permuted to match. Both are right. Weights of one kind with the rotation of the other
-are not.
+Code for Meta's checkpoints rotates adjacent pairs, `(x[0], x[1])`, `(x[2], x[3])`; Hugging Face's rotates `(x[0], x[K/2])`,
+and stores wq and wk with their rows permuted to match. Both are right. Weights of one kind with the rotation of the
+other are not.
 
 # %%
 def half_split(x, cos, sin):
-    """RoPE for Hugging Face's order of the rows."""
+    """Rotate pairs in Hugging Face's order of the rows."""
     a, b = np.split(x, 2, axis=-1)
     return np.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
 
@@ -316,22 +318,23 @@ layer, head, n = 4, 2, 24
 for axis, seen, title in ((one, right_seen, "right"), (two, wrong_seen, "half-split")):
     weights = seen[f"layers.{layer}.attention.weights"][head, :n, :n]
     image = axis.imshow(weights, cmap="cividis", vmin=0, vmax=0.6)
-    axis.set(title=f"{title}: layer {layer}, head {head}", xlabel="looked at", ylabel="token" if axis is one else "")
+    axis.set(title=f"{title}: layer {layer}, head {head}", xlabel="key position")
+one.set_ylabel("query position")
 figure.colorbar(image, ax=two, shrink=0.8, label="weight")
 plt.show()
 print("position 0 is right to the last bit:", np.array_equal(right[0], wrong[0]))
 print("KL divergence at positions 0 to 7, nats:", *(f"{x:.3f}" for x in divergence(wrong)[:8]))
 
 # %% text
-This is the mildest mistake of the four and the hardest to see. At position 0 nothing turns, so a test with a single
-token passes. Words come out, even sensible ones. The maps show what is lost: this head looks at the token just before,
-the bright line beside the diagonal, and cannot find it any more.
+This is the mildest mistake of the four and the hardest to see. At position 0 nothing is rotated, so a test with a single
+token passes. The text is made of words, even sensible ones. The maps show what is lost: this head attends to the token
+just before, the bright line next to the diagonal, and with the mistake it doesn't.
 
 ### Positions past the trained length
 
-The model was trained on texts of at most 512 tokens. Nothing in the code knows this number: raise `max_seq_len` and it
-runs on. For a long text that the model understands we take one that it writes itself, seeing never more than 384
-tokens. Then it reads that text whole.
+The model was trained on texts of at most 512 tokens. Nothing in the mathematics depends on this number: raise
+`max_seq_len`, and longer texts run. For a long text that the model predicts well we take one that it writes itself, from
+at most 384 tokens at a time. Then it reads that text whole.
 
 # %%
 N, CHUNK, WINDOW = 1024, 128, 256
@@ -342,12 +345,12 @@ text = text[:N]
 
 
 def read(rope_scaling, max_seq_len=N):
-    """The surprise at each token of the whole text in one pass."""
+    """Compute the surprise at each token of the whole text in one pass."""
     longer = dataclasses.replace(config, max_seq_len=max_seq_len, rope_scaling=rope_scaling)
     return surprise(npllama.forward(params, longer, text), text)
 
 
-windows = []  # the same, never more than WINDOW + CHUNK tokens at a time
+windows = []  # the same, at most WINDOW + CHUNK tokens at a time
 for end in range(CHUNK, N + 1, CHUNK):
     part = text[max(0, end - CHUNK - WINDOW) : end]
     windows.append(surprise(npllama.forward(params, config, part), part)[-CHUNK:])
@@ -369,21 +372,21 @@ axis.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1))
 plt.show()
 
 # %% text
-Up to 512 the lines are as good as one. Past it the text stays as easy as it was, and the model, which now has more to look back
-on, reads it worse: its slow pairs have turned to angles that it never met in training. That no error is raised is the
-danger; npllama refuses positions past `max_seq_len` for this reason. The third line is the cure that Llama 3.1 brought:
-the slow pairs are slowed down, so that their angles stay in the range that was trained.
+Up to 512 the lines nearly coincide. Past it the text stays as easy as it was, and the model, although it has more context,
+predicts it worse: its slow pairs are rotated to angles that never occurred in training. That no error is raised is the
+danger; npllama refuses positions past `max_seq_len` for this reason. The third line is Llama 3.1's remedy: the slow pairs
+are slowed down, so that their angles stay in the range of the training.
 
 ## 7. Go on
 
-- [Finding a bug in a port](finding-a-bug.md): the same against code that isn't yours, with the noise of rounding measured.
+- [Finding a bug in a port](finding-a-bug.md): the same for code that isn't yours, with the noise of rounding measured.
 - The code itself: [npllama/model.py](../npllama/model.py) is the whole pass, [npllama/ops.py](../npllama/ops.py) the formulas.
 - `npllama walkthrough "a prompt of yours" -m MODEL --layer 5 --head 3`: this page, for your model.
 '''
 
 
 def make_notebook() -> nbformat.NotebookNode:
-    """The notebook without outputs."""
+    """Make the notebook without outputs."""
     notebook = nbformat.v4.new_notebook()
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     notebook.metadata["language_info"] = {"name": "python"}
@@ -397,7 +400,7 @@ def make_notebook() -> nbformat.NotebookNode:
 
 
 def smaller(png: str) -> str:
-    """The picture, base64 before and after, in 256 colours: a fifth of the bytes, and nobody sees it."""
+    """Reduce a picture to 256 colours, base64 before and after: a fifth of the bytes, and no visible difference."""
     from PIL import Image
 
     image, out = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB"), io.BytesIO()
@@ -406,7 +409,7 @@ def smaller(png: str) -> str:
 
 
 def execute(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """The notebook with what its cells give, and nothing of when they ran. A cell that fails raises."""
+    """Run the notebook and keep its outputs, without the times of the runs. A cell that fails raises."""
     from nbclient import NotebookClient
 
     NotebookClient(notebook, timeout=SECONDS, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}}).execute()
@@ -420,8 +423,9 @@ def execute(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 
 def to_markdown(notebook: nbformat.NotebookNode) -> tuple[str, dict[str, bytes]]:
-    """The page, and its pictures by name."""
-    parts, pictures = ["<!-- made by docs/make_walkthrough.py: edit that -->"], {}
+    """Format the notebook as Markdown, and return it with its pictures by name."""
+    parts = ["<!-- made by docs/make_walkthrough.py: edit that -->"]
+    pictures: dict[str, bytes] = {}
     heading = ""
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
@@ -443,7 +447,7 @@ def to_markdown(notebook: nbformat.NotebookNode) -> tuple[str, dict[str, bytes]]
 
 
 def main() -> None:
-    """Run it and write all files."""
+    """Run the notebook and write all files."""
     notebook = execute(make_notebook())
     nbformat.write(notebook, NOTEBOOK)
     page, pictures = to_markdown(notebook)

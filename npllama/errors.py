@@ -6,7 +6,10 @@ import reprlib
 
 
 class NpllamaError(ValueError):
-    """What was given can't be used; the message is one line: what was found and what was expected."""
+    """What was given can't be used; the message is one printable line: what was found and what was expected."""
+
+    def __init__(self, message: str = ""):
+        super().__init__(printable(message))
 
 
 def printable(text: str) -> str:

@@ -416,8 +416,7 @@ def _map_array(file: Path, n_bytes: int, dtype: np.dtype, shape: tuple[int, ...]
     except CheckpointError:
         raise
     except OSError as error:
-        why = f": {size_text(n_bytes)} of address space are needed" if error.errno == errno.ENOMEM else ""
-        raise CheckpointError(f"{file}: {error.strerror or error}{why}") from None
+        raise CheckpointError(f"{file}: {error.strerror or error}") from None
     if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
         order = "" if array.flags.c_contiguous else " in Fortran order"
         found = array.dtype.name if array.dtype == array.dtype.newbyteorder("<") else f"big-endian {array.dtype.name}"

@@ -7,6 +7,7 @@ that are there before anything is allocated, and JSON is read up to a limit.
 
 from __future__ import annotations
 
+import errno
 import io
 import itertools
 import json
@@ -22,6 +23,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from ..engine.memory import size_text
 from ..errors import printable, reason, shown
 
 JSON_LIMIT = 4 << 20  # bytes, for what describes a model; the manifest of a 405B model has 0.4 million
@@ -139,6 +141,9 @@ def read_npy(path: Path, error: Error) -> np.ndarray:
             shape, order, dtype, offset = _npy_header(file)
         _check_bytes(shape, dtype, size - offset)
         return _map(path, shape, dtype, offset, order)
+    except OSError as cause:
+        needed = f": {size_text(size)} of address space are needed" if cause.errno == errno.ENOMEM else ""
+        raise error(f"{printable(str(path))}: {reason(cause)}{needed}") from None
     except Exception as cause:  # a broken header surfaces as ValueError, SyntaxError, TokenError, MemoryError ...
         raise error(f"{printable(str(path))} is not a NumPy array file: {reason(cause)}") from None
 

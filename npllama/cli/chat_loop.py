@@ -1,4 +1,4 @@
-"""`npllama chat`: a conversation whose cache is kept from turn to turn; the loops around it, at a terminal and in a pipe."""
+"""The conversation of `npllama chat`, whose cache is kept from turn to turn, and its loops at a terminal and in a pipe."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ..generation import Step, generate_steps, stream_text
 from ..sampling import Sampling
 from ..tokenizer import StreamDecoder, Tokenizer
 from .console import Statistics, write
+from .options import required_tokenizer
 
 COMMAND = re.compile(r"/([A-Za-z]+)(?:\s+(.*))?", re.DOTALL)  # "/usr/bin" is no command
 HELP = '''\
@@ -26,12 +27,12 @@ between """ and """ a message may have any number of lines.
 /save FILE  write the conversation as JSON: a list of role and content
 /help       this text
 /exit       end the chat, as Ctrl-D does
-Ctrl-C stops the answer, Ctrl-D ends the chat. A blank before the / makes it
+Ctrl-C stops the answer, Ctrl-D ends the chat. A space before the / makes it
 part of a message.'''
 
 
 class Conversation:
-    """Messages so far, and the cache of those already computed. Raises ValueError for a system prompt the format refuses."""
+    """The messages so far and the cache of those computed. Raises ValueError for a system prompt the format refuses."""
 
     def __init__(
         self,
@@ -44,13 +45,14 @@ class Conversation:
         stop: Sequence[str] = (),
     ):
         self.model, self.encode, self.sampling = model, encode, sampling
+        self.tokenizer = required_tokenizer(model)
         self.max_tokens, self.seed, self.stop = max_tokens, seed, stop
         self.system = [{"role": "system", "content": system}] if system else []
         self.messages: list[dict[str, str]] = list(self.system)
         self.cache = KVCache(model.config)
         self.held: list[int] = []  # the ids that the cache holds
         self.statistics: Statistics | None = None  # of the last question
-        encode(model.tokenizer, [*self.system, {"role": "user", "content": ""}])
+        encode(self.tokenizer, [*self.system, {"role": "user", "content": ""}])
 
     def reset(self) -> None:
         """Forget everything but the system prompt, whose part of the cache the next question finds."""
@@ -62,9 +64,9 @@ class Conversation:
         An interrupt passes through, and the answer is kept as far as it came. A question that can't be asked (its tags, or no
         room in the context) raises ValueError and leaves the conversation as it was.
         """
-        tokenizer, self.statistics = self.model.tokenizer, None
+        self.statistics = None
         messages = [*self.messages, {"role": "user", "content": question}]
-        ids = self.encode(tokenizer, messages)
+        ids = self.encode(self.tokenizer, messages)
         shared = common_prefix(ids[:-1], self.held)  # the last one is always computed: its logits are the answer's first token
         self.cache.truncate(shared)
         self.held = ids[:shared]
@@ -76,7 +78,7 @@ class Conversation:
         made: list[int] = []
         answer = ""
         try:
-            for text in stream_text(_noted(self.statistics.watch(steps), made), StreamDecoder(tokenizer, ids), self.stop):
+            for text in stream_text(_noted(self.statistics.watch(steps), made), StreamDecoder(self.tokenizer, ids), self.stop):
                 answer += text
                 write(text)
         finally:
@@ -85,7 +87,7 @@ class Conversation:
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many ids both begin with."""
+    """Return how many ids both begin with."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
@@ -96,7 +98,7 @@ def _noted(steps: Iterable[Step], made: list[int]) -> Iterator[int]:
 
 
 def in_a_pipe(conversation: Conversation) -> None:
-    """A question is a line of standard input that isn't blank; any error ends it."""
+    """Answer each line of standard input that holds any text; an error ends it."""
     for line in sys.stdin:
         if line.strip():
             answer(conversation, line.rstrip("\n"))
@@ -116,14 +118,14 @@ def answer(conversation: Conversation, question: str) -> None:
 
 
 def at_a_terminal(conversation: Conversation) -> None:
-    """Talk until Ctrl-D: with line editing and history, commands, messages of several lines; errors are said and survived."""
+    """Talk until Ctrl-D: with line editing and history, commands, messages of several lines; an error doesn't end it."""
     with contextlib.suppress(ImportError):  # where the system has it
         import readline
 
         if "libedit" not in (readline.__doc__ or ""):  # what is pasted is one message, even if it has several lines
             readline.parse_and_bind("set enable-bracketed-paste on")
     saved: set[Path] = set()
-    say("/help says what can be typed, Ctrl-D ends")
+    report("/help says what can be typed, Ctrl-D ends")
     while True:
         try:
             message = typed()
@@ -141,13 +143,13 @@ def at_a_terminal(conversation: Conversation) -> None:
         except EOFError:
             return
         except KeyboardInterrupt:
-            say("stopped")
+            report("stopped")
         except (ValueError, OSError) as error:
-            say(" ".join(str(error).split()))
+            report(" ".join(str(error).split()))
 
 
 def typed() -> str:
-    """One message: a line, more after a backslash at its end, or what stands between two \"\"\"."""
+    """Read one message: a line, more after a backslash at its end, or what stands between two \"\"\"."""
     line = input("> ")
     if line.startswith('"""'):
         lines = [line[3:]]
@@ -167,10 +169,10 @@ def obey(command: str, argument: str | None, conversation: Conversation, saved: 
             raise ValueError(f"{path} exists: choose another name")
         write_file(path, (json.dumps(conversation.messages, ensure_ascii=False, indent=2) + "\n").encode())
         saved.add(path)
-        say(f"{path}: {len(conversation.messages)} messages")
+        report(f"{path}: {len(conversation.messages)} messages")
     elif command == "reset" and not argument:
         conversation.reset()
-        say("the conversation is forgotten")
+        report("the conversation is forgotten")
     elif command in ("exit", "quit") and not argument:
         raise EOFError
     elif command == "help" and not argument:
@@ -179,6 +181,6 @@ def obey(command: str, argument: str | None, conversation: Conversation, saved: 
         raise ValueError(f"/{command} is not understood: expected /help, /reset, /save FILE or /exit")
 
 
-def say(line: str) -> None:
-    """A line to the user that is no part of the conversation."""
+def report(line: str) -> None:
+    """Print a line that is no part of the conversation."""
     print(f"[{line}]", file=sys.stderr, flush=True)

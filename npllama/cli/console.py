@@ -1,4 +1,4 @@
-"""What commands show: text as it is made, tokens per second, errors in a line; and what becomes of output nobody takes."""
+"""Standard input and output: text as it is made, tokens per second, errors in a line; and output that nobody takes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TextIO
 
 from ..generation import Step
@@ -18,7 +19,7 @@ FORESEEN = (ValueError, OSError, ImportError, MemoryError)  # ours, the system's
 
 
 def open_streams() -> None:
-    """Make the standard streams such that nothing written to them is lost unnoticed."""
+    """Open the standard streams so that nothing written to them is lost unnoticed."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed, as by `npllama chat <&-`
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
@@ -70,7 +71,7 @@ def say_error(line: str) -> None:
 
 
 def error_text(error: BaseException) -> str:
-    """An error as one line, which asks to report one that nobody foresaw. NPLLAMA_DEBUG=1 prints the traceback before it."""
+    """Return an error as one line, which asks to report an unforeseen one. NPLLAMA_DEBUG=1 prints the traceback before it."""
     if os.environ.get("NPLLAMA_DEBUG", "0") not in ("", "0"):
         with contextlib.suppress(OSError):
             traceback.print_exception(error)
@@ -94,8 +95,23 @@ def write(text: str) -> None:
         raise OSError(error.errno, error.strerror, "standard output") from None
 
 
+def in_colour() -> bool:
+    """Tell whether standard output is a terminal whose user hasn't set NO_COLOR."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
+def read_text(path: Path | str) -> str:
+    """Return the text of a file, or of standard input for `-`. Raises ValueError unless it is UTF-8."""
+    data = Path(path).read_bytes() if path != "-" else sys.stdin.buffer.read()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        name = "standard input" if path == "-" else path
+        raise ValueError(f"{name}: found the byte 0x{data[error.start]:02x} at {error.start:,}, expected UTF-8") from None
+
+
 class _Collected(logging.Handler):
-    """Keeps the messages of warnings, and those of what is only information."""
+    """Keeps the messages of warnings, and those that only inform."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
@@ -128,7 +144,7 @@ class Statistics:
         self.started = self.first = self.last = time.perf_counter()
 
     def watch(self, steps: Iterable[Step]) -> Iterator[Step]:
-        """Pass the steps on, and take down when each came."""
+        """Pass the steps on, and note when each came."""
         for step in steps:
             self.last = time.perf_counter()
             if self.n_made == 0:
@@ -137,7 +153,7 @@ class Statistics:
             yield step
 
     def print(self) -> None:
-        """One line on standard error, if anything was made."""
+        """Print one line on standard error, if anything was made."""
         if not self.n_made:
             return
         parts = [f"prefill {self.n_prompt} tokens at {rate(self.n_prompt, self.first - self.started)}"]
@@ -151,12 +167,12 @@ class Statistics:
 
 
 def rate(n: int, seconds: float) -> str:
-    """Tokens per second, for reading."""
+    """Return tokens per second, for people to read."""
     return f"{n / max(seconds, 1e-9):,.1f} tokens/s"
 
 
 def peak_memory() -> int | None:
-    """The largest resident size of this process so far, in bytes; mapped weights count once they are read."""
+    """Return the largest resident size of this process so far, in bytes; mapped weights count once they are read."""
     try:
         import resource
     except ImportError:

@@ -53,7 +53,7 @@ def write_golden(
     steps: int | ArrayLike = 0,
     selection: Selection = EVERYTHING,
     force: bool = False,
-    say: Callable[[str], object] = lambda line: None,
+    report: Callable[[str], object] = lambda line: None,
 ) -> Trace:
     """Write the golden bundle of a model for a prompt and decode steps; the arguments are those of trace.write_trace().
 
@@ -67,7 +67,7 @@ def write_golden(
     n_logits = int(np.prod(tokens.shape[:-1])) * (tokens.shape[-1] + n_steps_of(steps)) * model.config.vocab_size
     n_bytes += 4 * n_logits  # these are float64
     with new_trace(out, selection, "npy", force, n_bytes) as writer:
-        say(f"{n_activations} activations, {size_text(n_bytes)}, to {out}")
+        report(f"{n_activations} activations, {size_text(n_bytes)}, to {out}")
         exact = Recording(selection)
         fed = run(model, tokens, steps, FLOAT64, exact)
         noise = {name: measure_noise(model, tokens, fed, precision, exact) for name, precision in NOISE_OF.items()}

@@ -91,14 +91,14 @@ def rounding_ops(r: Round, convention: str) -> Ops:
     return meta if convention == "meta" else replace(meta, rope_rotation=rope_rotation, rope=rope)
 
 
-class _CastParams(Mapping[str, Weight]):
-    """Parameters cast as they are asked for, so that one at a time is held twice."""
+class LazyParams(Mapping[str, Weight]):
+    """Parameters made from others of the same names as they are asked for, so that one at a time is held twice."""
 
-    def __init__(self, params: Mapping[str, Weight], cast: Callable[[Weight], Weight]):
-        self._params, self._cast = params, cast
+    def __init__(self, params: Mapping[str, Weight], make: Callable[[str], Weight]):
+        self._params, self._make = params, make
 
     def __getitem__(self, name: str) -> Weight:
-        return self._cast(self._params[name])
+        return self._make(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._params)
@@ -151,7 +151,7 @@ class Precision:
                 return weight
             return self.round(widen(weight) if is_packed(weight) else weight)
 
-        return _CastParams(params, cast)
+        return LazyParams(params, lambda name: cast(params[name]))
 
     def forward(
         self,

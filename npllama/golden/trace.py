@@ -507,17 +507,17 @@ def write_trace(
     selection: Selection = EVERYTHING,
     storage: str = "npy",
     force: bool = False,
-    say: Callable[[str], object] = lambda line: None,
+    report: Callable[[str], object] = lambda line: None,
 ) -> Trace:
     """Run a model and write its activations to the directory `out`; see run() for tokens and steps, new_trace() for the rest.
 
-    say is called with a line on the trace's size before anything is computed or written. Raises ValueError.
+    report is called with a line on the trace's size before anything is computed or written. Raises ValueError.
     """
     tokens, _ = checked_run(model.config, tokens, steps)
     selection.check(model.config)
     n_activations, n_bytes = trace_size(model.config, tokens, n_steps_of(steps), precision, selection, storage)
     with new_trace(out, selection, storage, force, n_bytes) as writer:
-        say(f"{n_activations} activations, {size_text(n_bytes)}, to {out}")
+        report(f"{n_activations} activations, {size_text(n_bytes)}, to {out}")
         fed = run(model, tokens, steps, precision, writer)
         writer.describe("npllama", tokens, fed, precision, model_facts(model))
     return read_trace(out)

@@ -1,12 +1,11 @@
-"""`npllama explain`: one HTML file to play with a pass in. Opened by double-click, it asks the network for nothing.
+"""`npllama explain`: an interactive HTML page of one pass. It opens by double-click and makes no network request.
 
-The charts are Bokeh's: a well-kept library whose Python package carries BokehJS whole (1.3 MB), so that a page takes it from
-there and no copy is in this repository. (plotly.js has 4.8 MB, and other libraries would have to be copied.) Choosing is done
-by the browser's own controls, which the keyboard works.
+The charts are Bokeh's, whose Python package contains BokehJS (1.3 MB): the page takes it from there, and this repository holds
+no copy. (plotly.js has 4.8 MB, and other libraries would have to be copied.) The controls are the browser's own, so that the
+keyboard works them.
 
-Everything the page shows is from the taps, in one JSON text: attention weights as 16-bit integers (a 65535th), below the
-diagonal only; the last token's logits as the float32 numbers they are, so that the sliders compute what
-sampling.probabilities() does.
+Everything the page shows comes from the taps, in one JSON text: attention weights as 16-bit integers (a 65535th), below the
+diagonal only; the last token's logits as float32, so that the sliders compute what sampling.probabilities() does.
 """
 
 from __future__ import annotations
@@ -20,11 +19,12 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .. import __version__
-from ..activations import sizes, table_of
+from ..activations import TABLE, sizes, table_of
 from ..checkpoint import Model
 from ..checkpoint.atomic import write_file
 from ..config import Config
@@ -34,7 +34,10 @@ from ..model import forward
 from .lens import lens_names, logit_lens, residual_names, residual_norms, token_label, token_labels
 from .lesson import Source, computed_at
 
-TEMPLATE = importlib.resources.files("npllama") / "explain.html"
+if TYPE_CHECKING:
+    from bokeh.models import Axis
+
+TEMPLATE = importlib.resources.files("npllama.learn") / "explain.html"
 LENS_CANDIDATES = 5  # at each layer and position
 CANDIDATES = 20  # of the last token's, named in the page
 FIRST_NUMBERS = 4  # of each activation, for each token
@@ -64,7 +67,7 @@ def explain(model: Model, ids: Sequence[int], out: Path) -> int:
 
 
 def _json(values: object) -> str:
-    """JSON that may stand in a <script>: no `<` can end it, whatever the prompt was."""
+    """Format values as JSON for a <script>: `<` is escaped, so that no prompt can end it."""
     text = json.dumps(values, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
@@ -72,14 +75,14 @@ def _json(values: object) -> str:
 # ------------------------------------------------------------------------------------------------------------------- the data
 
 
-def page_data(model: Model, ids: Sequence[int]) -> dict[str, object]:
-    """Everything the page knows of the pass. Arrays are base64 of little-endian numbers, in C order.
+def page_data(model: Model, ids: Sequence[int]) -> dict[str, Any]:
+    """Collect what the page shows of the pass. Arrays are base64 of little-endian numbers, in C order.
 
     weights        uint16 [L, H, T(T+1)/2]: round(65535 · attention.weights), each row up to its own token
-    norms          float32 [1 + 2L, T]: the residual stream's
+    norms          float32 [1 + 2L, T]: residual_norms()
     lens_ids, lens int32, float32 [1 + L, T, LENS_CANDIDATES]: the logit lens
     logits         float32 [V]: those after the last token, from the largest; the first have labels in `candidates`
-    numbers        activation -> float32 [T, heads, FIRST_NUMBERS], or [T, FIRST_NUMBERS] without heads: what each begins with
+    numbers        activation -> float32 [T, heads, FIRST_NUMBERS], or [T, FIRST_NUMBERS] without heads: its first numbers
     """
     config, T = model.config, len(ids)
     shown = {*residual_names(config), *(f"layers.{i}.attention.weights" for i in range(config.n_layers))}
@@ -87,7 +90,7 @@ def page_data(model: Model, ids: Sequence[int]) -> dict[str, object]:
     numbers: dict[str, str] = {}
 
     def tap(name: str, x: np.ndarray) -> np.ndarray:
-        by_token = np.moveaxis(x, place(name).axes.index("T"), 0)  # scores and weights are [H, T, S]
+        by_token = np.moveaxis(x, TABLE[place(name).kind].axes.index("T"), 0)  # scores and weights are [H, T, S]
         numbers[name] = _base64(by_token[..., :FIRST_NUMBERS], "<f4")
         return recording(name, x)
 
@@ -118,11 +121,11 @@ def page_data(model: Model, ids: Sequence[int]) -> dict[str, object]:
 
 
 def _base64(x: np.ndarray, dtype: str) -> str:
-    return base64.b64encode(np.ascontiguousarray(x, dtype)).decode("ascii")
+    return base64.b64encode(np.ascontiguousarray(x, dtype).tobytes()).decode("ascii")
 
 
-def steps(config: Config, n_tokens: int) -> list[dict[str, object]]:
-    """The steps of a pass in order, each with sentence, formula, shape, the line that calls it, and its functions' code.
+def steps(config: Config, n_tokens: int) -> list[dict[str, Any]]:
+    """List the steps of a pass in order, each with sentence, formula, shape, the line that calls it, and its functions' code.
 
     heads is how many heads its activation has, 0 if it isn't cut into any.
     """
@@ -143,7 +146,7 @@ def steps(config: Config, n_tokens: int) -> list[dict[str, object]]:
 
 
 def _call(source: Source) -> dict[str, str]:
-    """A line of the forward pass, and where it is."""
+    """Return a line of the forward pass, and where it is."""
     return {"where": f"{source.file}:{source.line}, {source.name.partition('.')[2]}()", "line": source.text.strip()}
 
 
@@ -155,17 +158,19 @@ def _code(function: Callable) -> dict[str, str]:
 # ---------------------------------------------------------------------------------------------------------------- the figures
 
 
-def figures(data: Mapping[str, object]) -> dict[str, object]:
-    """Bokeh's four figures as JSON, without their numbers: the page fills the sources by name, in the colours of its theme."""
+def figures(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Make Bokeh's four figures as JSON, without numbers: the page fills the sources by name, in the colours of its theme."""
+    from bokeh.core.types import ID
     from bokeh.embed import json_item
     from bokeh.models import ColumnDataSource, FixedTicker, HoverTool, LinearColorMapper, PlainText, Range1d
+    from bokeh.models.renderers import GlyphRenderer
     from bokeh.palettes import Cividis256, Viridis256
     from bokeh.plotting import figure
 
     T, L = len(data["ids"]), data["config"]["n_layers"]
 
-    def empty(width: int, height: int, **options) -> figure:
-        """A figure that lets the page scroll under a finger, with no toolbar."""
+    def empty(width: int, height: int, **options: Any) -> figure:
+        """Make a figure without a toolbar, over which a finger scrolls the page."""
         options = {"tools": "", "toolbar_location": None, "width": width, "height": height, "min_border": 4, **options}
         made = figure(**options)
         made.grid.visible = False
@@ -175,56 +180,61 @@ def figures(data: Mapping[str, object]) -> dict[str, object]:
     def source(name: str, *columns: str) -> ColumnDataSource:
         return ColumnDataSource({column: [] for column in columns}, name=name)
 
-    def ticks(axis, texts: Sequence[str], pixels: float) -> None:
-        """Every cell has a tick, or every n-th of small ones; PlainText, as a token that looks like a formula is none."""
+    def bounds(start: float, end: float) -> Range1d:
+        return Range1d(start=start, end=end)
+
+    def ticks(axis: Axis, texts: Sequence[str], pixels: float) -> None:
+        """Label every cell, or every n-th of small ones; as PlainText, since a token may look like a formula."""
         stride = math.ceil(12 / pixels)
         shown = range(0, len(texts), stride)
         axis.ticker = FixedTicker(ticks=list(shown))
-        axis.major_label_overrides = {i: PlainText(_shortened(texts[i] if stride == 1 else f"{i} {texts[i]}")) for i in shown}
+        named = {i: _shortened(texts[i] if stride == 1 else f"{i} {texts[i]}") for i in shown}
+        axis.major_label_overrides = {i: PlainText(text=text) for i, text in named.items()}
 
-    def cells(made: figure, name: str, columns: Sequence[str], colours: Sequence[str], low: float) -> None:
-        mapper = LinearColorMapper(palette=colours, low=low, high=1)
-        shape = {"width": 1, "height": 1, "line_color": None, "fill_color": {"field": "shade", "transform": mapper}}
-        made.rect("x", "y", source=source(name, "x", "y", "shade", *columns), **shape)
+    def cells(made: figure, name: str, columns: Sequence[str], colours: Sequence[str]) -> GlyphRenderer:
+        """Draw a square for each cell, whose colour is its `shade`, 0 to 1."""
+        shade: Any = {"field": "shade", "transform": LinearColorMapper(palette=colours, low=0, high=1)}
+        filled = source(name, "x", "y", "shade", *columns)
+        return made.rect("x", "y", source=filled, width=1, height=1, line_color=None, fill_color=shade)
 
     cell = min(15.0, max(4.0, 720 / T))
     side = max(320, round(100 + cell * T))
-    attention = empty(side, side, x_range=Range1d(-0.5, T - 0.5), y_range=Range1d(T - 0.5, -0.5), x_axis_location="above")
-    cells(attention, "attention", ["looks", "at", "weight"], Viridis256, 0)
+    attention = empty(side, side, x_range=bounds(-0.5, T - 0.5), y_range=bounds(T - 0.5, -0.5), x_axis_location="above")
+    weights = cells(attention, "attention", ["query", "key", "weight"], Viridis256)
     attention.rect(
         "x", "y", width="width", height=1, fill_alpha=0, line_width=2, line_color="#D55E00",
         source=source("row", "x", "y", "width"),
     )  # fmt: skip
-    attention.add_tools(HoverTool(renderers=[attention.renderers[0]], tooltips="@looks looks at @at: @weight{0.0%}"))
+    attention.add_tools(HoverTool(renderers=[weights], tooltips="@query attends to @key: @weight{0.0%}"))
     ticks(attention.xaxis[0], data["labels"], cell)
     ticks(attention.yaxis[0], data["labels"], cell)
     attention.xaxis.major_label_orientation = 1.2
     attention.axis.major_label_text_font_size = "10px"
 
-    lens = empty(130 + 64 * T, 70 + 19 * (L + 1), x_range=Range1d(-0.5, T - 0.5), y_range=Range1d(-0.5, L + 0.5))
-    cells(lens, "lens", ["text", "ink", "where", "candidates"], Cividis256, 0)
+    lens = empty(130 + 64 * T, 70 + 19 * (L + 1), x_range=bounds(-0.5, T - 0.5), y_range=bounds(-0.5, L + 0.5))
+    predicted = cells(lens, "lens", ["text", "ink", "where", "candidates"], Cividis256)
     lens.text("x", "y", "text", text_color="ink", text_align="center", text_baseline="middle", text_font_size="11px",
-              source=lens.renderers[0].data_source)  # fmt: skip
-    lens.add_tools(HoverTool(renderers=[lens.renderers[0]], tooltips=[("", "@where"), ("", "@candidates")]))
+              source=predicted.data_source)  # fmt: skip
+    lens.add_tools(HoverTool(renderers=[predicted], tooltips=[("", "@where"), ("", "@candidates")]))
     ticks(lens.xaxis[0], data["labels"], 64)
     ticks(lens.yaxis[0], ["embedding", *map(str, range(L))], 19)
     lens.yaxis.axis_label = "after layer"
 
     lengths = np.frombuffer(base64.b64decode(data["norms"]), "<f4")
     low, high = (float(bound(lengths[lengths > 0], initial=1)) for bound in (np.min, np.max))
-    range_ = Range1d(0.7 * low, 1.5 * high)
-    norms = empty(900, 340, sizing_mode="stretch_width", y_axis_type="log", x_range=Range1d(-0.2, L + 0.2), y_range=range_)
-    norms.multi_line("xs", "ys", line_color="#8a8a8a", line_alpha=0.45, source=source("norms", "xs", "ys", "label"))
-    norms.line("x", "y", line_color="#D55E00", line_width=3, source=source("norm", "x", "y", "name", "label"))
-    norms.scatter("x", "y", color="#D55E00", size=6, source=norms.renderers[1].data_source)
+    range_ = bounds(0.7 * low, 1.5 * high)
+    norms = empty(900, 340, sizing_mode="stretch_width", y_axis_type="log", x_range=bounds(-0.2, L + 0.2), y_range=range_)
+    every = norms.multi_line("xs", "ys", line_color="#8a8a8a", line_alpha=0.45, source=source("norms", "xs", "ys", "label"))
+    chosen = norms.line("x", "y", line_color="#D55E00", line_width=3, source=source("norm", "x", "y", "name", "label"))
+    points = norms.scatter("x", "y", color="#D55E00", size=6, source=chosen.data_source)
     norms.add_tools(
-        HoverTool(renderers=[norms.renderers[2]], tooltips="@label, @name: @y{0.000}", mode="mouse"),
-        HoverTool(renderers=[norms.renderers[0]], tooltips="@label", line_policy="nearest"),
+        HoverTool(renderers=[points], tooltips="@label, @name: @y{0.000}", mode="mouse"),
+        HoverTool(renderers=[every], tooltips="@label", line_policy="nearest"),
     )
     norms.xaxis.axis_label, norms.yaxis.axis_label = "layers passed; half steps are after attention", "‖x‖"
 
     n = len(data["candidates"])
-    candidates = empty(600, 40 + 20 * n, sizing_mode="stretch_width", y_range=Range1d(n - 0.5, -0.5), x_range=Range1d(0, 1))
+    candidates = empty(600, 40 + 20 * n, sizing_mode="stretch_width", y_range=bounds(n - 0.5, -0.5), x_range=bounds(0, 1))
     bars = source("candidates", "y", "p", "own", "label")
     candidates.hbar("y", right="own", height=0.8, fill_alpha=0, line_color="#8a8a8a", source=bars)
     candidates.hbar("y", right="p", height=0.6, color="#0072B2", source=bars)
@@ -232,7 +242,7 @@ def figures(data: Mapping[str, object]) -> dict[str, object]:
     ticks(candidates.yaxis[0], [candidate["label"] for candidate in data["candidates"]], 20)
     candidates.xaxis.axis_label = "probability; the outline is the model's own"
     return {
-        name: json_item(made, f"{name}-figure")
+        name: json_item(made, ID(f"{name}-figure"))
         for name, made in (("attention", attention), ("lens", lens), ("norms", norms), ("candidates", candidates))
     }
 

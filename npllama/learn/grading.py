@@ -1,4 +1,4 @@
-"""Writes the exercises' files, runs what a student put into them, and says in a line what is wrong.
+"""Write the files of the exercises, run the student's functions, and report in a line what is wrong.
 
 The student's code runs in this process, which is the student's own: it is guarded against mistakes, not against malice.
 """
@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -39,7 +40,7 @@ def {name}({arguments}):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one exercise."""
+    """The result of checking one exercise."""
 
     passed: bool
     line: str
@@ -47,16 +48,16 @@ class Outcome:
 
 
 class Unusable(NpllamaError):
-    """The student's file has no result to compare; the message is the line to print."""
+    """The student's file gives no result to compare; the message is the line to print."""
 
 
 def file_name(exercise: Exercise) -> str:
-    """The student's file, `01_softmax.py`: listed in the order of the exercises."""
+    """Return the name of the student's file, `01_softmax.py`: files are listed in the order of the exercises."""
     return f"{EXERCISES.index(exercise) + 1:02}_{exercise.name}.py"
 
 
 def start(folder: Path) -> list[Path]:
-    """Write the file of each exercise that isn't there yet, and return those written. What is there stays as it is."""
+    """Write the file of each exercise that isn't there yet, and return those written. Existing files stay unchanged."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for number, exercise in enumerate(EXERCISES, start=1):
@@ -75,7 +76,7 @@ def start(folder: Path) -> list[Path]:
 
 
 def check(folder: Path, exercise: Exercise) -> Outcome:
-    """Run the student's function on every case and hold it against the real one."""
+    """Run the student's function on every case and compare its results with the reference's."""
     path = folder / file_name(exercise)
     if not path.is_file():
         return Outcome(False, f"{path.name} is not there: `npllama exercise start {folder}` writes it again")
@@ -88,8 +89,8 @@ def check(folder: Path, exercise: Exercise) -> Outcome:
 
 
 def load(path: Path, name: str) -> Callable[..., np.ndarray]:
-    """The function of this name in the student's file, run from its source: a compiled copy could be that of a minute ago."""
-    namespace = {"__name__": path.stem, "__file__": str(path)}
+    """Load a function from the student's file, from its source: a compiled copy could be out of date within a second."""
+    namespace: dict[str, Any] = {"__name__": path.stem, "__file__": str(path)}
     try:
         exec(compile(path.read_bytes(), str(path), "exec", dont_inherit=True), namespace)
     except SyntaxError as error:
@@ -104,7 +105,7 @@ def load(path: Path, name: str) -> Callable[..., np.ndarray]:
 
 
 def results(exercise: Exercise, function: Callable[..., np.ndarray], path: Path) -> list[np.ndarray]:
-    """What the student's function returns for each case. Raises Unusable for what is not an array of the right kind."""
+    """Run the student's function on each case. Raises Unusable for a result that is no array."""
     found = []
     for arguments in exercise.cases():
         before = copy.deepcopy(arguments)
@@ -125,10 +126,10 @@ def results(exercise: Exercise, function: Callable[..., np.ndarray], path: Path)
 
 
 def judge(exercise: Exercise, found: list[np.ndarray]) -> Outcome:
-    """Right, a known mistake, or the place of the largest difference."""
+    """Decide between right, a known mistake, and unknown, with the place of the largest difference."""
     expected = outputs(exercise, exercise.reference)
     if not all(map(same, found, expected)):
-        hint = next((m.hint for m in exercise.mistakes if all(map(same, found, outputs(exercise, m.function)))), None)
+        hint = next((hint for hint, wrong in exercise.hints.items() if all(map(same, found, outputs(exercise, wrong)))), None)
         return Outcome(False, difference(exercise, found, expected), hint)
     allowed = {"float32", "float64"} if exercise.any_float else {"float32"}
     if wrong := {array.dtype.name for array in found} - allowed:
@@ -141,19 +142,19 @@ def judge(exercise: Exercise, found: list[np.ndarray]) -> Outcome:
 
 
 def outputs(exercise: Exercise, function: Callable[..., np.ndarray]) -> list[np.ndarray]:
-    """What a function gives for each case; copied, since a cache writes into what it has returned."""
+    """Run the reference or a wrong function on each case; results are copied, since a cache writes into those it returned."""
     with np.errstate(all="ignore"):
-        return [np.array(function(*arguments)) for arguments in exercise.cases()]
+        return [np.array(function(*arguments, *exercise.rest)) for arguments in exercise.cases()]
 
 
 def same(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether two arrays have one shape and, but for rounding, the same numbers, NaN and infinities included."""
+    """Check that two arrays have one shape and, but for rounding, the same numbers, NaN and infinities included."""
     numeric = a.dtype.kind in "fiub" and b.dtype.kind in "fiub"
     return numeric and a.shape == b.shape and np.allclose(a, b, RTOL, ATOL, equal_nan=True)
 
 
 def difference(exercise: Exercise, found: list[np.ndarray], expected: list[np.ndarray]) -> str:
-    """A line on the first case that is wrong: its shape, its NaN, or its largest difference."""
+    """Describe the first case that is wrong in a line: its shape, its NaN, or its largest difference."""
     case = next(i for i, pair in enumerate(zip(found, expected, strict=True)) if not same(*pair))
     f, e = found[case], expected[case]
     shapes = ", ".join(shape_of(argument) for argument in exercise.cases()[case])
@@ -172,12 +173,12 @@ def difference(exercise: Exercise, found: list[np.ndarray], expected: list[np.nd
 
 
 def shape_of(argument: object) -> str:
-    """An array's shape, `[2, 3]`; another argument itself."""
+    """Format an array's shape, `[2, 3]`; another argument by its value."""
     return str(list(argument.shape)) if isinstance(argument, np.ndarray) else str(argument)
 
 
 def told(error: BaseException, path: Path) -> str:
-    """A line about an exception: its kind, the line of the student's file that it came through, its message."""
+    """Describe an exception in a line: its kind, the line of the student's file that raised it, its message."""
     if isinstance(error, SystemExit):
         return f"it called exit(){where(error, path)}: return the result instead"
     message = one_line(str(error))
@@ -185,12 +186,12 @@ def told(error: BaseException, path: Path) -> str:
 
 
 def where(error: BaseException, path: Path) -> str:
-    """` in line 12`, the last of the student's file that was running; empty if none was."""
+    """Return ` in line 12`, the last line of the student's file that was running; empty if none was."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     return f" in line {lines[-1]}" if lines else ""
 
 
 def one_line(text: str) -> str:
-    """A message without line breaks, not longer than is read."""
+    """Remove a message's line breaks and shorten a long one."""
     text = printable(" ".join(text.split()))
     return text if len(text) <= 200 else text[:199] + "…"

@@ -1,4 +1,4 @@
-"""What pictures show of a pass: its tokens as visible labels, the residual stream's norms, the logit lens."""
+"""Quantities that pictures and page show of a pass: visible labels of tokens, the residual stream's norms, the logit lens."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from .. import ops
 from ..activations import ADD, LAYER, stream_before
 from ..checkpoint import Model
 from ..config import Config
-from ..engine.linear import linear
+from ..engine.linear import linear, widen
 from ..tokenizer import Tokenizer
 
 SIGNS = {" ": "␣", "\n": "↵", "\r": "␍", "\t": "⇥"}
 
 
 def visible(text: str) -> str:
-    """A token's text such that each of its characters can be seen.
+    """Make each character of a token's text visible.
 
-    Blanks, newlines and tabs become signs, a combining mark without a letter gets a dotted circle to sit on, a byte that is no
-    character is `<0xE2>`, and what has no picture (a zero-width or no-break space) `<U+200B>`.
+    Spaces, newlines and tabs become signs, a combining mark without a letter is put on a dotted circle, a byte that is no
+    character is `<0xE2>`, and a character without a glyph (a zero-width or no-break space) is `<U+200B>`.
     """
     shown = "".join(map(_visible, text))
     return "◌" + shown if unicodedata.category(text[:1] or "a").startswith("M") else shown
@@ -36,7 +36,7 @@ def _visible(char: str) -> str:
 
 
 def token_label(tokenizer: Tokenizer | None, id: int) -> str:
-    """A token as a short visible text: special tokens by their spelling; without a tokenizer, or without a text, the id."""
+    """Return a token's visible text: special tokens by their spelling; without a tokenizer, or without a text, the id."""
     if tokenizer is None or not 0 <= id < tokenizer.vocab_size:  # a model may have more ids than its tokenizer
         return str(id)
     if id in tokenizer.silent_ids or id in tokenizer.special_tokens.values():
@@ -45,18 +45,18 @@ def token_label(tokenizer: Tokenizer | None, id: int) -> str:
 
 
 def token_labels(tokenizer: Tokenizer | None, ids: Iterable[int]) -> list[str]:
-    """The label of each token."""
+    """Return the label of each token."""
     return [token_label(tokenizer, int(id)) for id in ids]
 
 
 def residual_names(config: Config) -> list[str]:
-    """Every activation that is the residual stream, in order: the embedding, then after attention and after each layer."""
+    """List the activations that are the residual stream, in order: the embedding, then after attention and after each layer."""
     added = [row for row in LAYER if row.operation == ADD]
     return [stream_before(0), *(row.full_name(i) for i in range(config.n_layers) for row in added)]
 
 
 def residual_norms(recording: Mapping[str, np.ndarray], config: Config) -> np.ndarray:
-    """The length of each token's vector as it grows through the layers.
+    """Compute the norm of each token's vector as it grows through the layers.
 
     ‖x‖ = sqrt(Σ x²)        -> [1 + 2 · n_layers, T], one row for each of residual_names()
     """
@@ -64,21 +64,22 @@ def residual_norms(recording: Mapping[str, np.ndarray], config: Config) -> np.nd
 
 
 def lens_names(config: Config) -> list[str]:
-    """The activations that the logit lens reads: the embedding, then each layer's output."""
+    """List the activations that the logit lens reads: the embedding, then each layer's output."""
     return [stream_before(i) for i in range(config.n_layers + 1)]
 
 
 def logit_lens(model: Model, recording: Mapping[str, np.ndarray], k: int) -> tuple[np.ndarray, np.ndarray]:
-    """What the model would say after each layer, were it the last: the k likeliest tokens, and their probabilities.
+    """Compute the k likeliest next tokens and their probabilities after each layer, as if it were the last.
 
     softmax(output · rms_norm(x))        ids, probabilities: [1 + n_layers, T, k]
     nostalgebraist 2020, "interpreting GPT: the logit lens". The norm and the matrix are the model's own last two steps.
     """
     params, config = model.params, model.config
     output = params["tok_embeddings.weight" if config.tied_embeddings else "output.weight"]
+    norm = widen(params["norm.weight"])
     ids, probabilities = [], []
     for name in lens_names(config):  # a layer at a time: its logits are [T, V]
-        p = ops.softmax(linear(ops.rms_norm(recording[name], params["norm.weight"], config.norm_eps), output))
+        p = ops.softmax(linear(ops.rms_norm(recording[name], norm, config.norm_eps), output))
         likeliest = top(p, k)
         ids.append(likeliest)
         probabilities.append(np.take_along_axis(p, likeliest, axis=-1))
@@ -86,7 +87,7 @@ def logit_lens(model: Model, recording: Mapping[str, np.ndarray], k: int) -> tup
 
 
 def top(x: np.ndarray, k: int) -> np.ndarray:
-    """The indices of the k largest along the last axis, the largest first.    [..., V] -> int [..., k]"""
+    """Find the indices of the k largest along the last axis, the largest first.    [..., V] -> int [..., k]"""
     k = min(k, x.shape[-1])
     if k == 1:
         return np.argmax(x, axis=-1)[..., None]

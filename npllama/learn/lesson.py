@@ -1,6 +1,6 @@
-"""A lesson is a list of steps; here is what a step holds, and how it is shown in a terminal and in Markdown.
+"""The parts of a lesson, which is a list of steps, and how it is shown in a terminal and in Markdown.
 
-Who makes the steps (walkthrough.py, tokenizer_lesson.py) knows nothing of their looks; who shows them computes nothing.
+What makes the steps (walkthrough.py, tokenizer_lesson.py) decides nothing about their layout; what shows them computes nothing.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class Source:
 
     @classmethod
     def of(cls, function: Callable) -> Source:
-        """Where a function or method is defined."""
+        """Find where a function or method is defined."""
         code = inspect.unwrap(function).__code__
         return cls(f"{_module(code)}.{function.__qualname__}", _relative(code), code.co_firstlineno)
 
     def calling(self, function: Callable) -> Source:
-        """The nearest line that calls a function, here or above in the same function; this line if there is none."""
+        """Find the nearest call of a function, at this line or above it in the same function; this line if there is none."""
         body = _innermost(_syntax(self.file), self.line)
         calls = (node for node in ast.walk(body) if isinstance(node, ast.Call) and node.lineno <= self.line)
         named = (call.lineno for call in calls if _called(call) == function.__name__)
@@ -51,7 +51,7 @@ class Source:
 
     @property
     def text(self) -> str:
-        """The line itself."""
+        """The text of the line."""
         return _code(self.file).splitlines()[self.line - 1]
 
     def __str__(self) -> str:
@@ -60,7 +60,7 @@ class Source:
 
 @functools.cache
 def computed_at() -> dict[str, Source]:
-    """Where model.py computes each activation: name, without `layers.N.`, -> the line of its call of `see`.
+    """Find where model.py computes each activation: name, without `layers.N.`, -> the line of its call of `see`.
 
     Found in the syntax tree: from forward() on, into the functions that are given the scope.
     """
@@ -70,7 +70,7 @@ def computed_at() -> dict[str, Source]:
     def visit(function: str, prefix: str) -> Iterator[tuple[str, Source]]:
         for call in (node for node in ast.walk(functions[function]) if isinstance(node, ast.Call)):
             if (name := _called(call)) == "see":
-                yield prefix + call.args[0].value, Source(f"model.{function}", file, call.lineno)
+                yield prefix + _text(call.args[0]), Source(f"model.{function}", file, call.lineno)
             elif name in functions:
                 for below in map(_below, call.args):
                     if below is not None:
@@ -80,11 +80,16 @@ def computed_at() -> dict[str, Source]:
 
 
 def _below(argument: ast.AST) -> str | None:
-    """What a scope that a function is given puts before its names; None for an argument that is no scope."""
+    """Return the prefix of a scope that a function is given; None for an argument that is no scope."""
     if isinstance(argument, ast.Call) and _called(argument) == "under":
-        return f"{argument.args[0].value}."
+        return f"{_text(argument.args[0])}."
     is_scope = getattr(argument, "id", None) == "s" or (isinstance(argument, ast.Call) and _called(argument) == "in_layer")
     return "" if is_scope else None
+
+
+def _text(argument: ast.AST) -> str:
+    """Return the string that a call has as an argument."""
+    return ast.literal_eval(argument)
 
 
 @functools.cache
@@ -99,13 +104,14 @@ def _code(file: str) -> str:
 
 
 def _innermost(tree: ast.Module, line: int) -> ast.AST:
-    """The function that a line is in; the whole file if it is in none."""
-    around = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.lineno <= line <= node.end_lineno)
-    return max(around, key=lambda node: node.lineno, default=tree)
+    """Return the function that a line is in; the whole file if it is in none."""
+    functions = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
+    around = [node for node in functions if node.lineno <= line <= (node.end_lineno or 0)]
+    return max(around, key=lambda node: node.lineno) if around else tree
 
 
 def _called(call: ast.Call) -> str | None:
-    """`f` of f(x) and of module.f(x)."""
+    """Return the name of the function: `f` of f(x) and of module.f(x)."""
     return getattr(call.func, "id", getattr(call.func, "attr", None))
 
 
@@ -119,7 +125,7 @@ def _module(code: CodeType) -> str:
 
 @dataclass(frozen=True)
 class Table:
-    """A few numbers with their names: a row begins with its label. What is a float is shown to about four digits."""
+    """A few numbers with their names: a row begins with its label. Floats are shown to about four digits."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
@@ -137,14 +143,14 @@ class Step:
     tables: tuple[Table, ...] = ()
     taps: tuple[str, ...] = ()  # the activations whose numbers are shown
     sources: tuple[Source, ...] = ()  # what computes it
-    called: Source | None = None  # the line of the forward pass that has it computed
+    called: Source | None = None  # the line of the forward pass that calls the first of them
 
 
 # ------------------------------------------------------------------------------------------------------------------ terminal
 
 
 def text(steps: Iterable[Step], width: int = 80, colour: bool = False) -> str:
-    """The steps for a terminal of that many columns."""
+    """Format the steps for a terminal of that many columns."""
     return "\n\n".join(_step_text(i, step, width, colour) for i, step in enumerate(steps, start=1)) + "\n"
 
 
@@ -152,7 +158,7 @@ def _step_text(number: int, step: Step, width: int, colour: bool) -> str:
     paint = (lambda code, s: f"{code}{s}{PLAIN}") if colour else (lambda code, s: s)
 
     def wrapped(content: str, label: str = "") -> list[str]:
-        """Wrapped below itself, beside its label."""
+        """Wrap a text to the right of its label."""
         start = INDENT + (f"{label:<9}" if label else "")
         lines = []
         for line in content.splitlines():
@@ -185,7 +191,7 @@ def _step_text(number: int, step: Step, width: int, colour: bool) -> str:
 
 
 def table_text(table: Table) -> list[str]:
-    """Lines of aligned columns; columns of numbers and their headings stand on the right."""
+    """Format a table as lines of aligned columns; columns of numbers and their headings are aligned on the right."""
     cells = [[show(cell) for cell in row] for row in table.rows]
     every = ([list(table.columns)] if any(table.columns) else []) + cells
     widths = [max(cell_width(row[i]) for row in every) for i in range(len(table.columns))]
@@ -194,26 +200,26 @@ def table_text(table: Table) -> list[str]:
     for row in every:
         padded = []
         for cell, width, to_right in zip(row, widths, right, strict=True):
-            blank = " " * (width - cell_width(cell))
-            padded.append(blank + cell if to_right else cell + blank)
+            spaces = " " * (width - cell_width(cell))
+            padded.append(spaces + cell if to_right else cell + spaces)
         lines.append("  ".join(padded).rstrip())
     return lines
 
 
 def _numeric(table: Table) -> list[bool]:
-    """Which columns hold numbers."""
+    """Find the columns that hold numbers."""
     return [any(not isinstance(row[i], str) for row in table.rows) for i in range(len(table.columns))]
 
 
 def show(cell: Cell) -> str:
-    """A cell's characters."""
+    """Format a cell."""
     if isinstance(cell, str):
         return cell
     return str(cell) if isinstance(cell, int) else number(cell)
 
 
 def number(x: float) -> str:
-    """About four digits: `0.0123`, `-12.3457`, `1.2e-07`, `-inf`."""
+    """Format a number with about four digits: `0.0123`, `-12.3457`, `1.2e-07`, `-inf`."""
     if x == 0:
         return "0"
     if not math.isfinite(x):
@@ -224,7 +230,7 @@ def number(x: float) -> str:
 
 
 def cell_width(s: str) -> int:
-    """How many columns of a terminal a text takes: Chinese characters take two, combining accents none."""
+    """Count the columns of a terminal that a text takes: Chinese characters take two, combining accents none."""
     return sum(
         0
         if unicodedata.combining(c) or unicodedata.category(c) in ("Mn", "Me", "Cf")
@@ -234,7 +240,7 @@ def cell_width(s: str) -> int:
 
 
 def label(piece: str, cells: int = LABEL_CELLS) -> str:
-    """A token's piece as a table names it: in quotation marks, so that blanks are seen, and not too long."""
+    """Quote a token's piece for a table, so that spaces are seen, and shorten a long one."""
     room = cells - 2
     if cell_width(piece) > room:
         kept = ""
@@ -250,9 +256,9 @@ def label(piece: str, cells: int = LABEL_CELLS) -> str:
 
 
 def markdown(steps: Sequence[Step], link: Callable[[Source], str] | None = None) -> str:
-    """The steps as Markdown.
+    """Format the steps as Markdown.
 
-    link  a source's address, such as ../npllama/ops.py#L19; none for plain text
+    link  source -> its address, such as ../npllama/ops.py#L19; None for plain text
     """
     parts = []
     for step in steps:
@@ -286,5 +292,5 @@ def _table_markdown(table: Table) -> str:
 
 
 def _escaped(s: str) -> str:
-    """Text that Markdown is to show as it is: entities, which every dialect of it knows."""
+    """Replace what Markdown would interpret by entities, which every dialect of it knows."""
     return "".join(f"&#{ord(c)};" if c in "&\\`*_[]<>|#$~" else c for c in s)

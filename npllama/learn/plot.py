@@ -1,14 +1,14 @@
-"""`npllama plot`: pictures of one pass, drawn by matplotlib from the activations that the taps show.
+"""`npllama plot`: pictures of one pass, drawn with matplotlib from the activations that the taps show.
 
 | kind | shows |
 |---|---|
-| rope | how one position turns each pair of a query; the frequencies, scaled and unscaled |
+| rope | how one position rotates each pair of a query; the frequencies, scaled and unscaled |
 | attention | one head's scores, masked scores and softmax; every head of the layer |
-| mask | who may look at whom |
+| mask | which keys each query may attend to |
 | residual | the residual stream's norm, layer by layer |
 | logit-lens | the likeliest next token after each layer, at each position |
 | tokens | the text, coloured by token, with ids |
-| error | a comparison's errors against their noise floor, layer by layer |
+| error | a comparison's errors and their noise floor, layer by layer |
 
 Colours are viridis and cividis for sizes, PuOr for signed numbers, Okabe and Ito's eight for categories: all can be told apart
 without red or green.
@@ -25,13 +25,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .. import ops
 from ..checkpoint import Model, foreign
 from ..checkpoint.atomic import write_file
+from ..config import Config
 from ..errors import shown
 from ..golden.compare.names import place
 from ..golden.trace import Recording, Selection, record
@@ -39,6 +40,8 @@ from .lens import lens_names, logit_lens, residual_names, residual_norms, token_
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
 ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
@@ -55,10 +58,12 @@ FORMATS = (".png", ".svg")
 MOST_LABELS = 44  # more on one axis can't be read
 LONGEST_LABEL = 14
 
+Report = dict[str, Any]  # a comparison, as compare.report.as_dict() returns it
+
 
 @dataclass(frozen=True)
 class Subject:
-    """What a picture is of: a pass of these tokens, and for some kinds one layer and one head of it."""
+    """The subject of a picture: a pass of these tokens, and for some kinds one layer and one head of it."""
 
     model: Model
     ids: Sequence[int]
@@ -74,7 +79,7 @@ class Subject:
 
     @property
     def labels(self) -> list[str]:
-        """The tokens as visible texts."""
+        """The visible text of each token."""
         return token_labels(self.model.tokenizer, self.ids)
 
     def record(self, *names: str) -> Recording:
@@ -88,13 +93,13 @@ def plot(kind: str, subject: Subject, out: Path | None) -> None:
     show(functools.partial(KINDS[kind], subject=subject), out)
 
 
-def plot_error(report: dict[str, object], out: Path | None) -> None:
+def plot_error(report: Report, out: Path | None) -> None:
     """Draw a comparison, as compare.report.as_dict() gives it."""
     show(functools.partial(draw_error, report=report), out)
 
 
 def show(draw: Callable[[Figure], None], out: Path | None) -> None:
-    """Give `draw` an empty figure, and write or show what it made. A file appears complete or not at all.
+    """Call `draw` with an empty figure, and write or show the result. A file appears complete or not at all.
 
     Raises ValueError for a file that isn't PNG or SVG, and where a window is wanted and there is no display.
     """
@@ -105,7 +110,7 @@ def show(draw: Callable[[Figure], None], out: Path | None) -> None:
     except ImportError:
         raise ImportError("plots need matplotlib: pip install 'npllama[learn]'") from None
     # Tokens may hold any character, `$` among them, which must not start a formula.
-    settings = {"text.parse_math": False, "font.size": 9, "svg.hashsalt": "npllama", "figure.constrained_layout.use": True}
+    settings: Any = {"text.parse_math": False, "font.size": 9, "svg.hashsalt": "npllama", "figure.constrained_layout.use": True}
     with matplotlib.rc_context(settings):
         if out is None:
             _in_a_window(draw)
@@ -125,7 +130,7 @@ def _in_a_window(draw: Callable[[Figure], None]) -> None:
         from matplotlib import pyplot
 
         figure = pyplot.figure()
-    except Exception as error:  # each toolkit has its own way to say that there is no display
+    except Exception as error:  # each toolkit has an exception of its own for a missing display
         raise ValueError(f"no window can be opened ({error}): write a file with -o FILE.png") from None
     try:
         if figure.canvas.required_interactive_framework is None:
@@ -140,7 +145,7 @@ def _in_a_window(draw: Callable[[Figure], None]) -> None:
 
 
 def drawable(labels: Iterable[str], longest: int = LONGEST_LABEL) -> list[str]:
-    """The labels, shortened, with `<U+4F60>` where no installed font has the glyph; later text is drawn in fonts that fit."""
+    """Shorten labels, with `<U+4F60>` where no installed font has the glyph, and select fonts for the text that follows."""
     import matplotlib
 
     labels = [label if len(label) <= longest else label[: longest - 1] + "…" for label in labels]
@@ -151,13 +156,14 @@ def drawable(labels: Iterable[str], longest: int = LONGEST_LABEL) -> list[str]:
 
 @functools.lru_cache(maxsize=8)
 def _fonts_for(chars: str) -> tuple[list[str], frozenset[str]]:
-    """Font families that together have a glyph for each character, matplotlib's own first; and the characters that none has."""
+    """Find font families that together have a glyph for each character, matplotlib's own first; and the characters in none."""
     from matplotlib import font_manager
 
     own = font_manager.findfont("DejaVu Sans")
     regular = [f for f in font_manager.fontManager.ttflist if f.style == "normal" and f.weight in (400, "normal", "regular")]
     others = sorted({(" Sans" not in f.name, f.name): f.fname for f in regular if "Last Resort" not in f.name}.items())
-    families, missing = [], set(chars)
+    families: list[str] = []
+    missing = set(chars)
     for name, file in [("DejaVu Sans", own), *((name, file) for (_, name), file in others)]:
         if families and not missing:
             break
@@ -172,8 +178,8 @@ def _fonts_for(chars: str) -> tuple[list[str], frozenset[str]]:
     return families, frozenset(missing)
 
 
-def label_axis(axis, labels: Sequence[str], rotation: int = 0) -> None:
-    """Tokens along an axis of cells; of many, every n-th with its position before it."""
+def label_axis(axis: Axis, labels: Sequence[str], rotation: int = 0) -> None:
+    """Label an axis of cells with tokens; of many, every n-th with its position before it."""
     stride = math.ceil(len(labels) / MOST_LABELS)
     shown = range(0, len(labels), stride)
     texts = [labels[i] if stride == 1 else f"{i} {labels[i]}" for i in shown]
@@ -184,7 +190,7 @@ def label_axis(axis, labels: Sequence[str], rotation: int = 0) -> None:
 
 
 def draw_rope(figure: Figure, subject: Subject) -> None:
-    """The query of the last token before and after RoPE, pair by pair, and the frequencies."""
+    """Draw the query of the last token before and after RoPE, pair by pair, and the frequencies."""
     config, layer, head, position = subject.model.config, subject.layer, subject.head, len(subject.ids) - 1
     prefix = f"layers.{layer}.attention."
     seen = subject.record(prefix + "q", prefix + "q_rope")
@@ -197,9 +203,9 @@ def draw_rope(figure: Figure, subject: Subject) -> None:
     columns = min(8, math.ceil(math.sqrt(1.6 * n_pairs)))
     rows = math.ceil(n_pairs / columns)
     figure.set_size_inches(15, max(5.5, 1.15 * rows + 1.2))
-    left, right = figure.subfigures(1, 2, width_ratios=[1.25, 1])
-    left.suptitle(f"RoPE turns the query at position {position} ({token}), pair by pair: layer {layer}, head {head}")
-    left.supxlabel("grey: before; coloured: after; the title is the turn, modulo 360°", fontsize=8)
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=[1.25, 1]).flat
+    left.suptitle(f"RoPE rotates the query at position {position} ({token}), pair by pair: layer {layer}, head {head}")
+    left.supxlabel("grey: before; coloured: after; the title is the angle, modulo 360°", fontsize=8)
     colours = _colours("viridis", n_pairs)
     for j, axes in enumerate(left.subplots(rows, columns, squeeze=False).flat):
         axes.set(xlim=(-1.15, 1.15), ylim=(-1.15, 1.15), aspect="equal", xticks=[], yticks=[])
@@ -215,8 +221,8 @@ def draw_rope(figure: Figure, subject: Subject) -> None:
 
 
 def _circle(axes: Axes) -> None:
-    turn = np.linspace(0, 2 * math.pi, 60)
-    axes.plot(np.cos(turn), np.sin(turn), color="#dddddd", linewidth=0.8)
+    angle = np.linspace(0, 2 * math.pi, 60)
+    axes.plot(np.cos(angle), np.sin(angle), color="#dddddd", linewidth=0.8)
 
 
 def _arrow(axes: Axes, z: complex, colour: object, width: float) -> None:
@@ -224,14 +230,14 @@ def _arrow(axes: Axes, z: complex, colour: object, width: float) -> None:
     axes.annotate("", xy=(z.real, z.imag), xytext=(0, 0), arrowprops=style)
 
 
-def _draw_frequencies(axes: Axes, config) -> None:
+def _draw_frequencies(axes: Axes, config: Config) -> None:
     pairs = np.arange(config.head_dim // 2)
     unscaled = ops.rope_frequencies(config.head_dim, config.rope_theta, None, np.float64)
-    label = "as the model has them" if config.rope_scaling is None else "unscaled"
+    label = "this model's" if config.rope_scaling is None else "unscaled"
     axes.plot(pairs, unscaled, "o-", color=BLUE, markersize=4, label=label)
     if config.rope_scaling is not None:
         scaled = ops.rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, np.float64)
-        axes.plot(pairs, scaled, "s--", color=VERMILION, markersize=3.5, label="scaled, as the model has them")
+        axes.plot(pairs, scaled, "s--", color=VERMILION, markersize=3.5, label="scaled: this model's")
     context = 2 * math.pi / config.max_seq_len
     axes.axhline(context, color=GREY, linestyle=":", label=f"one turn in the context, {config.max_seq_len:,} positions")
     axes.set_title("frequencies" + ("; this model doesn't scale them" if config.rope_scaling is None else ""))
@@ -243,7 +249,7 @@ def _draw_frequencies(axes: Axes, config) -> None:
 
 
 def draw_attention(figure: Figure, subject: Subject) -> None:
-    """One head's scores before the mask, after it, and their softmax; below, the weights of every head of the layer."""
+    """Draw one head's scores before the mask, after it, and their softmax; below, the weights of every head of the layer."""
     config, layer, head, T = subject.model.config, subject.layer, subject.head, len(subject.ids)
     prefix = f"layers.{layer}.attention."
     seen = subject.record(*(prefix + name for name in ("q_rope", "k_rope", "scores", "weights")))
@@ -261,8 +267,8 @@ def draw_attention(figure: Figure, subject: Subject) -> None:
     width = 3 * (side + 1.6)
     small = (width - 1) / columns
     figure.set_size_inches(width, side + 1.9 + rows * (small + 0.1) + 0.6)
-    top, bottom = figure.subfigures(2, 1, height_ratios=[side + 1.9, rows * (small + 0.1) + 0.6])
-    top.suptitle(f"layer {layer}, head {head}: each row is a token that looks, each column one that is looked at")
+    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=[side + 1.9, rows * (small + 0.1) + 0.6]).flat
+    top.suptitle(f"layer {layer}, head {head}; rows: query positions, columns: key positions")
     maps = top.subplots(1, 3)
     largest = float(np.abs(unmasked).max())
     for axes, title, x in ((maps[0], "scores q·k / √K", unmasked), (maps[1], "masked: hatched is −∞", masked)):
@@ -279,15 +285,15 @@ def draw_attention(figure: Figure, subject: Subject) -> None:
         axes.set_title(f"head {h}" + (" (above)" if h == head else ""), fontsize=8, pad=2)
 
 
-def _weights_norm():
-    """Colours that grow with the square root: most weights are small, and would all be dark."""
+def _weights_norm() -> Normalize:
+    """Map weights to colours by their square root: most are small, and would all be dark."""
     from matplotlib.colors import PowerNorm
 
     return PowerNorm(0.5, 0, 1)
 
 
-def _heat_map(axes: Axes, x: np.ndarray, colours: str, norm: object, title: str, labels: Sequence[str]) -> None:
-    """Cells with tokens on both axes; those that are -inf show the hatched ground. Numbers where there is room for them."""
+def _heat_map(axes: Axes, x: np.ndarray, colours: str, norm: Normalize, title: str, labels: Sequence[str]) -> None:
+    """Draw cells with tokens on both axes; those that are -inf show the hatched ground. Small maps have numbers."""
     hidden = np.isneginf(x)
     axes.patch.set(hatch="////", facecolor="#eeeeee", edgecolor="#a8a8a8")
     image = axes.imshow(np.ma.masked_where(hidden, x), cmap=colours, norm=norm, interpolation="nearest")
@@ -305,7 +311,7 @@ def _heat_map(axes: Axes, x: np.ndarray, colours: str, norm: object, title: str,
 
 
 def draw_mask(figure: Figure, subject: Subject) -> None:
-    """Where the scores of the pass are -inf."""
+    """Draw where the scores of the pass are -inf."""
     name = f"layers.{subject.layer}.attention.scores"
     hidden = np.isneginf(subject.record(name)[name][subject.head])  # [T, S]
     labels, T = drawable(subject.labels), len(hidden)
@@ -321,12 +327,12 @@ def draw_mask(figure: Figure, subject: Subject) -> None:
     if T <= 24:
         for row, column in np.ndindex(hidden.shape):
             axes.text(column, row, "−∞" if hidden[row, column] else "0", ha="center", va="center", fontsize=7)
-    axes.set(xlabel="is looked at", ylabel="looks")
+    axes.set(xlabel="key position", ylabel="query position")
     axes.set_title("the causal mask:\nblue is 0, hatched is −∞")
 
 
 def draw_residual(figure: Figure, subject: Subject) -> None:
-    """The norm of each token's vector after each attention and each layer."""
+    """Draw the norm of each token's vector after each attention and each layer."""
     config, T = subject.model.config, len(subject.ids)
     norms = residual_norms(subject.record(*residual_names(config)), config)  # [1 + 2L, T]
     labels = drawable(subject.labels)
@@ -356,12 +362,12 @@ def draw_residual(figure: Figure, subject: Subject) -> None:
 
 
 def draw_logit_lens(figure: Figure, subject: Subject) -> None:
-    """The likeliest next token after each layer at each position, its probability as colour; long prompts in several strips."""
+    """Draw the likeliest next token after each layer at each position, its probability as colour; long prompts in strips."""
     config, T = subject.model.config, len(subject.ids)
     ids, p = (x[..., 0] for x in logit_lens(subject.model, subject.record(*lens_names(config)), 1))  # [1 + L, T]
     texts = token_labels(subject.model.tokenizer, ids.ravel())
     texts = drawable([*texts, *subject.labels])
-    predicted = np.array(texts[: ids.size], dtype=object).reshape(ids.shape)
+    predicted = [texts[i * T : (i + 1) * T] for i in range(len(ids))]
     labels = texts[ids.size :]
     a_strip = 25
     strips = math.ceil(T / a_strip)
@@ -374,7 +380,7 @@ def draw_logit_lens(figure: Figure, subject: Subject) -> None:
         image = axes.imshow(shown, cmap="cividis", vmin=0, vmax=1, aspect="auto", origin="lower", interpolation="nearest")
         for row, column in np.ndindex(shown.shape):
             dark = shown[row, column] < 0.55
-            text = _short(predicted[row, at][column])
+            text = _short(predicted[row][at][column])
             axes.text(column, row, text, ha="center", va="center", fontsize=6.5, color="white" if dark else "black")
         axes.set_xlim(-0.5, min(T, a_strip) - 0.5)
         axes.set_xticks(range(shown.shape[1]), [f"{i}\n{_short(labels[i])}" for i in range(T)[at]], fontsize=7)
@@ -388,7 +394,7 @@ def _short(text: str) -> str:
 
 
 def draw_tokens(figure: Figure, subject: Subject) -> None:
-    """The text as boxes, one a token, its id below; neighbours differ in colour, and a newline ends the line."""
+    """Draw the text as boxes, one per token, its id below; adjacent ones differ in colour, and a newline ends the line."""
     labels = drawable(subject.labels)
     import matplotlib
 
@@ -410,26 +416,26 @@ def draw_tokens(figure: Figure, subject: Subject) -> None:
     axes = figure.subplots()
     axes.set(xlim=(-0.5, max(used, 30) + 0.5), ylim=(n_lines - 0.1, -0.1))
     axes.axis("off")
-    axes.set_title(f"{len(labels)} token{'s' * (len(labels) != 1)}; ␣ blank, ↵ newline", loc="left", fontsize=9)
+    axes.set_title(f"{len(labels)} token{'s' * (len(labels) != 1)}; ␣ space, ↵ newline", loc="left", fontsize=9)
     from matplotlib.patches import Rectangle
 
     tints = [_tint(colour) for colour in (SKY, ORANGE, GREEN, YELLOW, PURPLE)]
     for i, ((x, y), width) in enumerate(zip(places, widths, strict=True)):
-        box = {"facecolor": tints[i % len(tints)], "edgecolor": "#606060", "linewidth": 0.5}
-        axes.add_patch(Rectangle((x + 0.06, y), width - 0.12, 0.52, **box))
+        tint = tints[i % len(tints)]
+        axes.add_patch(Rectangle((x + 0.06, y), width - 0.12, 0.52, facecolor=tint, edgecolor="#606060", linewidth=0.5))
         axes.text(x + width / 2, y + 0.27, labels[i], ha="center", va="center", fontsize=11)
         axes.text(x + width / 2, y + 0.7, str(subject.ids[i]), ha="center", va="center", fontsize=7.5, color="#404040")
 
 
 def _cells(char: str) -> int:
-    """How many columns of a monospaced font a character takes."""
+    """Count the columns of a monospaced font that a character takes."""
     if unicodedata.combining(char):
         return 0
     return 2 if unicodedata.east_asian_width(char) in "WF" else 1
 
 
-def draw_error(figure: Figure, report: dict[str, object]) -> None:
-    """Each activation's error beside its floor, in the order of computation; then the worst of each layer, in floors."""
+def draw_error(figure: Figure, report: Report) -> None:
+    """Draw each activation's error and its floor, in the order of computation; then the worst of each layer, in floors."""
     measured = [a for a in report["activations"] if a["accumulated"]]
     if not measured:
         raise ValueError("the comparison measured no activation: there is nothing to draw")
@@ -488,7 +494,7 @@ def draw_error(figure: Figure, report: dict[str, object]) -> None:
 
 
 def _by_layer(entries: Sequence[SimpleNamespace]) -> dict[str, list[int]]:
-    """Which entries belong to each layer, under its number; what is before and after the layers has a name of its own."""
+    """Group entries by layer, under its number; those before and after the layers have names."""
     groups: dict[str, list[int]] = {}
     for i, entry in enumerate(entries):
         here = entry.place
@@ -498,11 +504,11 @@ def _by_layer(entries: Sequence[SimpleNamespace]) -> dict[str, list[int]]:
     return groups
 
 
-def read_report(path: Path) -> dict[str, object]:
-    """What `npllama compare --report x.json` wrote. Raises ValueError for another file."""
+def read_report(path: Path) -> Report:
+    """Read what `npllama compare --report x.json` wrote. Raises ValueError for another file."""
     from ..golden.compare.report import FORMAT
 
-    report = foreign.read_json(path, ValueError, foreign.LONG_LIMIT)
+    report: Report = foreign.read_json(path, ValueError, foreign.LONG_LIMIT)
     if report.get("format") != FORMAT:
         raise ValueError(f"{path}: expected a comparison that npllama compare --report x.json wrote")
     expected = {
@@ -521,7 +527,7 @@ def read_report(path: Path) -> dict[str, object]:
 
 
 def _is_entry(entry: object) -> bool:
-    """Whether this is what a report says of an activation."""
+    """Check that this is what a report says of an activation."""
     if not isinstance(entry, dict) or not isinstance(name := entry.get("name"), str) or not name.isprintable():
         return False
     if type(entry.get("passed")) is not bool or "accumulated" not in entry:
@@ -532,28 +538,28 @@ def _is_entry(entry: object) -> bool:
 
 
 def _is_number(x: object, least: float = 0, most: float = sys.float_info.max) -> bool:
-    return type(x) in (int, float) and least <= x <= most
+    return isinstance(x, int | float) and type(x) is not bool and least <= x <= most
 
 
 # -------------------------------------------------------------------------------------------------------------------- helpers
 
 
 def _colours(name: str, n: int) -> np.ndarray:
-    """n colours of a map, its brightest left out: it can't be seen on white.    [n, 4]"""
+    """Return n colours of a map, without its brightest, which can't be seen on white.    [n, 4]"""
     import matplotlib
 
     return matplotlib.colormaps[name](np.linspace(0, 0.9, n))
 
 
 def _tint(colour: str) -> tuple[float, ...]:
-    """A colour so light that black text can be read on it."""
+    """Lighten a colour so that black text can be read on it."""
     from matplotlib.colors import to_rgb
 
     return tuple(1 - 0.45 * (1 - part) for part in to_rgb(colour))
 
 
-def _plain_numbers(axis) -> None:
-    """1e-05 where matplotlib would write a formula: formulas are off, since tokens may hold a `$`."""
+def _plain_numbers(axis: Axis) -> None:
+    """Write 1e-05 where matplotlib would write a formula: formulas are off, since tokens may hold a `$`."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     axis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))

@@ -1,7 +1,7 @@
-"""How a text becomes ids, as a lesson: the file's lines, the split, the merges, the special tokens, other tokenizers beside.
+"""Tokenization as a lesson: the file's lines, the split, the merges, the special tokens, a comparison with other tokenizers.
 
-The ids are the tokenizer's own. The library that makes them doesn't show its way, so split() and merges() walk it again from
-the pattern and the ranks; a test holds that they arrive at the same ids.
+The ids are the tokenizer's own. The library that computes them doesn't show its steps, so split() and merges() repeat them from
+the pattern and the ranks; a test holds that they give the same ids.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from ..tokenizer import (
     load_tokenizer,
     merge_rounds,
 )
-from .lesson import Source, Step, Table, cell_width, label
+from .lesson import Cell, Source, Step, Table, cell_width, label
 
-# It meets each of the seven alternatives.
+# Its parts match each of the seven alternatives.
 SENTENCE = "Don't panic:\n  42 llamas can't eat 12345 mangosteens\n"
 
-# What the alternatives of LLAMA3_PATTERN stand for, in their order.
+# Names for the alternatives of LLAMA3_PATTERN, in their order.
 ALTERNATIVES = (
     "the end of a contraction",
-    "a word, with what is before it",
+    "a word with a leading character",
     "up to three digits",
     "punctuation",
     "line ends",
-    "blanks, but for the last",
-    "blanks",
+    "spaces, but for the last",
+    "spaces",
 )
 CHAIN_CELLS, PAIRS_CELLS = 36, 33  # columns of a terminal for a word in bytes, and for its pairs
 SENTENCE_CELLS, SENTENCE_LINES = 64, 12  # columns of the sentence itself, and lines
@@ -45,7 +45,7 @@ IDS_CELLS = 24
 
 
 def alternatives(pattern: str = LLAMA3_PATTERN) -> list[str]:
-    """A pattern's alternatives, cut at each `|` that is in no bracket."""
+    """Cut a pattern into its alternatives, at each `|` outside of brackets."""
     found, depth, escaped = [""], 0, False
     for c in pattern:
         if not escaped:
@@ -59,21 +59,21 @@ def alternatives(pattern: str = LLAMA3_PATTERN) -> list[str]:
 
 
 def split(text: str) -> list[tuple[str, int]]:
-    """A text's pieces before any merging, each with the index of the alternative that matched it."""
+    """Cut a text into its pieces before any merging, each with the index of the alternative that matched it."""
     pattern = import_regex("the split pattern").compile("|".join(f"({alternative})" for alternative in alternatives()))
     return [(match[0], match.lastindex - 1) for match in pattern.finditer(text)]
 
 
 @dataclass(frozen=True)
 class Merge:
-    """One round of byte-pair encoding: what there is, and the neighbours that together are a piece, the lowest rank first."""
+    """One round of byte-pair encoding: the parts, and the adjacent pairs that together are a piece, the lowest rank first."""
 
     parts: tuple[bytes, ...]
-    pairs: tuple[tuple[int, bytes], ...]  # rank, piece; the first is what is merged next
+    pairs: tuple[tuple[int, bytes], ...]  # rank, piece; the first is merged next
 
 
 def merges(piece: bytes, ranks: Mapping[bytes, int]) -> list[Merge]:
-    """The rounds of merging a piece's bytes; the last round's parts are its tokens."""
+    """Merge a piece's bytes, round by round; the last round's parts are its tokens."""
     rounds = []
     for merged in merge_rounds(piece, ranks):
         parts = [part for part in merged if part is not None]
@@ -88,9 +88,9 @@ def merges(piece: bytes, ranks: Mapping[bytes, int]) -> list[Merge]:
 
 
 def tokenizer_lesson(tokenizer: Tokenizer, sentence: str = SENTENCE, beside: Sequence[Tokenizer] = ()) -> list[Step]:
-    """The way of one sentence through a tokenizer; `beside` holds others for the same sentence.
+    """Show the steps of encoding a sentence; `beside` holds other tokenizers to compare with.
 
-    Files as Llama 3's have lines, a split and merges to show; other kinds only ids, special tokens and the comparison.
+    A file as Llama 3's has lines, a split and merges to show; other kinds have only ids, special tokens and the comparison.
     """
     steps = [_sentence(tokenizer, sentence)]
     if isinstance(tokenizer, TiktokenTokenizer):
@@ -113,7 +113,7 @@ def _sentence(tokenizer: Tokenizer, sentence: str) -> Step:
         rows.append(("…",))
     return Step(
         "The sentence",
-        r"What a tokenizer is given: characters, blanks and line ends (\n) among them.",
+        r"A tokenizer reads characters; spaces and line ends (\n) count too.",
         shape=f"{len(sentence)} characters  ->  {len(tokenizer.encode(sentence))} ids",
         tables=(Table(("",), tuple(rows)),),
         sources=(Source.of(Tokenizer.encode),),
@@ -129,8 +129,8 @@ def _lines(tokenizer: TiktokenTokenizer, sentence: str) -> Step:
         rows.append((f"{base64.b64encode(data).decode()} {id}", label(tokenizer.piece(id)), len(data), id))
     return Step(
         "A line of tokenizer.model",
-        f"The file has {n:,} lines: a piece in base64, a blank and its rank. The pieces are bytes, not characters, and all 256 "
-        "single bytes are among them, so that any text can be spelled. The rank is the token's id and also its turn: in "
+        f"The file has {n:,} lines: a piece in base64, a space and its rank. The pieces are bytes, not characters, and all 256 "
+        "single bytes are among them, so that any text can be spelled. The rank is the token's id and also its priority: in "
         "training, pieces were added one at a time, the most frequent pair first, and merging goes in the same order.",
         formula="line = base64(piece) + ' ' + rank",
         shape=f"{n:,} pieces + {len(tokenizer.special_tokens)} special tokens = {tokenizer.vocab_size:,} ids",
@@ -146,17 +146,17 @@ def _pattern() -> Step:
     )
     return Step(
         "The split pattern",
-        "Before any merging the text is cut, so that no token reaches across a word's end. The pattern has seven "
-        "alternatives; at each place the first that fits is taken, and what it matched is cut off. A word takes one character "
-        "before it along, mostly its blank; of several blanks the last is left for the word after them.",
+        "Before any merging the text is split, so that no token crosses a word boundary. The pattern has seven alternatives; "
+        "at each place the first that matches is taken, and its match is cut off. A word includes one character before it, "
+        "mostly a space; of several spaces the last is left for the word after them.",
         formula="pattern = 1 | 2 | 3 | 4 | 5 | 6 | 7",
-        tables=(Table(("", "it matches", "alternative (␣ is a blank)"), rows),),
+        tables=(Table(("", "it matches", "alternative (␣ is a space)"), rows),),
         sources=(Source.of(TiktokenTokenizer.__init__),),
     )
 
 
 def _split(tokenizer: TiktokenTokenizer, sentence: str, ranks: Mapping[bytes, int]) -> Step:
-    rows = []
+    rows: list[tuple[Cell, ...]] = []
     parts = split(_as_text(sentence))
     for part, which in parts[:TOKENS_SHOWN]:
         ids = ids_of(part.encode(), ranks)
@@ -169,7 +169,7 @@ def _split(tokenizer: TiktokenTokenizer, sentence: str, ranks: Mapping[bytes, in
     return Step(
         "The pattern at work",
         (told if parts else "The sentence is empty: there is nothing to cut. ")
-        + "What is a piece of the vocabulary is a token at once; what is not is merged from its bytes.",
+        + "A part that is in the vocabulary is a token at once; any other is merged from its bytes.",
         shape=f"{len(sentence)} characters  ->  {len(parts)} parts  ->  {len(tokenizer.encode(sentence))} ids",
         tables=(Table(("part", "", "matched by", "ids"), tuple(rows)),),
         sources=(Source.of(TiktokenTokenizer._encode),),
@@ -177,7 +177,7 @@ def _split(tokenizer: TiktokenTokenizer, sentence: str, ranks: Mapping[bytes, in
 
 
 def _word(sentence: str, ranks: Mapping[bytes, int]) -> bytes | None:
-    """The part whose merging there is most to see of, and room for: the longest, best one that is no piece itself."""
+    """Choose the part whose merging shows most and fits: the longest, preferably one that is no piece itself."""
     parts = [part.encode() for part, _ in split(_as_text(sentence))]
     fitting = [part for part in parts if cell_width(_chain(part[i : i + 1] for i in range(len(part)))) <= CHAIN_CELLS]
     return max(fitting, key=lambda part: (part not in ranks, len(part)), default=None)
@@ -189,16 +189,16 @@ def _merges(tokenizer: TiktokenTokenizer, word: bytes, ranks: Mapping[bytes, int
         lowest = _fitting([f"{_bytes_text(piece)} {rank}" for rank, piece in merge.pairs], PAIRS_CELLS)
         rows.append((i, _chain(merge.parts), lowest or "none: done"))
     ids = ids_of(word, ranks)
-    end = f"What is left are its tokens: {', '.join(map(str, ids))}."
+    end = f"Those that remain are its tokens: {', '.join(map(str, ids))}."
     if word in ranks:
-        end = f"The whole part is in the vocabulary, as {ranks[word]}, so that the library needs none of this."
+        end = f"The whole part is in the vocabulary, as {ranks[word]}, so that the library skips the merging."
     return Step(
         f"Merging {label(_visible(word.decode()))}",
-        "The part begins as single bytes. In each round, of all neighbours that together are a piece, those of the lowest rank "
-        f"become one. {end}",
+        "The part begins as single bytes. In each round, of the adjacent pairs that together are a piece, the one of the "
+        f"lowest rank is merged. {end}",
         formula="merge the pair with the smallest rank, until no pair is a piece",
         shape=f"{len(word)} bytes  ->  {len(ids)} id{'s' * (len(ids) != 1)}",
-        tables=(Table(("", "pieces (␣ is a blank)", "pairs that are pieces, with their rank"), tuple(rows)),),
+        tables=(Table(("", "pieces (␣ is a space)", "pairs that are pieces, with their rank"), tuple(rows)),),
         sources=(Source.of(merge_rounds), Source.of(TiktokenTokenizer._encode)),
     )
 
@@ -226,10 +226,10 @@ def _special(tokenizer: Tokenizer) -> Step:
     if left:
         rows.append(("…", f"{left} more", ""))
     spelled = next(iter(special), None)
-    sentence = "Ids that no text leads to: they say where a text begins and ends and who speaks. "
+    sentence = "Ids that no text encodes to: they mark where a text begins and ends and who speaks. "
     if spelled:
         n = len(tokenizer.encode(spelled))
-        sentence += f"Written in a prompt, {spelled} is plain text of {n} tokens, unless special=True is asked for."
+        sentence += f"Written in a prompt, {spelled} is plain text of {n} tokens, unless special=True is given."
     return Step(
         "Special tokens",
         sentence,
@@ -261,13 +261,13 @@ def _beside(tokenizers: Sequence[Tokenizer], sentence: str) -> Step:
     told = "The same sentence. "
     if any(isinstance(tokenizer, SentencePieceTokenizer) for tokenizer in tokenizers):
         told += (
-            "SentencePiece, LLaMA 1 and 2's, merges characters by a score instead of bytes by a rank, writes a blank as ▁ and "
-            "puts one before the text, keeps digits apart, and falls back on single bytes such as <0x0A> for what it has no "
-            "piece for. "
+            "SentencePiece, LLaMA 1 and 2's, merges characters by a score instead of bytes by a rank, writes a space as ▁ and "
+            "puts one before the text, keeps digits apart, and falls back to single bytes such as <0x0A> for characters that "
+            "no piece has. "
         )
     return Step(
-        "Beside other tokenizers",
-        told + "A larger vocabulary makes fewer tokens: a shorter way through the model, and a larger embedding.",
+        "Compared with other tokenizers",
+        told + "A larger vocabulary makes fewer tokens, hence less to compute for a text, and a larger embedding.",
         shape="\n".join(
             f"{_kind(tokenizer)}, {tokenizer.vocab_size:,} ids  ->  {len(ids)} tokens"
             for tokenizer, ids in zip(tokenizers, encoded, strict=True)
@@ -278,7 +278,7 @@ def _beside(tokenizers: Sequence[Tokenizer], sentence: str) -> Step:
 
 
 def _kind(tokenizer: Tokenizer) -> str:
-    """What people call it."""
+    """Return the usual name of the kind."""
     kinds = {TiktokenTokenizer: "tiktoken", SentencePieceTokenizer: "SentencePiece", HuggingFaceTokenizer: "tokenizer.json"}
     return kinds[type(tokenizer)]
 
@@ -287,12 +287,12 @@ def _kind(tokenizer: Tokenizer) -> str:
 
 
 def _as_text(sentence: str) -> str:
-    """The sentence without halves of surrogate pairs, as encode() reads it."""
+    """Replace halves of surrogate pairs, as encode() does."""
     return sentence.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _folded(text: str) -> list[str]:
-    """A text in lines: a new one after each newline, and where the one before is full."""
+    """Break a text into lines: after each newline, and where a line is full."""
     lines = [""]
     for c in text:
         if lines[-1].endswith("\n") or cell_width(_visible(lines[-1] + c)) > SENTENCE_CELLS:
@@ -306,7 +306,7 @@ def _visible(s: str) -> str:
 
 
 def _bytes_text(data: bytes) -> str:
-    """A part of a word in a chain of parts."""
+    """Format a part of a word for a chain of parts."""
     text = "".join(
         f"<{ord(c) - 0xDC00:02X}>" if "\udc80" <= c <= "\udcff" else _visible(c)
         for c in data.decode("utf-8", "surrogateescape")
@@ -319,7 +319,7 @@ def _chain(parts: Iterable[bytes]) -> str:
 
 
 def _fitting(items: Iterable[str], room: int) -> str:
-    """Items in a line of so many columns, with dots for those that don't fit."""
+    """Join items in a line of so many columns, with dots for those that don't fit."""
     items, line = list(items), ""
     for i, item in enumerate(items):
         longer = f"{line}, {item}" if line else item

@@ -5,16 +5,17 @@
 
 Activations are what forward() gave to its tap; frequencies, rotation and mask are what its operations returned in that same
 pass. What a pass never holds by itself is computed from these with the model's own functions: the scores before the mask, silu
-of the gate, the probabilities and the choice; so are lengths, directions, sums and root mean squares. The line of model.py is
-the one that calls the step's function.
+of the gate, the probabilities and the choice; so are lengths, directions, sums and root mean squares. Formulas and sentences
+are the activation table's; a step has its own where it shows more than one row of the table does, or less. The line of model.py
+is the one that calls the step's function.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -22,503 +23,543 @@ from .. import model, ops, sampling
 from ..activations import STREAM, stream_before, table_of
 from ..checkpoint import Model
 from ..engine import linear
-from ..scope import Tap
+from ..scope import Array, Tap
 from .lesson import HEADING_CELLS, LABEL_CELLS, Cell, Source, Step, Table, computed_at, label
 
 SHOWN = 5  # numbers of a long row
 TOKENS_SHOWN = 5  # of a long prompt: the first three and the last two
+PROMPT_SHOWN = 24  # tokens in the table of the prompt itself
 LAYERS_SHOWN = 16
 CANDIDATES = 5
 
 
-class WatchedPass:
-    """One forward pass that remembers what it did.
+class Pass:
+    """One forward pass that remembers what it computed, and the layer and the head that the steps show.
 
     taps      name -> activation, of the chosen layer, of what is in no layer, and every layer's `out`
-    returned  operation -> what it returned, for operations whose result is no activation
+    returned  operation -> its result, for operations whose result is no activation
+    pieces    the label of each token
+    shown     the positions that tables of tokens show; None stands for those left out
     """
 
-    def __init__(self, params: model.Params, config: model.Config, tokens: Sequence[int], layer: int, tap: Tap | None):
-        self.taps: dict[str, np.ndarray] = {}
-        self.returned: dict[str, object] = {}
+    def __init__(self, m: Model, ids: Sequence[int], layer: int = 0, head: int = 0, tap: Tap | None = None):
+        self.model, self.config, self.ids, self.layer, self.head = m, m.config, list(ids), layer, head
+        self.group = head // (m.config.n_heads // m.config.n_kv_heads)
+        self.taps: dict[str, Array] = {}
+        self.returned: dict[str, Any] = {}
         chosen = f"layers.{layer}."
 
-        def watch(name: str, x: np.ndarray) -> np.ndarray:
+        def watch(name: str, x: Array) -> Array:
             x = x if tap is None else tap(name, x)
             if name.startswith(chosen) or not name.startswith("layers.") or (name.count(".") == 2 and name.endswith(".out")):
                 self.taps[name] = x
             return x
 
-        watched = {name: self._watched(name) for name in ("rope_frequencies", "rope_rotation", "causal_mask")}
-        model.forward(params, config, tokens, tap=watch, ops=replace(model.PLAIN, **watched))
+        kept = {name: self._keep(name) for name in ("rope_frequencies", "rope_rotation", "causal_mask")}
+        model.forward(m.params, m.config, ids, tap=watch, ops=replace(model.PLAIN, **kept))
+        self.rows = {row.name: row for row in table_of(m.config)}
+        self.pieces = [self.piece(id) for id in self.ids]
+        self.last, self.shown = len(ids) - 1, _some(len(ids), TOKENS_SHOWN)
 
-    def _watched(self, name: str):
-        def operation(*args: object) -> object:
+    def _keep(self, name: str) -> Callable[..., Any]:
+        def operation(*args: Any) -> Any:
             self.returned[name] = result = getattr(ops, name)(*args)
             return result
 
         return operation
 
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self.taps[name]
+    def name(self, kind: str) -> str:
+        """Return the full name of an activation of the table, in the chosen layer if layers have it."""
+        return stream_before(self.layer) if kind == STREAM else self.rows[kind].full_name(self.layer)
+
+    def __getitem__(self, kind: str) -> Array:
+        return self.taps[self.name(kind)]
+
+    def piece(self, id: int, cells: int = LABEL_CELLS) -> str:
+        """Return a token's label."""
+        return label(self.model.tokenizer.piece(id), cells) if self.model.tokenizer else f"#{id}"
+
+    @property
+    def last_token(self) -> str:
+        """The caption of tables that show one token."""
+        return f"the last token, {self.pieces[self.last]}"
+
+    def formulas(self, *kinds: str) -> str:
+        """Join the formulas of the activation table in one line."""
+        return ",  ".join(self.rows[kind].formula for kind in kinds)
+
+    def sentences(self, *kinds: str) -> str:
+        """Join the sentences of the activation table."""
+        return " ".join(self.rows[kind].sentence for kind in kinds)
 
 
 def walkthrough(m: Model, tokens: Sequence[int], layer: int = 0, head: int = 0, tap: Tap | None = None) -> list[Step]:
-    """Run a prompt and tell what happened, in the order in which it happened.
+    """Run a prompt and return its steps, in the order of computation.
 
-    layer, head  which one is looked into; the others do the same with other weights
+    layer, head  the ones that are shown; the others do the same with other weights
     tap          as forward() takes it: what it puts in an activation's place is what the steps show
 
     Raises ValueError for a layer or head that the model lacks and for tokens that it can't take.
     """
-    config = m.config
-    for name, value, n in (("layer", layer, config.n_layers), ("head", head, config.n_heads)):
+    for name, value, n in (("layer", layer, m.config.n_layers), ("head", head, m.config.n_heads)):
         if not 0 <= value < n:
             raise ValueError(f"{name} {value} is not in this model, which has {name}s 0 to {n - 1}")
-    seen = WatchedPass(m.params, config, tokens, layer, tap)
-    told = _Teller(m, list(tokens), layer, head, seen)
-    return [
-        told.tokens(),
-        told.embeddings(),
-        told.attention_norm(),
-        told.projections(),
-        told.split_heads(),
-        told.frequencies(),
-        told.rotation(),
-        told.scores(),
-        told.mask(),
-        told.softmax(),
-        told.values(),
-        told.joined(),
-        told.attention_residual(),
-        told.ffn_norm(),
-        told.swiglu(),
-        told.ffn_out(),
-        told.layers(),
-        told.final_norm(),
-        told.logits(),
-        told.candidates(),
-        told.chosen(),
-    ]
+    p = Pass(m, tokens, layer, head, tap)
+    return [step(p) for step in STEPS]
 
 
-class _Teller:
-    """Makes each step of what a pass has left behind."""
+# ------------------------------------------------------------------------------------------------- the steps, in their order
 
-    def __init__(self, m: Model, ids: list[int], layer: int, head: int, seen: WatchedPass):
-        self.model, self.config, self.ids, self.seen = m, m.config, ids, seen
-        self.pieces = [self._piece(id) for id in ids]
-        self.layer, self.head, self.group = layer, head, head // (m.config.n_heads // m.config.n_kv_heads)
-        self.name, self.before = f"layers.{layer}.", stream_before(layer)
-        self.rows = {row.name: row for row in table_of(m.config)}
-        self.last = len(ids) - 1
-        self.shown = _some(len(ids), TOKENS_SHOWN)
 
-    # Each method is a step, in order.
-
-    def tokens(self) -> Step:
-        rows = [(i, self.ids[i], self.pieces[i]) if i is not None else ("…", "…", "…") for i in _some(len(self.ids), 24)]
-        if self.model.tokenizer is None:
-            return Step(
-                "Tokens",
-                "This model came without a tokenizer, so the prompt is given as ids: these numbers are all that the "
-                "model sees.",
-                shape=f"tokens [T] = [{len(self.ids)}]",
-                tables=(Table(("position", "id"), tuple(row[:2] for row in rows)),),
-                sources=(Source.of(model.check_tokens),),
-            )
+def prompt(p: Pass) -> Step:
+    """Cut the text into tokens."""
+    rows = [(i, p.ids[i], p.pieces[i]) if i is not None else ("…", "…", "…") for i in _some(len(p.ids), PROMPT_SHOWN)]
+    if p.model.tokenizer is None:
         return Step(
             "Tokens",
-            "The tokenizer cuts the text into pieces that it knows, and gives each piece's number in its vocabulary of "
-            f"{self.model.tokenizer.vocab_size:,}: these numbers are all that the model sees.",
-            formula="ids = encode(text)",
-            shape=f"tokens [T] = [{len(self.ids)}]",
-            tables=(Table(("position", "id", "piece"), tuple(rows)),),
-            sources=(Source.of(type(self.model.tokenizer).encode),),
+            "This model came without a tokenizer, so the prompt is given as ids: these numbers are all that the model sees.",
+            shape=f"tokens [T] = [{len(p.ids)}]",
+            tables=(Table(("position", "id"), tuple(row[:2] for row in rows)),),
+            sources=(Source.of(model.check_tokens),),
         )
+    return Step(
+        "Tokens",
+        "The tokenizer cuts the text into pieces that it knows, and gives each piece's number in its vocabulary of "
+        f"{p.model.tokenizer.vocab_size:,}: these numbers are all that the model sees.",
+        formula="ids = encode(text)",
+        shape=f"tokens [T] = [{len(p.ids)}]",
+        tables=(Table(("position", "id", "piece"), tuple(rows)),),
+        sources=(Source.of(type(p.model.tokenizer).encode),),
+    )
 
-    def embeddings(self) -> Step:
-        c = self.config
-        return Step(
-            "Embeddings",
-            f"Each id names a row of the embedding matrix: {c.dim} learned numbers that stand for the token, wherever in "
-            "the text it is.",
-            formula=f"{self._formulas('tok_embeddings')},  E = tok_embeddings.weight",
-            shape=f"weight [V, D] = [{c.vocab_size}, {c.dim}]  ->  x [T, D] = [{len(self.ids)}, {c.dim}]",
-            tables=(self._token_table(self.seen["tok_embeddings"]),),
-            **self._computed("tok_embeddings", linear.embed),
+
+def embeddings(p: Pass) -> Step:
+    """Select a row for each token."""
+    c = p.config
+    step = Step(
+        "Embeddings",
+        f"{p.sentences('tok_embeddings')} Its {c.dim} learned numbers stand for the token, wherever in the text it is.",
+        formula=f"{p.formulas('tok_embeddings')},  E = tok_embeddings.weight",
+        shape=f"weight [V, D] = [{c.vocab_size}, {c.dim}]  ->  x [T, D] = [{len(p.ids)}, {c.dim}]",
+        tables=(_token_table(p, p["tok_embeddings"]),),
+    )
+    return _computed(p, step, ("tok_embeddings",), linear.embed)
+
+
+def attention_norm(p: Pass) -> Step:
+    """Scale what attention reads."""
+    return _norm(p, f"RMSNorm, before layer {p.layer}'s attention", "attention_norm")
+
+
+def projections(p: Pass) -> Step:
+    """Make queries, keys and values."""
+    c, kinds = p.config, ("attention.q", "attention.k", "attention.v")
+    shapes = [
+        f"w{x} [{heads}·K, D] = [{n * c.head_dim}, {c.dim}]  ->  {x} [T, {heads}·K] = [{len(p.ids)}, {n * c.head_dim}]"
+        for x, heads, n in (("q", "H", c.n_heads), ("k", "G", c.n_kv_heads), ("v", "G", c.n_kv_heads))
+    ]
+    step = Step(
+        "Queries, keys and values",
+        p.sentences(*kinds),
+        formula=p.formulas(*kinds),
+        shape="\n".join(shapes),
+        tables=(_numbers_table([(kind[-1], p[kind][p.last].reshape(-1)) for kind in kinds], p.last_token),),
+    )
+    return _computed(p, step, kinds, linear.linears, linear.linear)
+
+
+def heads(p: Pass) -> Step:
+    """Cut the rows into heads."""
+    c, kinds = p.config, ("attention.q", "attention.k", "attention.v")
+    share = c.n_heads // c.n_kv_heads
+    if share == 1:
+        sharing = "every head has keys and values of its own."
+    else:
+        sharing = (
+            f"{share} query heads share each key/value head (grouped queries), so that query head {p.head} uses "
+            f"key/value head {p.head} // {share} = {p.group}."
         )
+    rows = [
+        (f"{kind[-1]}, head {head}", p[kind][p.last, head])
+        for kind, head in zip(kinds, (p.head, p.group, p.group), strict=True)
+    ]
+    step = Step(
+        "Heads",
+        f"The long rows are cut into heads of {c.head_dim} numbers, which attend to the text independently; {sharing}",
+        formula="q.reshape(T, H, K),  k.reshape(T, G, K),  v.reshape(T, G, K)",
+        shape=f"q [T, H, K] = {_shape(p['attention.q'])};  k, v [T, G, K] = {_shape(p['attention.k'])}",
+        tables=(_numbers_table(rows, p.last_token),),
+    )
+    return _computed(p, step, kinds, model.split_heads)
 
-    def attention_norm(self) -> Step:
-        each = "Each" if self.layer == 0 else f"After layer {self.layer - 1}, each"
-        return self._norm(
-            f"RMSNorm, before layer {self.layer}'s attention",
-            f"{each} token's numbers are divided by their root mean square, so that their size is 1 whatever came in, "
-            "and each is then multiplied by a learned weight of its own.",
-            "attention_norm",
-            self.before,
-        )
 
-    def projections(self) -> Step:
-        c, name = self.config, self.name + "attention."
-        q, k, v = (self.seen[name + x][self.last].reshape(-1) for x in "qkv")
-        shapes = [
-            f"w{x} [{heads}·K, D] = [{n * c.head_dim}, {c.dim}]  ->  {x} [T, {heads}·K] = [{len(self.ids)}, {n * c.head_dim}]"
-            for x, heads, n in (("q", "H", c.n_heads), ("k", "G", c.n_kv_heads), ("v", "G", c.n_kv_heads))
-        ]
-        return Step(
-            "Queries, keys and values",
-            "Three matrices make three things of each token: a query (what it looks for), a key (what it is found by) and a "
-            "value (what it gives to those who find it).",
-            formula=self._formulas("attention.q", "attention.k", "attention.v"),
-            shape="\n".join(shapes),
-            tables=(_numbers_table([("q", q), ("k", k), ("v", v)], f"the last token, {self.pieces[self.last]}"),),
-            **self._computed([name + "q", name + "k", name + "v"], linear.linears, linear.linear),
-        )
+def frequencies(p: Pass) -> Step:
+    """Give each pair of a head's numbers its speed of rotation."""
+    c, θ = p.config, p.returned["rope_frequencies"]
+    rows: list[tuple[Cell, ...]] = []
+    for j in _some(len(θ), SHOWN + 1):
+        rows.append(("…",) * 4 if j is None else (j, float(θ[j]), 2 * math.pi / float(θ[j]), p.last * float(θ[j])))
+    scaled = "" if c.rope_scaling is None else "; this model's slow pairs are slowed further, for a longer context"
+    return Step(
+        "RoPE: a speed for each pair",
+        "A head's numbers are taken in adjacent pairs, and each pair is a point on a plane that rotates as the position "
+        "grows: pair 0 by one radian per token, the later ones ever more slowly, so that some tell adjacent tokens apart and "
+        f"some whole passages{scaled}.",
+        formula=f"θ_j = theta^(-2j/K),  theta = {c.rope_theta:g},  K = {c.head_dim};  angle = m·θ_j",
+        shape=f"frequencies [K/2] = {_shape(θ)}",
+        tables=(Table(("pair j", "θ_j", "tokens per turn", f"angle at m = {p.last}"), tuple(rows)),),
+        sources=(Source.of(ops.rope_frequencies), Source.of(ops.rope_rotation)),
+        called=_line("norm").calling(ops.rope_frequencies),
+    )
 
-    def split_heads(self) -> Step:
-        c, name = self.config, self.name + "attention."
-        share = c.n_heads // c.n_kv_heads
-        if share == 1:
-            sharing = "every head has keys and values of its own."
-        else:
-            sharing = (
-                f"{share} query heads share each key/value head (grouped queries), so that query head {self.head} uses "
-                f"key/value head {self.head} // {share} = {self.group}."
-            )
-        rows = [
-            (f"q, head {self.head}", self.seen[name + "q"][self.last, self.head]),
-            (f"k, head {self.group}", self.seen[name + "k"][self.last, self.group]),
-            (f"v, head {self.group}", self.seen[name + "v"][self.last, self.group]),
-        ]
-        return Step(
-            "Heads",
-            f"The long rows are cut into heads of {c.head_dim} numbers, which look at the text independently; {sharing}",
-            formula="q.reshape(T, H, K),  k.reshape(T, G, K),  v.reshape(T, G, K)",
-            shape=f"q [T, H, K] = {_shape(self.seen[name + 'q'])};  k, v [T, G, K] = {_shape(self.seen[name + 'k'])}",
-            tables=(_numbers_table(rows, f"the last token, {self.pieces[self.last]}"),),
-            **self._computed([name + "q", name + "k", name + "v"], model.split_heads),
-        )
 
-    def frequencies(self) -> Step:
-        c = self.config
-        θ = self.seen.returned["rope_frequencies"]
-        rows = []
-        for j in _some(len(θ), SHOWN + 1):
-            turns = ("…",) * 4 if j is None else (j, float(θ[j]), 2 * math.pi / float(θ[j]), self.last * float(θ[j]))
-            rows.append(turns)
-        scaled = "" if c.rope_scaling is None else "; this model's slow pairs are slowed further, for a longer context"
-        return Step(
-            "RoPE: a speed for each pair",
-            "A head's numbers are taken in neighbouring pairs, and each pair is a point on a plane that turns as the position "
-            "grows: pair 0 by one radian a token, the later ones ever more slowly, so that some tell neighbours apart and some "
-            f"whole passages{scaled}.",
-            formula=f"θ_j = theta^(-2j/K),  theta = {c.rope_theta:g},  K = {c.head_dim};  angle = m·θ_j",
-            shape=f"frequencies [K/2] = {_shape(θ)}",
-            tables=(Table(("pair j", "θ_j", "tokens a turn", f"angle at m = {self.last}"), tuple(rows)),),
-            sources=(Source.of(ops.rope_frequencies), Source.of(ops.rope_rotation)),
-            called=self._line("norm").calling(ops.rope_frequencies),
-        )
-
-    def rotation(self) -> Step:
-        name, m, j = self.name + "attention.", self.last, min(1, self.config.head_dim // 2 - 1)
-        cos, sin = (x[m, 0, j] for x in self.seen.returned["rope_rotation"])
-        rows = []
-        for what, head in (("q", self.head), ("k", self.group)):
-            for state in ("", "_rope"):
-                x, y = self.seen[name + what + state][m, head, 2 * j : 2 * j + 2]
-                rows.append(
-                    (f"{what} {'after' if state else 'before'}", float(x), float(y), math.hypot(x, y), math.atan2(y, x))
-                )
-        θ = self.seen.returned["rope_frequencies"][j]
-        turn = f"the last token's pair {j}: m·θ = {m} · {θ:.4f} = {m * θ:.4f}, cos {cos:.4f}, sin {sin:.4f}"
-        first = "; at position 0 nothing turns" if m == 0 else ""
-        return Step(
-            "RoPE: one pair followed",
-            "Queries and keys are turned, values are not: turning keeps a pair's length and adds the angle to its direction "
-            "(up to whole turns), so that a query's product with a key sees of their positions only the "
-            f"distance{first}.",
-            formula=f"y[2j] + i·y[2j+1] = (x[2j] + i·x[2j+1]) · e^(i·m·θ_j),  here j = {j}",
-            shape=f"q [T, H, K] = {_shape(self.seen[name + 'q_rope'])},  k [T, G, K] = {_shape(self.seen[name + 'k_rope'])}",
-            tables=(Table(("", f"x[{2 * j}]", f"x[{2 * j + 1}]", "length", "direction"), tuple(rows), turn),),
-            **self._computed([name + "q_rope", name + "k_rope"], ops.rope),
-        )
-
-    def scores(self) -> Step:
-        c, name = self.config, self.name + "attention."
-        q = self.seen[name + "q_rope"][:, [self.head]]
-        keys = self.seen[name + "k_rope"][:, [self.group]].swapaxes(-2, -3)
-        unmasked = ops.attention_scores(q, keys, np.zeros_like(self.seen.returned["causal_mask"]))[0]
-        return Step(
-            "Scores",
-            "Every query is multiplied with every key, and the larger the product, the better they match; the division by √K "
-            "keeps the products from growing with the head's width.",
-            formula=f"scores = q·k / sqrt(K),  sqrt({c.head_dim}) = {math.sqrt(c.head_dim):.4f}",
-            shape=f"q [T, H, K], k [G, S, K]  ->  [H, T, S] = {_shape(self.seen[name + 'scores'])}",
-            tables=(self._square(unmasked, f"head {self.head} before the mask; a row is a query, a column a key"),),
-            sources=(Source.of(ops.query_key_products), Source.of(ops.attention_scores)),
-            called=self._line(name + "scores"),
-        )
-
-    def mask(self) -> Step:
-        name = self.name + "attention.scores"
-        return Step(
-            "The causal mask",
-            "A token may look at itself and at what came before it: minus infinity is added to the scores of all that comes "
-            "after, so that no position sees the answer that it is to predict.",
-            formula="scores + mask,  mask = 0 where the key's position ≤ the query's, else -inf",
-            shape=f"mask [1, T, S] = {_shape(self.seen.returned['causal_mask'])}",
-            tables=(self._square(self.seen[name][self.head], f"head {self.head}, masked"),),
-            taps=(name,),
-            sources=(Source.of(ops.causal_mask), Source.of(ops.attention_scores)),
-            called=self._line("norm").calling(ops.causal_mask),
-        )
-
-    def softmax(self) -> Step:
-        name = self.name + "attention.weights"
-        weights = self.seen[name][self.head]
-        most = np.argsort(-weights[self.last], kind="stable")[:CANDIDATES]
-        looked = tuple((self.pieces[i], int(i), float(weights[self.last, i])) for i in most)
-        return Step(
-            "Softmax",
-            self.rows["attention.weights"].sentence,
-            formula=self._formulas("attention.weights"),
-            shape=f"[H, T, S] = {_shape(self.seen[name])}",
-            tables=(
-                self._square(weights, f"head {self.head}; the last column is the row's sum", sums=True),
-                Table(("piece", "position", "weight"), looked, f"what the last token, {self.pieces[self.last]}, looks at"),
+def rotation(p: Pass) -> Step:
+    """Rotate one pair of a query and of a key."""
+    m, j = p.last, min(1, p.config.head_dim // 2 - 1)
+    cos, sin = (x[m, 0, j] for x in p.returned["rope_rotation"])
+    θ = p.returned["rope_frequencies"][j]
+    rows = []
+    for letter, head in (("q", p.head), ("k", p.group)):
+        for when, kind in (("before", f"attention.{letter}"), ("after", f"attention.{letter}_rope")):
+            x, y = map(float, p[kind][m, head, 2 * j : 2 * j + 2])
+            rows.append((f"{letter} {when}", x, y, math.hypot(x, y), math.atan2(y, x)))
+    kinds = ("attention.q_rope", "attention.k_rope")
+    step = Step(
+        "RoPE: one pair followed",
+        f"{p.sentences(*kinds)} " + ("At position 0 nothing is rotated." if m == 0 else "Values are not rotated."),
+        formula=f"{p.formulas('attention.q_rope')},  here j = {j}",
+        shape=f"q [T, H, K] = {_shape(p['attention.q_rope'])},  k [T, G, K] = {_shape(p['attention.k_rope'])}",
+        tables=(
+            Table(
+                ("", f"x[{2 * j}]", f"x[{2 * j + 1}]", "length", "direction"),
+                tuple(rows),
+                f"the last token's pair {j}: m·θ = {m} · {θ:.4f} = {m * θ:.4f}, cos {cos:.4f}, sin {sin:.4f}",
             ),
-            **self._computed(name, ops.softmax),
-        )
+        ),
+    )
+    return _computed(p, step, kinds, ops.rope)
 
-    def values(self) -> Step:
-        name = self.name + "attention."
-        weights, v = self.seen[name + "weights"][self.head, self.last], self.seen[name + "v"][:, self.group]
-        most = np.argsort(-weights, kind="stable")[:3]
-        rows = [(f"{weights[i]:.3f} · v of {self.pieces[i]}", v[i]) for i in most]
-        rows.append(("sum over all", self.seen[name + "heads"][self.last, self.head]))
-        return Step(
-            "Values, averaged",
-            self.rows["attention.heads"].sentence,
-            formula=self._formulas("attention.heads"),
-            shape=f"[H, T, S], [G, S, K]  ->  [T, H, K] = {_shape(self.seen[name + 'heads'])}",
-            tables=(_numbers_table(rows, f"the last token in head {self.head}, its largest weights first", shown=SHOWN - 1),),
-            **self._computed(name + "heads", ops.attention_heads),
-        )
 
-    def joined(self) -> Step:
-        c, name = self.config, self.name + "attention."
-        width = c.n_heads * c.head_dim
-        rows = [(self.pieces[i], self.seen[name + "out"][i]) if i is not None else None for i in self.shown]
-        return Step(
-            "Heads joined, and wo",
-            f"The {c.n_heads} heads are laid side by side again, and a matrix mixes what they found back to the width of the "
-            "model.",
-            formula=self._formulas("attention.out"),
-            shape=f"[T, H, K]  ->  [T, H·K] = [{len(self.ids)}, {width}]  ->  [T, D] = {_shape(self.seen[name + 'out'])}",
-            tables=(_numbers_table(rows),),
-            **self._computed(name + "out", model.join_heads, linear.linear),
-        )
+def scores(p: Pass) -> Step:
+    """Multiply each query with each key."""
+    kind, K = "attention.scores", p.config.head_dim
+    keys = p["attention.k_rope"][:, [p.group]].swapaxes(-2, -3)
+    no_mask = np.zeros_like(p.returned["causal_mask"])
+    unmasked = ops.attention_scores(p["attention.q_rope"][:, [p.head]], keys, no_mask)[0]
+    return Step(
+        "Scores",
+        "Every query is multiplied with every key, and the larger the product, the better they match; the division by √K "
+        "keeps the products from growing with the head's width.",
+        formula=f"{p.formulas(kind)},  sqrt({K}) = {math.sqrt(K):.4f}",
+        shape=f"q [T, H, K], k [G, S, K]  ->  [H, T, S] = {_shape(p[kind])}",
+        tables=(_square(p, unmasked, f"head {p.head} before the mask; rows: queries, columns: keys"),),
+        sources=(Source.of(ops.query_key_products), Source.of(ops.attention_scores)),
+        called=_line(kind),
+    )
 
-    def attention_residual(self) -> Step:
-        return self._residual("The residual", model.self_attention, "attention_residual")
 
-    def ffn_norm(self) -> Step:
-        return self._norm(
-            "RMSNorm, before the feed-forward",
-            self.rows["ffn_norm"].sentence,
-            "ffn_norm",
-            self.name + "attention_residual",
-        )
+def mask(p: Pass) -> Step:
+    """Hide later positions."""
+    kind = "attention.scores"
+    return Step(
+        "The causal mask",
+        "A token may attend to itself and to what came before it: minus infinity is added to the scores of all that comes "
+        "after, so that no position sees the answer that it is to predict.",
+        formula="mask = 0 where the key's position ≤ the query's, else -inf",
+        shape=f"mask [1, T, S] = {_shape(p.returned['causal_mask'])}",
+        tables=(_square(p, p[kind][p.head], f"head {p.head}, masked"),),
+        taps=(p.name(kind),),
+        sources=(Source.of(ops.causal_mask), Source.of(ops.attention_scores)),
+        called=_line("norm").calling(ops.causal_mask),
+    )
 
-    def swiglu(self) -> Step:
-        c, name = self.config, self.name + "feed_forward."
-        gate, up, act = (self.seen[name + x][self.last] for x in ("gate", "up", "act"))
-        rows = [("gate = w1 x", gate), ("silu(gate)", ops.silu(gate)), ("up = w3 x", up), ("act", act)]
-        return Step(
-            "SwiGLU",
-            f"Now each token is worked on by itself, at a width of {c.ffn_dim}: one matrix makes gates, another makes "
-            "numbers, and each number is multiplied by silu of its gate, which leaves large gates nearly as they are and lets "
-            "through little of negative ones: it is never below -0.28.",
-            formula=self._formulas(*(f"feed_forward.{x}" for x in ("gate", "up", "act"))) + "\nsilu(z) = z / (1 + exp(-z))",
-            shape=f"w1, w3 [F, D] = [{c.ffn_dim}, {c.dim}]  ->  gate, up, act [T, F] = {_shape(self.seen[name + 'act'])}",
-            tables=(_numbers_table(rows, f"the last token, {self.pieces[self.last]}"),),
-            **self._computed([name + "gate", name + "up", name + "act"], linear.linears, ops.silu, ops.swiglu),
-        )
 
-    def ffn_out(self) -> Step:
-        c = self.config
-        title = "Back to the model's width, and the second residual"
-        step = self._residual(title, model.feed_forward, "feed_forward.out", "out")
-        shape = f"w2 [D, F] = [{c.dim}, {c.ffn_dim}]  ->  [T, D] = {_shape(self.seen[self.name + 'out'])}"
-        return Step(**{**vars(step), "shape": shape})
+def softmax(p: Pass) -> Step:
+    """Make weights of the scores."""
+    kind = "attention.weights"
+    weights = p[kind][p.head]
+    most = np.argsort(-weights[p.last], kind="stable")[:CANDIDATES]
+    attended = tuple((p.pieces[i], int(i), float(weights[p.last, i])) for i in most)
+    step = Step(
+        "Softmax",
+        p.sentences(kind),
+        formula=p.formulas(kind),
+        shape=f"[H, T, S] = {_shape(p[kind])}",
+        tables=(
+            _square(p, weights, f"head {p.head}; the last column is the row's sum", sums=True),
+            Table(("piece", "position", "weight"), attended, f"what {p.last_token}, attends to"),
+        ),
+    )
+    return _computed(p, step, (kind,), ops.softmax)
 
-    def layers(self) -> Step:
-        names = [stream_before(i) for i in range(self.config.n_layers + 1)]
-        rows: list[tuple[Cell, ...]] = []
-        for i in _some(len(names), LAYERS_SHOWN):
-            if i is None:
-                rows.append(("…",) * 4)
-                continue
-            x = self.seen[names[i]]
-            rms = np.sqrt(np.mean(np.square(x), axis=-1))
-            rows.append((names[i], float(x[self.last, 0]), float(rms[self.last]), float(np.mean(rms))))
-        return Step(
-            "All the layers",
-            f"The same block runs {self.config.n_layers} times in a loop, with other weights each time, and each layer adds "
-            f"to what runs through, the residual stream, which mostly grows.{self._outlier(names)}",
-            formula=f"for layer in range({self.config.n_layers}):  x = block(x, layer)",
-            shape=f"x [T, D] = {_shape(self.seen[names[-1]])} after every layer",
-            tables=(Table(("after", "last token's x[0]", "its root mean square", "of all tokens"), tuple(rows)),),
-            taps=("layers.N.out",),
-            sources=(Source.of(model.block),),
-            called=self._line("norm").calling(model.block),
-        )
 
-    def _outlier(self, names: list[str]) -> str:
-        """A sentence, where in a line of the table one token makes the mean of all much larger than the last token's."""
-        shown = [names[i] for i in _some(len(names), LAYERS_SHOWN) if i is not None]
-        rms = np.array([np.sqrt(np.mean(np.square(self.seen[name], dtype=np.float64), axis=-1)) for name in shown])  # [., T]
-        line = int(np.argmax(rms.mean(axis=1) / rms[:, self.last]))
-        token, sizes = int(np.argmax(rms[line])), rms[line]
-        if sizes.mean() < 4 * sizes[self.last] or sizes[token] < sizes.sum() / 2:
-            return ""
-        which = "the first" if token == 0 else f"position {token}"
-        return (
-            f" The mean of all tokens is large because of one, {which}, {self.pieces[token]}: after {shown[line]} its own is "
-            f"{sizes[token]:.0f}. Many models have such massive activations (Sun et al. 2024, arXiv:2402.17762)."
-        )
+def values(p: Pass) -> Step:
+    """Average the values by the weights."""
+    kind = "attention.heads"
+    weights, v = p["attention.weights"][p.head, p.last], p["attention.v"][:, p.group]
+    rows = [(f"{weights[i]:.3f} · v of {p.pieces[i]}", v[i]) for i in np.argsort(-weights, kind="stable")[:3]]
+    rows.append(("sum over all", p[kind][p.last, p.head]))
+    step = Step(
+        "Values, averaged",
+        p.sentences(kind),
+        formula=p.formulas(kind),
+        shape=f"[H, T, S], [G, S, K]  ->  [T, H, K] = {_shape(p[kind])}",
+        tables=(_numbers_table(rows, f"the last token in head {p.head}, its largest weights first", shown=SHOWN - 1),),
+    )
+    return _computed(p, step, (kind,), ops.attention_heads)
 
-    def final_norm(self) -> Step:
-        return self._norm("The final RMSNorm", self.rows["norm"].sentence, "norm", stream_before(self.config.n_layers))
 
-    def logits(self) -> Step:
-        c = self.config
-        logits = self.seen["logits"]
-        output = "the embedding itself (tied)" if c.tied_embeddings else "a matrix of its own"
-        letter, row = "E" if c.tied_embeddings else "Output", self.rows["logits"]
-        return Step(
-            "Logits",
-            f"The output matrix is {output}. It gives every token of the vocabulary a score for how well it would follow. "
-            "Row t scores what comes after token t, so one text trains T predictions; the last row predicts what comes next.",
-            formula=f"{row.formula},  {letter} = {row.parameter(c, None)}",
-            shape=f"{letter} [V, D] = [{c.vocab_size}, {c.dim}]  ->  [T, V] = {_shape(logits)}",
-            tables=(self._token_table(logits, f"the scores of ids 0 to {min(SHOWN, c.vocab_size) - 1}"),),
-            **self._computed("logits", linear.linear),
-        )
+def joined(p: Pass) -> Step:
+    """Join the heads and project them to the model's width."""
+    kind, width = "attention.out", p.config.n_heads * p.config.head_dim
+    step = Step(
+        "Heads joined, and wo",
+        p.sentences(kind),
+        formula=p.formulas(kind),
+        shape=f"[T, H, K]  ->  [T, H·K] = [{len(p.ids)}, {width}]  ->  [T, D] = {_shape(p[kind])}",
+        tables=(_token_table(p, p[kind]),),
+    )
+    return _computed(p, step, (kind,), model.join_heads, linear.linear)
 
-    def candidates(self) -> Step:
-        logits = self.seen["logits"][self.last]
-        p = ops.softmax(logits)
-        best = np.argsort(-logits, kind="stable")[:CANDIDATES]
-        rows = tuple((int(i), self._piece(int(i)), float(logits[i]), float(p[i])) for i in best)
-        return Step(
-            "Probabilities",
-            f"Softmax of the last row: how likely each of the {len(logits):,} tokens is to come next; the first "
-            f"{len(best)} have {float(p[best].sum()):.1%} together.",
-            formula="p = softmax(logits[last])",
-            shape=f"[V] = {_shape(p)}, sums to {float(p.sum()):.6f}",
-            tables=(Table(("id", "piece", "logit", "probability"), rows),),
-            taps=("logits",),
-            sources=(Source.of(ops.softmax),),
-        )
 
-    def chosen(self) -> Step:
-        logits = self.seen["logits"][self.last]
-        id = sampling.sample(logits, sampling.Sampling(), np.random.default_rng(0))
-        return Step(
-            "The chosen token",
-            f"Greedily, the likeliest: {self._piece(id)}, id {id}. It is appended, and the pass runs again on that token "
-            "alone: the keys and values of the others are in the cache.",
-            formula="next = argmax(logits[last])",
-            shape=f"[V] = {_shape(logits)}  ->  one id",
-            tables=(Table(("id", "piece", "logit"), ((id, self._piece(id), float(logits[id])),)),),
-            taps=("logits",),
-            sources=(Source.of(sampling.sample), Source.of(model.KVCache.update)),
-        )
+def attention_residual(p: Pass) -> Step:
+    """Add attention's output to the residual stream."""
+    return _residual(p, "The residual", model.self_attention, "attention_residual")
 
-    # What several steps have in common.
 
-    def _computed(self, taps: str | list[str], *functions) -> dict[str, object]:
-        taps = [taps] if isinstance(taps, str) else taps
-        sources = tuple(Source.of(function) for function in functions)
-        return {"taps": tuple(taps), "sources": sources, "called": self._line(taps[0]).calling(functions[0])}
+def ffn_norm(p: Pass) -> Step:
+    """Scale what the feed-forward reads."""
+    return _norm(p, "RMSNorm, before the feed-forward", "ffn_norm")
 
-    def _line(self, name: str) -> Source:
-        """The line of model.py that has the activation of the chosen layer, or of none."""
-        return computed_at()[name.removeprefix(self.name)]
 
-    def _piece(self, id: int, cells: int = LABEL_CELLS) -> str:
-        return label(self.model.tokenizer.piece(id), cells) if self.model.tokenizer else f"#{id}"
+def swiglu(p: Pass) -> Step:
+    """Let the gate projection decide what passes of the up projection."""
+    c, kinds = p.config, ("feed_forward.gate", "feed_forward.up", "feed_forward.act")
+    gate, up, act = (p[kind][p.last] for kind in kinds)
+    rows = [("gate = w1 x", gate), ("silu(gate)", ops.silu(gate)), ("up = w3 x", up), ("act", act)]
+    step = Step(
+        "SwiGLU",
+        p.sentences(*kinds),
+        formula=p.formulas(*kinds) + "\nsilu(z) = z / (1 + exp(-z)), nearly z for a large z and never below -0.28",
+        shape=f"w1, w3 [F, D] = [{c.ffn_dim}, {c.dim}]  ->  gate, up, act [T, F] = {_shape(p['feed_forward.act'])}",
+        tables=(_numbers_table(rows, p.last_token),),
+    )
+    return _computed(p, step, kinds, linear.linears, ops.silu, ops.swiglu)
 
-    def _formulas(self, *kinds: str) -> str:
-        """The formulas of the activation table, beside each other."""
-        return ",  ".join(self.rows[kind].formula for kind in kinds)
 
-    def _norm(self, title: str, sentence: str, kind: str, before: str) -> Step:
-        after, of = self.rows[kind].full_name(self.layer), "h" if kind == "ffn_norm" else "x"
-        x, y, eps = self.seen[before][self.last], self.seen[after][self.last], self.config.norm_eps
-        rows = [(of, x), ("weight", self.model.params[after + ".weight"]), ("y", y)]
-        size = f"the last token, {self.pieces[self.last]}: sqrt(mean({of}²)) = {np.sqrt(np.mean(np.square(x))):.4f}"
-        return Step(
-            title,
-            sentence,
-            formula=f"{self._formulas(kind)},  eps = {eps:g}",
-            shape=f"{of} [T, D], weight [D]  ->  y [T, D] = {_shape(self.seen[after])}",
-            tables=(_numbers_table(rows, size),),
-            **self._computed(after, ops.rms_norm),
-        )
+def feed_forward_residual(p: Pass) -> Step:
+    """Project to the model's width and add the output to the residual stream."""
+    c, title = p.config, "Back to the model's width, and the second residual"
+    step = _residual(p, title, model.feed_forward, "feed_forward.out", "out")
+    return replace(step, shape=f"w2 [D, F] = [{c.dim}, {c.ffn_dim}]  ->  {step.shape}")
 
-    def _residual(self, title: str, function: Callable, *kinds: str) -> Step:
-        """The last of the kinds is the sum; the function makes what is added."""
-        row = self.rows[kinds[-1]]
-        names = [self.before if name == STREAM else self.name + name for name in (*row.inputs, row.name)]
-        left, stream, added = re.fullmatch(r"(\S+) = (\S+) \+ (\S+)", row.formula).groups()
-        rows = [
-            (label, self.seen[name][self.last]) for label, name in zip((stream, f"+ {added}", f"= {left}"), names, strict=True)
-        ]
-        return Step(
-            title,
-            " ".join(self.rows[kind].sentence for kind in kinds),
-            formula=self._formulas(*kinds),
-            shape=f"[T, D] = {_shape(self.seen[names[-1]])}",
-            tables=(_numbers_table(rows, f"the last token, {self.pieces[self.last]}", shown=SHOWN - 1),),
-            **self._computed(names[-1], function),
-        )
 
-    def _token_table(self, x: np.ndarray, caption: str = "") -> Table:
-        return _numbers_table([(self.pieces[i], x[i]) if i is not None else None for i in self.shown], caption)
+def layers(p: Pass) -> Step:
+    """Follow the residual stream through all layers."""
+    names = [stream_before(i) for i in range(p.config.n_layers + 1)]
+    rows: list[tuple[Cell, ...]] = []
+    for i in _some(len(names), LAYERS_SHOWN):
+        if i is None:
+            rows.append(("…",) * 4)
+            continue
+        x = p.taps[names[i]]
+        rms = np.sqrt(np.mean(np.square(x), axis=-1))
+        rows.append((names[i], float(x[p.last, 0]), float(rms[p.last]), float(np.mean(rms))))
+    return Step(
+        "All the layers",
+        f"The same block runs {p.config.n_layers} times in a loop, with other weights each time, and each layer adds "
+        f"to what runs through, the residual stream, which mostly grows.{_outlier(p, names)}",
+        formula=f"for layer in range({p.config.n_layers}):  x = block(x, layer)",
+        shape=f"x [T, D] = {_shape(p.taps[names[-1]])} after every layer",
+        tables=(Table(("after", "last token's x[0]", "its root mean square", "of all tokens"), tuple(rows)),),
+        taps=("layers.N.out",),
+        sources=(Source.of(model.block),),
+        called=_line("norm").calling(model.block),
+    )
 
-    def _square(self, x: np.ndarray, caption: str, sums: bool = False) -> Table:
-        """Some tokens against the same.    x [T, S]"""
-        names = [self._piece(self.ids[i], HEADING_CELLS) if i is not None else "…" for i in self.shown]
-        rows = []
-        for i in self.shown:
-            row = [float(x[i, j]) if i is not None and j is not None else "…" for j in self.shown]
-            rows.append(
-                (
-                    self.pieces[i] if i is not None else "…",
-                    *row,
-                    *([float(x[i].sum()) if i is not None else "…"] if sums else []),
-                )
-            )
-        return Table(("", *names, *(["sum"] if sums else [])), tuple(rows), caption)
+
+def final_norm(p: Pass) -> Step:
+    """Scale the residual stream once more."""
+    return _norm(p, "The final RMSNorm", "norm")
+
+
+def logits(p: Pass) -> Step:
+    """Score every token of the vocabulary."""
+    c, row = p.config, p.rows["logits"]
+    letter, output = ("E", "the embedding itself (tied)") if c.tied_embeddings else ("Output", "a matrix of its own")
+    step = Step(
+        "Logits",
+        f"{row.sentence} The output matrix is {output}. Row t scores what comes after token t, so one text trains T "
+        "predictions; the last row predicts what comes next.",
+        formula=f"{row.formula},  {letter} = {row.parameter(c, None)}",
+        shape=f"{letter} [V, D] = [{c.vocab_size}, {c.dim}]  ->  [T, V] = {_shape(p['logits'])}",
+        tables=(_token_table(p, p["logits"], f"the scores of ids 0 to {min(SHOWN, c.vocab_size) - 1}"),),
+    )
+    return _computed(p, step, ("logits",), linear.linear)
+
+
+def candidates(p: Pass) -> Step:
+    """Make probabilities of the last row of the logits."""
+    row = p["logits"][p.last]
+    probabilities = ops.softmax(row)
+    best = np.argsort(-row, kind="stable")[:CANDIDATES]
+    rows = tuple((int(i), p.piece(int(i)), float(row[i]), float(probabilities[i])) for i in best)
+    return Step(
+        "Probabilities",
+        f"Softmax of the last row: how likely each of the {len(row):,} tokens is to come next; the first "
+        f"{len(best)} have {float(probabilities[best].sum()):.1%} together.",
+        formula="p = softmax(logits[last])",
+        shape=f"[V] = {_shape(probabilities)}, sums to {float(probabilities.sum()):.6f}",
+        tables=(Table(("id", "piece", "logit", "probability"), rows),),
+        taps=("logits",),
+        sources=(Source.of(ops.softmax),),
+    )
+
+
+def choice(p: Pass) -> Step:
+    """Choose the likeliest token."""
+    row = p["logits"][p.last]
+    id = sampling.sample(row, sampling.Sampling(), np.random.default_rng(0))
+    return Step(
+        "The chosen token",
+        f"Greedily, the likeliest: {p.piece(id)}, id {id}. It is appended, and the pass runs again on that token "
+        "alone: the keys and values of the others are in the cache.",
+        formula="next = argmax(logits[last])",
+        shape=f"[V] = {_shape(row)}  ->  one id",
+        tables=(Table(("id", "piece", "logit"), ((id, p.piece(id), float(row[id])),)),),
+        taps=("logits",),
+        sources=(Source.of(sampling.sample), Source.of(model.KVCache.update)),
+    )
+
+
+STEPS: tuple[Callable[[Pass], Step], ...] = (
+    prompt,
+    embeddings,
+    attention_norm,
+    projections,
+    heads,
+    frequencies,
+    rotation,
+    scores,
+    mask,
+    softmax,
+    values,
+    joined,
+    attention_residual,
+    ffn_norm,
+    swiglu,
+    feed_forward_residual,
+    layers,
+    final_norm,
+    logits,
+    candidates,
+    choice,
+)
+
+
+# -------------------------------------------------------------------------------------------- what several steps have in common
+
+
+def _computed(p: Pass, step: Step, kinds: Sequence[str], *functions: Callable) -> Step:
+    """Add to a step its activations, the functions that compute them, and the line that calls the first function."""
+    return replace(
+        step,
+        taps=tuple(map(p.name, kinds)),
+        sources=tuple(map(Source.of, functions)),
+        called=_line(kinds[0]).calling(functions[0]),
+    )
+
+
+def _line(kind: str) -> Source:
+    """Return the line of model.py that computes an activation."""
+    return computed_at()[kind]
+
+
+def _norm(p: Pass, title: str, kind: str) -> Step:
+    row = p.rows[kind]
+    [before] = row.inputs
+    stream = p[before] if row.in_layer else p.taps[stream_before(p.config.n_layers)]
+    x, letter = stream[p.last], "h" if kind == "ffn_norm" else "x"
+    weight = linear.widen(p.model.params[row.parameter(p.config, p.layer)])
+    rms = np.sqrt(np.mean(np.square(x)))
+    step = Step(
+        title,
+        row.sentence,
+        formula=f"{row.formula},  eps = {p.config.norm_eps:g}",
+        shape=f"{letter} [T, D], weight [D]  ->  y [T, D] = {_shape(p[kind])}",
+        tables=(
+            _numbers_table(
+                [(letter, x), ("weight", weight), ("y", p[kind][p.last])],
+                f"{p.last_token}: sqrt(mean({letter}²)) = {rms:.4f}",
+            ),
+        ),
+    )
+    return _computed(p, step, (kind,), ops.rms_norm)
+
+
+def _residual(p: Pass, title: str, function: Callable, *kinds: str) -> Step:
+    """Tell of a sum, the last of the kinds; the function makes what is added."""
+    row = p.rows[kinds[-1]]
+    left, _, right = row.formula.partition(" = ")
+    stream, _, added = right.partition(" + ")
+    labels = (stream, f"+ {added}", f"= {left}")
+    rows = [(label, p[kind][p.last]) for label, kind in zip(labels, (*row.inputs, row.name), strict=True)]
+    step = Step(
+        title,
+        p.sentences(*kinds),
+        formula=p.formulas(*kinds),
+        shape=f"[T, D] = {_shape(p[row.name])}",
+        tables=(_numbers_table(rows, p.last_token, shown=SHOWN - 1),),
+    )
+    return _computed(p, step, (row.name,), function)
+
+
+def _outlier(p: Pass, names: Sequence[str]) -> str:
+    """Return a sentence, where in a line of the table one token makes the mean of all much larger than the last token's."""
+    shown = [names[i] for i in _some(len(names), LAYERS_SHOWN) if i is not None]
+    rms = np.array([np.sqrt(np.mean(np.square(p.taps[name], dtype=np.float64), axis=-1)) for name in shown])  # [., T]
+    line = int(np.argmax(rms.mean(axis=1) / rms[:, p.last]))
+    token, sizes = int(np.argmax(rms[line])), rms[line]
+    if sizes.mean() < 4 * sizes[p.last] or sizes[token] < sizes.sum() / 2:
+        return ""
+    which = "the first" if token == 0 else f"position {token}"
+    return (
+        f" The mean of all tokens is large because of one, {which}, {p.pieces[token]}: after {shown[line]} its own is "
+        f"{sizes[token]:.0f}. Many models have such massive activations (Sun et al. 2024, arXiv:2402.17762)."
+    )
+
+
+def _token_table(p: Pass, x: Array, caption: str = "") -> Table:
+    return _numbers_table([(p.pieces[i], x[i]) if i is not None else None for i in p.shown], caption)
+
+
+def _square(p: Pass, x: Array, caption: str, sums: bool = False) -> Table:
+    """Show some tokens against the same.    x [T, S]"""
+    names = [p.piece(p.ids[i], HEADING_CELLS) if i is not None else "…" for i in p.shown]
+    rows: list[tuple[Cell, ...]] = []
+    for i in p.shown:
+        if i is None:
+            rows.append(("…",) * (1 + len(names) + sums))
+            continue
+        cells: list[Cell] = [float(x[i, j]) if j is not None else "…" for j in p.shown]
+        rows.append((p.pieces[i], *cells, *([float(x[i].sum())] if sums else [])))
+    return Table(("", *names, *(["sum"] if sums else [])), tuple(rows), caption)
 
 
 def _some(n: int, most: int) -> list[int | None]:
-    """Indices below n: all, or the first and the last with None for those left out between."""
+    """Return indices below n: all, or the first and the last with None for those left out between."""
     if n <= most:
         return list(range(n))
     tail = most // 2
     return [*range(most - tail), None, *range(n - tail, n)]
 
 
-def _shape(x: np.ndarray) -> str:
+def _shape(x: Array) -> str:
     return str(list(x.shape))
 
 
-def _numbers_table(rows: Sequence[tuple[str, np.ndarray] | None], caption: str = "", shown: int = SHOWN) -> Table:
-    """The first numbers of rows that are as long as each other; None is a row left out."""
+def _numbers_table(rows: Sequence[tuple[str, Array] | None], caption: str = "", shown: int = SHOWN) -> Table:
+    """Show the first numbers of rows that are as long as each other; None is a row left out."""
     width = next(len(row[1]) for row in rows if row is not None)
     n = min(width, shown)
     more = ("…",) if width > n else ()

@@ -89,7 +89,7 @@ def test_a_pipe_is_written_to_and_stays(tmp_path):
 
 WRITER = """
 import sys, time
-from npllama.atomic import new_file
+from npllama.checkpoint.atomic import new_file
 with new_file(sys.argv[1]) as file:
     file.write(b"half")
     file.flush()

@@ -394,7 +394,8 @@ def test_a_folder_that_is_replaced_while_it_is_opened(tmp_path, tensor, monkeypa
 SLOW_WRITER = """
     import os, signal, sys, time
     from pathlib import Path
-    from npllama import atomic, checkpoint
+    from npllama import checkpoint
+    from npllama.checkpoint import atomic
     from test_checkpoint import write
     moment, target, force = sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "force"
     def wait():

@@ -53,7 +53,7 @@ def assert_equal_models(folders: list[Path]) -> None:
 @pytest.mark.parametrize("name", tiny.CONFIGS)
 def test_meta_hugging_face_and_gguf_give_the_same_bits(tmp_path, name, quick_conversion):
     pytest.importorskip("gguf", reason="gguf is not installed")
-    from npllama_convert.export import to_meta
+    from to_meta import to_meta
 
     config = tiny.CONFIGS[name]
     params = tiny.random_params(config, seed=8)
@@ -157,7 +157,7 @@ def test_the_command_line_says_it_in_one_line_and_ends_with_2(tmp_path, capsys):
 
 @pytest.mark.torch
 def test_linear_scaling_can_not_be_said_in_meta_s_words(tmp_path, quick_conversion):
-    from npllama_convert.export import to_meta
+    from to_meta import to_meta
 
     config = tiny.config(n_layers=1, rope_scaling=LinearRopeScaling(2.0))
     convert(foreign.write_hf(tmp_path / "src", config, PARAMS), tmp_path / "m")
@@ -364,7 +364,7 @@ def test_a_revision_and_the_older_weights(tmp_path, hub):
 
 @pytest.mark.torch
 def test_the_folder_in_meta_s_form(tmp_path, hub):
-    from npllama_convert.export import to_meta
+    from to_meta import to_meta
 
     convert(foreign.write_hf(tmp_path / "src", CONFIG, PARAMS), tmp_path / "hf")
     to_meta(tmp_path / "hf", tmp_path / "meta-src")

@@ -340,7 +340,7 @@ def test_convert_quantizes_what_every_reader_reads(tmp_path, kind):
     params = tiny.random_params(config, seed=5)
     src = tmp_path / "src"
     if kind == "meta":
-        from npllama_convert.export import to_meta
+        from to_meta import to_meta
 
         with checkpoint.create(tmp_path / "plain", config, "bfloat16", {}) as writer:
             for name, array in params.items():
@@ -369,8 +369,7 @@ def test_convert_quantizes_what_every_reader_reads(tmp_path, kind):
 @pytest.mark.torch
 def test_the_way_back_to_torch_has_the_widened_numbers(tmp_path):
     import torch
-
-    from npllama_convert.export import to_meta
+    from to_meta import to_meta
 
     params = write(tmp_path / "m")
     to_meta(tmp_path / "m", tmp_path / "meta")

@@ -223,7 +223,7 @@ def test_no_input_is_changed():
 SIDE_BY_SIDE = """
 import sys, threading, time
 import numpy as np
-from npllama.linear import linear
+from npllama.engine.linear import linear
 random = np.random.default_rng(0)
 weight = np.asfortranarray(random.standard_normal((1024, 192)).astype(np.float32))
 end, wrong = time.monotonic() + 2, []

@@ -210,10 +210,10 @@ def test_a_mapping_without_address_space_says_what_it_needs(tmp_path, monkeypatc
         for name, x in tiny.random_params(config, seed=1).items():
             writer.add(name, x)
 
-    def full(file, mode):
+    def full(*args):
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
-    monkeypatch.setattr(np.lib.format, "open_memmap", full)
+    monkeypatch.setattr(np, "memmap", full)
     with pytest.raises(
         checkpoint.CheckpointError, match=r"\.npy: Cannot allocate memory: 0\.1 MB of address space are needed$"
     ):

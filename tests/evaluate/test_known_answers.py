@@ -11,7 +11,7 @@ import pytest
 
 import npllama
 from npllama.checkpoint import demo_path
-from npllama.cli import main
+from npllama.cli import main, options
 from npllama.evaluate import known_answers
 from npllama.evaluate.known_answers import STORY, Answer, KnownModel
 from npllama_convert.meta import resolve
@@ -171,7 +171,7 @@ def test_check_finds_a_wrong_rope_theta(stand_in, monkeypatch, capsys):
     stand_in()
     model = npllama.load()
     model.config = dataclasses.replace(model.config, rope_theta=model.config.rope_theta * 2)
-    monkeypatch.setattr(npllama.cli, "load", lambda *args: model)
+    monkeypatch.setattr(options, "load", lambda *args: model)
     assert main(["check", "model"]) == 1
     assert "FAILED  the first logits" in capsys.readouterr().out
 
@@ -179,7 +179,7 @@ def test_check_finds_a_wrong_rope_theta(stand_in, monkeypatch, capsys):
 def test_check_puts_a_question_in_the_model_s_own_format(stand_in, monkeypatch, capsys):
     model = npllama.load()
     model.generation = {"chat_format": "llama3", "system": "Be brief."}
-    monkeypatch.setattr(npllama.cli, "load", lambda *args: model)
+    monkeypatch.setattr(options, "load", lambda *args: model)
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "ROMEO:"}]
     ids = npllama.chat.encode_llama3(model.tokenizer, messages)
     stand_in(chat=True, ids=tuple(ids), next_token=None, logits=(), text=None)

@@ -118,7 +118,7 @@ def test_the_embedded_models_shape_fits_two_megabytes(tmp_path):
     config = tiny.config(dim=192, n_layers=6, n_heads=6, n_kv_heads=2, head_dim=32, ffn_dim=512, vocab_size=2256)
     model = SimpleNamespace(config=config, params=tiny.random_params(config, seed=1))
     lines = []
-    write_golden(model, tiny.random_tokens(config, 2, 12), tmp_path / "g", say=lines.append)
+    write_golden(model, tiny.random_tokens(config, 2, 12), tmp_path / "g", report=lines.append)
     total = sum(file.stat().st_size for file in (tmp_path / "g").rglob("*") if file.is_file())
     assert total < 2_000_000
     assert lines == [f"105 activations, 1.3 MB, to {tmp_path / 'g'}"]

@@ -272,13 +272,13 @@ def test_numbers_that_are_not_finite_are_counted_and_json_stays_json(tmp_path):
 def test_the_size_is_said_before_and_is_right(tmp_path, storage, precision):
     lines = []
 
-    def say(line):
+    def report(line):
         assert not [*tmp_path.rglob("*.npy"), *tmp_path.rglob("*.f32")]
         lines.append(line)
 
     selection, precision = Selection(taps=("*out", "*scores", "logits")), Precision(precision)
     arguments = {"precision": precision, "selection": selection, "storage": storage}
-    trace = write_trace(MODEL, [[5, 9, 2]], tmp_path / "t", steps=2, say=say, **arguments)
+    trace = write_trace(MODEL, [[5, 9, 2]], tmp_path / "t", steps=2, report=report, **arguments)
     found = [(trace.path / entry["file"]).stat().st_size for entry in trace.meta["activations"].values()]
     assert (len(found), sum(found)) == trace_size(CONFIG, [[5, 9, 2]], 2, **arguments)
     assert len(lines) == 1
@@ -426,7 +426,7 @@ def test_a_changed_number_is_told_by_its_hash(trace_path):
 def test_more_than_the_context_holds_is_refused_before_the_size_is_said(tmp_path):
     lines = []
     with pytest.raises(ValueError, match="513 tokens do not fit the model's context of 512"):
-        write_trace(MODEL, [1] * 500, tmp_path / "t", steps=13, say=lines.append)
+        write_trace(MODEL, [1] * 500, tmp_path / "t", steps=13, report=lines.append)
     assert not lines
     assert len(record(MODEL, [[-1, -1, 5]], steps=3 * [1], selection=Selection(taps=("norm",)))) == 4
 

@@ -1,4 +1,4 @@
-"""A model whose every token is text that would end a page's script, were it not escaped."""
+"""A model whose tokens are a text that would break a page which doesn't escape it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ class HostileTokenizer:
 
     vocab_size, silent_ids, special_tokens = 10**6, frozenset(), {}
 
-    def token_bytes(self, id, opening):
+    def token_bytes(self, id: int, opening: bool) -> bytes:
+        """Return the bytes of any token."""
         return HOSTILE.encode()
 
 
 def hostile_model() -> Model:
+    """Load the embedded model with that tokenizer."""
     model = load()
     model.__dict__["tokenizer"] = HostileTokenizer()
     return model

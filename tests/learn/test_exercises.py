@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 from npllama.cli import main
+from npllama.golden.mistakes import MISTAKES
 from npllama.learn import grading
 from npllama.learn.exercises import EXERCISES, find
 from npllama.learn.grading import check, file_name, judge, outputs, results, same, start
 
-from system import full_disk, hear_signals
+from system import ROOT, full_disk, hear_signals
 
 NAMES = [exercise.name for exercise in EXERCISES]
 
@@ -259,6 +260,11 @@ def test_there_are_ten_from_softmax_to_the_cache():
     assert len(set(NAMES)) == 10
 
 
+def test_each_has_a_file_of_its_name():
+    folder = ROOT / "npllama" / "learn" / "exercises"
+    assert sorted(path.stem for path in folder.glob("*.py")) == sorted(["__init__", "exercise", *NAMES])
+
+
 @pytest.mark.parametrize("exercise", EXERCISES, ids=NAMES)
 def test_the_real_one_exists(exercise):
     module, *path = exercise.real.split(".")
@@ -288,20 +294,26 @@ def test_a_solution_passes(tmp_path, name):
 
 
 @pytest.mark.parametrize("exercise", EXERCISES, ids=NAMES)
+def test_its_mistakes_are_all_of_the_list_that_are_in_this_function(exercise):
+    """In the list's order, as the first of several that explain the same numbers is named."""
+    assert exercise.mistakes == tuple(mistake.name for mistake in MISTAKES.values() if mistake.function(exercise.name))
+    assert len(exercise.hints) == len(exercise.mistakes) >= 3
+
+
+@pytest.mark.parametrize("exercise", EXERCISES, ids=NAMES)
 def test_every_mistake_is_wrong_and_gets_its_own_hint(exercise):
-    for mistake in exercise.mistakes:
+    for hint, wrong in exercise.hints.items():
         with np.errstate(all="ignore"):
-            outcome = judge(exercise, results(exercise, mistake.function, grading.Path("x.py")))
+            found = results(exercise, lambda *a, wrong=wrong: wrong(*a, *exercise.rest), grading.Path("x.py"))
+            outcome = judge(exercise, found)
         assert not outcome.passed
-        assert outcome.hint == mistake.hint
-    hints = [mistake.hint for mistake in exercise.mistakes]
-    assert len(set(hints)) == len(hints)
+        assert outcome.hint == hint
 
 
 @pytest.mark.parametrize("exercise", EXERCISES, ids=NAMES)
 def test_no_two_mistakes_look_alike(exercise):
     """Else one's hint would be given for the other."""
-    functions = [exercise.reference, *(mistake.function for mistake in exercise.mistakes)]
+    functions = [exercise.reference, *exercise.hints.values()]
     for a, b in itertools.combinations([outputs(exercise, function) for function in functions], 2):
         assert not all(map(same, a, b))
 

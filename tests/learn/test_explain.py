@@ -75,7 +75,7 @@ def test_every_activation_has_its_step_with_shape_line_and_code(model):
             (step["call"]["where"], step["call"]["line"]),
             *((code["where"], code["source"].splitlines()[0]) for code in step["code"]),
         ]:
-            file, line = re.match(r"npllama/(\w+\.py):(\d+)", where).groups()
+            file, line = re.match(r"npllama/([\w/]+\.py):(\d+)", where).groups()
             with open(source + file, encoding="utf-8") as lines:
                 assert lines.read().splitlines()[int(line) - 1].strip() == expected.strip()
     assert {step["kind"] for step in data["steps"]} == {

@@ -87,7 +87,7 @@ def opened(browser, file):
 
 
 def looks(page) -> list[tuple[str, int, float]]:
-    """The table of what the chosen token looks at."""
+    """Read the table of the tokens that the chosen one attends to."""
     rows = page.locator("#looks-table tbody tr").all_inner_texts()
     return [(token, int(at), float(weight.rstrip("%\u00a0 "))) for token, at, weight in (row.split("\t") for row in rows)]
 
@@ -143,7 +143,7 @@ def test_the_sliders_compute_what_sampling_does(opened, recording):
         assert summary.startswith(f"{np.count_nonzero(expected):,} of {len(logits):,} tokens can be drawn")
 
 
-def test_hover_shows_what_a_token_looks_at(opened, model, ids, recording):
+def test_hover_shows_what_a_token_attends_to(opened, model, ids, recording):
     page, labels = opened(), token_labels(model.tokenizer, ids)
     for token in (3, len(ids) - 1, 0):
         page.locator("#tokens button").nth(token).hover()
@@ -163,7 +163,7 @@ def test_hover_shows_what_a_token_looks_at(opened, model, ids, recording):
     page.wait_for_function("state.token === 5")
     assert same(looks(page), expected_looks(recording, labels, 0, 0, row))
     weight = recording["layers.0.attention.weights"][0, row, column]
-    tip = f"{labels[row]} ({row}) looks at {labels[column]} ({column}): {100 * weight:.1f}%"
+    tip = f"{labels[row]} ({row}) attends to {labels[column]} ({column}): {100 * weight:.1f}%"
     page.get_by_text(tip).wait_for(state="visible")
 
 

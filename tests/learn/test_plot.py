@@ -165,7 +165,7 @@ def test_rope_says_how_far_each_pair_turns(model):
     unscaled, scaled = (line.get_ydata() for line in figure.axes[-1].lines[:2])
     assert np.array_equal(scaled, frequencies)
     assert [line.get_xdata().tolist() for line in figure.axes[-1].lines[:2]] == [list(range(len(frequencies)))] * 2
-    assert any(text.startswith("RoPE turns the query at position 8 (") for text in texts(figure))
+    assert any(text.startswith("RoPE rotates the query at position 8 (") for text in texts(figure))
     assert (unscaled >= scaled).all()
     assert unscaled[-1] == pytest.approx(8 * scaled[-1])  # Llama 3.1's factor
 

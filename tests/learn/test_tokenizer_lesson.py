@@ -50,7 +50,7 @@ def test_the_sentence_meets_every_alternative():
     assert ("123", 2) in parts
     assert (":\n", 3) in parts
     assert ("\n", 4) in parts
-    assert parts[4:7] == [(" ", 5), (" ", 6), ("42", 2)]  # of two blanks before a number the last is no word's
+    assert parts[4:7] == [(" ", 5), (" ", 6), ("42", 2)]  # of two spaces before a number the last is no word's
 
 
 def check_ids(tokenizer, texts) -> int:

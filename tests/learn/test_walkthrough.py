@@ -20,7 +20,7 @@ from npllama.checkpoint import Model
 from npllama.cli import main
 from npllama.learn import lesson
 from npllama.learn.lesson import Source, Step, Table, cell_width
-from npllama.learn.walkthrough import walkthrough
+from npllama.learn.walkthrough import Pass, walkthrough
 from npllama.model import forward
 
 from system import ROOT
@@ -187,8 +187,13 @@ def definitions(file: str) -> dict[str, int]:
 
 def check_source(source: Source) -> None:
     module, _, name = source.name.partition(".")
-    assert source.file == f"npllama/{module}.py"
+    assert source.file in files(module)
     assert definitions(source.file)[name] == source.line, source
+
+
+def files(module: str) -> list[str]:
+    """Every file of the package that is the source of a module of this name, as a lesson names it."""
+    return [path.relative_to(ROOT).as_posix() for path in (ROOT / "npllama").rglob(f"{module}.py")]
 
 
 def test_sources_point_at_the_functions(demo):
@@ -200,6 +205,9 @@ def test_sources_point_at_the_functions(demo):
     named = {source.name for step in steps for source in step.sources}
     public = {f"ops.{name}" for name in definitions("npllama/ops.py")}
     assert public <= named, "a formula of ops.py is in no step"
+    assert {source.file for step in steps for source in step.sources if source.name.startswith("linear.")} == {
+        "npllama/engine/linear.py"
+    }
 
 
 def test_the_line_is_the_one_that_calls_the_function(demo):
@@ -364,14 +372,12 @@ def test_markdown_has_every_cell_and_nothing_that_breaks_a_table(demo):
 
 
 def test_it_costs_no_more_memory_than_a_layer(demo):
-    """Of the layers that are not looked into only `out` is kept."""
-    from npllama.learn.walkthrough import WatchedPass
-
-    seen = WatchedPass(demo.params, demo.config, [2000, 5], 2, None)
+    """Of the layers that are not shown only `out` is kept."""
+    seen = Pass(demo, [2000, 5], layer=2)
     others = {name for name in seen.taps if name.startswith("layers.") and not name.startswith("layers.2.")}
     assert others == {f"layers.{i}.out" for i in (0, 1, 3, 4, 5)}
     logits = forward(demo.params, demo.config, [2000, 5])
-    np.testing.assert_array_equal(seen["logits"], logits)  # to be watched changes nothing
+    np.testing.assert_array_equal(seen["logits"], logits)  # a tap changes nothing
 
 
 # -------------------------------------------------------------------------------------------------------------- command line

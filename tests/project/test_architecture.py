@@ -44,12 +44,14 @@ ORDER = [
     "golden.precision",
     "golden.trace",
     "golden.bundle",
+    "golden.mistakes",
     "golden.compare.names",
     "golden.compare.metrics",
     "golden.compare.inputs",
     "golden.compare.maps",
     "golden.compare.noise",
     "golden.compare.judging",
+    "golden.compare.angles",
     "golden.compare.hints",
     "golden.compare.comparison",
     "golden.compare.text",
@@ -64,6 +66,17 @@ ORDER = [
     "learn.lesson",
     "learn.walkthrough",
     "learn.tokenizer_lesson",
+    "learn.exercises.exercise",
+    "learn.exercises.softmax",
+    "learn.exercises.rms_norm",
+    "learn.exercises.rope_frequencies",
+    "learn.exercises.rope",
+    "learn.exercises.causal_mask",
+    "learn.exercises.attention_scores",
+    "learn.exercises.attention_heads",
+    "learn.exercises.swiglu",
+    "learn.exercises.probabilities",
+    "learn.exercises.cache_update",
     "learn.exercises",
     "learn.grading",
     "learn.lens",
@@ -71,11 +84,33 @@ ORDER = [
     "learn.explain",
     "learn",
     "cli.console",
+    "cli.options",
     "cli.chat_loop",
+    "cli.convert",
+    "cli.fetch",
+    "cli.models",
+    "cli.generate",
+    "cli.chat",
+    "cli.logits",
+    "cli.trace",
+    "cli.capture",
+    "cli.golden",
+    "cli.compare",
+    "cli.walkthrough_tokenizer",
+    "cli.walkthrough",
+    "cli.plot",
+    "cli.explain",
+    "cli.tokenize",
+    "cli.perplexity",
+    "cli.info",
+    "cli.verify",
+    "cli.check",
+    "cli.exercise",
     "cli",
     "__init__",
     "__main__",
 ]
+CONVERTER_USERS = {"cli.convert", "cli.fetch", "cli.models", "cli.capture"}
 HEAVY = {"torch", "transformers", "tiktoken", "sentencepiece", "tokenizers", "blobfile", "matplotlib", "bokeh", "tqdm"} | {
     "npllama_convert"
 }
@@ -125,7 +160,7 @@ def test_imports_point_upward(name):
 @pytest.mark.parametrize("name", FILES)
 def test_nothing_heavy_at_the_top_and_no_torch_anywhere(name):
     assert not imports(FILES[name], top_level_only=True) & HEAVY
-    allowed = {"npllama_convert"} if name.startswith("cli") else set()
+    allowed = {"npllama_convert"} if name in CONVERTER_USERS else set()
     assert imports(FILES[name]) & {"torch", "transformers", "npllama_convert"} <= allowed
 
 
@@ -215,6 +250,16 @@ def test_import_brings_numpy_and_nothing_heavy():
     loaded = run(code).split()
     assert "numpy" in loaded
     assert not HEAVY & set(loaded)
+
+
+def test_the_command_line_starts_without_what_one_command_needs():
+    """Its parsers are built for every command, so `npllama --help` and `npllama info` would pay for all of them."""
+    code = "import sys; from npllama.cli import build_parser; build_parser(); print(*sys.modules)"
+    loaded = set(run(code).split())
+    assert "npllama.cli.exercise" in loaded
+    rooms = ("learn", "evaluate", "serve", "golden.trace", "golden.bundle", "golden.compare")
+    assert not [name for name in loaded if name.startswith(tuple(f"npllama.{room}" for room in rooms))]
+    assert not HEAVY & {name.split(".")[0] for name in loaded}
 
 
 def test_every_error_of_ours_has_one_base():

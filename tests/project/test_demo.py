@@ -70,8 +70,9 @@ def test_it_writes_speeches():
 @pytest.mark.torch
 @pytest.mark.parametrize(("shards", "embedding_axis"), [(1, 0), (2, 0), (2, 1)], ids=str)
 def test_as_a_torch_checkpoint_it_converts_to_the_same_files(shards, embedding_axis, tmp_path):
-    from npllama_convert.export import to_meta
     from npllama_convert.sources import convert
+
+    from to_meta import to_meta
 
     to_meta(demo_path(), tmp_path / "meta", shards=shards, embedding_axis=embedding_axis)
     convert(tmp_path / "meta", tmp_path / "again")

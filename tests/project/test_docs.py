@@ -30,8 +30,15 @@ def anchors(page) -> set[str]:
 
 
 def definitions(path) -> set[str]:
-    """Functions and classes of a Python file, `KVCache.update` and `update` both."""
-    found = set()
+    """Functions and classes of a Python file, `KVCache.update` and `update` both, and what it assigns at its top."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = {
+        name.id
+        for node in tree.body
+        if isinstance(node, ast.Assign | ast.AnnAssign)
+        for name in ast.walk(node)
+        if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)
+    }
 
     def visit(node: ast.AST, above: str) -> None:
         for child in ast.iter_child_nodes(node):
@@ -39,7 +46,7 @@ def definitions(path) -> set[str]:
                 found.update({child.name, above + child.name})
                 visit(child, above + child.name + ".")
 
-    visit(ast.parse(path.read_text(encoding="utf-8")), "")
+    visit(tree, "")
     return found
 
 

@@ -8,6 +8,7 @@
 | maps.py | other programs' names and layouts |
 | noise.py | how far rounding alone goes, and how far is too far |
 | judging.py | two arrays of one activation, held against each other |
+| angles.py | what angles a candidate's RoPE rotated by, and from which constants |
 | hints.py | known mistakes, tried on the candidate's numbers |
 | comparison.py | compare() itself |
 | text.py, html.py, report.py | what the terminal shows, the page, JSON |

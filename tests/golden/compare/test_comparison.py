@@ -12,6 +12,7 @@ import pytest
 
 from npllama.golden.compare import compare
 from npllama.golden.compare.inputs import read_activations
+from npllama.golden.mistakes import Port
 from npllama.golden.precision import Precision
 from npllama.golden.trace import record, write_trace
 
@@ -108,7 +109,7 @@ def save_one_in_float16(folder, arrays):
 def test_one_16_bit_array_is_no_excuse_for_the_others(save, model, traces, tmp_path, capsys):
     """An eps that is wrong is hidden by 16 bits, but only one activation has them."""
     steps = json.loads((traces / "reference" / "trace.json").read_text())["steps"]
-    arrays = record(broken_ports.port("eps", model)[0], TOKENS, steps)
+    arrays = record(model, TOKENS, steps, Port("eps"))
     status, out, _ = run(capsys, traces / "reference", save(tmp_path, arrays))
     verdict = out.splitlines()[0]
     kind = save.__name__.removeprefix("save_one_in_")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 
 import numpy as np
@@ -11,7 +10,8 @@ import pytest
 from npllama import LinearRopeScaling, ops
 from npllama.checkpoint import Model
 from npllama.golden.compare import compare
-from npllama.golden.precision import Precision
+from npllama.golden.mistakes import Port, to_pairs
+from npllama.golden.precision import Precision, round_bfloat16
 from npllama.golden.trace import read_trace, record, write_trace
 
 import broken_ports
@@ -24,17 +24,16 @@ EXPECTED = {
     "half_split": ("layers.0.attention.q_rope", "half-split RoPE", False),
     "no_rope": ("layers.0.attention.q_rope", "no RoPE", False),
     "no_mask": ("layers.0.attention.scores", "mask is missing", False),
-    "mask_off_by_one": ("layers.0.attention.scores", "off by one in the causal mask", False),
-    "position_off_by_one": ("layers.0.attention.q_rope", "position off by one: RoPE", False),
-    "grouped_modulo": ("layers.0.attention.scores", "keys are not repeated", False),
-    "grouped_modulo_values": ("layers.0.attention.heads", "values are not repeated", False),
+    "mask_one_late": ("layers.0.attention.scores", "off by one in the causal mask", False),
+    "position_1_late": ("layers.0.attention.q_rope", "position off by one: RoPE", False),
+    "keys_and_values_tiled": ("layers.0.attention.scores", "keys are not repeated", False),
+    "values_tiled": ("layers.0.attention.heads", "values are not repeated", False),
     "unscaled": ("layers.0.attention.scores", "1/sqrt(K) is missing", False),
-    "theta": ("layers.0.attention.q_rope", "θ = 20000, and 10000 was expected", False),
+    "theta_500000": ("layers.0.attention.q_rope", "θ = 500000, and 10000 was expected", False),
     "eps": ("layers.0.attention_norm", "eps = 1e-06, and 1e-05 was expected", False),
     "scale_factor": ("layers.0.attention.q_rope", "scale factor: 8, and 32 was expected", False),
     "no_scaling": ("layers.0.attention.q_rope", "scaling is missing", False),
-    "transposed_square": ("layers.0.attention.q", "transposed weights", True),
-    "transposed_w2": ("layers.0.feed_forward.out", "transposed weights", True),
+    "transposed": ("layers.0.attention.q", "transposed weights", True),
     "value_from_k": ("layers.0.attention.v", "value is taken from k", False),
     "bfloat16_weights": ("layers.0.attention.q", "weights rounded to bfloat16", True),
     "bfloat16": ("tok_embeddings", "every number is one that bfloat16 has", False),
@@ -105,28 +104,26 @@ def test_eps_is_read_from_the_tokens_that_show_it(tmp_path):
     embeddings[TOKENS[0]] *= 1000
     model = Model(model.config, {**model.params, "tok_embeddings.weight": embeddings})
     reference = write_trace(model, TOKENS, tmp_path / "reference", 0, Precision("float64")).path
-    found = compare(reference, write_trace(broken_ports.port("eps", model)[0], TOKENS, tmp_path / "mine").path)
+    found = compare(reference, write_trace(model, TOKENS, tmp_path / "mine", precision=Port("eps")).path)
     assert found.hints == ["wrong eps: the norm is that of eps = 1e-06, and 1e-05 was expected"]
 
 
 def test_a_layout_that_is_only_different_is_told_from_a_mistake(model, reference, tmp_path):
     """Hugging Face's rows with Hugging Face's rotation compute the same model: the map is wrong, not the port."""
     steps = read_trace(reference).meta["steps"]
-    broken, _ = broken_ports.port("rows_in_halves", model)
-    port = broken_ports.Port(rope=broken_ports.rope_of_halves)
-    found = compare(reference, write_trace(broken, TOKENS, tmp_path / "mine", steps, port).path, model=model)
+    port = Port("rows_in_halves", "half_split")
+    found = compare(reference, write_trace(model, TOKENS, tmp_path / "mine", steps, port).path, model=model)
     assert "only the layout differs" in found.hints[0]
 
 
-@pytest.mark.parametrize("bug", ["no_mask", "unscaled", "grouped_modulo"])
+@pytest.mark.parametrize("bug", ["no_mask", "unscaled", "keys_and_values_tiled"])
 def test_found_in_the_weights_when_the_scores_are_not_recorded(bug, model, reference, tmp_path):
     path = trace_of(bug, model, reference, tmp_path / "mine")
     arrays = {name: np.array(x) for name, x in read_trace(path).items() if not name.endswith("scores")}
     np.savez(tmp_path / "mine.npz", **arrays)
     found = compare(reference, tmp_path / "mine.npz", model=model, partial=True)
     assert found.first.name == "layers.0.attention.weights"
-    words = "keys and values are not repeated" if bug == "grouped_modulo" else EXPECTED[bug][1]
-    assert words in found.hints[0]
+    assert EXPECTED[bug][1] in found.hints[0]
 
 
 @pytest.fixture(scope="module")
@@ -148,9 +145,9 @@ def test_without_constants_a_missing_scaling_is_no_wrong_theta(model, reference,
 def test_without_constants_a_wrong_theta_is_one(tmp_path):
     model = broken_ports.tiny_model(rope_scaling=None)
     np.savez(tmp_path / "reference.npz", **record(model, TOKENS, precision=Precision("float64")))
-    np.savez(tmp_path / "mine.npz", **record(broken_ports.port("theta", model)[0], TOKENS))
+    np.savez(tmp_path / "mine.npz", **record(model, TOKENS, precision=Port("theta_500000")))
     found = compare(tmp_path / "reference.npz", tmp_path / "mine.npz")
-    assert found.hints == ["wrong RoPE θ: the angles are those of θ = 20000, and 10000 was expected"]
+    assert found.hints == ["wrong RoPE θ: the angles are those of θ = 500000, and 10000 was expected"]
 
 
 @pytest.mark.parametrize(
@@ -169,10 +166,9 @@ def test_mistakes_in_linear_scaling(scaling, hint, tmp_path):
 
 def half_split_rows_turned_adjacently(model):
     """Hugging Face's rows in wq and wk, but RoPE as Meta's code has it; recorded in adjacent pairs, as a right map has it."""
-    broken, _ = broken_ports.port("rows_in_halves", model)
-    arrays = record(broken, TOKENS)
+    arrays = record(model, TOKENS, precision=Port("rows_in_halves"))
     turned = [name for name in arrays if name.endswith(("q", "k", "q_rope", "k_rope"))]
-    return {**arrays, **{name: broken_ports.to_pairs(arrays[name]) for name in turned}}
+    return {**arrays, **{name: to_pairs(arrays[name]) for name in turned}}
 
 
 def test_adjacent_pairs_turned_in_hugging_faces_rows(model, reference, tmp_path):
@@ -182,51 +178,24 @@ def test_adjacent_pairs_turned_in_hugging_faces_rows(model, reference, tmp_path)
     assert found.hints[0].startswith("interleaved RoPE on rows in Hugging Face's order")
 
 
-def gelu_tanh(x):
-    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi, dtype=x.dtype) * (x + np.float32(0.044715) * x**3)))
-
-
-def gelu_erf(x):
-    return (x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))).astype(x.dtype)
-
-
-def swiglu_of(function):
-    return {"swiglu": lambda gate, up: function(gate) * up}
-
-
-def sigmoid(x):
-    return 1 / (1 + np.exp(-x))
-
-
-def layer_norm(x, weight, eps):
-    return ops.rms_norm(x - x.mean(-1, keepdims=True), weight, eps)
-
-
 @pytest.mark.parametrize(
-    ("replaced", "where", "words"),
+    ("bug", "where", "words"),
     [
-        (swiglu_of(lambda x: np.maximum(x, 0)), "feed_forward.act", "ReLU instead of silu"),
-        (swiglu_of(gelu_tanh), "feed_forward.act", "GELU instead of silu in the feed-forward, by its formula with tanh"),
-        (swiglu_of(gelu_erf), "feed_forward.act", "GELU instead of silu in the feed-forward, by its formula with erf"),
-        (swiglu_of(lambda x: x * sigmoid(np.float32(1.702) * x)), "feed_forward.act", "QuickGELU"),
-        (swiglu_of(sigmoid), "feed_forward.act", "the sigmoid instead of silu"),
-        (swiglu_of(lambda x: x), "feed_forward.act", "silu is missing"),
-        ({"swiglu": lambda gate, up: ops.swiglu(up, gate)}, "feed_forward.act", "the gate and up are exchanged"),
-        (
-            {"rms_norm": lambda x, weight, eps: ops.rms_norm(x, np.ones_like(weight), eps)},
-            "attention_norm",
-            "weight is missing",
-        ),
-        ({"rms_norm": lambda x, weight, eps: ops.rms_norm(x, 1 + weight, eps)}, "attention_norm", "1 + weight"),
-        ({"rms_norm": lambda x, weight, eps: x}, "attention_norm", "the norm is missing"),
-        ({"rms_norm": layer_norm}, "attention_norm", "LayerNorm"),
+        ("relu", "feed_forward.act", "ReLU instead of silu"),
+        ("gelu_tanh", "feed_forward.act", "GELU instead of silu in the feed-forward, by its formula with tanh"),
+        ("gelu_erf", "feed_forward.act", "GELU instead of silu in the feed-forward, by its formula with erf"),
+        ("quick_gelu", "feed_forward.act", "QuickGELU"),
+        ("sigmoid", "feed_forward.act", "the sigmoid instead of silu"),
+        ("no_silu", "feed_forward.act", "silu is missing"),
+        ("gate_up_exchanged", "feed_forward.act", "the gate and up are exchanged"),
+        ("no_norm_weight", "attention_norm", "weight is missing"),
+        ("norm_weight_plus_one", "attention_norm", "1 + weight"),
+        ("no_norm", "attention_norm", "the norm is missing"),
+        ("layer_norm", "attention_norm", "LayerNorm"),
     ],
 )
-@pytest.mark.parametrize("known", ["model", "constants"])
-def test_other_architectures_operations_are_named(known, replaced, where, words, model, reference, tmp_path):
-    steps = read_trace(reference).meta["steps"]
-    path = write_trace(model, TOKENS, tmp_path / "mine", steps, broken_ports.Port(**replaced)).path
-    found = compare(reference, path, model=model if known == "model" else None)
+def test_other_architectures_operations_are_named_without_the_model(bug, where, words, model, reference, tmp_path):
+    found = compare(reference, trace_of(bug, model, reference, tmp_path / "mine"))
     assert found.first.name == f"layers.0.{where}"
     assert words in found.hints[0]
     assert len(found.hints) == 1
@@ -242,7 +211,7 @@ def test_other_architectures_operations_are_named(known, replaced, where, words,
         ("layers.0.attention_residual", lambda a: a["tok_embeddings"], "attention.out is not added"),
         (
             "layers.1.feed_forward.act",
-            lambda a: a["layers.1.feed_forward.gate"] * sigmoid(a["layers.1.feed_forward.gate"]),
+            lambda a: ops.silu(a["layers.1.feed_forward.gate"]),
             "up is",
         ),
     ],
@@ -264,13 +233,23 @@ def test_an_output_matrix_taken_for_the_embedding(model, reference, tmp_path):
     assert found.hints[0].startswith("the output matrix is taken to be the embedding")
 
 
-def test_weights_cut_to_bfloat16(model, reference, tmp_path):
-    def cut(name, x):
-        return (x.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
-
-    broken = Model(model.config, broken_ports.changed(model.params, "wq.weight", cut))
+@pytest.mark.parametrize(
+    ("bug", "ending", "where", "words"),
+    [
+        ("transposed", "w2.weight", "layers.0.feed_forward.out", "transposed weights"),
+        ("layer_0_everywhere", "wk.weight", "layers.1.attention.k", "layer 0's, in the place of its own"),
+    ],
+)
+def test_one_wrong_weight_is_named(bug, ending, where, words, model, reference, tmp_path):
     steps = read_trace(reference).meta["steps"]
+    broken = broken_ports.only(bug, model, ending)
     found = compare(reference, write_trace(broken, TOKENS, tmp_path / "mine", steps).path, model=model)
+    assert found.first.name == where
+    assert words in found.hints[0]
+
+
+def test_weights_cut_to_bfloat16(model, reference, tmp_path):
+    found = compare(reference, trace_of("bfloat16_cut", model, reference, tmp_path / "mine"), model=model)
     assert found.first.name == "layers.0.attention.q"
     assert "cut off instead of rounded" in found.hints[0]
 
@@ -286,7 +265,7 @@ NEVER_WRITTEN = "every number is zero: was it ever written?"
         ("layers.1.ffn_norm", lambda x: 0 * x + 1, []),
         ("layers.1.attention.weights", lambda x: (x == x.max(-1, keepdims=True)).astype(x.dtype), []),
         ("layers.1.attention.weights", lambda x: np.where(x > 0, np.float32(0.125), np.float32(0)), []),
-        ("layers.1.ffn_norm", lambda x: broken_ports.round_bfloat16(3 * x), []),
+        ("layers.1.ffn_norm", lambda x: round_bfloat16(3 * x), []),
     ],
 )
 def test_numbers_that_bfloat16_has_are_not_always_rounded_ones(name, change, hints, model, reference, tmp_path):
@@ -298,7 +277,7 @@ def test_numbers_that_bfloat16_has_are_not_always_rounded_ones(name, change, hin
 
 def test_a_bfloat16_models_embeddings_taken_for_their_norm_are_not_rounded_ones(model, tmp_path):
     """All numbers are bfloat16's, as the embeddings are; what is wrong is that nothing was computed."""
-    params = {name: broken_ports.round_bfloat16(x) for name, x in model.params.items()}
+    params = {name: round_bfloat16(x) for name, x in model.params.items()}
     model = Model(model.config, params)
     reference = write_trace(model, TOKENS, tmp_path / "reference", 0, Precision("float64")).path
     arrays = record(model, TOKENS)
@@ -311,7 +290,7 @@ def test_a_bfloat16_models_embeddings_taken_for_their_norm_are_not_rounded_ones(
 
 def test_only_wrong_operations_are_wrong_by_themselves(model, reference, tmp_path):
     """Everything after the first mistake differs; only the mistaken operation fails on the candidate's own inputs."""
-    found = compare(reference, trace_of("grouped_modulo_values", model, reference, tmp_path / "mine"), model=model)
+    found = compare(reference, trace_of("values_tiled", model, reference, tmp_path / "mine"), model=model)
     kinds = {name.partition("layers.")[2][2:] for name in found.wrong_by_themselves}
     assert kinds == {"attention.heads"}
     assert len(found.wrong_by_themselves) == 4, "two layers, in the prompt and in the step"
@@ -371,9 +350,8 @@ def test_inputs_are_what_an_activation_is_computed_from():
 
 def test_a_second_mistake_is_not_lost_in_what_follows_from_the_first(model, reference, tmp_path):
     steps = read_trace(reference).meta["steps"]
-    broken, _ = broken_ports.port("transposed_w2", model)
-    port = broken_ports.Port(rope=broken_ports.rope_of_halves)
-    found = compare(reference, write_trace(broken, TOKENS, tmp_path / "mine", steps, port).path, model=model)
+    broken = broken_ports.only("transposed", model, "w2.weight")
+    found = compare(reference, write_trace(broken, TOKENS, tmp_path / "mine", steps, Port("half_split")).path, model=model)
     kinds = {name.partition("layers.")[2][2:] for name in found.wrong_by_themselves}
     assert kinds == {"attention.q_rope", "attention.k_rope", "feed_forward.out"}
 

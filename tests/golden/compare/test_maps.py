@@ -8,9 +8,9 @@ import re
 import numpy as np
 import pytest
 
-from npllama import ops
 from npllama.golden.compare import compare
 from npllama.golden.compare.maps import BUILT_IN, MapError, read_map
+from npllama.golden.mistakes import Port
 from npllama.golden.precision import Precision
 from npllama.golden.trace import record, write_trace
 
@@ -154,28 +154,19 @@ def test_other_programs_names_and_layouts(made, model, reference, ours, tmp_path
         assert [row.name for row in found.rows if not row.passed] == [read_map(made.__name__).find(name)[0]], name
 
 
-def sees_the_past_only(query_positions, slot_positions, dtype):
-    mask = ops.causal_mask(query_positions - 1, slot_positions, dtype)
-    return np.where(slot_positions == 0, np.array(0, dtype), mask)
-
-
-def divided_by_K(q, keys, mask):
-    return ops.query_key_products(q, keys) / np.asarray(q.shape[-1], q.dtype) + mask
-
-
 @pytest.mark.parametrize(
-    ("replaced", "words"),
+    ("bug", "words"),
     [
-        (broken_ports.OPERATIONS["unscaled"], "1/sqrt(K) is missing"),
-        ({"attention_scores": divided_by_K}, "divided by K = 16 instead of sqrt(K)"),
-        (broken_ports.OPERATIONS["no_mask"], "the causal mask is missing"),
-        (broken_ports.OPERATIONS["mask_off_by_one"], "each token sees the one after it"),
-        ({"causal_mask": sees_the_past_only}, "no token but the first sees itself"),
+        ("unscaled", "1/sqrt(K) is missing"),
+        ("scaled_by_k", "divided by K instead of sqrt(K)"),
+        ("no_mask", "the causal mask is missing"),
+        ("mask_one_late", "each token sees the one after it"),
+        ("mask_one_early_but_first", "no token but the first sees itself"),
     ],
 )
-def test_raw_scores_prove_neither_scale_nor_mask(replaced, words, model, reference, tmp_path):
+def test_raw_scores_prove_neither_scale_nor_mask(bug, words, model, reference, tmp_path):
     """ggml's kq comes before both: the map's rule, not the port, has put them into the scores that compare() sees."""
-    mine = record(model, TOKENS, precision=broken_ports.Port(**replaced))
+    mine = record(model, TOKENS, precision=Port(bug))
     np.savez(tmp_path / "theirs.npz", **ggml(model, mine))
     found = compare(reference.path, tmp_path / "theirs.npz", names="ggml", model=model)
     assert found.first.name == "layers.0.attention.weights"

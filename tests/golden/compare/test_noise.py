@@ -13,6 +13,7 @@ from npllama.checkpoint import Model, demo_path, load
 from npllama.golden.bundle import write_golden
 from npllama.golden.compare import compare
 from npllama.golden.compare.noise import DEFAULTS, LIMITS, measure_noise
+from npllama.golden.mistakes import Port
 from npllama.golden.precision import Precision, round_bfloat16, rounding_ops
 from npllama.golden.trace import read_trace, record, write_trace
 from npllama.model import PLAIN, forward
@@ -85,7 +86,7 @@ def test_plain_loops_are_well_within_the_limit(name, linear, tmp_path, record_pr
     tokens = tiny.random_tokens(config, 2, 24)
     reference = write_trace(model, tokens, tmp_path / "reference", 0, Precision("float64")).path
     loops = LOOPS | {"linear": linear, "linears": lambda x, *weights: [linear(x, weight) for weight in weights]}
-    np.savez(tmp_path / "mine.npz", **record(model, tokens, precision=broken_ports.Port(**loops)))
+    np.savez(tmp_path / "mine.npz", **record(model, tokens, precision=Port(**loops)))
     found = compare(reference, tmp_path / "mine.npz", model=model)
     accumulated, local = worst(found)
     record_property("ratios", (accumulated, local))
@@ -228,10 +229,9 @@ def test_mistakes_are_found_in_bfloat16_as_well(bug, tmp_path):
     """By single operations and in the whole, far beyond the limits. (An eps of 1e-6 for 1e-5 is less than 16 bits show.)"""
     model, tokens = broken_ports.tiny_model(), tiny.random_tokens(broken_ports.CONFIG, 2, 24)
     reference = write_trace(model, tokens, tmp_path / "reference", 0, Precision("float64")).path
-    broken, _ = broken_ports.port(bug, model)
-    port = SixteenBits(inside="hf", **broken_ports.OPERATIONS.get(bug, {}))
+    port = Port(bug, computed=Precision("bfloat16", "hf"))
     found = compare(
-        reference, without_trace_json(broken, tokens, port, tmp_path / "mine.npz"), precision="bfloat16", model=model
+        reference, without_trace_json(model, tokens, port, tmp_path / "mine.npz"), precision="bfloat16", model=model
     )
     accumulated, local = ratios(found)
     assert accumulated > 3 * LIMITS["bfloat16"].several

@@ -19,10 +19,10 @@ from npllama.checkpoint import create, load
 from npllama.cli import main
 from npllama.golden.compare import compare
 from npllama.golden.compare.noise import LIMITS
-from npllama.golden.precision import Precision
+from npllama.golden.mistakes import Port
+from npllama.golden.precision import Precision, round_bfloat16
 from npllama.golden.trace import write_trace
 
-import broken_ports
 import tiny
 from system import ROOT
 
@@ -54,7 +54,7 @@ def model(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("port") / "model"
     with create(path, config, "bfloat16", {"kind": "test"}) as writer:
         for name, x in tiny.random_params(config, 1).items():
-            writer.add(name, broken_ports.round_bfloat16(x))
+            writer.add(name, round_bfloat16(x))
     return path
 
 
@@ -121,11 +121,11 @@ def test_the_page_shows_what_its_commands_print(compiler, tmp_path):
                 assert line in done.stdout.splitlines()
 
 
-def test_readme_shows_the_verdict_on_a_port_that_turns_halves(tmp_path, capsys):
+def test_readme_shows_the_verdict_on_a_port_that_rotates_halves(tmp_path, capsys):
     model = load()
     tokens = model.tokenizer.encode("Two households, both alike in dignity", bos=True)
     write_trace(model, tokens, tmp_path / "reference", 0, Precision("float64"))
-    _, port = broken_ports.port("half_split", model)
+    port = Port("half_split")
     write_trace(model, tokens, tmp_path / "mine", 0, port)
     assert main(["compare", str(tmp_path / "reference"), str(tmp_path / "mine")]) == 1
     printed = capsys.readouterr().out.splitlines()[:2]

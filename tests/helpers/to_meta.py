@@ -1,4 +1,4 @@
-"""The way back: a model directory as a torch checkpoint in Meta's form. For tests, and for code that reads only that."""
+"""The way back: a model directory as a torch checkpoint in Meta's form."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from npllama import checkpoint
 from npllama.checkpoint.atomic import new_file, write_file
 from npllama.config import Config
 from npllama.engine.weights import Int8, widen
-
-from .conversion import llama3_scaling
-from .torch_file import import_torch
+from npllama_convert.conversion import llama3_scaling
+from npllama_convert.torch_file import import_torch
 
 ROW_PARALLEL = ("attention.wo.weight", "feed_forward.w2.weight")  # split along their inputs, all others along their outputs
 

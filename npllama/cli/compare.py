@@ -1,0 +1,51 @@
+"""npllama compare: compare a port's activations with trusted ones."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..golden.precision import PRECISIONS
+from .console import in_colour, tell
+from .options import Commands, add_command
+
+
+def add_parser(commands: Commands) -> None:
+    """Declare the command and its options."""
+    p = add_command(commands, "compare", run, "compare a port's activations with trusted ones, and name the first that differs")
+    activations = "a trace directory, .npz, .safetensors, or a folder of .npy, or of .f32 with a shapes.json"
+    p.add_argument("reference", metavar="REFERENCE", help=activations)
+    p.add_argument("candidate", metavar="CANDIDATE", help="the same")
+    p.add_argument("-m", "--model", metavar="MODEL", help="measures noise and single operations (default: the reference's own)")
+    p.add_argument("--map", metavar="hf|transformerlens|ggml|FILE", help="how the candidate names and lays out its activations")
+    p.add_argument(
+        "--noise", metavar="DIR", help="the noise floor from a trace of the same tokens in the candidate's precision"
+    )
+    p.add_argument("--precision", choices=PRECISIONS, help="the candidate's, if not what its files say")
+    p.add_argument("--partial", action="store_true", help="compare what both have; else what one side lacks is a failure")
+    p.add_argument("--atol", type=float, metavar="X", help="judge by |c - r| <= atol + rtol * |r| instead of the noise floor")
+    p.add_argument("--rtol", type=float, metavar="X")
+    p.add_argument("--all", action="store_true", help="every activation in the table, not only those around the first failure")
+    p.add_argument("--report", action="append", default=[], metavar="FILE", help="x.json or x.html; may be repeated")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the verdict and the table; return 1 when something differs."""
+    from ..golden.compare import compare
+    from ..golden.compare.report import write_report
+    from ..golden.compare.text import text
+
+    comparison = compare(
+        args.reference,
+        args.candidate,
+        names=args.map,
+        model=args.model,
+        noise=args.noise,
+        precision=args.precision,
+        partial=args.partial,
+        atol=args.atol,
+        rtol=args.rtol,
+    )
+    for path in args.report:
+        write_report(comparison, path)
+    tell(text(comparison, args.all, colour=in_colour()))
+    return comparison.exit_status

@@ -1,0 +1,36 @@
+"""npllama convert: turn a checkpoint of any kind into a model directory."""
+
+from __future__ import annotations
+
+import argparse
+
+from .options import Commands, add_command
+
+
+def add_parser(commands: Commands) -> None:
+    """Declare the command and its options."""
+    p = add_command(commands, "convert", run, "turn a checkpoint of any kind into a model directory")
+    p.add_argument(
+        "src", metavar="SRC", help="Meta's or Hugging Face's folder, a GGUF file, a .bin or .pt of llama2.c, or hf:owner/name"
+    )
+    p.add_argument("dst", metavar="DST", help="the model directory to write")
+    p.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "float16", "bfloat16", "int8"],
+        default="auto",
+        help="default: each tensor's own, or float32; int8 keeps that for the embedding and the norms",
+    )
+    p.add_argument(
+        "--rope-factor",
+        type=float,
+        metavar="X",
+        help="scaled RoPE's factor, where the one inferred for Meta's params.json is wrong",
+    )
+    p.add_argument("--force", action="store_true", help="replace DST if it is a model directory")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Convert a checkpoint; what was inferred is printed."""
+    from npllama_convert import sources
+
+    sources.convert(args.src, args.dst, dtype=args.dtype, rope_factor=args.rope_factor, force=args.force)

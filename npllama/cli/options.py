@@ -1,0 +1,242 @@
+"""The options that several commands share: what declares them, and what makes models, prompts and settings of them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypedDict
+
+from ..checkpoint import Model, demo_path, load, open_model
+from ..checkpoint.store import locate
+from ..engine import threads
+from ..sampling import Sampling
+from ..tokenizer import MissingPackage, Tokenizer, load_tokenizer
+from .console import collected_log, read_text
+
+if TYPE_CHECKING:
+    from ..golden.trace import Selection
+
+DTYPES = ["auto", "stored", "float32", "float64"]
+SENTENCE = "the answer to the ultimate question of life, the universe, and everything is "  # which the tutorials follow
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with the arguments in one line, as everything else is said, and not the usage before it."""
+
+    def error(self, message: str) -> NoReturn:  # noqa: D102
+        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
+
+    def parse_known_args(  # type: ignore[override]  # its overloads for other kinds of namespaces are not needed
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Refuse what is not recognised here, where it is known whose it is: argparse leaves it to the outermost parser."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
+
+
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"  # what add_subparsers() returns
+
+
+def add_command(commands: Commands, name: str, run: Callable[[argparse.Namespace], int | None], summary: str) -> Parser:
+    """Add a command, and return its parser for the options to be declared."""
+    parser = commands.add_parser(name, help=summary, description=summary)
+    parser.set_defaults(run=run)
+    return parser
+
+
+# ---------------------------------------------------------------------------------------------------------------- declarations
+
+
+def add_model_options(parser: Parser, computes: bool = True) -> None:
+    """Declare -m, and what add_compute_options() adds unless the command computes in its own way."""
+    parser.add_argument("-m", "--model", metavar="MODEL", help="model directory or name (default: the embedded demo model)")
+    if computes:
+        add_compute_options(parser)
+
+
+def add_compute_options(parser: Parser) -> None:
+    """Declare --dtype and --threads, as load_model() reads them."""
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="what packed weights are widened to; auto: float32 if that fits half of the free memory, else stored",
+    )
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help=f"compute with N threads (default: ${threads.VARIABLE}, or all)"
+    )
+
+
+def add_tokenizer_option(parser: Parser) -> None:
+    """Declare -m as tokenizer_of() takes it."""
+    parser.add_argument(
+        "-m", "--model", metavar="MODEL", help="model directory, name or tokenizer file (default: the embedded demo model)"
+    )
+
+
+def add_prompt_options(parser: Parser, required: bool = True) -> None:
+    """Declare --prompt and --tokens, of which one may be given."""
+    group = parser.add_mutually_exclusive_group(required=required)
+    group.add_argument("--prompt", metavar="TEXT", help="- reads standard input")
+    group.add_argument("--tokens", type=token_ids, metavar="1,2,3")
+
+
+def add_trace_options(parser: Parser, storage: bool = True) -> None:
+    """Declare what of a pass is written, and where to, as trace_options() reads it."""
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the directory to write")
+    parser.add_argument(
+        "--taps", action="append", metavar="GLOB", help="only activations so named, '*.q_rope'; may be repeated"
+    )
+    parser.add_argument("--layers", metavar="0-3,7", help="of the layers only these")
+    steps = parser.add_mutually_exclusive_group()
+    steps.add_argument("--steps", type=int, default=0, metavar="N", help="then decode N tokens, greedily")
+    steps.add_argument("--step-tokens", type=token_ids, metavar="1,2,3", help="then feed these, one at a time")
+    if storage:
+        parser.add_argument("--format", choices=["npy", "raw"], default="npy", help="raw: bare little-endian float32, .f32")
+    parser.add_argument("--force", action="store_true", help="replace DIR if it is a trace")
+
+
+def add_sampling_options(parser: Parser) -> None:
+    """Declare how tokens are drawn. What isn't given is the model's own recommendation, or else greedy."""
+    parser.add_argument("--temperature", type=float, metavar="X", help="0 is greedy (default: the model's own, or 0)")
+    parser.add_argument("--top-p", type=float, metavar="X", help="default: the model's own, or 1")
+    parser.add_argument("--top-k", type=int, metavar="K", default=0)
+    parser.add_argument("--min-p", type=float, metavar="X", default=0.0)
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default 0)")
+    parser.add_argument(
+        "--stop", action="append", default=[], type=stop_text, metavar="TEXT", help="end before this text; may be repeated"
+    )
+
+
+def token_ids(text: str) -> list[int]:
+    """Return `1,2,3` as a list; an error of argparse's otherwise."""
+    try:
+        ids = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is not a list of token ids such as 1,2,3") from None
+    if min(ids) < 0:
+        raise argparse.ArgumentTypeError(f"token id {min(ids)} is negative")
+    if max(ids) >= 1 << 31:
+        raise argparse.ArgumentTypeError(f"token id {max(ids)} is in no vocabulary")
+    return ids
+
+
+def stop_text(text: str) -> str:
+    """Return a text that is not empty; an error of argparse's otherwise."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty")
+    return text
+
+
+# ---------------------------------------------------------------------------------------------------------- what they stand for
+
+
+def load_model(args: argparse.Namespace) -> Model:
+    """Open the model of -m, --dtype and --threads; that it stays as stored, and why, goes to standard error.
+
+    args.note is what else is to be said of it, with the statistics.
+    """
+    if args.threads is not None:
+        threads.set_threads(args.threads)
+    threads.n_threads()  # a bad NPLLAMA_NUM_THREADS is refused before anything is read
+    with collected_log() as log:
+        model = load(args.model, args.dtype)
+    if log.warnings:  # it will be slower than one might expect: say so before
+        print(f"{args.model or model.path}: {'; '.join(log.warnings)}", file=sys.stderr)
+    args.note = "; ".join(log.information)
+    return model
+
+
+def stored_tensors(model: Model) -> list[dict[str, Any]]:
+    """Return what the manifest says of each tensor: file, dtype, shape, bytes, sha256."""
+    tensors: Any = model.manifest["tensors"]
+    return list(tensors.values())
+
+
+def required_tokenizer(model: Model) -> Tokenizer:
+    """Return the model's tokenizer. Raises ValueError where it came without one."""
+    if model.tokenizer is None:
+        raise ValueError(f"{model.path} has no tokenizer, so it takes no text: expected --tokens with ids")
+    return model.tokenizer
+
+
+def tokenizer_of(path: str | None) -> Tokenizer:
+    """Return the tokenizer of a model directory, or the file's itself (local, or remote through blobfile)."""
+    if path is None or locate(path).is_dir():
+        return required_tokenizer(open_model(path or demo_path()))
+    return load_tokenizer(path)
+
+
+def prompt_ids(args: argparse.Namespace, model: Model) -> list[int]:
+    """Return --tokens, or the prompt encoded with BOS in front; `-` is standard input's.
+
+    Raises ValueError for a prompt of no tokens.
+    """
+    ids: list[int]
+    if args.tokens is not None:
+        go_without_tokenizer(model)
+        ids = args.tokens
+        return ids
+    tokenizer = required_tokenizer(model)
+    if args.prompt == "-":
+        args.prompt = read_text("-")
+    if not (ids := tokenizer.encode(args.prompt, bos=True, special=getattr(args, "special", False))):
+        raise ValueError("the prompt is empty, and this model has no BOS token to start from")
+    return ids
+
+
+def lesson_ids(args: argparse.Namespace, model: Model) -> list[int]:
+    """Return --tokens, or --prompt encoded, or else the sentence that the tutorials follow."""
+    if args.tokens is None and args.prompt is None:
+        args.prompt = SENTENCE
+    return prompt_ids(args, model)
+
+
+def go_without_tokenizer(model: Model) -> None:
+    """Leave out a tokenizer whose package isn't installed, with a line on standard error: ids are all that is taken here."""
+    try:
+        _ = model.tokenizer
+    except MissingPackage as error:
+        print(f"{error}; without it ids have no text, and no token ends the generation", file=sys.stderr)
+        model.tokenizer = None
+
+
+def sampling_of(args: argparse.Namespace, model: Model) -> Sampling:
+    """Return what the user asked for, else what was stored with the model, else greedy."""
+    for option, value in (("-n", args.max_tokens), ("--seed", args.seed)):
+        if value < 0:
+            raise ValueError(f"{option} is {value}, expected 0 or more")
+
+    def choice(name: str, otherwise: float) -> float:
+        given: list[Any] = [getattr(args, name), model.generation.get(name)]
+        return next((x for x in given if x is not None), otherwise)
+
+    return Sampling(choice("temperature", 0.0), args.top_k, choice("top_p", 1.0), args.min_p)
+
+
+class TraceOptions(TypedDict):
+    """The arguments that write_trace(), write_golden() and capture() share."""
+
+    out: Path
+    steps: int | list[int]
+    selection: Selection
+    force: bool
+    report: Callable[[str], object]
+
+
+def trace_options(args: argparse.Namespace) -> TraceOptions:
+    """Return what add_trace_options() read, as write_trace() takes it."""
+    from ..golden.trace import Selection, parse_layers
+
+    layers = None if args.layers is None else parse_layers(args.layers)
+    return {
+        "out": args.out,
+        "steps": args.steps if args.step_tokens is None else args.step_tokens,
+        "selection": Selection(args.taps and tuple(args.taps), layers),
+        "force": args.force,
+        "report": lambda line: print(line, file=sys.stderr),
+    }

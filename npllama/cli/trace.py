@@ -1,0 +1,36 @@
+"""npllama trace: write every activation of a pass."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..checkpoint import load
+from ..golden.precision import CONVENTIONS, PRECISIONS, Precision
+from .options import (
+    Commands,
+    add_command,
+    add_model_options,
+    add_prompt_options,
+    add_trace_options,
+    prompt_ids,
+    trace_options,
+)
+
+
+def add_parser(commands: Commands) -> None:
+    """Declare the command and its options."""
+    p = add_command(commands, "trace", run, "write every activation of a pass, one .npy each")
+    add_prompt_options(p)
+    add_model_options(p, computes=False)
+    p.add_argument("--precision", choices=PRECISIONS, default="float32", help="bfloat16 and float16 are simulated")
+    p.add_argument("--convention", choices=CONVENTIONS, help="where 16 bits are rounded: as Meta's code or as Hugging Face's")
+    add_trace_options(p)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write the activations of our own pass."""
+    from ..golden.trace import write_trace
+
+    precision = Precision(args.precision, args.convention)
+    model = load(args.model)
+    write_trace(model, prompt_ids(args, model), precision=precision, storage=args.format, **trace_options(args))

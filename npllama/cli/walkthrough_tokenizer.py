@@ -1,0 +1,46 @@
+"""npllama walkthrough-tokenizer: follow a text through the tokenizer."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from .console import in_colour, write
+from .options import Commands, add_command, add_tokenizer_option, tokenizer_of
+
+if TYPE_CHECKING:
+    from ..learn.lesson import Step
+
+
+def add_parser(commands: Commands) -> None:
+    """Declare the command and its options."""
+    p = add_command(commands, "walkthrough-tokenizer", run, "follow a text through the tokenizer: split, merges, ids")
+    p.add_argument("text", nargs="?", help="a sentence (default: one that shows everything)")
+    p.add_argument("--beside", action="append", default=[], metavar="MODEL", help="compare with this model or tokenizer file")
+    p.add_argument("--markdown", action="store_true", help="print Markdown")
+    add_tokenizer_option(p)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the lesson of the tokenizer."""
+    print_lesson(tokenizer_steps(args.text, args.model, args.beside), args.markdown)
+
+
+def tokenizer_steps(text: str | None, model: str | None, beside: Sequence[str]) -> list[Step]:
+    """Return the lesson of a text in a model's tokenizer, compared with those of the models in `beside`."""
+    from ..learn import tokenizer_lesson
+
+    others = [tokenizer_of(path) for path in beside]
+    return tokenizer_lesson.tokenizer_lesson(tokenizer_of(model), tokenizer_lesson.SENTENCE if text is None else text, others)
+
+
+def print_lesson(steps: Sequence[Step], markdown: bool) -> None:
+    """Print a lesson as Markdown, or as wide as the terminal is."""
+    from ..learn import lesson
+
+    if markdown:
+        write(lesson.markdown(steps))
+    else:
+        write(lesson.text(steps, min(max(80, shutil.get_terminal_size().columns), 100), in_colour()))

@@ -1,0 +1,42 @@
+"""Ten functions to write oneself, from softmax to the KV cache, one file each: statement, reference, cases, usual mistakes.
+
+The usual mistakes are those of golden/mistakes.py: a student's numbers are recognised as those of a wrong function
+(grading.py). The references are the functions that the model itself runs. Shapes are in the dimension key of model.py.
+"""
+
+from __future__ import annotations
+
+from . import (
+    attention_heads,
+    attention_scores,
+    cache_update,
+    causal_mask,
+    probabilities,
+    rms_norm,
+    rope,
+    rope_frequencies,
+    softmax,
+    swiglu,
+)
+from .exercise import Exercise
+
+EXERCISES: tuple[Exercise, ...] = (
+    softmax.EXERCISE,
+    rms_norm.EXERCISE,
+    rope_frequencies.EXERCISE,
+    rope.EXERCISE,
+    causal_mask.EXERCISE,
+    attention_scores.EXERCISE,
+    attention_heads.EXERCISE,
+    swiglu.EXERCISE,
+    probabilities.EXERCISE,
+    cache_update.EXERCISE,
+)
+
+
+def find(name: str) -> Exercise:
+    """Find the exercise of this name. Raises ValueError where there is none."""
+    for exercise in EXERCISES:
+        if exercise.name == name:
+            return exercise
+    raise ValueError(f"there is no exercise {name!r}: expected one of {', '.join(exercise.name for exercise in EXERCISES)}")

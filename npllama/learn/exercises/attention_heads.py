@@ -1,0 +1,37 @@
+"""Exercise 7, attention_heads: the values, averaged by the weights."""
+
+from __future__ import annotations
+
+from ... import ops
+from .exercise import Exercise, normal
+
+
+def cases() -> list[tuple]:
+    """Return weights and values of the same shapes as in attention_scores.py; the weights sum to one."""
+    return [
+        (ops.softmax(normal(1, 4, 3, 3)), normal(2, 2, 3, 8)),
+        (ops.softmax(normal(3, 6, 1, 5)), normal(4, 2, 5, 4)),
+        (ops.softmax(normal(5, 2, 3, 3)), normal(6, 2, 3, 4)),
+    ]
+
+
+EXERCISE = Exercise(
+    name="attention_heads",
+    arguments="weights, values",
+    statement="""\
+Average the values that each query attends to, by its weights.
+
+    heads = weights · v        weights [H, T, S], values [G, S, K] -> [T, H, K]
+
+Heads share values as they share keys: the first H/G weights go with value head 0, and so on.""",
+    real="ops.attention_heads",
+    reference=ops.attention_heads,
+    cases=cases,
+    mistakes=(
+        "values_tiled",
+        "values_of_the_last_head",
+        "values_of_head_0",
+        "heads_before_tokens",
+        "heads_reshaped",
+    ),
+)

@@ -1,0 +1,53 @@
+"""Exercise 6, attention_scores: how well each query matches each key, with grouped heads."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ... import ops
+from .exercise import Exercise, normal
+
+
+def cases() -> list[tuple]:
+    """Return queries and keys of several shapes, and masks of several kinds.
+
+    Four query heads on two key heads; decode, with one query and a mask of zeros; as many key heads as query heads; masks that
+    are no triangle: after a slot of padding, and of finite numbers.
+    """
+    triangle = ops.causal_mask(np.arange(3), np.arange(3), np.float32)
+    padded = ops.causal_mask(np.array([1, 2]), np.array([9, 0, 1, 2]), np.float32)
+    finite = np.array([[[0, -np.inf, -np.inf], [-1.5, 0, -np.inf]]], np.float32)
+    return [
+        (normal(1, 3, 4, 8), normal(2, 2, 3, 8), triangle),
+        (normal(3, 1, 6, 4), normal(4, 2, 5, 4), np.zeros((1, 1, 5), np.float32)),
+        (normal(5, 3, 2, 4), normal(6, 2, 3, 4), triangle),
+        (normal(7, 2, 2, 4), normal(8, 1, 4, 4), padded),
+        (normal(9, 2, 2, 4), normal(10, 2, 3, 4), finite),
+    ]
+
+
+EXERCISE = Exercise(
+    name="attention_scores",
+    arguments="q, keys, mask",
+    statement="""\
+Score how well each query matches each key, scaled and masked.
+
+    scores = q·k / sqrt(K) + mask        q [T, H, K], keys [G, S, K], mask [1, T, S] -> [H, T, S]
+
+H is a multiple of G: the first H/G query heads share key head 0, the next H/G key head 1, and so on.""",
+    real="ops.attention_scores",
+    reference=ops.attention_scores,
+    cases=cases,
+    mistakes=(
+        "no_mask",
+        "unscaled",
+        "scaled_by_all_heads",
+        "scaled_by_k",
+        "mask_scaled",
+        "mask_of_its_own",
+        "scores_transposed",
+        "keys_tiled",
+        "keys_of_the_last_head",
+        "keys_of_head_0",
+    ),
+)

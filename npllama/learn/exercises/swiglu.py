@@ -1,0 +1,41 @@
+"""Exercise 8, swiglu: one projection gates the other."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ... import ops
+from .exercise import Exercise, normal
+
+
+def cases() -> list[tuple]:
+    """Return ordinary numbers, and gates so large that exp overflows."""
+    return [(normal(1, 3, 8), normal(2, 3, 8)), (normal(3, 4) + np.array([1000, -1000, 1, 0], np.float32), normal(4, 4))]
+
+
+EXERCISE = Exercise(
+    name="swiglu",
+    arguments="gate, up",
+    statement="""\
+Let one projection of the input gate the other.
+
+    y = silu(gate) · up        silu(x) = x · σ(x) = x / (1 + exp(-x))        gate, up [..., F] -> [..., F]
+
+A gate may be 1000 or -1000.""",
+    real="ops.swiglu",
+    reference=ops.swiglu,
+    cases=cases,
+    mistakes=(
+        "gate_up_exchanged",
+        "no_silu",
+        "no_up",
+        "gate_for_up",
+        "relu",
+        "sigmoid",
+        "gelu_tanh",
+        "gelu_erf",
+        "quick_gelu",
+        "silu_overflow",
+        "silu_wrong_sign",
+    ),
+)

@@ -1,0 +1,138 @@
+"""npllama generate: the text, as it is made and as it ends."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import npllama
+from npllama.cli import main
+from npllama.cli import options as shared
+
+from commands import COMMAND, run
+from system import hear_signals
+
+
+def test_generate_prints_the_prompt_and_its_continuation():
+    done = run("generate", "ROMEO:", "-n", "12")
+    assert done.returncode == 0
+    assert done.stdout.startswith("ROMEO:")
+    assert len(done.stdout) > len("ROMEO:\n")
+    assert "prefill" in done.stderr
+    assert "decode 11 tokens at" in done.stderr
+    assert "peak memory" in done.stderr
+    bare = run("generate", "ROMEO:", "-n", "12", "--no-echo")
+    assert "ROMEO:" + bare.stdout == done.stdout
+    assert run("generate", "ROMEO:", "-n", "12").stdout == done.stdout
+    assert run("generate", "ROMEO:", "-n", "12", "--seed", "5").stdout != done.stdout
+
+
+def test_generate_from_nothing_starts_from_bos(capsys):
+    model = npllama.load()
+    assert main(["generate", "", "-n", "10", "--temperature", "0", "--top-p", "1"]) == 0
+    ids = list(npllama.generate(model, [model.tokenizer.bos_id], max_tokens=10))
+    assert capsys.readouterr().out == model.tokenizer.decode(ids) + "\n"
+
+
+def test_recommended_settings_are_used_unless_overridden(capsys):
+    model = npllama.load()
+    recommended = model.generation
+    assert recommended["temperature"] > 0
+    ids = model.tokenizer.encode("KING", bos=True)
+    for options, settings in (
+        ([], {"temperature": recommended["temperature"], "top_p": recommended["top_p"]}),
+        (["--temperature", "0"], {"temperature": 0.0, "top_p": recommended["top_p"]}),
+        (["--temperature", "1.5", "--top-p", "0.5", "--top-k", "7", "--min-p", "0.01"],
+         {"temperature": 1.5, "top_p": 0.5, "top_k": 7, "min_p": 0.01}),
+    ):  # fmt: skip
+        assert main(["generate", "KING", "-n", "20", "--no-echo", *options]) == 0
+        expected = model.tokenizer.decode(list(npllama.generate(model, ids, 20, **settings)))
+        assert capsys.readouterr().out == expected + "\n"
+
+
+def test_stop_ends_before_the_text(capsys):
+    assert main(["generate", "ROMEO:", "-n", "60", "--temperature", "0", "--no-echo"]) == 0
+    text = capsys.readouterr().out
+    stop = text[10:13]
+    assert main(["generate", "ROMEO:", "-n", "60", "--temperature", "0", "--no-echo", "--stop", stop]) == 0
+    assert capsys.readouterr().out == text[: text.index(stop)] + "\n"
+
+
+def test_logprobs_print_a_line_per_token(capsys):
+    assert main(["generate", "ROMEO:", "-n", "5", "--temperature", "0", "--logprobs", "3"]) == 0
+    rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert len(rows) == 5
+    for row in rows:
+        assert len(row) == 3 + 3 * 3
+        assert row[:3] == row[3:6]  # greedy takes the likeliest
+        assert float(row[2]) >= float(row[8]) >= float(row[11])
+
+
+def test_ids_work_without_a_tokenizer(bare, capsys):
+    assert main(["generate", "--tokens", "1,2,3", "-m", str(bare), "-n", "4"]) == 0
+    ids = [int(id) for id in capsys.readouterr().out.split(",")]
+    model = npllama.load(bare)
+    assert ids == [1, 2, 3, *npllama.generate(model, [1, 2, 3], max_tokens=4)]
+
+
+@pytest.fixture
+def endless(copy_of_demo):
+    """A command that goes on and on, as its model says id 0 for ever: should the reader stand still, it waits for him."""
+    config = json.loads((copy_of_demo / "config.json").read_text())
+    (copy_of_demo / "config.json").write_text(json.dumps(config | {"max_seq_len": 1 << 20}))
+    norm = copy_of_demo / "norm.weight.npy"
+    np.save(norm, np.zeros_like(np.load(norm)))
+    return [*COMMAND, "generate", "ROMEO:", "-m", str(copy_of_demo), "-n", "1000000", "--temperature", "0"]
+
+
+def test_tokens_stream_as_they_are_made(endless):
+    """The first characters arrive long before the last: they are read while the process is still at work."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    process = subprocess.Popen(endless, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment)
+    assert process.stdout.read(20).startswith(b"ROMEO:")
+    assert process.poll() is None
+    process.kill()
+    process.wait()
+    assert len(process.stdout.read()) < 8000  # what a buffer held back would be more
+    process.stdout.close()
+
+
+def test_ctrl_c_ends_cleanly(endless):
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(endless, text=True, preexec_fn=hear_signals, **pipes)
+    process.stdout.read(20)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert out.endswith("\n")
+    assert "Traceback" not in err
+    assert "tokens/s" in err
+
+
+def test_a_closed_pipe_is_no_error():
+    done = subprocess.run(
+        f"{sys.executable} -m npllama generate ROMEO: -n 300 | head -c 5", shell=True, capture_output=True, text=True
+    )
+    assert done.stdout == "ROMEO"
+    assert "Traceback" not in done.stderr
+    assert "Broken" not in done.stderr
+
+
+def test_logits_that_are_nan_end_with_2_after_the_text(capsys, monkeypatch):
+    model = npllama.load()
+    model.params["norm.weight"] = np.full_like(model.params["norm.weight"], np.nan)
+    monkeypatch.setattr(shared, "load", lambda *args: model)
+    assert main(["generate", "ROMEO:"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "ROMEO:\n"
+    assert err.startswith("npllama generate: new token 1: of 2,256 logits 2,256 are NaN")
+    monkeypatch.setattr("sys.stdin", io.StringIO("Who art thou?\n"))
+    assert main(["chat"]) == 2
+    assert "npllama chat: new token 1: of 2,256 logits" in capsys.readouterr().err

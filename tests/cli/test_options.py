@@ -1,0 +1,133 @@
+"""The options that commands share: prompts of text or ids, with and without a tokenizer; threads, the model's dtype."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import npllama
+from npllama import checkpoint
+from npllama.cli import main
+from npllama.engine import threads
+
+from commands import COMMAND, fails, run
+from tiny import CONFIGS, random_params
+
+ID_COMMANDS = {
+    "generate": ["--tokens", "2000,450,25", "-n", "3"],
+    "generate logprobs": ["--tokens", "2000,450,25", "-n", "3", "--logprobs", "1"],
+    "walkthrough": ["--tokens", "2000,450,25"],
+    "info": [],
+    "verify": [],
+    "logits": ["--tokens", "2000,450,25", "--out", "logits.npy"],
+    "trace": ["--tokens", "2000,450,25", "--out", "trace"],
+    "explain": ["--tokens", "2000,450,25", "-o", "page.html"],
+    "tokenize": ["--decode", "450,25"],
+    "golden": ["--out", "golden"],
+}
+
+
+@pytest.mark.parametrize("command", ID_COMMANDS)
+def test_ids_need_no_package_for_text(command, tmp_path, capsys, monkeypatch):
+    """Neither tiktoken nor regex: there is no wheel of tiktoken for 32 bits, s390x, ppc64le or riscv64."""
+    if command == "explain":
+        pytest.importorskip("bokeh", reason="bokeh is not installed")
+    monkeypatch.chdir(tmp_path)
+    name, arguments = command.split()[0], ID_COMMANDS[command]
+    assert main([name, *arguments]) == 0
+    expected = capsys.readouterr().out
+    for file in ("trace", "golden"):
+        shutil.rmtree(file, ignore_errors=True)
+    for package in ("tiktoken", "regex"):
+        monkeypatch.setitem(sys.modules, package, None)
+    assert main([name, *arguments]) == 0
+    assert capsys.readouterr().out == expected
+
+
+def test_text_without_a_package_for_it_is_one_line(capsys, monkeypatch):
+    for package in ("tiktoken", "regex"):
+        monkeypatch.setitem(sys.modules, package, None)
+    line = fails(capsys, "generate", "ROMEO:")
+    assert "tiktoken" in line
+    assert line.endswith("pip install regex, or apt install python3-regex")
+    assert "python3-regex" in fails(capsys, "walkthrough", "x", "--tokenizer")
+
+
+@pytest.mark.parametrize("package", ["sentencepiece", "tokenizers"])
+def test_ids_work_where_the_tokenizer_s_package_is_missing(package, tmp_path, capsys, monkeypatch):
+    """The kinds that are run by a library alone: their ids have no text then, which is said."""
+    files = {"sentencepiece": ("tokenizer.model", b"\n\x0e\n\x05<unk>\x15"), "tokenizers": ("tokenizer.json", b"{}")}
+    with checkpoint.create(tmp_path / "m", CONFIGS["grouped"], "float32", source={"kind": "test"}) as writer:
+        for name, array in random_params(CONFIGS["grouped"], seed=1).items():
+            writer.add(name, array)
+        writer.add_file(*files[package])
+    monkeypatch.setitem(sys.modules, package, None)
+    model = ["-m", str(tmp_path / "m")]
+    assert main(["generate", "--tokens", "1,2,3", "-n", "2", *model]) == 0
+    out, err = capsys.readouterr()
+    assert len(out.split(",")) == 5
+    assert f"needs the package {package}: pip install" in err
+    assert "no token ends the generation" in err
+    assert main(["walkthrough", "--tokens", "1,2,3", *model]) == 0
+    assert "came without a tokenizer" in " ".join(capsys.readouterr().out.split())
+    assert main(["info", str(tmp_path / "m")]) == 0
+    assert f"needs the package {package}" in capsys.readouterr().out
+    assert f"needs the package {package}" in fails(capsys, "generate", "text", *model)
+
+
+def test_text_without_a_tokenizer_is_refused(bare, capsys):
+    for command in (["generate", "text"], ["chat"], ["logits", "--prompt", "text", "--out", "x.npy"], ["tokenize", "text"]):
+        assert "has no tokenizer" in fails(capsys, *command, "-m", bare)
+
+
+def test_a_prompt_from_standard_input(tmp_path):
+    done = run("tokenize", "-", input="To be,\nor not")
+    assert done.stdout == run("tokenize", "To be,\nor not").stdout
+    told = run("generate", "-", "-n", "3", "--temperature", "0", input="To be,\nor not")
+    assert told.stdout == run("generate", "To be,\nor not", "-n", "3", "--temperature", "0").stdout
+    run("logits", "--prompt", "-", "--out", str(tmp_path / "x.npy"), input="To be")
+    assert len(np.load(tmp_path / "x.npy")) == 1 + len(npllama.load().tokenizer.encode("To be"))
+    done = subprocess.run([*COMMAND, "generate", "-"], input=b"caf\xe9", capture_output=True)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr.decode() == "npllama generate: standard input: found the byte 0xe9 at 3, expected UTF-8\n"
+
+
+def test_an_id_that_the_model_has_and_its_tokenizer_not(copy_of_demo, capsys):
+    larger = dataclasses.replace(npllama.load().config, vocab_size=2300)
+    with checkpoint.create(copy_of_demo.parent / "larger", larger, "float32", source={"kind": "test"}) as writer:
+        for name, array in random_params(larger, seed=1).items():
+            writer.add(name, array)
+        writer.add_file("tokenizer.model", copy_of_demo / "tokenizer.model")
+    line = fails(capsys, "walkthrough", "--tokens", "1,2299", "-m", copy_of_demo.parent / "larger")
+    assert "token id 2299 is outside the tokenizer's vocabulary: expected 0 to 2255" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variable", "message"),
+    [
+        (["--threads", "0"], None, "the number of threads is 0, expected 1 or more"),
+        ([], "many", "NPLLAMA_NUM_THREADS is 'many', expected a whole number from 1"),
+    ],
+)
+def test_a_number_of_threads_that_is_none(arguments, variable, message, capsys, monkeypatch):
+    if variable:
+        monkeypatch.setenv(threads.VARIABLE, variable)
+    monkeypatch.setattr(threads._state, "n_threads", None)
+    assert fails(capsys, "generate", "x", *arguments) == f"npllama generate: {message}"
+
+
+def test_weights_that_stay_as_stored_are_said_before_the_text(capsys, monkeypatch):
+    monkeypatch.setattr(checkpoint, "available_memory", lambda: 1000)
+    monkeypatch.setattr(checkpoint, "free_memory", lambda: 1000)
+    assert main(["generate", "x", "-n", "1"]) == 0
+    first = capsys.readouterr().err.splitlines()[0]
+    assert "weights stay as stored" in first
+    assert "from the disk again" in first
+    monkeypatch.setattr(checkpoint, "available_memory", lambda: 1 << 40)
+    assert main(["generate", "x", "-n", "1"]) == 0
+    assert "weights widened to float32" in capsys.readouterr().err
