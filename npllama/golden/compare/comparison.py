@@ -197,7 +197,7 @@ def _tokens(reference: Activations, candidate: Activations) -> tuple[np.ndarray 
 def _checked_tokens(
     tokens: np.ndarray, steps: list, reference: Activations, candidate: Activations, config: Config | None
 ) -> np.ndarray:
-    """Return the prompt's ids in the shape of the reference's batch; InputError if they fit neither its arrays nor the model."""
+    """Return the prompt's ids in the reference's batch shape; InputError if they fit neither its arrays nor the model."""
     file = (reference if reference.meta else candidate).path / "trace.json"
     for name in reference:
         here, shape = place(name), reference.shape(name)

@@ -129,7 +129,7 @@ class NoiseFloor:
         self.limits, self.n_layers = limits or LIMITS[precision], n_layers
 
     def floor(self, name: str, size: Norms, kept: np.ndarray, local: bool = False) -> Norms:
-        """Return the floor at each token that is kept, for a reference of this size there.    kept bool [..., T]; size, floor [n]"""
+        """Return the floor at each token kept, for a reference of this size there.    kept bool [..., T]; size, floor [n]"""
         u = unit_roundoff(self.precision)
         noise = (self.local if local else self.accumulated).get(name)
         if noise is None:
