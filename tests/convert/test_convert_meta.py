@@ -639,6 +639,7 @@ def test_every_byte_is_reported_once(tmp_path, monkeypatch):
     assert len(counts) > 100
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_then_run_again(tmp_path, monkeypatch):
     monkeypatch.undo()  # blocks of the real size
     config = tiny.config(dim=512, n_heads=8, n_kv_heads=8, head_dim=64, ffn_dim=1536, vocab_size=2000, n_layers=4)

@@ -61,6 +61,7 @@ def differing(tokenizer: Tokenizer, judge: Judge, special: bool = False, texts: 
     return [text for text in texts if tokenizer.encode(text, special=special) != judge(as_unicode(text))]
 
 
+@pytest.mark.slow
 def test_llama3(llama3_tokenizer: Tokenizer, tmp_path: Path) -> None:
     metadata = metadata_of_tiktoken(Path(os.environ["NPLLAMA_LLAMA3_TOKENIZER"]))
     with ours_and_theirs(metadata, tmp_path) as (tokenizer, judge):
@@ -68,6 +69,7 @@ def test_llama3(llama3_tokenizer: Tokenizer, tmp_path: Path) -> None:
         assert mismatches(tokenizer, judge.tokenize_special, special=True) == []
 
 
+@pytest.mark.slow
 def test_smollm2(smollm2_metadata: dict[str, object], tmp_path: Path) -> None:
     with ours_and_theirs(smollm2_metadata, tmp_path) as (tokenizer, judge):
         # \x16 is not in SmolLM2's vocabulary. Ours drops it before the merges, as tokenizers does, llama.cpp after them:
@@ -76,6 +78,7 @@ def test_smollm2(smollm2_metadata: dict[str, object], tmp_path: Path) -> None:
         assert mismatches(tokenizer, judge.tokenize_special, special=True) == []
 
 
+@pytest.mark.slow
 def test_llama2(shared_data: Path, tmp_path: Path) -> None:
     metadata = metadata_of_sentencepiece(shared_data / "llama2-tokenizer" / "tokenizer.model")
     with ours_and_theirs(metadata, tmp_path) as (tokenizer, judge):
@@ -169,6 +172,7 @@ def test_q8_0(tmp_path: Path) -> None:
         assert_continues_as_ours(judge, config, model.params, prompt, 6, n_probs=config.vocab_size, atol=0.1)
 
 
+@pytest.mark.slow
 def test_smollm2_in_float32(smollm2: Path, smollm2_metadata: dict[str, object], tmp_path: Path) -> None:
     model = load(smollm2, dtype="float32")
     path = write_gguf(tmp_path / "model.gguf", model.config, model.params, **gguf_keys(smollm2_metadata))

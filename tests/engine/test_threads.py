@@ -169,6 +169,7 @@ print(n, "interrupts")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers' signals on this system")
 def test_an_interrupt_at_any_moment():
     """Ctrl-C, which is how an answer is stopped: the next region finds all as it should be, and the process ends."""

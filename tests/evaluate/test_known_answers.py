@@ -79,6 +79,7 @@ def test_the_converted_config_is_what_the_checkpoint_says(stories):
 # ----------------------------------------------------------------------------------------------------------------- SmolLM2
 
 
+@pytest.mark.slow
 def test_smollm2_knows_the_capital_of_france(smollm2, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("What is the capital of France?\n"))
     assert main(["chat", "-m", str(smollm2), "--temperature", "0"]) == 0

@@ -28,6 +28,7 @@ GROUPS["with torch"] = list(fuzz_readers.NEED_TORCH)
 GROUP_CASES = ["without torch", pytest.param("with torch", marks=pytest.mark.torch)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", GROUP_CASES)
 def test_damaged_files_become_a_whole_model_or_one_line(group):
     seconds = os.environ.get("NPLLAMA_FUZZ_SECONDS")

@@ -330,6 +330,7 @@ def test_what_is_computed_from_unusable_numbers_is_not_accused(name, unjudged, s
     assert found.wrong_by_themselves == [], "nor is it by way of activations that aren't recorded"
 
 
+@pytest.mark.slow
 def test_inputs_are_what_an_activation_is_computed_from():
     """Held against the computation itself: changing an input changes the activation, changing another one doesn't."""
     from npllama.golden.compare.names import in_order, place

@@ -182,6 +182,7 @@ def trained(tmp_path_factory):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RIGHT)
 def test_right_programs_are_not_called_different_on_a_trained_model(name, trained, tmp_path):
     """Judged by one pass, "hf" is 7.2 times the floor at one token of 400, where that pass happened to be close."""
