@@ -24,7 +24,7 @@ import numpy as np
 
 from npllama import checkpoint
 from npllama.chat import chat_format_of, chat_format_of_template, default_system_of_template
-from npllama.checkpoint import CheckpointError
+from npllama.checkpoint import CheckpointError, writing
 from npllama.config import (
     EPS_RANGE,
     FACTOR_RANGE,
@@ -71,7 +71,7 @@ class Tensor:
     def blocks(self) -> Iterator[np.ndarray]:
         """The whole as consecutive blocks of rows, each about a megabyte."""
         row_bytes = self.dtype.itemsize * math.prod(self.shape[1:])
-        step = max(1, checkpoint.BLOCK_BYTES // max(1, row_bytes))
+        step = max(1, writing.BLOCK_BYTES // max(1, row_bytes))
         return (self.rows(start, min(start + step, self.shape[0])) for start in range(0, self.shape[0], step))
 
     def same_bits(self, other: Tensor) -> bool:

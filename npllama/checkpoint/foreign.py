@@ -142,8 +142,7 @@ def read_npy(path: Path, error: Error) -> np.ndarray:
         _check_bytes(shape, dtype, size - offset)
         return _map(path, shape, dtype, offset, order)
     except OSError as cause:
-        needed = f": {size_text(size)} of address space are needed" if cause.errno == errno.ENOMEM else ""
-        raise error(f"{printable(str(path))}: {reason(cause)}{needed}") from None
+        raise error(f"{printable(str(path))}: {reason(cause)}") from None
     except Exception as cause:  # a broken header surfaces as ValueError, SyntaxError, TokenError, MemoryError ...
         raise error(f"{printable(str(path))} is not a NumPy array file: {reason(cause)}") from None
 
@@ -234,7 +233,13 @@ def _check_bytes(shape: tuple[int, ...], dtype: np.dtype, found: int) -> int:
 def _map(path: Path, shape: tuple[int, ...], dtype: np.dtype, offset: int, order: str) -> np.ndarray:
     if not math.prod(shape):  # which mmap can't do
         return np.zeros(shape, dtype)
-    return np.memmap(path, dtype, "r", offset, shape, order)
+    try:
+        return np.memmap(path, dtype, "r", offset, shape, order)
+    except OSError as cause:
+        if cause.errno != errno.ENOMEM:
+            raise
+        n_bytes = math.prod(shape) * dtype.itemsize
+        raise OSError(cause.errno, f"{cause.strerror}: {size_text(n_bytes)} of address space are needed") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------- safetensors
@@ -253,7 +258,7 @@ def read_safetensors(path: Path, error: Error, header_limit: int = JSON_LIMIT) -
             if not 2 <= length <= min(header_limit, size - 8):
                 raise error(f"{where} is not a safetensors file: a header of {length:,} bytes in a file of {size:,}")
             text = file.read(length)
-        data = np.memmap(path, np.uint8, "r", offset=8 + length) if size > 8 + length else np.zeros(0, np.uint8)
+        data = _map(path, (size - 8 - length,), np.dtype(np.uint8), 8 + length, "C")
     except OSError as cause:
         raise error(f"{where}: {reason(cause)}") from None
     try:

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from npllama import Config, checkpoint, parameter_shapes
-from npllama.checkpoint import CheckpointError, atomic, load, open_model, verify
+from npllama.checkpoint import CheckpointError, atomic, load, open_model, reading, verify, writing
 from npllama.checkpoint.atomic import FolderError
 from npllama.engine.linear import to_bfloat16, widen
 
@@ -35,7 +35,7 @@ SHAPES = parameter_shapes(CONFIG)
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Blocks so small that every matrix here has several."""
-    monkeypatch.setattr(checkpoint, "BLOCK_BYTES", 700)
+    monkeypatch.setattr(writing, "BLOCK_BYTES", 700)
 
 
 def write(path: Path, dtype="float32", config: Config = CONFIG, changes=None, files=(), **options) -> dict[str, np.ndarray]:
@@ -348,7 +348,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
     def fail(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_to_storage", fail)
+    monkeypatch.setattr(writing, "_to_storage", fail)
     with pytest.raises(CheckpointError, match=r"m: the disk is full; the model needs 0\.0 MB\. Nothing was left behind$"):
         write(tmp_path / "m")
     assert not list(tmp_path.iterdir())
@@ -375,7 +375,7 @@ def test_a_folder_that_is_replaced_while_it_is_opened(tmp_path, tensor, monkeypa
     """All files have the names and sizes of the model before: a mixture of the two would open."""
     write(tmp_path / "m")
     zeros = {name: np.zeros(shape, np.float32) for name, shape in parameter_shapes(CONFIG).items()}
-    original, calls = checkpoint._map_array, []
+    original, calls = reading._map_array, []
 
     def replacing(*args):
         calls.append(args)
@@ -383,7 +383,7 @@ def test_a_folder_that_is_replaced_while_it_is_opened(tmp_path, tensor, monkeypa
             write(tmp_path / "m", changes=zeros, force=True)
         return original(*args)
 
-    monkeypatch.setattr(checkpoint, "_map_array", replacing)
+    monkeypatch.setattr(reading, "_map_array", replacing)
     model = open_model(tmp_path / "m")
     assert not any(array.any() for array in model.params.values())
     assert len(calls) > len(model.params)
@@ -394,8 +394,7 @@ def test_a_folder_that_is_replaced_while_it_is_opened(tmp_path, tensor, monkeypa
 SLOW_WRITER = """
     import os, signal, sys, time
     from pathlib import Path
-    from npllama import checkpoint
-    from npllama.checkpoint import atomic
+    from npllama.checkpoint import atomic, writing
     from killed import write_model
     moment, target, force = sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "force"
     def wait():
@@ -410,8 +409,8 @@ SLOW_WRITER = """
             return original(*args, **options)
         setattr(module, name, call)
     places = {
-        "made": (checkpoint.Writer, "add", 1),
-        "written": (checkpoint, "_to_storage", 7),
+        "made": (writing.Writer, "add", 1),
+        "written": (writing, "_to_storage", 7),
         "complete": (atomic, "_put_in_place", 1),
         "between": (Path, "rename", 2),
         "replaced": (Path, "rename", 3),
@@ -565,7 +564,8 @@ def test_a_machine_whose_byte_order_is_not_the_files(tmp_path, monkeypatch, stor
     dtypes = {name: "float32" if storage == "int8" and not checkpoint.takes_int8(name) else storage for name in SHAPES}
     write(tmp_path / "here", dtypes)
     swapped = {name: known.newbyteorder("S") for name, known in checkpoint.STORAGE.items()}
-    monkeypatch.setattr(checkpoint, "STORAGE", swapped)
+    for name, known in swapped.items():
+        monkeypatch.setitem(checkpoint.STORAGE, name, known)
     write(tmp_path / "there", dtypes)
     assert verify(tmp_path / "there") == []
     file = np.load(tmp_path / "there" / f"{NAME}.npy", allow_pickle=False)
@@ -597,9 +597,9 @@ def test_dtypes_of_loading(tmp_path, storage, dtype):
 def test_auto_widens_only_into_half_of_the_free_memory(tmp_path, monkeypatch):
     write(tmp_path / "m", "bfloat16")
     needed = sum(4 * int(np.prod(shape)) for shape in parameter_shapes(CONFIG).values())
-    monkeypatch.setattr(checkpoint, "available_memory", lambda: 2 * needed)
+    monkeypatch.setattr(reading, "available_memory", lambda: 2 * needed)
     assert load(tmp_path / "m").params[NAME].dtype == np.float32
-    monkeypatch.setattr(checkpoint, "available_memory", lambda: 2 * needed - 2)
+    monkeypatch.setattr(reading, "available_memory", lambda: 2 * needed - 2)
     model = load(tmp_path / "m")
     assert model.params[NAME].dtype == np.uint16
     assert model.params["norm.weight"].dtype == np.float32

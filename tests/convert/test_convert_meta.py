@@ -26,7 +26,7 @@ pytestmark = pytest.mark.torch
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from npllama import checkpoint, n_parameters  # noqa: E402
-from npllama.checkpoint import load, open_model, verify  # noqa: E402
+from npllama.checkpoint import load, open_model, verify, writing  # noqa: E402
 from npllama_convert import meta, sources  # noqa: E402
 
 import tiny  # noqa: E402
@@ -51,7 +51,7 @@ PARAMS = {
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Blocks of a few rows, that end anywhere within a shard."""
-    monkeypatch.setattr(checkpoint, "BLOCK_BYTES", 1500)
+    monkeypatch.setattr(writing, "BLOCK_BYTES", 1500)
 
 
 def tensors_of(config=CONFIG, dtype="float32") -> dict:
