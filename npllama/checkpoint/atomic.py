@@ -32,8 +32,8 @@ from ..errors import NpllamaError
 
 try:
     import fcntl
-except ImportError:  # Windows: age tells a dead run from a live one
-    fcntl = None
+except ImportError:
+    fcntl = None  # type: ignore[assignment]  # Windows: age tells a dead run from a live one
 
 DEAD_AFTER_SECONDS = 600.0  # where files can't be locked, what is partial and has not changed for so long is a dead run's
 

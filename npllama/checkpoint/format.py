@@ -22,7 +22,12 @@ from .store import NAME
 Manifest = dict[str, Any]  # JSON, in the form that read_manifest checks
 
 FORMAT_VERSION = 1
-STORAGE = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2"), "int8": np.dtype("i1")}
+STORAGE: dict[str, np.dtype] = {
+    "float32": np.dtype("<f4"),
+    "float16": np.dtype("<f2"),
+    "bfloat16": np.dtype("<u2"),
+    "int8": np.dtype("i1"),
+}
 MANIFEST_SECTIONS: dict[str, dict[str, type]] = {
     "tensors": {"file": str, "dtype": str, "shape": list, "bytes": int, "sha256": str},
     "files": {"bytes": int, "sha256": str},

@@ -22,7 +22,7 @@ import numpy as np
 from ..config import Config, n_parameters, parameter_shapes
 from ..engine import layout
 from ..engine.memory import address_space, available_memory, free_memory, size_text
-from ..engine.weights import Int8, Weight, is_packed, native, widen
+from ..engine.weights import Form, Int8, Weight, is_packed, native, widen
 from ..scope import Ops
 from . import foreign
 from .atomic import survivor
@@ -156,7 +156,7 @@ def _read_ahead(model: Model) -> None:
 
 
 def _mapping(weight: Weight) -> mmap.mmap | None:
-    base = (weight.values if isinstance(weight, Int8) else weight).base
+    base = (weight.values if isinstance(weight, Form) else weight).base
     return getattr(base, "_mmap", None)
 
 

@@ -18,12 +18,13 @@ import numpy as np
 
 from ..config import Config, parameter_shapes
 from ..engine.memory import size_text
-from ..engine.weights import Int8, Weight, native, to_bfloat16, to_int8, widen
+from ..engine.weights import Int8, native, to_bfloat16, to_int8, widen
 from .atomic import check_target, new_folder, not_ours, writing
 from .format import (
     FORMAT_VERSION,
     STORAGE,
     CheckpointError,
+    Manifest,
     array_files,
     check_generation,
     check_names,
@@ -111,14 +112,15 @@ class Writer:
     ):
         self._folder, self._target = folder, target  # where it is written, and its name when it is complete
         self._shapes, self._dtypes, self._hashing = shapes, dtypes, hashing
-        self._tensors: dict[str, dict[str, object]] = {}
-        self._files: dict[str, dict[str, object]] = {}
+        self._tensors: dict[str, Manifest] = {}
+        self._files: dict[str, Manifest] = {}
 
     def add(self, name: str, array: np.ndarray) -> None:
         """Write a parameter given whole: float16, float32, float64, or uint16 holding the bits of bfloat16."""
         array = np.asarray(array)
         step = max(1, BLOCK_BYTES * len(array) // max(1, array.nbytes)) if array.ndim else 1
-        self._check_shape(name, array.shape)
+        if array.shape != (shape := self._shape_of(name)):
+            raise CheckpointError(f"{name} is {list(array.shape)}, expected {list(shape)}")
         self.add_blocks(name, (array[start : start + step] for start in range(0, len(array), step)))
 
     def add_blocks(self, name: str, blocks: Iterable[np.ndarray]) -> None:
@@ -127,9 +129,8 @@ class Writer:
         Values are rounded to nearest even where the storage is narrower. Raises CheckpointError, naming the tensor, for a wrong
         name or shape, a value that is not finite, and one that would overflow to infinity.
         """
-        shape = self._shapes.get(name)
-        self._check_shape(name, shape)
-        dtype, n_rows, scales = self._dtypes[name], 0, []
+        shape, dtype, n_rows = self._shape_of(name), self._dtypes[name], 0
+        scales: list[np.ndarray] = []
         with self._new(f"{name}.npy") as file:
             stream = _NpyStream(file, shape, STORAGE[dtype], self._hashing)
             for block in blocks:
@@ -146,7 +147,13 @@ class Writer:
                     self.progress(data.nbytes)
         if n_rows != shape[0]:
             raise CheckpointError(f"{name} has {n_rows} rows, expected {shape[0]}")
-        entry = {"file": f"{name}.npy", "dtype": dtype, "shape": list(shape), "bytes": stream.n_bytes, "sha256": stream.sha256}
+        entry: Manifest = {
+            "file": f"{name}.npy",
+            "dtype": dtype,
+            "shape": list(shape),
+            "bytes": stream.n_bytes,
+            "sha256": stream.sha256,
+        }
         if scales:
             with self._new(f"{name}.scale.npy") as file:
                 stream = _NpyStream(file, shape[:1], STORAGE["float32"], self._hashing)
@@ -166,13 +173,13 @@ class Writer:
     def _new(self, file: str) -> contextlib.AbstractContextManager[BinaryIO]:
         return writing(self._folder / file, self._target / file)
 
-    def _check_shape(self, name: str, found: tuple[int, ...] | None) -> None:
+    def _shape_of(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a parameter that is still to be written."""
         if name not in self._shapes:
             raise CheckpointError(f"{name} is not a parameter of this model")
         if name in self._tensors:
             raise CheckpointError(f"{name} is there twice")
-        if found != self._shapes[name]:
-            raise CheckpointError(f"{name} is {list(found)}, expected {list(self._shapes[name])}")
+        return self._shapes[name]
 
     def _finish(self, config: Config, source: Mapping[str, object], generation: dict[str, object]) -> None:
         check_names("the model", self._shapes, self._tensors)
@@ -182,7 +189,7 @@ class Writer:
         manifest = {
             "npllama_format": FORMAT_VERSION,
             "source": source,
-            "dtype": max(in_bytes, key=in_bytes.get),
+            "dtype": max(in_bytes, key=lambda dtype: in_bytes[dtype]),
             "tensors": {name: self._tensors[name] for name in self._shapes},
             "files": self._files,
         }
@@ -228,7 +235,7 @@ def _float64_to_odd_float32(array: np.ndarray) -> np.ndarray:
     return narrow
 
 
-def _to_storage(block: np.ndarray, dtype: str, name: str, first_row: int) -> Weight:
+def _to_storage(block: np.ndarray, dtype: str, name: str, first_row: int) -> np.ndarray | Int8:
     """Return a block in its storage dtype, in this machine's byte order, contiguous and checked to be finite."""
     block = native(block)
     if block.dtype not in (np.uint16, np.float16, np.float32, np.float64):

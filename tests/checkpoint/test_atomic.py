@@ -335,6 +335,7 @@ def check_the_next_run(folder: Path, expected: set[str | None]) -> str | None:
 
 
 @posix
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
 @pytest.mark.parametrize("old", [None, "float16"])
 def test_a_model_is_whole_whenever_its_writer_ends(tmp_path, monkeypatch, name, old):

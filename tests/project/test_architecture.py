@@ -242,6 +242,18 @@ def test_the_math_sees_no_file_and_no_tokenizer():
         assert imports(FILES[name]) <= own | library, name
 
 
+def test_one_reader_of_json():
+    """What others wrote is read with limits of size and depth; json's own readers have none."""
+    readers = {"load", "loads", "JSONDecoder", "raw_decode"}
+    for path in (path for folder in ("npllama", "convert") for path in (ROOT / folder).rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        found = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "json"}
+        found |= {
+            a.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == "json" for a in node.names
+        }
+        assert path == FILES["checkpoint.foreign"] or not found & readers, path
+
+
 def run(code: str) -> str:
     # From a folder without the sources: the installed package is measured where there is one, compiled as its users have it.
     command = [sys.executable, "-c", code]
