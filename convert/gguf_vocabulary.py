@@ -57,9 +57,9 @@ WHOLE_WORDS = {"llama-bpe", "llama-v3", "llama3", "tekken"}
 
 
 def tokenizer_file(metadata: Metadata) -> tuple[str, bytes]:
-    """The name and the content of the tokenizer's file: a `gpt2` vocabulary as tokenizer.json, `llama` as tokenizer.model.
+    """Return the tokenizer's file name and content: tokenizer.json for a `gpt2` vocabulary, tokenizer.model for `llama`.
 
-    tokenizer_config() belongs beside it. Raises ValueError for a kind or a `pre` that isn't known, and for what is damaged.
+    tokenizer_config() belongs to it. Raises ValueError for a kind or a `pre` that isn't known, and for what is damaged.
     """
     kind = metadata.get("tokenizer.ggml.model")
     if kind == "gpt2":
@@ -70,7 +70,7 @@ def tokenizer_file(metadata: Metadata) -> tuple[str, bytes]:
 
 
 def tokenizer_config(metadata: Metadata) -> bytes:
-    """The content of tokenizer_config.json: what a tokenizer's file doesn't hold. BOS, whether it is put in front, the ends."""
+    """Return tokenizer_config.json, for what the tokenizer's file can't hold: BOS, whether it is added, and the ends."""
     tokens = _tokens(metadata)
     values: dict[str, object] = {"add_bos_token": _adds_bos(metadata)}
     for name in ("bos", "eos", "eot", "eom"):
@@ -82,7 +82,7 @@ def tokenizer_config(metadata: Metadata) -> bytes:
 
 
 def _byte_level(metadata: Metadata) -> bytes:
-    """A tokenizer.json of byte-level BPE. The ids of special tokens are kept by naming them in the vocabulary."""
+    """Make a tokenizer.json of byte-level BPE. Special tokens keep their ids by being in the vocabulary."""
     pre = metadata.get("tokenizer.ggml.pre")
     if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
         raise ValueError(f"tokenizer.ggml.pre is {pre!r:.60}, expected one of {', '.join(PRE_TOKENIZERS)}")
@@ -141,11 +141,11 @@ def _byte_level(metadata: Metadata) -> bytes:
 
 
 def _sentencepiece(metadata: Metadata) -> bytes:
-    """A SentencePiece ModelProto, field by field (sentencepiece, src/sentencepiece_model.proto): BPE, no normalisation."""
+    """Make a SentencePiece ModelProto, field by field (sentencepiece, src/sentencepiece_model.proto): BPE, no normalisation."""
     tokens = _tokens(metadata)
     types = _types(metadata, len(tokens))
     scores = _list(metadata, "scores", float, len(tokens))
-    bos, eos = _id(metadata, "bos", len(tokens), otherwise=1), _id(metadata, "eos", len(tokens), otherwise=2)
+    bos, eos = _id_or(1, metadata, "bos", len(tokens)), _id_or(2, metadata, "eos", len(tokens))
     types[bos] = types[eos] = CONTROL  # SentencePiece knows no others
     if (n := types.count(BYTE)) not in (0, 256):
         raise ValueError(f"tokenizer.ggml.token_type has {n} bytes, expected 256 or none")
@@ -173,7 +173,7 @@ def _sentencepiece(metadata: Metadata) -> bytes:
 
 
 def _field(number: int, value: int | bytes) -> bytes:
-    """A protobuf field: a number as a varint, bytes with their length before them."""
+    """Encode a protobuf field: a number as a varint, bytes with their length before them."""
     if isinstance(value, int):
         return _varint(number << 3) + _varint(value)
     return _varint(number << 3 | 2) + _varint(len(value)) + value
@@ -198,7 +198,7 @@ def _types(metadata: Metadata, n: int) -> list[int]:
 
 
 def _list(metadata: Metadata, name: str, kind: type, n: int | None = None) -> list:
-    """A fresh list of n values, or of one at least, of one kind (a whole number is a float too)."""
+    """Return a copy of a list of n values, or of one at least, all of one kind (a whole number is a float too)."""
     values = metadata.get(f"tokenizer.ggml.{name}")
     kinds = (int, float) if kind is float else (kind,)
     if not isinstance(values, list) or not values or not all(type(value) in kinds for value in values):
@@ -208,9 +208,13 @@ def _list(metadata: Metadata, name: str, kind: type, n: int | None = None) -> li
     return list(values)
 
 
-def _id(metadata: Metadata, name: str, n: int, otherwise: int | None = None) -> int | None:
+def _id(metadata: Metadata, name: str, n: int) -> int | None:
+    return _id_or(0, metadata, name, n) if f"tokenizer.ggml.{name}_token_id" in metadata else None
+
+
+def _id_or(otherwise: int, metadata: Metadata, name: str, n: int) -> int:
     id = metadata.get(f"tokenizer.ggml.{name}_token_id", otherwise)
-    if id is not None and (type(id) is not int or not 0 <= id < n):
+    if type(id) is not int or not 0 <= id < n:
         raise ValueError(f"tokenizer.ggml.{name}_token_id is {id!r:.60}, expected 0 to {n - 1}")
     return id
 

@@ -61,7 +61,7 @@ BESIDE_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "generat
 
 
 def read(src: Path, report: Report) -> Source:
-    """The folder of a Llama as transformers saves it. Raises CheckpointError, a ValueError, with one line."""
+    """Open the folder of a Llama that transformers saved. Raises CheckpointError, a ValueError, with one line."""
     config_file = src / "config.json"
     values = read_json(config_file)
     try:
@@ -118,7 +118,7 @@ def refuse(values: Mapping[str, object]) -> None:
 
 
 def resolve(values: Mapping[str, object], tied: bool, report: Report) -> Config:
-    """Every model constant from config.json; what it leaves out is inferred as transformers does, and reported."""
+    """Return every model constant from config.json; missing ones are inferred as transformers does, and reported."""
     known = {key: value for key, value in values.items() if value is not None}
     n_heads, n_kv_heads, head_dim = head_sizes(
         known, "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", report
@@ -147,7 +147,7 @@ def resolve(values: Mapping[str, object], tied: bool, report: Report) -> Config:
 
 
 def _rope(values: Mapping[str, object]) -> tuple[float | None, RopeScaling | LinearRopeScaling | None]:
-    """rope_theta and the scaling: both in rope_parameters (transformers 5), or in rope_theta and rope_scaling (before)."""
+    """Return rope_theta and the scaling, from rope_parameters (transformers 5), or rope_theta and rope_scaling (before)."""
     rope = {key: values[key] for key in ("rope_theta", "original_max_position_embeddings") if values.get(key) is not None}
     for key in ("rope_scaling", "rope_parameters"):
         if not isinstance(section := values.get(key) or {}, Mapping):
@@ -168,7 +168,7 @@ def _rope(values: Mapping[str, object]) -> tuple[float | None, RopeScaling | Lin
 
 
 def _chat_template(src: Path) -> object:
-    """The template that a chat model's conversations are written with, or None."""
+    """Return the chat template, or None."""
     path = src / "chat_template.jinja"
     if path.is_file():
         with open(path, encoding="utf-8", errors="replace") as file:
@@ -185,7 +185,7 @@ def _chat_template(src: Path) -> object:
 
 
 def interleaved_order(n_heads: int, head_dim: int) -> np.ndarray:
-    """Which row of a half-split wq or wk is each row of the interleaved one.    -> [n_heads · K]
+    """Return for each row of an interleaved wq or wk its row in the half-split one.    -> [n_heads · K]
 
     Head by head, row 2j + i comes from row j + i·K/2.
     """
@@ -193,8 +193,8 @@ def interleaved_order(n_heads: int, head_dim: int) -> np.ndarray:
     return halves.swapaxes(1, 2).reshape(-1)
 
 
-def _open_weights(index: Path, report: Report) -> tuple[list[Path], dict[str, np.ndarray]]:
-    """The files that hold weights, and every tensor in them by name, mapped."""
+def _open_weights(index: Path, report: Report) -> tuple[list[Path], Mapping[str, np.ndarray | None]]:
+    """Return the files that hold weights, and every tensor in them by name, mapped; None for what is no parameter."""
     if index.suffix != ".json":
         return [index], _open_file(index, report)
     where = read_json(index).get("weight_map")
@@ -213,7 +213,7 @@ def _open_weights(index: Path, report: Report) -> tuple[list[Path], dict[str, np
     return [index, *(index.parent / file for file in files)], {name: opened[file][name] for name, file in where.items()}
 
 
-def _open_file(path: Path, report: Report) -> dict[str, np.ndarray]:
+def _open_file(path: Path, report: Report) -> Mapping[str, np.ndarray | None]:
     if path.suffix == ".safetensors":
         return read_safetensors(path, CheckpointError)
     return torch_file.arrays(path, torch_file.load(path, report))

@@ -33,7 +33,7 @@ PLAIN = (str, int, float, type(None))
 
 
 def read(src: Path, report: Report) -> Source:
-    """A .bin or a .pt, told by the content. Raises CheckpointError, a ValueError, with one line."""
+    """Open a .bin or a .pt, detected by content. Raises CheckpointError, a ValueError, with one line."""
     file_size(src, CheckpointError)
     with open(src, "rb") as file:
         start = file.read(HEADER.size)
@@ -44,10 +44,10 @@ def read(src: Path, report: Report) -> Source:
     else:
         source = _read_bin(src, start, report)
     for name in ("tokenizer.model", f"tok{source.config.vocab_size}.model"):
-        if (file := src.with_name(name)).is_file() and not source.tokenizer:
-            source.generation["chat_format"] = check_tokenizer(file, source.config, report)
-            source.tokenizer = {"tokenizer.model": file}
-            source.files.append(file)
+        if (tokenizer := src.with_name(name)).is_file() and not source.tokenizer:
+            source.generation["chat_format"] = check_tokenizer(tokenizer, source.config, report)
+            source.tokenizer = {"tokenizer.model": tokenizer}
+            source.files.append(tokenizer)
     return source
 
 
@@ -78,7 +78,7 @@ def _read_bin(src: Path, start: bytes, report: Report) -> Source:
 
 
 def _config_of_bin(start: bytes) -> Config | None:
-    """What the first seven numbers say, or None if they can't be those of a model."""
+    """Return the config that the first seven numbers state, or None if no model can have them."""
     if len(start) < HEADER.size:
         return None
     dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, max_seq_len = HEADER.unpack(start)
@@ -103,7 +103,7 @@ def _config_of_bin(start: bytes) -> Config | None:
 
 
 def _read_pt(src: Path, report: Report) -> Source:
-    """A training checkpoint: model_args in params.json's words, and model, a state dict in Meta's names."""
+    """Open a training checkpoint: model_args with params.json's keys, and model, a state dict in Meta's names."""
     content = torch_file.load(src, report)
     params, state = (content.get(key) if isinstance(content, Mapping) else None for key in ("model_args", "model"))
     if not isinstance(params, Mapping) or not isinstance(state, Mapping):

@@ -60,7 +60,7 @@ def resolve(
     rope_factor: float | None = None,
     report: Report = print,
 ) -> Config:
-    """Every model constant, from what params.json says and the weights show; what neither does is inferred and reported.
+    """Return every model constant, from params.json and the weights' shapes; others are inferred and reported.
 
     ffn_dim, vocab_size   as the weights have them, against which params.json is checked; None takes params.json's word
     rope_factor           in place of the scaling factor inferred from use_scaled_rope
@@ -123,7 +123,7 @@ def resolve(
 
 
 def _ffn_dim_formula(known: Mapping[str, object], dim: int) -> int | None:
-    """Two thirds of 4·dim, times a factor, up to the next multiple_of (FeedForward in llama-models 0.3.0, llama3/model.py)."""
+    """Return 2/3 · 4·dim, times a factor, up to the next multiple_of (FeedForward in llama-models 0.3.0, llama3/model.py)."""
     if "hidden_dim" in known:  # Mistral's params.json says it outright
         return whole(known, "hidden_dim")
     if "multiple_of" not in known:
@@ -163,7 +163,7 @@ def _context_length(
     n_kv_heads: int,
     scaling: RopeScaling | None,
 ) -> tuple[int, str]:
-    """The context length that a model of this family was trained on: published files leave it out."""
+    """Return the context length that a model of this family was trained on: published files leave it out."""
     if scaling:
         return LLAMA31_CONTEXT, "Llama 3.1 and later"
     if rope_theta == 500000.0:
@@ -213,7 +213,7 @@ def _join(name: str, pieces: list[np.ndarray], shape: tuple[int, ...]) -> Tensor
 
 
 def _rows_across(pieces: list[np.ndarray], axis: int, start: int, stop: int) -> np.ndarray:
-    """Some rows of the whole; a copy of them only where pieces meet."""
+    """Return some rows of the whole; a copy only where they span two pieces."""
     if axis == 1:
         return np.concatenate([piece[start:stop] for piece in pieces], axis=1)
     height = len(pieces[0])
@@ -263,21 +263,22 @@ def read(src: str | Path, rope_factor: float | None = None, report: Report = pri
 
 def assemble(
     params: Mapping[str, object],
-    shards: Sequence[Mapping[str, np.ndarray | None]],
+    found: Sequence[Mapping[str, np.ndarray | None]],
     rope_factor: float | None = None,
     report: Report = print,
 ) -> tuple[Config, dict[str, Tensor]]:
-    """The config, and every parameter whole, in the order of the forward pass.
+    """Return the config, and every parameter whole, in the order of the forward pass.
 
-    shards   each shard's arrays in Meta's names; None for what is not a parameter
+    found   each shard's arrays in Meta's names; None for what is not a parameter
 
     Raises ConfigError for what params.json says, CheckpointError for what the shards hold.
     """
-    names = {name for name, array in shards[0].items() if array is not None}
+    report_left_out((name for shard in found for name, array in shard.items() if array is None), report)
+    shards = [{name: array for name, array in shard.items() if array is not None} for shard in found]
+    names = set(shards[0])
     for i, shard in enumerate(shards[1:], start=1):
-        if odd := sorted(names.symmetric_difference(name for name, array in shard.items() if array is not None)):
+        if odd := sorted(names.symmetric_difference(shard)):
             raise CheckpointError(f"{odd[0]} is in only one of shards 00 and {i:02d}")
-    report_left_out((name for shard in shards for name, array in shard.items() if array is None), report)
 
     # Names and the number of layers first: what params.json says is not to be trusted with memory.
     dim, n_layers = whole(params, "dim"), whole(params, "n_layers")

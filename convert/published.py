@@ -8,6 +8,7 @@ vocab_size is -1 in the files of LLaMA 1 and 2: there `vocabulary` is what their
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 class Published:
     """One model: what its params.json says, and what is known about its weights."""
 
-    params: dict[str, object]
+    params: Mapping[str, object]
     n_parameters: int  # tied embeddings counted once
     shards: int
     vocabulary: int
@@ -30,7 +31,7 @@ def _llama1(dim: int, n_layers: int, n_heads: int, n_parameters: int, shards: in
 
 def _llama2(dim: int, n_layers: int, n_heads: int, n_parameters: int, shards: int, **grouped: object) -> Published:
     params = {"dim": dim, "multiple_of": 256, "n_heads": n_heads, "n_layers": n_layers, "norm_eps": 1e-5, "vocab_size": -1}
-    return Published(params | grouped, n_parameters, shards, vocabulary=32000, max_seq_len=4096)
+    return Published({**params, **grouped}, n_parameters, shards, vocabulary=32000, max_seq_len=4096)
 
 
 def _code_llama(dim: int, n_layers: int, n_heads: int, n_parameters: int, shards: int, **more: object) -> Published:
@@ -38,8 +39,18 @@ def _code_llama(dim: int, n_layers: int, n_heads: int, n_parameters: int, shards
     return dataclasses.replace(llama2, vocabulary=32000 if "n_kv_heads" in more else 32016, max_seq_len=16384)
 
 
-def _llama3(dim, n_layers, n_heads, multiplier, multiple_of, n_parameters, shards, scaled=True, tied=False) -> Published:
-    params = {
+def _llama3(
+    dim: int,
+    n_layers: int,
+    n_heads: int,
+    multiplier: float,
+    multiple_of: int,
+    n_parameters: int,
+    shards: int,
+    scaled: bool = True,
+    tied: bool = False,
+) -> Published:
+    params: dict[str, object] = {
         "dim": dim,
         "ffn_dim_multiplier": multiplier,
         "multiple_of": multiple_of,
@@ -55,8 +66,19 @@ def _llama3(dim, n_layers, n_heads, multiplier, multiple_of, n_parameters, shard
     return Published(params, n_parameters, shards, 128256, 131072 if scaled else 8192, tied)
 
 
-def _other(dim, n_layers, n_heads, n_kv_heads, ffn_dim, vocabulary, rope_theta, max_seq_len, n_parameters, tied) -> Published:
-    params = {
+def _other(
+    dim: int,
+    n_layers: int,
+    n_heads: int,
+    n_kv_heads: int,
+    ffn_dim: int,
+    vocabulary: int,
+    rope_theta: float,
+    max_seq_len: int,
+    n_parameters: int,
+    tied: bool,
+) -> Published:
+    params: dict[str, object] = {
         "dim": dim,
         "n_layers": n_layers,
         "n_heads": n_heads,

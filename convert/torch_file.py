@@ -10,6 +10,7 @@ import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
+from types import ModuleType
 from typing import BinaryIO
 
 import numpy as np
@@ -23,8 +24,8 @@ from .conversion import NOT_A_PARAMETER, Report
 LONGEST_GLOBAL = 300  # characters of a module's name and what is in it
 
 
-def import_torch():
-    """The module torch, or the CheckpointError that says how to get it."""
+def import_torch() -> ModuleType:
+    """Import torch, or raise the CheckpointError that says how to get it."""
     try:
         return importlib.import_module("torch")
     except ImportError:
@@ -32,7 +33,7 @@ def import_torch():
 
 
 def load(path: Path, report: Report) -> object:
-    """What the file holds, its tensors mapped; CheckpointError for anything but tensors and plain values."""
+    """Return the file's content, its tensors mapped; CheckpointError for anything but tensors and plain values."""
     torch = import_torch()
     file_size(path, CheckpointError)
     with open(path, "rb") as file:
@@ -59,7 +60,7 @@ def load(path: Path, report: Report) -> object:
 
 
 def arrays(path: Path, state: object) -> dict[str, np.ndarray | None]:
-    """The parameters of a state dict by name; bfloat16 as its bits in uint16. What is not a parameter comes along as None."""
+    """Return the parameters of a state dict by name, bfloat16 as its bits in uint16; None for what is no parameter."""
     torch = import_torch()
     if not isinstance(state, Mapping):
         raise CheckpointError(f"{path} holds {type(state).__name__}, expected tensors by name")
@@ -114,7 +115,7 @@ def _check_pickle(path: Path, file: BinaryIO) -> None:
     """Refuse a name of a class or function that is longer than any: torch takes a minute to read a megabyte of it."""
     try:
         for code, argument, _ in pickletools.genops(file):
-            if code.name == "GLOBAL" and len(argument) > LONGEST_GLOBAL:
+            if code.name == "GLOBAL" and len(str(argument)) > LONGEST_GLOBAL:
                 raise CheckpointError(f"{path} is not a torch checkpoint of plain tensors: it names {shown(argument)}")
     except CheckpointError:
         raise
@@ -123,7 +124,7 @@ def _check_pickle(path: Path, file: BinaryIO) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, in one line; torch adds advice, such as to unpickle without its safety."""
+    """Return the reason for a failure in one line; torch adds advice, such as to unpickle without its safety."""
     if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
         return f"loading it would run {found[1]}, which is refused"
     is_spoken = isinstance(error, RuntimeError) and str(error)  # the zip reader's; a KeyError of a stray byte says nothing

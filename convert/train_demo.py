@@ -31,6 +31,7 @@ from npllama.checkpoint.atomic import new_file, write_file
 from npllama.tokenizer import LLAMA3_PATTERN, TiktokenTokenizer
 
 N_PIECES = 2000
+MAX_SEQ_LEN = 512
 PARAMS = {
     "dim": 192,
     "n_layers": 6,
@@ -40,7 +41,7 @@ PARAMS = {
     "multiple_of": 32,
     "norm_eps": 1e-5,
     "rope_theta": 500000.0,
-    "max_seq_len": 512,
+    "max_seq_len": MAX_SEQ_LEN,
 }
 GENERATION = {"temperature": 0.8, "top_p": 0.95}  # greedy, so small a model repeats itself
 VALIDATION_SHARE = 0.1
@@ -75,7 +76,7 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight, PARAMS["norm_eps"])
 
 
@@ -88,7 +89,7 @@ class Attention(nn.Module):
         self.wv = nn.Linear(dim, n_kv_heads * self.head_dim, bias=False)
         self.wo = nn.Linear(n_heads * self.head_dim, dim, bias=False)
 
-    def forward(self, x, rotation):
+    def forward(self, x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)).transpose(-2, -3) for w in (self.wq, self.wk, self.wv))
         q, k = (
             torch.view_as_real(torch.view_as_complex(y.float().unflatten(-1, (-1, 2))) * rotation).flatten(-2) for y in (q, k)
@@ -105,7 +106,7 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(ffn_dim, dim, bias=False)
         self.w3 = nn.Linear(dim, ffn_dim, bias=False)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
@@ -136,7 +137,7 @@ class Transformer(nn.Module):
                 branch_end = name.endswith(("wo.weight", "w2.weight"))
                 nn.init.normal_(weight, std=0.02 / math.sqrt(2 * params["n_layers"]) if branch_end else 0.02)
 
-    def forward(self, tokens):
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         x = self.dropout(self.tok_embeddings(tokens))
         for layer in self.layers:
             x = x + self.dropout(layer.attention(layer.attention_norm(x), self.rotation[: tokens.shape[-1]]))
@@ -145,32 +146,33 @@ class Transformer(nn.Module):
 
 
 def split_speeches(text: str) -> list[str]:
-    """Speeches with their speaker's name and the blank line that follows, so that joined they are the text."""
+    """Split a text into speeches, each with its speaker's name and the blank line that follows."""
     return [speech + "\n\n" for speech in text.strip().split("\n\n")]
 
 
 def scene(speeches: list[list[int]], start: int, length: int, tokenizer: TiktokenTokenizer) -> tuple[np.ndarray, int]:
-    """BOS, whole speeches from `start` on while they fit, EOS; a first speech that is too long is cut. Also: where to go on."""
-    ids, i = [tokenizer.bos_id], start
+    """Return BOS, whole speeches from `start` on that fit, EOS; and the next start. A first speech too long is cut."""
+    bos, eos = (tokenizer.special_tokens[name] for name in ("<|begin_of_text|>", "<|end_of_text|>"))
+    ids, i = [bos], start
     while i < len(speeches) and len(ids) + len(speeches[i]) <= length - 1:
         ids += speeches[i]
         i += 1
-    ids = [*ids, tokenizer.eos_id] if i > start else (ids + speeches[i])[:length]
+    ids = [*ids, eos] if i > start else (ids + speeches[i])[:length]
     row = np.full(length, -1, dtype=np.int64)
     row[: len(ids)] = ids
     return row, max(i, start + 1)
 
 
-def loss_of(model, rows: np.ndarray, reduction: str = "mean"):
-    rows = torch.from_numpy(rows)
-    targets = rows[:, 1:]
+def loss_of(model: Transformer, rows: np.ndarray, reduction: str = "mean") -> torch.Tensor:
+    ids = torch.from_numpy(rows)
+    targets = ids[:, 1:]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = model(rows[:, :-1].clamp(min=0))
+        logits = model(ids[:, :-1].clamp(min=0))
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1, reduction=reduction)
 
 
 def card(record: dict) -> str:
-    """MODEL_CARD.md, from what training.json holds."""
+    """Return MODEL_CARD.md, from the content of training.json."""
     options = record["arguments"]
     facts = {
         "data": f"`{record['data']}` (karpathy/char-rnn: 1.1 MB, public domain), sha256 `{record['data_sha256']}`",
@@ -234,12 +236,12 @@ def main() -> None:
     speeches = [tokenizer.encode(speech) for speech in all_speeches]
     train, validation = speeches[:cut], speeches[cut:]
 
-    length = PARAMS["max_seq_len"] + 1
-    validation_rows, i = [], 0
+    length = MAX_SEQ_LEN + 1
+    scenes, i = [], 0
     while i < len(validation):
         row, i = scene(validation, i, length, tokenizer)
-        validation_rows.append(row)
-    validation_rows = np.stack(validation_rows)
+        scenes.append(row)
+    validation_rows = np.stack(scenes)
     n_characters = len("".join(all_speeches[cut:]))
 
     model = Transformer(PARAMS, args.dropout)

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from npllama import checkpoint
-from npllama.checkpoint import atomic
+from npllama.checkpoint import atomic, writing
 from npllama.tokenizer import LLAMA3_PATTERN, SentencePieceTokenizer, TiktokenTokenizer, Tokenizer, load_tokenizer
 
 from make_corpus import as_unicode, make_corpus
@@ -48,7 +47,7 @@ def shared_data() -> Path:
 @pytest.fixture
 def quick_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks so small that every matrix has several, and no waiting for the disk."""
-    monkeypatch.setattr(checkpoint, "BLOCK_BYTES", 1500)
+    monkeypatch.setattr(writing, "BLOCK_BYTES", 1500)
     monkeypatch.setattr(atomic, "_sync", lambda path: None)
 
 

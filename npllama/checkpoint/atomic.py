@@ -1,10 +1,16 @@
-"""A folder, or a file, that is written whole or not at all, however the process ends. Standard library only.
+"""Write a folder, or a file, whole or not at all, however the process ends. Standard library only.
 
     with new_folder("model", force=False, foreign=reason_to_refuse) as folder: ...write files into folder...
 
-The files are written into `.model.partial-1a2b3c4d` beside `model`, which is renamed when the block ends; an exception removes
-it. A killed process leaves it behind, unlocked, and the next run to the same target removes it. With force the old folder is
-moved aside, to `.model.old-1a2b3c4d`, and removed once the new one is in place: at every moment one of the two is complete.
+The protocol. A run holds the lock of its target, the file `.model.npllama-lock`, so that there is one run at a time. It writes
+into `.model.partial-1a2b3c4d`, waits until the disk has that, and renames it to `model`; a `model` that is there is renamed to
+`.model.old-5e6f7a8b` first, and to a partial one last. An exception removes the partial folder, and so does a signal that asks.
+A killed process leaves it, but the system releases the lock: the next run that holds the lock removes what is partial, and
+renames what is old back if `model` is missing. So `model` or what is old is complete at every moment: a reader takes what there
+is (survivor), and only what is partial has its files removed.
+
+A file is written to `.file.partial-1a2b3c4d`, locked itself, and then renamed; several runs may, and the last one wins.
+Where files can't be locked (Windows, some network disks), what is partial and changed lately belongs to another run at work.
 """
 
 from __future__ import annotations
@@ -26,11 +32,10 @@ from ..errors import NpllamaError
 
 try:
     import fcntl
-except ImportError:  # Windows: age tells a dead run from a live one
-    fcntl = None
+except ImportError:
+    fcntl = None  # type: ignore[assignment]  # Windows: age tells a dead run from a live one
 
-LOCK = ".lock"  # inside the partial folder, held while its writer lives
-DEAD_AFTER_SECONDS = 600.0  # where files can't be locked, a partial folder that has not changed for so long is a dead run's
+DEAD_AFTER_SECONDS = 600.0  # where files can't be locked, what is partial and has not changed for so long is a dead run's
 
 
 class FolderError(NpllamaError):
@@ -53,7 +58,7 @@ def _siblings(target: Path, kind: str, files: bool = False) -> list[Path]:
 
 
 def _try_lock(descriptor: int) -> bool | None:
-    """True: locked by us now. False: another run holds it. None: locks don't work here."""
+    """Return True if it is locked by us now, False if another run holds it, None where locks don't work."""
     if fcntl is None:
         return None
     try:
@@ -65,77 +70,55 @@ def _try_lock(descriptor: int) -> bool | None:
     return True
 
 
-def _claim(target: Path) -> tuple[Path, int | None]:
-    """Make a partial folder that other runs see as alive."""
+def _claim(target: Path, cleanup: contextlib.ExitStack) -> bool:
+    """Hold the target's lock until the cleanup. Return False where files can't be locked."""
+    lock = target.parent / f".{target.name}.npllama-lock"
     while True:
-        partial = _sibling(target, "partial")
-        partial.mkdir()
-        try:
-            descriptor = os.open(partial / LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-        except FileNotFoundError:  # another run took the still empty folder for a leftover
-            continue
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT)
         locked = _try_lock(descriptor)
-        if locked:
-            return partial, descriptor
+        if locked and _is_at(lock, descriptor):
+            cleanup.callback(os.close, descriptor)
+            cleanup.callback(lock.unlink, missing_ok=True)
+            return True
         os.close(descriptor)
         if locked is None:
-            return partial, None
-        # Another run locked it first, in order to remove it.
+            lock.unlink(missing_ok=True)
+            return False
+        if not locked:
+            raise FolderError(f"{target}: another run is writing it")
+        # The run that held it has ended meanwhile, and removed it.
 
 
-def _is_dead(partial: Path) -> bool:
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Tell whether an open file still has this name."""
     try:
-        descriptor = os.open(partial / LOCK, os.O_RDWR)
-    except FileNotFoundError:  # the lock is the first file made and the last one removed: only an empty folder lacks it
-        return True
-    try:
-        locked = _try_lock(descriptor)
-    finally:
-        os.close(descriptor)
-    if locked is None:
-        try:
-            newest = max(map(_changed, (partial, *partial.iterdir())))
-        except FileNotFoundError:  # all of it has gone meanwhile
-            return True
-        return time.time() - newest > DEAD_AFTER_SECONDS
-    return locked
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
-def _changed(path: Path) -> float:
-    """When it was, or long ago for what has gone meanwhile."""
-    with contextlib.suppress(FileNotFoundError):
-        return path.stat().st_mtime
-    return 0.0
+def _is_idle(partial: Path) -> bool:
+    """Tell whether a file, or a folder and its files, has not changed for so long that its writer must be dead."""
+    newest = 0.0
+    for path in (partial, *(Path(folder, file) for folder, _, files in os.walk(partial) for file in files)):
+        with contextlib.suppress(FileNotFoundError):  # its writer has removed it meanwhile
+            newest = max(newest, path.stat().st_mtime)
+    return time.time() - newest > DEAD_AFTER_SECONDS
 
 
-def _remove(folder: Path) -> None:
-    """Remove as much as can be, the lock last, so that a half-removed folder is still known as dead."""
-    with contextlib.suppress(OSError):
-        for path in folder.iterdir():
-            if path.name != LOCK:
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path, ignore_errors=True)
-                else:
-                    path.unlink(missing_ok=True)
-        (folder / LOCK).unlink(missing_ok=True)
-        folder.rmdir()
-
-
-def _clean_up_after_killed_runs(target: Path, own: Path) -> None:
+def _clean_up_after_killed_runs(target: Path, own: Path, locked: bool) -> None:
+    for partial in _siblings(target, "partial"):
+        if partial != own and not locked and not _is_idle(partial):
+            raise FolderError(f"{target}: another run is writing it, into {partial.name}")
+    for old in _siblings(target, "old"):
+        old.rename(_sibling(target, "partial") if target.exists() else target)
     for partial in _siblings(target, "partial"):
         if partial != own:
-            if not _is_dead(partial):
-                raise FolderError(f"{target}: another run is writing it, into {partial.name}")
-            _remove(partial)
-    for old in _siblings(target, "old"):
-        if target.exists():
-            _remove(old)
-        else:  # killed between the two renames
-            old.rename(target)
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def survivor(target: Path) -> Path:
-    """The folder that holds what `target` did, should a run have been killed just between its two renames; else `target`."""
+    """Return the folder that holds what `target` did, if a run was killed between its two renames; else `target`."""
     target = Path(target)
     if not target.exists() and target.name and target.parent.is_dir() and (old := _siblings(target, "old")):
         return old[0]
@@ -143,7 +126,7 @@ def survivor(target: Path) -> Path:
 
 
 def check_target(target: Path, force: bool, foreign: Callable[[Path], str | None]) -> None:
-    """Raise FolderError if the target exists and is not to be replaced; `foreign` is as new_folder has it."""
+    """Raise FolderError if the target exists and is not to be replaced; `foreign` is new_folder's."""
     if not os.path.lexists(target):
         return
     if not target.is_dir():
@@ -155,9 +138,9 @@ def check_target(target: Path, force: bool, foreign: Callable[[Path], str | None
 
 
 def not_ours(folder: Path, written: Collection[str]) -> str | None:
-    """The reason not to replace a folder of ours: it holds something that is none of the files `written`. Else None.
+    """Return the reason not to replace a folder of ours: it holds something that is none of the files `written`. Else None.
 
-    written  the files' paths in the folder, with `/`; folders on the way to them are ours too, and a lock that was left
+    written  the files' paths in the folder, with `/`; folders on the way to them are ours too
     """
     ours = {parent.as_posix() for file in written for parent in PurePosixPath(file).parents}
     folders = [""]
@@ -170,7 +153,7 @@ def not_ours(folder: Path, written: Collection[str]) -> str | None:
                 if name not in ours:
                     return f"it holds {name}, a folder that npllama did not write"
                 folders.append(name + "/")
-            elif name not in written and not (name == LOCK and entry.stat(follow_symlinks=False).st_size == 0):
+            elif name not in written:
                 return f"it holds {name}, which npllama did not write"
             elif not entry.is_file(follow_symlinks=False):
                 return f"it holds {name}, which is not a plain file, as npllama writes them"
@@ -200,21 +183,15 @@ def _sync(path: Path) -> None:
 
 
 def _put_in_place(partial: Path, target: Path) -> None:
-    if not target.exists():
-        partial.rename(target)
-    else:
-        old = _sibling(target, "old")
-        try:
+    old = _sibling(target, "old")
+    try:
+        if target.exists():
             target.rename(old)
-            partial.rename(target)
-            _sync(target.parent)
-        finally:  # an interrupt may come between any two of these lines
-            if target.exists():
-                _remove(old)
-            else:
-                old.rename(target)
-    _sync(target.parent)
-    (target / LOCK).unlink(missing_ok=True)
+        partial.rename(target)
+        _sync(target.parent)
+    finally:  # an interrupt may come between any two of these lines
+        if old.exists():
+            old.rename(partial if target.exists() else target)
 
 
 @contextlib.contextmanager
@@ -225,9 +202,8 @@ def _signals_unwind() -> Iterator[None]:
         raise SystemExit(128 + number)
 
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    if threading.current_thread() is not threading.main_thread():
-        numbers = []  # Python lets only the main thread set handlers
-    numbers = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
+    main = threading.current_thread() is threading.main_thread()  # Python lets no other thread set handlers
+    numbers = [number for number in numbers if main and signal.getsignal(number) == signal.SIG_DFL]
     for number in numbers:
         signal.signal(number, leave)
     try:
@@ -249,9 +225,8 @@ def new_folder(path: str | Path, force: bool, foreign: Callable[[Path], str | No
         check_target(target, force, foreign)
         yield partial
         try:
-            for file in partial.iterdir():
-                _sync(file)
-            _sync(partial)
+            for written in (*sorted(partial.rglob("*"), reverse=True), partial):  # each folder after what it names
+                _sync(written)
         except OSError as error:
             raise FolderError(f"{target}: {error.strerror or error}") from None
         check_target(target, force, foreign)  # someone may have made it meanwhile
@@ -260,25 +235,24 @@ def new_folder(path: str | Path, force: bool, foreign: Callable[[Path], str | No
 
 @contextlib.contextmanager
 def scratch_folder(path: str | Path) -> Iterator[Path]:
-    """Give a folder beside `path` to work in, which vanishes when the block ends, unless it was renamed.
+    """Give a folder next to `path` to work in, which vanishes when the block ends, unless it was renamed.
 
-    What a killed run left that had the same `path` is removed. Raises FolderError where another run is at work on it.
+    What a killed run with the same `path` left is removed. Raises FolderError where another run is at work on it.
     """
     target = Path(path).resolve()
+    partial = _sibling(target, "partial")
     with _signals_unwind(), contextlib.ExitStack() as cleanup:
         try:
             for parent in reversed([parent for parent in target.parents if not parent.exists()]):
-                parent.mkdir(exist_ok=True)
                 cleanup.callback(_remove_if_empty, parent)
-            partial, descriptor = _claim(target)
+                parent.mkdir(exist_ok=True)
+            locked = _claim(target, cleanup)
+            cleanup.callback(shutil.rmtree, partial, ignore_errors=True)
+            partial.mkdir()
         except OSError as error:
             raise FolderError(f"{target} can't be made: {error.strerror or error}") from None
-        if descriptor is not None:
-            cleanup.callback(os.close, descriptor)
-        cleanup.callback(_remove, partial)
-        _clean_up_after_killed_runs(target, own=partial)
+        _clean_up_after_killed_runs(target, partial, locked)
         yield partial
-        # Where it was renamed, the cleanup finds only the lock to let go: the partial folder is gone, and no parent is empty.
 
 
 def _remove_if_empty(folder: Path) -> None:
@@ -290,8 +264,8 @@ def _remove_if_empty(folder: Path) -> None:
 def new_file(path: str | Path) -> Iterator[BinaryIO]:
     """Give a file to write into, which becomes `path` when the block ends, and vanishes on an exception.
 
-    A symbolic link stays, and what it points to is replaced; a device or a pipe is written to as it is. What a killed run left
-    beside is removed. Raises ValueError where it can't be written.
+    A symbolic link stays, and what it points to is replaced; a device or a pipe is written to as it is. What killed runs with
+    the same `path` left is removed. Raises FileError, a ValueError, where it can't be written.
     """
     if os.path.isdir(path or "."):
         raise FileError(f"{path} is a folder, expected a file to write")
@@ -301,11 +275,13 @@ def new_file(path: str | Path) -> Iterator[BinaryIO]:
                 yield file
             return
         target = Path(path).resolve()
-        partial = _sibling(target, "partial")
         with _signals_unwind(), contextlib.ExitStack() as cleanup:
-            cleanup.callback(partial.unlink, missing_ok=True)
-            file = cleanup.enter_context(open(partial, "xb"))
-            _try_lock(file.fileno())
+            while True:
+                partial = _sibling(target, "partial")
+                cleanup.callback(partial.unlink, missing_ok=True)
+                file = cleanup.enter_context(open(partial, "xb"))
+                if _try_lock(file.fileno()) is not False and partial.exists():
+                    break  # else another run found it before it was locked, and has removed it as a dead run's
             for left in _siblings(target, "partial", files=True):
                 if left != partial and _is_dead_file(left):
                     left.unlink(missing_ok=True)
@@ -324,7 +300,7 @@ def new_file(path: str | Path) -> Iterator[BinaryIO]:
 def _is_dead_file(partial: Path) -> bool:
     with contextlib.suppress(OSError), open(partial, "r+b") as file:
         locked = _try_lock(file.fileno())
-        return time.time() - partial.stat().st_mtime > DEAD_AFTER_SECONDS if locked is None else locked
+        return _is_idle(partial) if locked is None else locked
     return False
 
 

@@ -8,6 +8,7 @@ that are there before anything is allocated, and JSON is read up to a limit.
 from __future__ import annotations
 
 import errno
+import functools
 import io
 import itertools
 import json
@@ -17,9 +18,9 @@ import stat
 import struct
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Literal, TypeGuard
 
 import numpy as np
 
@@ -30,13 +31,19 @@ JSON_LIMIT = 4 << 20  # bytes, for what describes a model; the manifest of a 405
 LONG_LIMIT = 64 << 20  # for a vocabulary, or an entry for every activation; the largest published tokenizer.json has 34 million
 JSON_DEPTH = 100  # levels; a description of a model has ten
 MOST_DIGITS = 100  # of a whole number in JSON; the longest in a published file has 31 (tokenizer_config.json)
-NPY_HEADER_LIMIT = 10_000  # bytes, as np.load has it
-MOST_AXES = 32  # of an array, as NumPy 1.26 has it
+NPY_HEADER_LIMIT = 10_000  # bytes, np.load's limit
+MOST_AXES = 32  # of an array, NumPy 1.26's limit
 # What an .npz may expand to: so much in any case, and beyond that so many times its own size. Activations compress to a tenth.
 NPZ_ALWAYS, NPZ_RATIO = 64 << 20, 100
-SAFETENSORS_DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2"), "F64": np.dtype("<f8")}
+SAFETENSORS_DTYPES: dict[str, np.dtype] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+    "F64": np.dtype("<f8"),
+}
 
 Error = type[ValueError]
+Order = Literal["C", "F"]
 
 
 # ----------------------------------------------------------------------------------------------------------------- whole files
@@ -100,7 +107,7 @@ def _whole(digits: str) -> int | float:
     return int(digits) if len(digits) <= MOST_DIGITS else float(digits)
 
 
-def _parts(value: object):
+def _parts(value: object) -> Iterable[object]:
     return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
@@ -125,8 +132,8 @@ def read_json(path: Path, error: Error, limit: int = JSON_LIMIT) -> dict[str, ob
         raise error(f"{printable(str(path))} is not JSON: {reason(cause)}") from None
 
 
-def is_shape(value: object, least: int = 0) -> bool:
-    """Whether a JSON value is an array's shape, none of its sizes below `least`."""
+def is_shape(value: object, least: int = 0) -> TypeGuard[list[int]]:
+    """Tell whether a JSON value is an array's shape, none of its sizes below `least`."""
     return isinstance(value, list) and len(value) <= MOST_AXES and all(type(n) is int and least <= n < 1 << 63 for n in value)
 
 
@@ -142,8 +149,7 @@ def read_npy(path: Path, error: Error) -> np.ndarray:
         _check_bytes(shape, dtype, size - offset)
         return _map(path, shape, dtype, offset, order)
     except OSError as cause:
-        needed = f": {size_text(size)} of address space are needed" if cause.errno == errno.ENOMEM else ""
-        raise error(f"{printable(str(path))}: {reason(cause)}{needed}") from None
+        raise error(f"{printable(str(path))}: {reason(cause)}") from None
     except Exception as cause:  # a broken header surfaces as ValueError, SyntaxError, TokenError, MemoryError ...
         raise error(f"{printable(str(path))} is not a NumPy array file: {reason(cause)}") from None
 
@@ -155,7 +161,7 @@ def read_raw(path: Path, shape: tuple[int, ...], error: Error) -> np.ndarray:
         raise error(f"{printable(str(path))}: {found} bytes, expected {expected} for shape {list(shape)} in float32")
     try:
         return _map(path, shape, np.dtype("<f4"), 0, "C")
-    except (OSError, ValueError) as cause:  # ValueError: a size of 0 beside one that no array has
+    except (OSError, ValueError) as cause:  # ValueError: a size of 0, and another that no array can have
         raise error(f"{printable(str(path))}: {reason(cause)}") from None
 
 
@@ -190,18 +196,18 @@ def read_npz(path: Path, error: Error) -> dict[str, Callable[[], np.ndarray]]:
                 shape, order, dtype, offset = _npy_header(file)
                 n_bytes = _check_bytes(shape, dtype, members[name].file_size - offset)
                 data = bytearray(n_bytes)
-                if file.readinto(data) != n_bytes:
+                if file.readinto(data) != n_bytes:  # type: ignore[attr-defined]  # zipfile's own class has it
                     raise ValueError("cut off")
                 file.read()  # to its end, where the checksum is compared
                 return np.frombuffer(data, dtype, math.prod(shape)).reshape(shape, order=order)
         except Exception as cause:  # those of both formats
             raise error(f"{where}: {shown(name)} is not a NumPy array: {reason(cause)}") from None
 
-    return {name: lambda n=name: read(n) for name in members}
+    return {name: functools.partial(read, name) for name in members}
 
 
-def _npy_header(file: BinaryIO) -> tuple[tuple[int, ...], str, np.dtype, int]:
-    """The shape, the order (C or F), the dtype, and where the numbers begin."""
+def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], Order, np.dtype, int]:
+    """Return the shape, the order, the dtype, and the offset of the numbers."""
     start = file.read(12)
     if start[:4] == b"PK\x03\x04":
         raise ValueError("it is a zip file, expected .npy (an .npz needs that ending)")
@@ -231,10 +237,16 @@ def _check_bytes(shape: tuple[int, ...], dtype: np.dtype, found: int) -> int:
     return n_bytes
 
 
-def _map(path: Path, shape: tuple[int, ...], dtype: np.dtype, offset: int, order: str) -> np.ndarray:
+def _map(path: Path, shape: tuple[int, ...], dtype: np.dtype, offset: int, order: Order) -> np.ndarray:
     if not math.prod(shape):  # which mmap can't do
         return np.zeros(shape, dtype)
-    return np.memmap(path, dtype, "r", offset, shape, order)
+    try:
+        return np.memmap(path, dtype, "r", offset, shape, order)
+    except OSError as cause:
+        if cause.errno != errno.ENOMEM:
+            raise
+        n_bytes = math.prod(shape) * dtype.itemsize
+        raise OSError(cause.errno, f"{cause.strerror}: {size_text(n_bytes)} of address space are needed") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------- safetensors
@@ -253,7 +265,7 @@ def read_safetensors(path: Path, error: Error, header_limit: int = JSON_LIMIT) -
             if not 2 <= length <= min(header_limit, size - 8):
                 raise error(f"{where} is not a safetensors file: a header of {length:,} bytes in a file of {size:,}")
             text = file.read(length)
-        data = np.memmap(path, np.uint8, "r", offset=8 + length) if size > 8 + length else np.zeros(0, np.uint8)
+        data = _map(path, (size - 8 - length,), np.dtype(np.uint8), 8 + length, "C")
     except OSError as cause:
         raise error(f"{where}: {reason(cause)}") from None
     try:
@@ -274,9 +286,9 @@ def read_safetensors(path: Path, error: Error, header_limit: int = JSON_LIMIT) -
 
 
 def _tensor(where: str, entry: object, data: np.ndarray, error: Error) -> tuple[np.ndarray, int, int]:
-    """A tensor of the file's data, and where it begins and ends."""
-    entry = entry if isinstance(entry, Mapping) else {}
-    shape, offsets, kind = entry.get("shape"), entry.get("data_offsets"), entry.get("dtype")
+    """Return a tensor of the file's data, and where it begins and ends."""
+    stated: Mapping[str, object] = entry if isinstance(entry, Mapping) else {}
+    shape, offsets, kind = stated.get("shape"), stated.get("data_offsets"), stated.get("dtype")
     if not is_shape(shape) or not is_shape(offsets):
         raise error(f"{where} has shape {shown(shape)} at {shown(offsets)}, expected whole numbers")
     if (dtype := SAFETENSORS_DTYPES.get(kind if isinstance(kind, str) else "")) is None:
@@ -284,6 +296,6 @@ def _tensor(where: str, entry: object, data: np.ndarray, error: Error) -> tuple[
     if len(offsets) != 2 or not offsets[1] <= len(data) or offsets[1] - offsets[0] != math.prod(shape) * dtype.itemsize:
         raise error(f"{where} {shape} {kind} is said to be at {offsets} of {len(data):,} bytes")
     try:
-        return data[offsets[0] : offsets[1]].view(dtype).reshape(shape), *offsets
-    except ValueError as cause:  # a size of 0 beside one that no array has
+        return data[offsets[0] : offsets[1]].view(dtype).reshape(shape), offsets[0], offsets[1]
+    except ValueError as cause:  # a size of 0, and another that no array can have
         raise error(f"{where} has shape {shown(shape)}: {reason(cause)}") from None

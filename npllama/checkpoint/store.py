@@ -16,7 +16,7 @@ NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 
 
 def home() -> Path:
-    """The folder of everything npllama keeps for this user; it may not exist yet. Raises ValueError where none is known."""
+    """Return the folder of everything npllama keeps for this user; it may not exist. Raises ValueError where none is known."""
     if chosen := os.environ.get("NPLLAMA_HOME"):
         try:
             return Path(chosen).expanduser()
@@ -32,18 +32,18 @@ def home() -> Path:
 
 
 def folder(name: str) -> Path:
-    """The model directory of a name, which may not exist yet. Raises ValueError as home() does."""
+    """Return the model directory of a name, which may not exist. Raises ValueError if home() does."""
     return home() / "models" / name
 
 
 def names() -> list[str]:
-    """The names of the models that are there."""
+    """Return the names of the models that are there."""
     models = home() / "models"
     return sorted(path.name for path in models.iterdir() if NAME.fullmatch(path.name)) if models.is_dir() else []
 
 
 def locate(model: str | Path) -> Path:
-    """What `-m` means: a path if there is such a file or folder, else a name in the store, else the path all the same.
+    """Return the path that `-m` means: that of an existing file or folder, else of a name in the store, else itself.
 
     Raises ValueError for a bare name that is neither, where no folder for models is known.
     """

@@ -15,8 +15,9 @@ import threading
 from pathlib import Path
 
 import pytest
+from killed import at_each_change, write_model
 
-from npllama.checkpoint import atomic
+from npllama.checkpoint import atomic, open_model, verify
 
 from system import hear_signals
 
@@ -85,6 +86,22 @@ def test_a_pipe_is_written_to_and_stays(tmp_path):
     assert read == [b"new"]
     assert (tmp_path / "pipe").is_fifo()
     assert left_in(tmp_path) == ["pipe"]
+
+
+def test_a_file_that_another_run_finds_before_it_is_locked(tmp_path, monkeypatch):
+    """It takes it for a dead run's, and removes it."""
+    try_lock, calls = atomic._try_lock, []
+
+    def meanwhile(descriptor: int) -> bool | None:
+        calls.append(descriptor)
+        if len(calls) == 1:
+            atomic.write_file(tmp_path / "x", b"theirs")
+        return try_lock(descriptor)
+
+    monkeypatch.setattr(atomic, "_try_lock", meanwhile)
+    atomic.write_file(tmp_path / "x", b"ours")
+    assert (tmp_path / "x").read_bytes() == b"ours"
+    assert left_in(tmp_path) == ["x"]
 
 
 WRITER = """
@@ -158,45 +175,25 @@ def test_what_was_made_meanwhile_is_kept(tmp_path):
     assert left_in(tmp_path / "m") == ["theirs"]
 
 
-def test_the_lock_is_removed_last(tmp_path, monkeypatch):
-    """Without it, a folder that was half removed when the process ended would be taken for one that is being made."""
-    folder = tmp_path / "m"
-    (folder / "sub").mkdir(parents=True)
-    for name in (atomic.LOCK, "a", "sub/b", "z"):
-        (folder / name).touch()
-    removed, iterdir, unlink = [], Path.iterdir, Path.unlink
-    monkeypatch.setattr(Path, "iterdir", lambda path: iter(sorted(iterdir(path))))  # the lock first
-    monkeypatch.setattr(Path, "unlink", lambda path, **options: removed.append(path.name) or unlink(path, **options))
-    atomic._remove(folder)
-    assert removed == ["a", "z", atomic.LOCK]
-    assert not folder.exists()
-
-
-def goes_while_looked_at(monkeypatch, name: str) -> None:
-    """A file, or with "" the folder, is removed by another process when the folder is listed."""
-    iterdir = Path.iterdir
-
-    def listed(path: Path):
-        if not name:
-            shutil.rmtree(path)
-        found = list(iterdir(path))
-        if name:
-            (path / name).unlink()
-        return iter(found)
-
-    monkeypatch.setattr(Path, "iterdir", listed)
-
-
-@pytest.mark.parametrize(("name", "dead"), [("x", False), ("", True)])
-def test_what_goes_while_it_is_looked_at_is_no_error(tmp_path, monkeypatch, name, dead):
+def test_what_goes_while_it_is_looked_at_is_no_error(tmp_path, monkeypatch):
     """Where files can't be locked, a folder's files are looked at, which are their writer's to remove."""
-    monkeypatch.setattr(atomic, "fcntl", None)
-    for file in (atomic.LOCK, "x"):
-        (tmp_path / "m").mkdir(exist_ok=True)
-        (tmp_path / "m" / file).touch()
+    (tmp_path / "m" / "sub").mkdir(parents=True)
+    (tmp_path / "m" / "sub" / "x").touch()
+    walk = os.walk
+
+    def removed(path: Path):
+        found = list(walk(path))
+        shutil.rmtree(path)
+        return found
+
+    for path in (tmp_path / "m" / "sub" / "x", tmp_path / "m" / "sub", tmp_path / "m"):
+        os.utime(path, (0, 0))
+    assert atomic._is_idle(tmp_path / "m")
+    os.utime(tmp_path / "m" / "sub" / "x")  # in a folder of the folder, as pip downloads to
+    assert not atomic._is_idle(tmp_path / "m")
     with monkeypatch.context() as patch:
-        goes_while_looked_at(patch, name)
-        assert atomic._is_dead(tmp_path / "m") == dead
+        patch.setattr(os, "walk", removed)
+        assert atomic._is_idle(tmp_path / "m")  # all of it has gone
 
 
 def test_a_scratch_folder_vanishes_and_what_has_its_name_stays(tmp_path):
@@ -221,7 +218,7 @@ def test_a_file_of_a_folder_is_named_as_it_will_be(tmp_path):
 
 def ours(path: Path) -> None:
     (path / "sub").mkdir(parents=True)
-    for name in ("x", "sub/y", ".shown", atomic.LOCK):
+    for name in ("x", "sub/y", ".shown"):
         (path / name).touch()
 
 
@@ -242,7 +239,6 @@ FOREIGN = {
     "a link in place of a file": lambda path: (path / "x").rename(path.parent / "x") and (path / "x").symlink_to("../x"),
     "a folder in place of a file": lambda path: (path / "x").unlink() or (path / "x").mkdir(),
     "a link in place of a folder": lambda path: (path / "sub").rename(path.parent / "s") and (path / "sub").symlink_to("../s"),
-    "a lock with something in it": lambda path: (path / atomic.LOCK).write_text("precious"),
 }
 
 
@@ -299,3 +295,85 @@ def test_another_thread_sets_no_handler(tmp_path, handler):
     thread.join(60)
     assert not failed
     assert (tmp_path / "m").is_dir()
+
+
+# ---------------------------------------------------------------------------------------------- ended at each of its changes
+
+KEPT = [".m.old-notours", ".m.partial-0123abcd.txt", ".m2.partial-0123abcd", "m2"]  # beside `m`, and left by no run for `m`
+
+
+def stored_in(path: Path) -> str | None:
+    """What the model at `path` is stored in, after each file of it was verified; None where there is no model."""
+    if not atomic.survivor(path).exists():
+        return None
+    assert verify(path) == []
+    return open_model(path).manifest["dtype"]
+
+
+def folder_with(path: Path, model: str | None) -> Path:
+    """A new folder of things that no run may touch, with a model stored in a dtype."""
+    for name in KEPT:
+        (path / name).mkdir(parents=True)
+    if model:
+        write_model(path / "m", model)
+    return path
+
+
+def check_the_next_run(folder: Path, expected: set[str | None]) -> str | None:
+    """One of the models expected is there, and still is when the next run has put everything right; the model."""
+    found = stored_in(folder / "m")
+    assert found in expected, folder
+    if found:
+        with pytest.raises(atomic.FolderError, match="exists"):  # without force
+            write_model(folder / "m", "bfloat16")
+        assert stored_in(folder / "m") == found
+    else:
+        write_model(folder / "m", "bfloat16")
+        assert stored_in(folder / "m") == "bfloat16"
+    assert left_in(folder) == sorted([*KEPT, "m"])
+    return found
+
+
+@posix
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
+@pytest.mark.parametrize("old", [None, "float16"])
+def test_a_model_is_whole_whenever_its_writer_ends(tmp_path, monkeypatch, name, old):
+    before = folder_with(tmp_path / "before", old)
+    folders = at_each_change("model", tmp_path, getattr(signal, name), before)
+    monkeypatch.setattr(atomic, "_sync", lambda path: None)  # the disk need not keep what only checks
+    between = [folder for folder in folders if old and not (folder / "m").exists()]
+    assert bool(between) == (old is not None and name == "SIGKILL")  # the only state in which nothing has the model's name
+    for folder in between[:1]:  # where the next run ends early too
+        left = at_each_change("model", tmp_path / "again", getattr(signal, name), shutil.copytree(folder, tmp_path / "between"))
+        assert len(left) > len(folders)
+        for again in left:
+            check_the_next_run(again, {old, "float32"})
+    for folder in (
+        folders if name == "SIGKILL" else []
+    ):  # what was replaced does not come back in part when the user removes `m`
+        if stored_in(folder / "m") == "float32":
+            gone = shutil.copytree(folder, tmp_path / "gone" / folder.name)
+            shutil.rmtree(gone / "m")
+            check_the_next_run(gone, {old, None})
+    if name == "SIGTERM":  # whoever has time to clean up leaves nothing, but for a model that has been replaced already
+        assert [folder for folder in folders if left_in(folder) != left_in(before) and stored_in(folder / "m") == old] == []
+    found = [check_the_next_run(folder, {old, "float32"}) for folder in folders]
+    assert found == sorted(found, key=[old, "float32"].index)  # the old one up to some change, the new one from it on
+    assert set(found) == {old, "float32"}
+
+
+@posix
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
+def test_a_file_is_whole_whenever_its_writer_ends(tmp_path, name):
+    before = folder_with(tmp_path / "before", None)
+    (before / "m").write_bytes(b"old")
+    found = []
+    for folder in at_each_change("file", tmp_path, getattr(signal, name), before):
+        found.append((folder / "m").read_bytes())
+        assert name == "SIGKILL" or left_in(folder) == left_in(before)
+        atomic.write_file(folder / "m", b"next")
+        assert (folder / "m").read_bytes() == b"next"
+        assert left_in(folder) == sorted([*KEPT, "m"])
+    assert found == sorted(found, key=[b"old", b"new"].index)
+    assert len(found) >= 5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -92,6 +93,23 @@ def test_what_is_no_regular_file_is_not_read(read, kind, tmp_path):
             read(path, Refused)
         return
     refused(read, path, expected)
+
+
+@pytest.mark.parametrize("form", ["npy", "safetensors", "raw"])
+def test_a_mapping_that_finds_no_address_space(form, tmp_path, monkeypatch):
+    """The file is right: it is not called damaged."""
+
+    def full(*args):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    path, array = tmp_path / "x", np.zeros(6, np.float32)
+    header = b'{"a": {"dtype": "F32", "shape": [6], "data_offsets": [0, 24]}}'
+    safetensors = struct.pack("<Q", len(header)) + header + array.tobytes()
+    path.write_bytes({"npy": npy(array), "safetensors": safetensors, "raw": array.tobytes()}[form])
+    monkeypatch.setattr(np, "memmap", full)
+    expected = r"x: Cannot allocate memory: 0\.0 MB of address space are needed$"
+    read = {"npy": foreign.read_npy, "safetensors": foreign.read_safetensors, "raw": foreign.read_raw}[form]
+    refused(read, path, expected, *([(6,)] if form == "raw" else []))
 
 
 def test_a_value_is_shown_in_one_short_line_whatever_it_is():

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import npllama
-from npllama import checkpoint
+from npllama.checkpoint import reading
 from npllama.cli import main
 
 from commands import fails, run
@@ -60,9 +60,9 @@ def test_the_page_is_written_from_a_zip(zipped):
 
 
 def test_a_copy_without_the_embedded_model_says_so(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(checkpoint, "__file__", str(tmp_path / "checkpoint" / "__init__.py"))
-    monkeypatch.setattr(checkpoint.importlib.resources, "files", lambda package: tmp_path)
-    checkpoint._unpacked_demo.cache_clear()
+    monkeypatch.setattr(reading, "__file__", str(tmp_path / "checkpoint" / "reading.py"))
+    monkeypatch.setattr(reading.importlib.resources, "files", lambda package: tmp_path)
+    reading._unpacked_demo.cache_clear()
     assert "the embedded model is missing from this copy of npllama: expected" in fails(capsys, "info")
 
 

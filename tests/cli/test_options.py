@@ -12,6 +12,7 @@ import pytest
 
 import npllama
 from npllama import checkpoint
+from npllama.checkpoint import reading
 from npllama.cli import main
 from npllama.engine import threads
 
@@ -122,12 +123,12 @@ def test_a_number_of_threads_that_is_none(arguments, variable, message, capsys, 
 
 
 def test_weights_that_stay_as_stored_are_said_before_the_text(capsys, monkeypatch):
-    monkeypatch.setattr(checkpoint, "available_memory", lambda: 1000)
-    monkeypatch.setattr(checkpoint, "free_memory", lambda: 1000)
+    monkeypatch.setattr(reading, "available_memory", lambda: 1000)
+    monkeypatch.setattr(reading, "free_memory", lambda: 1000)
     assert main(["generate", "x", "-n", "1"]) == 0
     first = capsys.readouterr().err.splitlines()[0]
     assert "weights stay as stored" in first
     assert "from the disk again" in first
-    monkeypatch.setattr(checkpoint, "available_memory", lambda: 1 << 40)
+    monkeypatch.setattr(reading, "available_memory", lambda: 1 << 40)
     assert main(["generate", "x", "-n", "1"]) == 0
     assert "weights widened to float32" in capsys.readouterr().err

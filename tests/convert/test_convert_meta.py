@@ -26,7 +26,7 @@ pytestmark = pytest.mark.torch
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from npllama import checkpoint, n_parameters  # noqa: E402
-from npllama.checkpoint import load, open_model, verify  # noqa: E402
+from npllama.checkpoint import load, open_model, verify, writing  # noqa: E402
 from npllama_convert import meta, sources  # noqa: E402
 
 import tiny  # noqa: E402
@@ -51,7 +51,7 @@ PARAMS = {
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Blocks of a few rows, that end anywhere within a shard."""
-    monkeypatch.setattr(checkpoint, "BLOCK_BYTES", 1500)
+    monkeypatch.setattr(writing, "BLOCK_BYTES", 1500)
 
 
 def tensors_of(config=CONFIG, dtype="float32") -> dict:
@@ -667,7 +667,7 @@ sources.convert(sys.argv[1], sys.argv[2], force=True, report=len)
             process.kill()
         assert verify(target) == []  # the old model or the new one: replacing loses nothing
         left = sorted(path.name for path in tmp_path.iterdir() if path.name not in ("m", "src"))
-        assert all(name.startswith((".m.partial-", ".m.old-")) for name in left)
+        assert all(name.startswith((".m.partial-", ".m.old-", ".m.npllama-lock")) for name in left)
     convert(src, target, force=True)
     assert verify(target) == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "src"]

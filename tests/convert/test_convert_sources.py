@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from npllama import LinearRopeScaling, checkpoint
-from npllama.checkpoint import open_model, verify
+from npllama import LinearRopeScaling, parameter_shapes
+from npllama.checkpoint import open_model, verify, writing
 from npllama.cli import main
 from npllama_convert import conversion, sources
 
@@ -201,7 +201,7 @@ def test_safetensors_gguf_and_bin_need_no_torch(tmp_path):
 def test_memory_is_a_few_blocks_whatever_the_size(tmp_path, form, monkeypatch):
     monkeypatch.setattr("npllama.checkpoint.atomic._sync", lambda path: None)
     config = tiny.config(dim=1024, n_heads=16, n_kv_heads=16, head_dim=64, ffn_dim=2048, vocab_size=2048, n_layers=1)
-    params = {name: np.zeros(shape, np.float32) for name, shape in checkpoint.parameter_shapes(config).items()}
+    params = {name: np.zeros(shape, np.float32) for name, shape in parameter_shapes(config).items()}
     if form == "hf":
         src = foreign.write_hf(tmp_path / "src", config, params)
     elif form == "gguf":
@@ -226,7 +226,7 @@ def test_memory_is_a_few_blocks_whatever_the_size(tmp_path, form, monkeypatch):
     finally:
         tracemalloc.stop()
     assert n_bytes > 50e6
-    assert peak < 12 * checkpoint.BLOCK_BYTES
+    assert peak < 12 * writing.BLOCK_BYTES
 
 
 # ----------------------------------------------------------------------------------------------------------------------- hf:

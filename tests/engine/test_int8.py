@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from npllama import checkpoint, forward, generate, generate_batch, parameter_shapes
-from npllama.checkpoint import CheckpointError, load, open_model, takes_int8, verify
+from npllama.checkpoint import CheckpointError, load, open_model, reading, takes_int8, verify, writing
 from npllama.cli import main
 from npllama.engine.linear import Int8, linear, tile_size, to_bfloat16, to_int8, widen
 from npllama.engine.threads import n_threads
@@ -74,7 +74,7 @@ def test_no_number_is_off_by_more_than_half_a_step_of_its_row(dtype, power):
 
 
 def test_the_smallest_and_largest_numbers_stay_finite():
-    rows = [1e-45, 2.5e-43, 3e-44, 1e-38, 1e38, checkpoint.INT8_LIMIT]
+    rows = [1e-45, 2.5e-43, 3e-44, 1e-38, 1e38, writing.INT8_LIMIT]
     x = np.array(rows, np.float32)[:, None] * np.array([[1, -1, 0.5]], np.float32)
     wide = widen(to_int8(x))
     assert np.isfinite(wide).all()
@@ -159,7 +159,7 @@ def test_any_tool_opens_the_values_and_the_scale_beside_them(tmp_path):
 @pytest.mark.parametrize("dtype", ["stored", "float32", "float64", "auto"])
 def test_dtypes_of_loading(tmp_path, dtype, monkeypatch):
     params = write(tmp_path / "m", rest="bfloat16")
-    monkeypatch.setattr(checkpoint, "available_memory", lambda: 0)  # so that auto means stored
+    monkeypatch.setattr(reading, "available_memory", lambda: 0)  # so that auto means stored
     for name, array in load(tmp_path / "m", dtype).params.items():
         if name not in QUANTIZED:
             continue

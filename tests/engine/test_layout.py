@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from npllama import checkpoint, forward, parameter_shapes
-from npllama.checkpoint import load
+from npllama.checkpoint import load, reading
 from npllama.engine import layout, linear
 
 import tiny
@@ -124,8 +124,8 @@ def test_auto_logs_what_it_did_and_why(tmp_path, free, dtype, monkeypatch, caplo
     with checkpoint.create(tmp_path / "m", CONFIG, "bfloat16", source={"kind": "test"}) as writer:
         for name, x in random_params(CONFIG, seed=8).items():
             writer.add(name, x)
-    monkeypatch.setattr(checkpoint, "available_memory", lambda: free)
-    monkeypatch.setattr(checkpoint, "free_memory", lambda: free)
+    monkeypatch.setattr(reading, "available_memory", lambda: free)
+    monkeypatch.setattr(reading, "free_memory", lambda: free)
     with caplog.at_level("INFO", logger="npllama"):
         model = load(tmp_path / "m")
     matrix = model.params["layers.0.attention.wo.weight"]
@@ -171,8 +171,8 @@ def test_the_system_is_told_how_mapped_weights_will_be_read(tmp_path, fits, monk
     for name, x in model.params.items():
         x.base._mmap = Mapping(name, x.nbytes, told)
     n_bytes = sum(x.nbytes for x in model.params.values())
-    monkeypatch.setattr(checkpoint, "free_memory", lambda: n_bytes - (not fits))
-    checkpoint._read_ahead(model)
+    monkeypatch.setattr(reading, "free_memory", lambda: n_bytes - (not fits))
+    reading._read_ahead(model)
     for thread in threading.enumerate():
         if thread.name == "npllama-read-ahead":
             thread.join()

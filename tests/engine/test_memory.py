@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from npllama import checkpoint
+from npllama.checkpoint import reading
 from npllama.engine import memory
 
 import tiny
@@ -195,9 +196,9 @@ def test_weights_that_no_address_space_holds_are_said(tmp_path, bits, why, monke
         for name, x in tiny.random_params(config, seed=1).items():
             writer.add(name, x)
     n_bytes = sum(file.stat().st_size for file in (tmp_path / "m").glob("*.npy"))
-    monkeypatch.setattr(checkpoint, "address_space", lambda: n_bytes)
+    monkeypatch.setattr(reading, "address_space", lambda: n_bytes)
     checkpoint.open_model(tmp_path / "m")
-    monkeypatch.setattr(checkpoint, "address_space", lambda: n_bytes - 1)
+    monkeypatch.setattr(reading, "address_space", lambda: n_bytes - 1)
     with monkeypatch.context() as patch:
         limits(patch, bits=bits)
         with pytest.raises(checkpoint.CheckpointError, match=rf"m: the weights take .* MB, but .* can address .* MB: {why}$"):

@@ -36,7 +36,11 @@ ORDER = [
     "checkpoint.foreign",
     "checkpoint.atomic",
     "checkpoint.store",
+    "checkpoint.format",
     "tokenizer",
+    "checkpoint.reading",
+    "checkpoint.writing",
+    "checkpoint.verifying",
     "checkpoint",
     "chat",
     "sampling",
@@ -236,6 +240,18 @@ def test_the_math_sees_no_file_and_no_tokenizer():
     for name in ("ops", "engine.fast", "cache", "scope", "model"):
         library = {"__future__", "collections", "functools", "math", "dataclasses", "typing", "numpy"}
         assert imports(FILES[name]) <= own | library, name
+
+
+def test_one_reader_of_json():
+    """What others wrote is read with limits of size and depth; json's own readers have none."""
+    readers = {"load", "loads", "JSONDecoder", "raw_decode"}
+    for path in (path for folder in ("npllama", "convert") for path in (ROOT / folder).rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        found = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "json"}
+        found |= {
+            a.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == "json" for a in node.names
+        }
+        assert path == FILES["checkpoint.foreign"] or not found & readers, path
 
 
 def run(code: str) -> str:

@@ -1,0 +1,249 @@
+"""Open a model directory: mapped as it is stored, or widened into memory."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import importlib.resources
+import logging
+import mmap
+import os
+import shutil
+import sys
+import tempfile
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..config import Config, n_parameters, parameter_shapes
+from ..engine import layout
+from ..engine.memory import address_space, available_memory, free_memory, size_text
+from ..engine.weights import Form, Int8, Weight, is_packed, native, widen
+from ..scope import Ops
+from . import foreign
+from .atomic import survivor
+from .format import (
+    STORAGE,
+    TOKENIZER_FILES,
+    CheckpointError,
+    Manifest,
+    array_files,
+    check_names,
+    no_directory,
+    read_config,
+    read_manifest,
+    takes_int8,
+)
+from .store import locate
+
+if TYPE_CHECKING:
+    from ..tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+logging.getLogger("npllama").addHandler(logging.NullHandler())  # without it, warnings would go to standard error
+
+
+@dataclass(eq=False, repr=False)
+class Model:
+    """A model in memory, or mapped from its directory."""
+
+    config: Config
+    params: dict[str, Weight]  # as config.parameter_shapes names them
+    generation: dict[str, object] = field(default_factory=dict)  # recommended chat_format, system, temperature, top_p, or None
+    path: Path | None = None
+    manifest: Manifest = field(default_factory=dict)
+    ops: Ops | None = None  # what generation and perplexity run it with; None: what forward() chooses
+
+    def __repr__(self) -> str:
+        return f"<npllama.Model {self.path}: {n_parameters(self.config):,} parameters>"
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer in the model directory, or None."""
+        for name in TOKENIZER_FILES:
+            if self.path is not None and name in self.manifest.get("files", {}):
+                from ..tokenizer import load_tokenizer
+
+                return load_tokenizer(self.path / name)
+        return None
+
+
+def demo_path() -> Path:
+    """Return the demo model's folder in the package; for a zip (zipapp), that of a copy that lasts as long as this process."""
+    path = Path(__file__).resolve().parent.parent / "demo"
+    return path if path.is_dir() else _unpacked_demo()
+
+
+@functools.cache
+def _unpacked_demo() -> Path:
+    """Copy the demo model to a temporary folder: files inside a zip can't be mapped."""
+    inside = importlib.resources.files("npllama") / "demo"
+    if not inside.is_dir():
+        raise CheckpointError("the embedded model is missing from this copy of npllama: expected a model directory with -m")
+    folder, owner = Path(tempfile.mkdtemp(prefix="npllama-demo-")), os.getpid()
+
+    def remove() -> None:
+        if os.getpid() == owner:  # not a child that was forked
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
+    for file in inside.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def load(path: str | Path | None = None, dtype: str = "auto") -> Model:
+    """Open a model directory, by its path or its name in the store, to compute with; without one, the embedded demo model.
+
+    dtype "auto"     float32 if that fits in half of the free memory, else "stored"
+          "stored"   weights stay as they are on disk, memory-mapped: linear() widens packed ones tile by tile
+          "float32", "float64"   in memory, unless they are stored in that dtype and layout already (engine/layout.py)
+
+    Vectors (the norms' weights) are always widened. The decision and its reason go to the logger `npllama`. Raises
+    CheckpointError or ConfigError, both ValueError.
+
+    Mapped files must stay as they are while the model is in use: reading what another program has cut off ends the process with
+    the signal SIGBUS, which Python can't catch. Replacing the whole directory, as convert --force does, is safe.
+    """
+    if dtype not in ("auto", "stored", "float32", "float64"):
+        raise ValueError(f"dtype is {dtype!r}, expected auto, stored, float32 or float64")
+    model = open_model(demo_path() if path is None else path)
+    if dtype == "auto":
+        needed, free = layout.new_bytes(model.params, model.config, np.float32), available_memory()
+        fits = needed <= free // 2
+        dtype = "float32" if fits else "stored"
+        if any(map(is_packed, model.params.values())):
+            sizes = size_text(needed), size_text(free)
+            if fits:
+                log.info("weights widened to float32, whose %s fit in half of the free %s", *sizes)
+            else:
+                log.warning("weights stay as stored: in float32 they take %s, more than half of the free %s", *sizes)
+    if dtype == "stored":
+        for name, array in model.params.items():
+            model.params[name] = widen(array) if array.ndim == 1 else array
+        _read_ahead(model)
+    else:
+        model.params = layout.in_memory(model.params, model.config, dtype)
+    return model
+
+
+def _read_ahead(model: Model) -> None:
+    """Give the system madvise for the mapped weights, and log a warning where they don't fit into memory.
+
+    Weights that fit are requested at once, in the order of their use, on another thread: computing then overlaps with reading
+    from the disk. Weights that don't fit are read again for every token, and the system is told not to keep them.
+    """
+    if not hasattr(mmap.mmap, "madvise"):  # Windows
+        return
+    maps = [m for weight in model.params.values() if (m := _mapping(weight)) is not None]
+    n_bytes, free = sum(map(len, maps)), free_memory()
+    fits = n_bytes <= free
+    advice = mmap.MADV_WILLNEED if fits else mmap.MADV_SEQUENTIAL
+
+    def advise() -> None:
+        for mapping in maps:
+            with contextlib.suppress(OSError, ValueError):  # it is advice; ValueError: closed meanwhile
+                mapping.madvise(advice)
+
+    threading.Thread(target=advise, daemon=True, name="npllama-read-ahead").start()
+    if not fits:
+        sizes = size_text(n_bytes), size_text(free)
+        log.warning("the weights take %s, but %s are free: each token reads them from the disk again", *sizes)
+
+
+def _mapping(weight: Weight) -> mmap.mmap | None:
+    base = (weight.values if isinstance(weight, Form) else weight).base
+    return getattr(base, "_mmap", None)
+
+
+def open_model(path: str | Path) -> Model:
+    """Map every parameter exactly as it is stored; names, shapes, dtypes and sizes are checked, their content is not.
+
+    A folder that another run replaces meanwhile is opened again: its files could be those of two models.
+    """
+    for _ in range(100):
+        folder = survivor(locate(path))
+        before = _identity(folder)
+        try:
+            model = _open(folder)
+        except CheckpointError:
+            if _identity(folder) == before:
+                raise
+        else:
+            if _identity(folder) == before:
+                return model
+    raise CheckpointError(f"{folder} is replaced again and again while it is opened")
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    with contextlib.suppress(OSError):
+        found = path.stat()
+        return found.st_dev, found.st_ino
+    return None
+
+
+def _open(path: Path) -> Model:
+    if not path.is_dir():
+        raise no_directory(path)
+    manifest = read_manifest(path)
+    config, generation = read_config(path)
+    tensors = manifest["tensors"]
+    if config.n_layers > len(tensors):  # before parameter_shapes makes as many names as config.json pleases
+        raise CheckpointError(
+            f"{path / 'config.json'}: n_layers is {config.n_layers}, manifest.json lists {len(tensors)} tensors"
+        )
+    shapes = parameter_shapes(config)
+    check_names(path / "manifest.json", shapes, tensors)
+    for name in manifest["files"]:
+        if not (path / name).is_file():
+            raise CheckpointError(f"{path / name} is missing")
+    arrays = array_files(tensors)
+    if (n_bytes := sum(entry["bytes"] for entry in arrays.values())) > (limit := address_space()):
+        why = "a 64-bit Python has no such limit" if sys.maxsize < 1 << 32 else "`ulimit -v` sets that limit"
+        raise CheckpointError(
+            f"{path}: the weights take {size_text(n_bytes)}, but this process can address {size_text(limit)}: {why}"
+        )
+    _allow_open_files(len(arrays))
+    params = {name: _map_tensor(path, name, tensors[name], shape) for name, shape in shapes.items()}
+    return Model(config, params, generation, path, manifest)
+
+
+def _map_tensor(path: Path, name: str, entry: Manifest, shape: tuple[int, ...]) -> Weight:
+    if tuple(entry["shape"]) != shape:
+        raise CheckpointError(f"{path / 'manifest.json'}: {name} is {entry['shape']}, expected {list(shape)} by config.json")
+    known = [dtype for dtype in STORAGE if dtype != "int8" or takes_int8(name)]
+    if entry["dtype"] not in known:
+        raise CheckpointError(f"{path / 'manifest.json'}: {name} has dtype {entry['dtype']!r}, expected {', '.join(known)}")
+    array = _map_array(path / entry["file"], entry["bytes"], STORAGE[entry["dtype"]], shape)
+    if entry["dtype"] != "int8":
+        return array
+    scale = entry["scale"]
+    return Int8(array, _map_array(path / scale["file"], scale["bytes"], STORAGE["float32"], shape[:1]))
+
+
+def _map_array(file: Path, n_bytes: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    if (size := foreign.file_size(file, CheckpointError)) != n_bytes:
+        raise CheckpointError(f"{file} is {size:,} bytes, expected {n_bytes:,}")
+    array = foreign.read_npy(file, CheckpointError)
+    if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
+        order = "" if array.flags.c_contiguous else " in Fortran order"
+        found = array.dtype.name if array.dtype == array.dtype.newbyteorder("<") else f"big-endian {array.dtype.name}"
+        raise CheckpointError(f"{file} holds {found} {list(array.shape)}{order}, expected {dtype.name} {list(shape)}")
+    return native(np.asarray(array))  # files are little-endian: on a big-endian machine this reads the file into memory
+
+
+def _allow_open_files(n: int) -> None:
+    """Raise the limit of open files as far as the system permits: each mapping keeps one open, and macOS starts with 256."""
+    try:
+        import resource
+    except ImportError:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = n + 256
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
