@@ -176,6 +176,26 @@ def test_tiled_attention_is_attention(batch, T, S, tile, monkeypatch):
     assert relative_error(found, expected) < 1e-6
 
 
+@pytest.mark.torch
+@pytest.mark.parametrize("padding", [5, 20, 33])
+def test_padding_beyond_the_first_tile_is_hidden_as_in_torch(padding, monkeypatch):
+    """A row padded on the left in one chunk without a cache: only tiles after the first have slots before their queries."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    monkeypatch.setattr(fast, "TILE", 1)  # 8 queries a tile, the fewest
+    B, T, H, G, K = 2, 40, 6, 2, 8
+    q, keys, values = uniform(1, (B, T, H, K)), uniform(2, (B, G, T, K)), uniform(3, (B, G, T, K))
+    positions = np.broadcast_to(np.arange(T), (B, T)).copy()
+    positions[1] -= padding
+    positions[1, :padding] = 1 << 30
+    visible = torch.from_numpy(positions[:, None, None, :] <= positions[:, None, :, None])
+    tensors = (torch.from_numpy(x.astype(np.float64)) for x in (q.swapaxes(1, 2), keys, values))
+    attention = torch.nn.functional.scaled_dot_product_attention
+    expected = attention(*tensors, attn_mask=visible, enable_gqa=True).numpy().swapaxes(1, 2)
+    found = fast.tiled_attention(q, keys, values, ops.causal_mask(positions, positions, np.float32))
+    assert relative_error(found[0], expected[0]) < 1e-6
+    assert relative_error(found[1, padding:], expected[1, padding:]) < 1e-6
+
+
 def test_tiled_attention_of_large_scores(monkeypatch):
     """No float32 holds exp(1000): the largest is taken off first."""
     monkeypatch.setattr(fast, "SHARED", 0)
@@ -218,6 +238,21 @@ def test_no_input_is_changed():
     ops.rope(q, cos, sin), linear.linear(x, x), linear.products(x, x)
     for a, b in zip(before, (q, keys, values, mask, x, weight, cos, sin), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("rows", [2, 11, 16])
+def test_columns_are_in_c_order_whatever_the_weight_s_order(rows, order, monkeypatch):
+    """Where both matrices are transposed, OpenBLAS 0.3.31's kernels for AVX-512 write into each other's memory."""
+    layouts, few_columns = [], linear._few_columns
+
+    def watch(weight, columns, out):
+        layouts.append((columns.flags.c_contiguous, columns.shape))
+        few_columns(weight, columns, out)
+
+    monkeypatch.setattr(linear, "_few_columns", watch)
+    linear.linear(uniform(1, (rows, 96)), np.asarray(uniform(2, (200, 96)), order=order))
+    assert set(layouts) == {(True, (96, rows))}
 
 
 SIDE_BY_SIDE = """
