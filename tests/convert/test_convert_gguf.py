@@ -50,7 +50,7 @@ def test_a_file_comes_back_bit_for_bit(tmp_path, name):
 @pytest.mark.parametrize("alignment", [None, 8, 64, 4096])
 @pytest.mark.parametrize("length", [0, 32, 57])
 def test_the_numbers_begin_where_the_alignment_says(tmp_path, alignment, length):
-    """At a multiple of 32 if nothing is said. Of headers that differ by 32, one ends where a wrong alignment leads elsewhere."""
+    """At a multiple of 32 if nothing is said. Of headers that differ by 32, one shows a wrong alignment."""
     metadata = {"general__description": "x" * length} | ({"custom_alignment": alignment} if alignment else {})
     convert(foreign.write_gguf(tmp_path / "m.gguf", CONFIG, PARAMS, **metadata), tmp_path / "m")
     assert_same(tmp_path / "m", PARAMS)

@@ -106,6 +106,13 @@ def test_rounding_changes_nothing_else(convention):
     assert tiny.relative_error(found, plain) < 1e-5
 
 
+@pytest.mark.parametrize(("convention", "rounded"), [("meta", False), ("hf", True)])
+def test_cosines_are_rounded_in_hugging_face_s_way_alone(convention, rounded):
+    precision = Precision("bfloat16", convention)
+    for x in precision.ops.rope_rotation(np.arange(1, 9), np.array([1.0, 0.1], np.float32)):
+        assert np.array_equal(precision.round(x), x) == rounded
+
+
 @pytest.mark.parametrize("name", ["float64", "float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("storage", ["float32", "float64", "float16", "uint16"])
 def test_parameters_are_rounded_once_whatever_they_are_stored_in(name, storage):
