@@ -209,6 +209,27 @@ def test_text_streams_letter_by_letter():
 
 
 @pytest.mark.parametrize(
+    ("stop", "held"), [([], 0), (["x"], 0), (["ox"], 1), (["lox"], 2), (["helloworld"], 5), (["o!", "lo!"], 2)]
+)
+def test_no_more_is_held_back_than_might_begin_a_stop_string(stop, held):
+    """After "hello" and before another id is asked for."""
+    asked = []
+
+    def ids():
+        for letter in "hello":
+            yield ord(letter)
+        asked.append("a sixth")
+        yield ord("?")
+
+    shown = ""
+    for part in stream_text(ids(), Letters(), stop):
+        if asked:
+            break
+        shown += part
+    assert shown == "hello"[: 5 - held]
+
+
+@pytest.mark.parametrize(
     ("text", "stop", "expected"),
     [
         ("one END two", ["END"], "one "),

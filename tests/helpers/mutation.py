@@ -50,6 +50,7 @@ class Module:
 
 
 WEIGHTS = "test_weights or test_ops or 1threads and not 20000 and not two_threads or known_answers or half_a_step or smallest"
+LINEAR = "multiplied_as_one or (test_weights or 1threads or 3threads) and not two_threads and not 20000"
 FAST = "tiled or padding or separate_ways or together or shared_from or input or test_scope or test_model"
 SHARDS = "joined or order_of_their or bad_tensor or lost or too_many or differ or belong or tied"
 CORE = (
@@ -60,9 +61,7 @@ CORE = (
     Module("npllama/sampling.py", "test_sampling", "not hugging_face and not torch"),
     Module("npllama/generation.py", "test_generation test_lookup"),
     Module("npllama/engine/weights.py", "engine/test_weights engine/test_linear engine/test_int8 test_ops", WEIGHTS),
-    Module(
-        "npllama/engine/linear.py", "engine/test_linear engine/test_weights", "not two_threads and not 2threads and not 20000"
-    ),
+    Module("npllama/engine/linear.py", "engine/test_linear engine/test_weights engine/test_layout", LINEAR),
     Module("npllama/engine/layout.py", "engine/test_layout"),
     Module("npllama/engine/fast.py", "engine/test_linear test_scope test_model", FAST),
     Module("npllama/engine/threads.py", "engine/test_threads"),
