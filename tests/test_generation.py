@@ -119,6 +119,24 @@ def test_each_row_of_a_batch_ends_where_its_context_is_full():
         assert [id for id in row if id is not None] == list(generate(short, prompt, 50))
 
 
+def test_a_row_that_has_ended_is_padding_and_no_pass_is_in_vain(monkeypatch):
+    prompts, passes = [[1, 2, 3], [7, 8, 9]], []
+    alone = [list(generate(MODEL, prompt, 4)) for prompt in prompts]
+    stop = next(id for id in alone[0] if id not in alone[1])
+
+    def watched(params, config, tokens, *args, **options):
+        passes.append(np.array(tokens).tolist())
+        return forward(params, config, tokens, *args, **options)
+
+    monkeypatch.setattr(npllama.generation, "forward", watched)
+    steps = list(generate_batch(MODEL, prompts, 4, stop_ids=[stop]))
+    assert len(steps) == 4
+    assert passes == [prompts] + [[[-1 if id is None else id] for id in step] for step in steps[:-1]]
+    passes.clear()
+    assert list(generate(MODEL, prompts[1], 4)) == alone[1]
+    assert passes == [prompts[1]] + [[id] for id in alone[1][:-1]]
+
+
 def test_a_batch_ends_when_all_its_rows_have():
     first = next(generate(MODEL, [1, 2, 3]))
     assert list(generate_batch(MODEL, [[1, 2, 3]] * 2, 5, stop_ids=[first])) == []
@@ -188,6 +206,27 @@ def shown(text: str, stop: list[str]) -> list[str]:
 
 def test_text_streams_letter_by_letter():
     assert shown("hello", []) == list("hello")
+
+
+@pytest.mark.parametrize(
+    ("stop", "held"), [([], 0), (["x"], 0), (["ox"], 1), (["lox"], 2), (["helloworld"], 5), (["o!", "lo!"], 2)]
+)
+def test_no_more_is_held_back_than_might_begin_a_stop_string(stop, held):
+    """After "hello" and before another id is asked for."""
+    asked = []
+
+    def ids():
+        for letter in "hello":
+            yield ord(letter)
+        asked.append("a sixth")
+        yield ord("?")
+
+    shown = ""
+    for part in stream_text(ids(), Letters(), stop):
+        if asked:
+            break
+        shown += part
+    assert shown == "hello"[: 5 - held]
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,20 @@ def test_draws_have_the_frequencies_of_the_distribution():
     assert np.sum((counts - expected) ** 2 / expected) < 18.5  # chi-squared, 4 degrees of freedom: p = 0.001
 
 
+class Lowest:
+    """A source of random numbers that draws the least there is."""
+
+    @staticmethod
+    def random() -> float:
+        return 0.0
+
+
+def test_a_draw_of_zero_takes_the_first_token_that_may_be_drawn():
+    """random() is at least 0.0 and below 1.0: a token of probability zero in front is never the one."""
+    assert sample(np.array([-math.inf, -math.inf, 0.0, 1.0]), Sampling(1.0), Lowest()) == 2
+    assert sample(np.array([1.0, 3.0, 2.0]), Sampling(1.0, top_k=2), Lowest()) == 1
+
+
 @settings(deadline=None)
 @given(
     st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=40),

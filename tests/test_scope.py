@@ -81,6 +81,20 @@ def test_fast_operations_show_a_tap_all_but_scores_and_weights():
     assert len(hidden) == 2 * GROUPED.n_layers
 
 
+@pytest.mark.parametrize(("tap", "taken"), [(None, "FAST"), (lambda name, x: x, "PLAIN")], ids=["no tap", "tap"])
+def test_a_pass_is_fast_unless_it_is_watched(tap, taken, monkeypatch):
+    called = []
+    for name in ("FAST", "PLAIN"):
+
+        def swiglu(gate, up, name=name):
+            called.append(name)
+            return ops.swiglu(gate, up)
+
+        monkeypatch.setattr(model, name, dataclasses.replace(getattr(model, name), swiglu=swiglu))
+    forward(PARAMS, GROUPED, TOKENS, tap=tap)
+    assert called == [taken] * GROUPED.n_layers
+
+
 def test_an_empty_recording_is_a_tap():
     """It is false, as every empty dict is; what counts is that it isn't None."""
 

@@ -163,6 +163,26 @@ def test_a_folder_is_on_the_disk_before_it_is_put_in_place(tmp_path, monkeypatch
     assert done[len(files) :] == [(tmp_path / "m").stat().st_ino, "in place", tmp_path.stat().st_ino]
 
 
+def kind(path: Path) -> str:
+    """What of a folder's replacement a path is: "m", or "partial" or "old" of `.m.old-1a2b3c4d`."""
+    return path.name.removeprefix(".m.").partition("-")[0]
+
+
+@posix
+def test_the_old_folder_is_removed_when_the_new_one_is_on_the_disk_in_its_place(tmp_path, monkeypatch):
+    """Were it removed sooner, a power cut could leave neither."""
+    (tmp_path / "m").mkdir()
+    done, rename, remove = [], Path.rename, atomic._remove
+    monkeypatch.setattr(os, "fsync", lambda descriptor: done.append(os.fstat(descriptor).st_ino))
+    monkeypatch.setattr(Path, "rename", lambda path, to: done.append((kind(path), kind(to))) or rename(path, to))
+    monkeypatch.setattr(atomic, "_remove", lambda folder: done.append(kind(folder)) or remove(folder))
+    with atomic.new_folder(tmp_path / "m", force=True, foreign=lambda folder: None) as folder:
+        (folder / "a").write_bytes(b"new")
+        file, new, parent = (path.stat().st_ino for path in (folder / "a", folder, tmp_path))
+    assert file in done[:2], "the other is the lock"
+    assert done[2:] == [new, ("m", "old"), ("partial", "m"), parent, "old", parent, "partial"]
+
+
 def test_what_was_made_meanwhile_is_kept(tmp_path):
     def meanwhile() -> None:
         with new(tmp_path / "m"):

@@ -47,6 +47,15 @@ def test_a_file_comes_back_bit_for_bit(tmp_path, name):
     assert verify(tmp_path / "m") == []
 
 
+@pytest.mark.parametrize("alignment", [None, 8, 64, 4096])
+@pytest.mark.parametrize("length", [0, 32, 57])
+def test_the_numbers_begin_where_the_alignment_says(tmp_path, alignment, length):
+    """At a multiple of 32 if nothing is said. Of headers that differ by 32, one shows a wrong alignment."""
+    metadata = {"general__description": "x" * length} | ({"custom_alignment": alignment} if alignment else {})
+    convert(foreign.write_gguf(tmp_path / "m.gguf", CONFIG, PARAMS, **metadata), tmp_path / "m")
+    assert_same(tmp_path / "m", PARAMS)
+
+
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
 @pytest.mark.parametrize("name", ["grouped", "one_kv_head"])
 def test_each_kind_of_block_is_what_the_library_makes_of_it(tmp_path, name, kind):

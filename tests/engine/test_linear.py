@@ -30,7 +30,7 @@ def n_threads(request, monkeypatch):
     threads.set_threads(request.param)
     monkeypatch.setattr(linear, "SHARED", 1)
     monkeypatch.setattr(fast, "SHARED", 1)
-    yield
+    yield request.param
     threads.set_threads(before)
 
 
@@ -176,6 +176,26 @@ def test_tiled_attention_is_attention(batch, T, S, tile, monkeypatch):
     assert relative_error(found, expected) < 1e-6
 
 
+@pytest.mark.torch
+@pytest.mark.parametrize("padding", [5, 20, 33])
+def test_padding_beyond_the_first_tile_is_hidden_as_in_torch(padding, monkeypatch):
+    """A row padded on the left in one chunk without a cache: only tiles after the first have slots before their queries."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    monkeypatch.setattr(fast, "TILE", 1)  # 8 queries a tile, the fewest
+    B, T, H, G, K = 2, 40, 6, 2, 8
+    q, keys, values = uniform(1, (B, T, H, K)), uniform(2, (B, G, T, K)), uniform(3, (B, G, T, K))
+    positions = np.broadcast_to(np.arange(T), (B, T)).copy()
+    positions[1] -= padding
+    positions[1, :padding] = 1 << 30
+    visible = torch.from_numpy(positions[:, None, None, :] <= positions[:, None, :, None])
+    tensors = (torch.from_numpy(x.astype(np.float64)) for x in (q.swapaxes(1, 2), keys, values))
+    attention = torch.nn.functional.scaled_dot_product_attention
+    expected = attention(*tensors, attn_mask=visible, enable_gqa=True).numpy().swapaxes(1, 2)
+    found = fast.tiled_attention(q, keys, values, ops.causal_mask(positions, positions, np.float32))
+    assert relative_error(found[0], expected[0]) < 1e-6
+    assert relative_error(found[1, padding:], expected[1, padding:]) < 1e-6
+
+
 def test_tiled_attention_of_large_scores(monkeypatch):
     """No float32 holds exp(1000): the largest is taken off first."""
     monkeypatch.setattr(fast, "SHARED", 0)
@@ -207,6 +227,14 @@ def test_tokens_go_separate_ways(shape, n_threads, monkeypatch):
     assert sorted(sizes) == ([n] if share < 4 else sorted(min(share, n - i) for i in range(0, n, share)))
 
 
+def test_with_a_tap_tokens_stay_together(n_threads, monkeypatch):
+    """It is shown whole activations, so that FAST with a tap is PLAIN with it."""
+    monkeypatch.setattr(fast, "TOKENS", 1)
+    x, sizes = uniform(10, (12, 5)), []
+    fast.by_token(lambda x, s: sizes.append(len(x)) or x)(x, Scope({}, None, None, None, tap=lambda name, x: x))
+    assert sizes == [12]
+
+
 def test_no_input_is_changed():
     q, keys, values = uniform(1, (40, 4, 8)), uniform(2, (2, 40, 8)), uniform(3, (2, 40, 8))
     mask = ops.causal_mask(np.arange(40), np.arange(40), np.float32)
@@ -218,6 +246,68 @@ def test_no_input_is_changed():
     ops.rope(q, cos, sin), linear.linear(x, x), linear.products(x, x)
     for a, b in zip(before, (q, keys, values, mask, x, weight, cos, sin), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("rows", [2, 11, 16])
+def test_columns_are_in_c_order_whatever_the_weight_s_order(rows, order, monkeypatch):
+    """Where both matrices are transposed, OpenBLAS 0.3.31's kernels for AVX-512 write into each other's memory."""
+    layouts, few_columns = [], linear._few_columns
+
+    def watch(weight, columns, out):
+        layouts.append((columns.flags.c_contiguous, columns.shape))
+        few_columns(weight, columns, out)
+
+    monkeypatch.setattr(linear, "_few_columns", watch)
+    linear.linear(uniform(1, (rows, 96)), np.asarray(uniform(2, (200, 96)), order=order))
+    assert set(layouts) == {(True, (96, rows))}
+
+
+@pytest.mark.parametrize(
+    ("n_in", "rows", "tile"),
+    [(96, 2, 64), (1000, 15, 64), (1000, 16, 32), (10_000, 4, 16), (10_000, 16, 4), (125_000, 8, 1), (200_000, 9, 1)],
+)
+def test_a_few_rows_are_multiplied_in_tiles_that_are_read_in_place(n_in, rows, tile, monkeypatch):
+    """The largest power of two of rows of the weight, of up to 64, with no more than a million multiplications."""
+    assert (linear.FEW_TILE, linear.IN_PLACE) == (64, 1_000_000)
+    weight, columns, products, matmul = np.ones((70, n_in), np.float32), np.ones((n_in, rows), np.float32), [], np.matmul
+    monkeypatch.setattr(np, "matmul", lambda a, b, out: products.append(a.shape) or matmul(a, b, out=out))
+    linear._few_columns(weight, columns, np.empty((70, rows), np.float32))
+    assert products == [(70 // tile, tile, n_in)] + [(70 % tile, n_in)] * (70 % tile > 0)
+
+
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("rows", [2, 16])
+def test_each_row_of_the_weight_is_multiplied_once_and_in_float32(storage, rows, n_threads, monkeypatch):
+    multiplied, few_columns = [], linear._few_columns
+
+    def watch(weight, columns, out):
+        multiplied.append(weight.shape[-2])
+        assert out.dtype == np.float32
+        few_columns(weight, columns, out)
+
+    monkeypatch.setattr(linear, "tile_size", lambda n: 20 * 96)
+    monkeypatch.setattr(linear, "_few_columns", watch)
+    linear.linear(uniform(1, (rows, 96)), PACK[storage](uniform(2, (200, 96))))
+    assert sum(multiplied) == 200
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_work_is_shared_from_a_size_on(shared, n_threads, monkeypatch):
+    """A product of SHARED multiplications, or attention of SHARED scores, is; with one less it stays in one piece."""
+    pieces = []
+    for module in (linear, fast):
+        monkeypatch.setattr(module, "parallel", lambda task, n: pieces.append(n) or [task(i) for i in range(n)])
+        monkeypatch.setattr(module, "SHARED", (4 * 48 * 128 if module is linear else 16 * 2 * 16) + (not shared))
+    weight, x = uniform(1, (128, 48)), uniform(2, (4, 48))
+    linear.linear(x, weight)
+    linear.linear(x, linear.to_bfloat16(weight))
+    assert pieces == [min(n_threads, 2) if shared else 1, n_threads if shared else 1]  # 128 rows are two tiles of 64
+    pieces.clear()
+    fast.tiled_attention(
+        uniform(1, (16, 2, 4)), uniform(2, (1, 16, 4)), uniform(3, (1, 16, 4)), np.zeros((1, 16, 16), np.float32)
+    )
+    assert bool(pieces) == shared
 
 
 SIDE_BY_SIDE = """

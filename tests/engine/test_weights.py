@@ -88,6 +88,13 @@ def test_tiles_and_sides_make_the_product(name, n_in, large):
         assert relative_error(form.rows(part).finish(y), exact[:, part]) < 1e-6
 
 
+def test_every_kind_of_nan_stays_one_in_bfloat16():
+    """With its sign and the upper bits of its payload, also where those are zero; some would round to infinity."""
+    bits = np.array([0x7F800001, 0xFF800001, 0x7FC00000, 0x7F810000, 0x7FFFFFFF, 0xFFFFFFFF], np.uint32)
+    expected = [0x7FC0, 0xFFC0, 0x7FC0, 0x7FC1, 0x7FFF, 0xFFFF]
+    assert weights.to_bfloat16(bits.view(np.float32)).tolist() == expected
+
+
 def test_tokens_take_rows_of_any_form(stored):
     weight, _, numbers = stored
     tokens = np.array([[1, -1, 12], [0, 3, 3]])

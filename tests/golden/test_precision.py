@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 
 from npllama import forward
-from npllama.golden.precision import Precision, round_bfloat16, round_float16
+from npllama.golden.precision import Precision, round_bfloat16, round_float16, rounding_ops
+from npllama.model import PLAIN
 
 import tiny
 
@@ -93,6 +95,22 @@ def test_every_activation_of_a_16_bit_precision_has_only_its_numbers(name, conve
         return x
 
     precision.forward(PARAMS, CONFIG, TOKENS, tap=tap)
+
+
+@pytest.mark.parametrize("convention", ["meta", "hf"])
+def test_rounding_changes_nothing_else(convention):
+    """Operations that round to the number itself are the plain ones."""
+    unrounded = rounding_ops(lambda x: x, convention)
+    plain, found = (forward(PARAMS, CONFIG, TOKENS, ops=ops) for ops in (PLAIN, unrounded))
+    assert found.dtype == np.float32
+    assert tiny.relative_error(found, plain) < 1e-5
+
+
+@pytest.mark.parametrize(("convention", "rounded"), [("meta", False), ("hf", True)])
+def test_cosines_are_rounded_in_hugging_face_s_way_alone(convention, rounded):
+    precision = Precision("bfloat16", convention)
+    for x in precision.ops.rope_rotation(np.arange(1, 9), np.array([1.0, 0.1], np.float32)):
+        assert np.array_equal(precision.round(x), x) == rounded
 
 
 @pytest.mark.parametrize("name", ["float64", "float32", "bfloat16", "float16"])
@@ -195,6 +213,24 @@ def test_each_operation_on_torchs_own_inputs_is_torchs(tmp_path, record_property
     for kind in total:
         assert same[kind] / total[kind] >= (0.999 if dtype == "bfloat16" else 0.997), kind
         assert worst[kind] <= 1, kind
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("K", [8, 32, 128])
+@pytest.mark.parametrize("convention", ["hf", "meta"])
+def test_float16_scores_are_scaled_as_torch_scales_them(convention, K):
+    """Hugging Face multiplies by K^-0.5 and Meta divides by sqrt(K): at these K one product in 1024 rounds to another float16.
+
+    Where K is a power of 4 both are exact. In bfloat16 no product differs, at any even K up to 256.
+    """
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    products = np.arange(1024, 2048).astype(np.float32)  # every mantissa of 11 bits
+    q, keys = np.zeros((1024, 1, K), np.float32), np.zeros((1, 1, K), np.float32)
+    q[:, 0, 0], keys[..., 0] = products, 1
+    scaled = {"hf": torch.from_numpy(products).half() * K**-0.5, "meta": torch.from_numpy(products).half() / math.sqrt(K)}
+    found = Precision("float16", convention).ops.attention_scores(q, keys, np.zeros((1, 1024, 1), np.float32))[0, :, 0]
+    np.testing.assert_array_equal(found, scaled[convention].float().numpy())
+    assert np.count_nonzero(scaled["hf"] != scaled["meta"]) == 1
 
 
 @pytest.mark.torch

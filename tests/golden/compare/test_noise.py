@@ -12,7 +12,8 @@ import pytest
 from npllama.checkpoint import Model, demo_path, load
 from npllama.golden.bundle import write_golden
 from npllama.golden.compare import compare
-from npllama.golden.compare.noise import DEFAULTS, LIMITS, measure_noise
+from npllama.golden.compare.judging import judge
+from npllama.golden.compare.noise import DEFAULTS, LIMITS, default_noise, measure_noise, noise_between
 from npllama.golden.mistakes import Port
 from npllama.golden.precision import Precision, round_bfloat16, rounding_ops
 from npllama.golden.trace import read_trace, record, write_trace
@@ -291,7 +292,7 @@ def _model_and_tokens():
 
 
 def test_without_a_model_the_floor_is_the_documented_one():
-    from npllama.golden.compare.noise import Norms, default_noise
+    from npllama.golden.compare.noise import Norms
 
     size, kept = Norms(np.array([3.0]), np.array([9.0])), np.ones(1, bool)
     for precision, bits in (("float64", 53), ("float32", 24), ("bfloat16", 8), ("float16", 11)):
@@ -299,6 +300,49 @@ def test_without_a_model_the_floor_is_the_documented_one():
         for name, depth in (("tok_embeddings", 0), ("layers.0.out", 0), ("layers.4.out", 4), ("norm", 12)):
             floor = default_noise(precision, n_layers=12).floor(name, size, kept)
             assert [float(x[0]) for x in floor] == [3.0 * factor * (1 + growth * depth) * 2.0**-bits for factor in factors]
+
+
+# precision, its largest rounding error u, the documented floors in units of u after four layers, and the limits
+DOCUMENTED = [
+    ("float64", 2.0**-53, 16, 96, 32, 32),
+    ("float32", 2.0**-24, 16, 96, 32, 32),
+    ("bfloat16", 2.0**-8, 3 * 2, 36 * 2, 16, 6),  # a quarter more with each layer
+    ("float16", 2.0**-11, 3 * 2, 36 * 2, 16, 6),
+]
+
+
+@pytest.mark.parametrize("one", [False, True])
+@pytest.mark.parametrize(("precision", "u", "rms", "largest", "several_limit", "one_limit"), DOCUMENTED)
+def test_the_verdict_changes_at_the_documented_limit(precision, u, rms, largest, several_limit, one_limit, one):
+    """In absolute numbers: a floor or a limit that is a factor off lets mistakes pass, or calls right programs different."""
+    reference, limit = np.ones((2, 4096)), one_limit if one else several_limit
+    noise = default_noise(precision, n_layers=4)
+    for norm, error, where in (("rms", limit * rms * u, slice(None)), ("max", limit * largest * u, 7)):
+        for factor, passed in ((0.98, True), (1.02, False)):
+            candidate = reference.copy()
+            candidate[1, where] += factor * error
+            found = judge("norm", candidate, reference, np.ones(2, bool), noise, one=one)
+            assert (found.passed, found.norm, found.token) == (passed, norm, 1)
+            assert found.ratio == pytest.approx(factor * limit, rel=1e-3)
+
+
+@pytest.mark.parametrize(("precision", "u"), [("float32", 2.0**-24), ("bfloat16", 2.0**-8)])
+def test_by_a_single_pass_the_limit_is_32_times_its_difference(precision, u):
+    """A trace in the precision next to one in float64: their difference is the floor."""
+    reference = np.ones((2, 64))
+    noise = noise_between({"norm": reference}, {"norm": reference + 3 * u}, precision, "a trace")
+    for factor, passed in ((0.98, True), (1.02, False)):
+        found = judge("norm", reference + factor * 32 * 3 * u, reference, np.ones(2, bool), noise)
+        assert found.passed == passed
+        assert found.ratio == pytest.approx(factor * 32, rel=1e-3)
+
+
+def test_a_comparison_is_equal_up_to_the_documented_limit(tmp_path):
+    """The same from end to end: 32 times 16 roundings of float32, and not 64 times."""
+    np.savez(tmp_path / "reference.npz", norm=np.ones((2, 64)))
+    for factor, equal in ((0.98, True), (1.02, False)):
+        np.savez(tmp_path / "mine.npz", norm=(np.ones((2, 64)) + factor * 32 * 16 * 2.0**-24).astype(np.float32))
+        assert compare(tmp_path / "reference.npz", tmp_path / "mine.npz").equal == equal
 
 
 def test_float64_candidates_are_judged_by_float64s_noise(tmp_path):

@@ -1,0 +1,141 @@
+"""The drawing of mutants: what is changed, that a seed is a draw, and that a mutant hurts its copy alone."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+
+import pytest
+
+mutation = pytest.importorskip("mutation", reason="this system has no limits for a process", exc_type=ImportError)
+
+SOURCE = '''
+"""A module."""
+from a import b
+
+def f(x: int | None = 3, *rest: str) -> "float":
+    """Nothing + here."""
+    if x < 0:
+        raise ValueError(f"x is {x - 1}")
+    return g(x, scale=2) + rest.count("a")
+
+class C:
+    size = 4
+    pairs = zip([], [], strict=True)
+
+TILE = 5
+'''
+
+
+def needs_mutmut() -> None:
+    pytest.importorskip("mutmut", reason="mutmut is not installed")
+
+
+def changes(only: tuple[str, ...] = ()) -> set[str]:
+    return {
+        mutation.change(SOURCE, site.tree.deep_replace(site.node, new).code)
+        for site in mutation.sites(SOURCE, only)
+        for new in site.variants
+    }
+
+
+def test_numbers_operators_and_arguments_change_and_words_do_not():
+    needs_mutmut()
+    call = 'return g(x, scale=2) + rest.count("a")'
+    assert changes() == {
+        'def f(x: int | None = 3, *rest: str) -> "float": → def f(x: int | None = 4, *rest: str) -> "float":',
+        "if x < 0: → if x <= 0:",
+        "if x < 0: → if x < 1:",
+        f'{call} → return g(x, scale=2) - rest.count("a")',
+        f'{call} → return g(x, scale=3) + rest.count("a")',
+        f'{call} → return g(scale=2) + rest.count("a")',
+        f'{call} → return g(x, ) + rest.count("a")',
+        "size = 4 → size = 5",
+        "pairs = zip([], [], strict=True) → pairs = zip([], strict=True)",
+    }
+    assert "size = 4 → size = 5" in changes(only=("C",))
+    assert len(changes(only=("C",))) == 2
+
+
+def test_a_seed_is_a_draw_of_different_programs():
+    needs_mutmut()
+    modules = [module for module in mutation.CORE if module.path.endswith("scope.py")]
+    draws = [list(mutation.draw(mutation.ROOT, modules, seed, 10)) for seed in (1, 1, 2)]
+    drawn, again, other = [[(mutant.module, mutant.line, mutant.change) for _, mutant, _ in found] for found in draws]
+    assert drawn == again != other
+    assert len(set(drawn)) == 10
+    for module, _, source in draws[0]:
+        original = (mutation.ROOT / module.path).read_text(encoding="utf-8")
+        assert ast.dump(ast.parse(source)) != ast.dump(ast.parse(original))
+
+
+def test_the_table_names_what_there_is():
+    for module in mutation.CORE:
+        tree = ast.parse((mutation.ROOT / module.path).read_text(encoding="utf-8"))
+        defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        assert defined.issuperset(module.only), module.path
+        for name in module.tests.split():
+            assert (mutation.ROOT / "tests" / f"{name}.py").is_file(), name
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A snapshot of a repository with the least that the launcher looks for."""
+    root = tmp_path_factory.mktemp("root")
+    for name in ("npllama/__init__.py", "convert/__init__.py", "tests/test_x.py"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text("")
+    for command in (["init", "-q"], ["add", "-A"]):
+        subprocess.run(["git", *command], cwd=root, check=True)
+    return mutation.snapshot(root, tmp_path_factory.mktemp("tree"))
+
+
+FATES = {
+    "survived": "",
+    "failed": "assert False",
+    "crashed": "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)",
+    "timeout": "import time; time.sleep(600)",
+}
+
+
+@pytest.mark.parametrize("outcome", FATES)
+def test_what_became_of_a_mutant(tree, outcome):
+    with mutation.copy_of(tree) as copy:
+        (copy / "tests" / "test_x.py").write_text(f"def test():\n    {FATES[outcome] or 'pass'}\n")
+        found, seconds = mutation.test(copy, mutation.Module("npllama/x.py", "test_x"), 2 if outcome == "timeout" else 120)
+    assert found == outcome
+    assert seconds < 120
+
+
+GREEDY = {
+    "memory": "bytearray(9 << 30)",
+    "disk": "open('x', 'wb').truncate(2 << 30)",
+    "files": "import shutil; shutil.rmtree('.'); raise SystemExit(1)",
+}
+
+
+@pytest.mark.parametrize("what", GREEDY)
+def test_a_mutant_hurts_its_copy_alone(tree, what):
+    before = sorted(tree.rglob("*"))
+    with mutation.copy_of(tree) as copy:
+        (copy / "tests" / "test_x.py").write_text(f"def test():\n    {GREEDY[what]}\n")
+        assert mutation.test(copy, mutation.Module("npllama/x.py", "test_x"), 120)[0] in ("failed", "crashed")
+        assert not (copy / "x").exists() or (copy / "x").stat().st_size < 1 << 30
+    assert sorted(tree.rglob("*")) == before
+
+
+def test_explanations_stay_with_their_change():
+    survivor = {"module": "npllama/a.py", "line": 3, "change": "x = a | b → x = a & b", "outcome": "survived", "seconds": 1.0}
+    killed = survivor | {"change": "y = 1 → y = 2", "outcome": "failed"}
+    results = {
+        "command": "python tests/helpers/mutation.py --seed 7 --n 2",
+        "date": "2026-01-01",
+        "revision": "abc",
+        "versions": ["NumPy 2"],
+        "seconds": {"npllama/a.py": 1.25},
+        "mutants": [survivor, killed],
+    }
+    text = mutation.page(results, {survivor["change"]: "b is empty"})
+    assert "**1 of 2 killed (50.0 %)**; 1 of the 1 survivors" in text
+    assert "| npllama/a.py | 1.2 | 2 | 1 | 0 | 1 |" in text
+    assert "| npllama/a.py:3 | `x = a \\| b` → `x = a & b` | b is empty |" in text
