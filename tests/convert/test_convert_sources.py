@@ -44,7 +44,7 @@ def test_a_mapped_tensor_is_read_in_native_byte_order(order):
 
 @pytest.mark.parametrize(("block_bytes", "rows"), [(1, [1] * 7), (63, [1] * 7), (64, [2, 2, 2, 1]), (1000, [7])])
 def test_blocks_are_as_many_rows_as_fit(block_bytes, rows, monkeypatch):
-    monkeypatch.setattr(checkpoint, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(writing, "BLOCK_BYTES", block_bytes)
     blocks = conversion.Tensor.of(np.zeros((7, 8), np.float32)).blocks()
     assert [len(block) for block in blocks] == rows
 
