@@ -85,8 +85,8 @@ def test_windows() -> None:
 @pytest.mark.parametrize(("chunk", "rows"), [(1, 64), (3, 2), (512, 1)])
 def test_blocks_do_not_matter(chunk: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = perplexity(MODEL, TOKENS, 50).nll
-    monkeypatch.setattr(npllama.perplexity, "PREFILL_CHUNK", chunk)
-    monkeypatch.setattr(npllama.perplexity, "ROWS", rows)
+    monkeypatch.setattr(npllama.evaluate.perplexity, "PREFILL_CHUNK", chunk)
+    monkeypatch.setattr(npllama.evaluate.perplexity, "ROWS", rows)
     np.testing.assert_allclose(perplexity(MODEL, TOKENS, 50).nll, expected, rtol=5e-6)
 
 
@@ -98,7 +98,7 @@ def test_only_what_is_scored_meets_the_output_matrix(monkeypatch: pytest.MonkeyP
         widths.append(len(logits))
         return logits
 
-    monkeypatch.setattr(npllama.perplexity, "forward", watched)
+    monkeypatch.setattr(npllama.evaluate.perplexity, "forward", watched)
     monkeypatch.setattr("npllama.generation.forward", watched)
     perplexity(MODEL, TOKENS[:20], 20)
     assert widths == [1, 9]
