@@ -72,6 +72,8 @@ def _try_lock(descriptor: int) -> bool | None:
 
 def _claim(target: Path, cleanup: contextlib.ExitStack) -> bool:
     """Hold the target's lock until the cleanup. Return False where files can't be locked."""
+    if fcntl is None:
+        return False
     lock = target.parent / f".{target.name}.npllama-lock"
     while True:
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT)

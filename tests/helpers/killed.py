@@ -28,7 +28,7 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 
 def write_model(path: Path, dtype: str, force: bool = False) -> None:
-    """Write a model of CONFIG whose weights are zeros."""
+    """Write a model of CONFIG, the same numbers each time."""
     with checkpoint.create(path, CONFIG, dtype, {"kind": "test"}, force) as writer:
         for name, shape in parameter_shapes(CONFIG).items():
             writer.add(name, tiny.uniform(0, shape))
