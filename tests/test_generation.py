@@ -71,6 +71,17 @@ def test_the_same_seed_gives_the_same_tokens_and_another_others():
     assert draw(1) != draw(2)
 
 
+def test_what_is_not_given_is_greedy_with_seed_0():
+    assert list(generate(MODEL, PROMPT, 5)) == greedy(PROMPT, 5)
+    assert [id for (id,) in generate_batch(MODEL, [PROMPT], 5)] == greedy(PROMPT, 5)
+    hot = Sampling(3.0)
+    expected = [step.token for step in generate_steps(MODEL, PROMPT, 8, hot, seed=0)]
+    assert [step.token for step in generate_steps(MODEL, PROMPT, 8, hot)] == expected
+    assert list(generate(MODEL, PROMPT, 8, temperature=3.0)) == expected
+    assert list(generate_batch(MODEL, [PROMPT], 8, hot)) == list(generate_batch(MODEL, [PROMPT], 8, hot, seed=0))
+    assert len(list(generate(MODEL, PROMPT))) == len(list(generate_batch(MODEL, [PROMPT]))) == 64
+
+
 def test_it_ends_before_a_stop_id():
     tokens = greedy(PROMPT, 20)
     stop = tokens[7]

@@ -119,6 +119,12 @@ def test_log_probabilities_of_any_size():
     assert log_probabilities(np.array([1e3, 0, -math.inf])).tolist() == [0, -1000, -math.inf]
 
 
+def test_log_probabilities_of_each_row_by_itself():
+    rows = np.log([[[0.5, 0.25, 0.25], [0.2, 0.4, 0.4]], [[0.1, 0.1, 0.8], [0.3, 0.3, 0.4]]])
+    shifted = rows + np.array([[[1.0], [200.0]], [[-3.0], [0.0]]])
+    np.testing.assert_allclose(log_probabilities(shifted), rows, rtol=1e-12)
+
+
 @pytest.mark.torch
 def test_log_probabilities_against_torch():
     import torch

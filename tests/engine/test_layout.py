@@ -91,6 +91,8 @@ def test_each_group_of_short_rows_is_one_block():
     for names in layout.groups(CONFIG):
         if len(names) > 1:
             assert block_of([params[name] for name in names]) is not None
+        else:
+            assert type(params[names[0]]) is np.ndarray
 
 
 @pytest.mark.parametrize("short_row", [8, 1 << 20])

@@ -310,6 +310,15 @@ def test_work_is_shared_from_a_size_on(shared, n_threads, monkeypatch):
     assert bool(pieces) == shared
 
 
+def test_a_tile_of_attention_has_eight_queries_at_least(monkeypatch):
+    pieces = []
+    monkeypatch.setattr(fast, "parallel", lambda task, n: pieces.append(n) or [task(i) for i in range(n)])
+    monkeypatch.setattr(fast, "TILE", 1)
+    q, keys = uniform(1, (72, 2, 4)), uniform(2, (1, 72, 4))
+    fast.tiled_attention(q, keys, keys, ops.causal_mask(np.arange(72), np.arange(72), np.float32))
+    assert pieces == [9]
+
+
 SIDE_BY_SIDE = """
 import sys, threading, time
 import numpy as np
