@@ -88,6 +88,26 @@ def test_tiles_and_sides_make_the_product(name, n_in, large):
         assert relative_error(form.rows(part).finish(y), exact[:, part]) < 1e-6
 
 
+def test_bfloat16_is_the_nearest_and_of_two_the_even_one():
+    """At a tie, one bit below and one above it, after an even number and after an odd one; beyond the largest lies infinity."""
+    nearest = {
+        0x3F807FFF: 0x3F80,
+        0x3F808000: 0x3F80,
+        0x3F808001: 0x3F81,
+        0x3F817FFF: 0x3F81,
+        0x3F818000: 0x3F82,
+        0x3F818001: 0x3F82,
+        0xBF808000: 0xBF80,
+        0xBF818000: 0xBF82,
+        0x00008000: 0x0000,
+        0x00018000: 0x0002,
+        0x7F7F7FFF: 0x7F7F,
+        0x7F7F8000: 0x7F80,
+    }
+    x = np.array(list(nearest), np.uint32).view(np.float32)
+    assert weights.to_bfloat16(x).tolist() == list(nearest.values())
+
+
 def test_every_kind_of_nan_stays_one_in_bfloat16():
     """With its sign and the upper bits of its payload, also where those are zero; some would round to infinity."""
     bits = np.array([0x7F800001, 0xFF800001, 0x7FC00000, 0x7F810000, 0x7FFFFFFF, 0xFFFFFFFF], np.uint32)
@@ -154,4 +174,5 @@ def level2(monkeypatch):
 def test_one_thread_s_tiles_take_a_quarter_of_the_second_level_cache(level2, answer, numbers):
     level2(answer)
     assert linear.tile_size(1) == numbers
+    assert type(linear.tile_size(1)) is int
     assert linear.tile_size(2) == linear.tile_size(5) == linear.TILE

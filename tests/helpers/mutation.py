@@ -347,9 +347,12 @@ def main() -> int:
 
         def run(item: tuple[int, tuple[Module, Mutant, str]]) -> Mutant:
             number, (module, mutant, source) = item
-            with copy_of(tree) as copy:
-                (copy / module.path).write_text(source, encoding="utf-8")
-                mutant.outcome, mutant.seconds = test(copy, module, wall[module] * FACTOR + EXTRA)
+            for _ in range(2):  # a time limit that was exceeded once may have been a busy machine's doing
+                with copy_of(tree) as copy:
+                    (copy / module.path).write_text(source, encoding="utf-8")
+                    mutant.outcome, mutant.seconds = test(copy, module, wall[module] * FACTOR + EXTRA)
+                if mutant.outcome != "timeout":
+                    break
             mutant.seconds = round(mutant.seconds, 1)
             print(
                 f"{number:4} {mutant.outcome:8} {mutant.seconds:5} s  {mutant.module}:{mutant.line}: {mutant.change}",
