@@ -23,15 +23,22 @@ pytest.importorskip("foreign", reason="ml_dtypes is not installed", exc_type=Imp
 
 import fuzz_readers
 
-GROUPS = {"without torch": [name for name in fuzz_readers.READERS if name not in fuzz_readers.NEED_TORCH]}
-GROUPS["with torch"] = list(fuzz_readers.NEED_TORCH)
-GROUP_CASES = ["without torch", pytest.param("with torch", marks=pytest.mark.torch)]
+GROUPS = {"with torch": list(fuzz_readers.NEED_TORCH), "with matplotlib": ["report"]}
+GROUPS["with neither"] = [name for name in fuzz_readers.READERS if name not in sum(GROUPS.values(), [])]
+GROUP_CASES = ["with neither", "with matplotlib", pytest.param("with torch", marks=pytest.mark.torch)]
+
+
+def needs(group: str) -> None:
+    """Skip where what draws a report is missing; torch has a marker."""
+    if group == "with matplotlib":
+        pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("group", GROUP_CASES)
 def test_damaged_files_become_a_whole_model_or_one_line(group):
     seconds = os.environ.get("NPLLAMA_FUZZ_SECONDS")
+    needs(group)
     how_long = ["--minutes", str(float(seconds) / 60 / len(GROUPS))] if seconds else ["--cases", "100"]
     readers = [argument for name in GROUPS[group] for argument in ("--reader", name)]
     command = [sys.executable, fuzz_readers.__file__, *how_long, *readers]
@@ -44,6 +51,7 @@ def test_damaged_files_become_a_whole_model_or_one_line(group):
 @pytest.mark.parametrize("group", GROUP_CASES)
 def test_a_good_source_of_each_kind_converts(group, tmp_path, quick_conversion):
     """Else the damage would be done to nothing."""
+    needs(group)
     for name in GROUPS[group]:
         folder = tmp_path / name
         folder.mkdir()
