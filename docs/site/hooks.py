@@ -18,15 +18,8 @@ from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-FIRST = [
-    "model",
-    "ops",
-    "config",
-    "cache",
-    "scope",
-    "activations",
-    "engine.linear",
-]  # what a reader wants first; the others follow by name
+# What a reader wants first; the others follow by name.
+FIRST = ["model", "ops", "config", "cache", "scope", "activations", "engine.linear"]
 LINK = re.compile(r"\[([^\[\]]*)\]\(\.\./(?!docs/)([\w./-]+)(?:#L(\d+))?\)")
 LANGUAGES = {".py": "python", ".c": "c", ".cfg": "ini", ".json": "json", ".md": "markdown"}
 
