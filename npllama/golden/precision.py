@@ -26,6 +26,10 @@ which changes no value.
 
 The last rounding of each operation is where every activation passes, at the tap; only what is rounded inside an operation needs
 operations of its own.
+
+A profile is a precision with what a quantised port rounds besides, PARTS, as llama.cpp does it on a CPU: `profile("float32")`,
+`profile("bfloat16-hf")`, `profile("int8-activations+float16-cache")`. Parts round the inputs of products, which no tap shows.
+They are the same numbers in float64 and float32, so that a float64 pass with the parts is the exact result of the profile.
 """
 
 from __future__ import annotations
@@ -61,6 +65,76 @@ def round_float16(x: np.ndarray) -> np.ndarray:
 
 
 ROUND: dict[str, Round] = {"bfloat16": round_bfloat16, "float16": round_float16}
+
+
+def round_q8_0(x: np.ndarray) -> np.ndarray:
+    """Round to 8 bits in blocks of 32, as llama.cpp rounds what it multiplies by Q8_0, Q4_0 and the like; as the dtype of x.
+
+    y = d · rint(x / d), d = max|x| / 127 of the block, by which the integers are multiplied as a float16    [..., n] -> like x
+    """
+    blocks = _in_blocks(x, 32)
+    d = np.max(np.abs(blocks), axis=-1, keepdims=True) / np.float32(127)
+    with np.errstate(divide="ignore", over="ignore"):
+        inverse = np.where(d > 0, 1 / d, np.float32(0))
+    return _out_of_blocks(np.rint(blocks * inverse) * round_float16(d), x)
+
+
+def round_q8_k(x: np.ndarray) -> np.ndarray:
+    """Round to 8 bits in blocks of 256, as llama.cpp rounds what it multiplies by Q4_K, Q6_K and the like; as the dtype of x.
+
+    y = d · rint(x / d), d = -m / 127 for the number m of the block that is largest in magnitude    [..., n] -> like x
+    """
+    blocks = _in_blocks(x, 256)
+    largest = np.take_along_axis(blocks, np.argmax(np.abs(blocks), axis=-1)[..., None], axis=-1)
+    with np.errstate(divide="ignore", over="ignore"):
+        inverse = np.where(largest != 0, np.float32(-127) / largest, np.float32(0))
+        d = np.where(largest != 0, 1 / inverse, np.float32(0))
+    return _out_of_blocks(np.minimum(np.rint(blocks * inverse), np.float32(127)) * d, x)
+
+
+def _in_blocks(x: np.ndarray, size: int) -> np.ndarray:
+    """Cut rows into blocks of float32, the last one filled up with zeros.    [..., n] -> [..., n / size, size]"""
+    rows = np.asarray(x, np.float32)
+    short = [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % size)]
+    return np.pad(rows, short).reshape(*x.shape[:-1], -1, size)
+
+
+def _out_of_blocks(blocks: np.ndarray, x: np.ndarray) -> np.ndarray:
+    return blocks.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]].astype(x.dtype)
+
+
+def float16_cache(made: Ops) -> Ops:
+    """Keep keys and values in float16; what they are multiplied by, queries and weights, is rounded likewise."""
+
+    def r(x: np.ndarray) -> np.ndarray:
+        return round_float16(x).astype(x.dtype)
+
+    def attention_scores(q: np.ndarray, keys: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        return made.attention_scores(r(q), r(keys), mask)
+
+    def attention_heads(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
+        return made.attention_heads(r(weights), r(values))
+
+    return replace(made, attention_scores=attention_scores, attention_heads=attention_heads)
+
+
+def rounded_inputs(made: Ops, r: Round) -> Ops:
+    """Round what is multiplied by weights."""
+
+    def linear(x: np.ndarray, weight: Weight) -> np.ndarray:
+        return made.linear(r(x), weight)
+
+    def linears(x: np.ndarray, *weights: Weight) -> list[np.ndarray]:
+        return made.linears(r(x), *weights)
+
+    return replace(made, linear=linear, linears=linears)
+
+
+PARTS: dict[str, Callable[[Ops], Ops]] = {
+    "float16-cache": float16_cache,
+    "int8-activations": functools.partial(rounded_inputs, r=round_q8_0),
+    "int8-activations-256": functools.partial(rounded_inputs, r=round_q8_k),
+}
 
 
 def rounding_ops(r: Round, convention: str) -> Ops:
@@ -111,17 +185,20 @@ class LazyParams(Mapping[str, Weight]):
 class Precision:
     """One way to compute: a name of PRECISIONS and, where that has 16 bits, a name of CONVENTIONS for the rounding points.
 
-    Raises ValueError for other names.
+    Names of PARTS say what is rounded besides. Raises ValueError for other names.
     """
 
     name: str = "float32"
     convention: str | None = None  # for 16 bits, None means "meta"; the others have none
+    parts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.name not in PRECISIONS:
             raise ValueError(f"precision is {self.name!r}, expected {', '.join(PRECISIONS)}")
         if self.convention not in (None, *CONVENTIONS):
             raise ValueError(f"convention is {self.convention!r}, expected {' or '.join(CONVENTIONS)}")
+        if unknown := [part for part in self.parts if part not in PARTS]:
+            raise ValueError(f"a part of the precision is {unknown[0]!r}, expected {', '.join(PARTS)}")
         object.__setattr__(self, "convention", (self.convention or "meta") if self.name in ROUND else None)
 
     @property
@@ -135,8 +212,11 @@ class Precision:
 
     @functools.cached_property
     def ops(self) -> Ops | None:
-        """The operations with the roundings inside them, for 16 bits; None for forward()'s own."""
-        return rounding_ops(ROUND[self.name], self.convention or "meta") if self.name in ROUND else None
+        """The operations with the roundings inside them, for 16 bits and with parts; None for forward()'s own."""
+        made = rounding_ops(ROUND[self.name], self.convention or "meta") if self.name in ROUND else None
+        for part in self.parts:
+            made = PARTS[part](made or model.PLAIN)
+        return made
 
     def params(self, params: Params) -> Params:
         """The parameters in this precision, cast when they are used; packed ones that need no cast stay packed."""
@@ -170,3 +250,34 @@ class Precision:
                 return r(x) if watch is None else watch(name, r(x))
 
         return model.forward(self.params(params), config, tokens, cache, tap, last_only, self.ops)
+
+
+PROFILES = (
+    "float64",
+    "float32",
+    "bfloat16",
+    "bfloat16-hf",
+    "float16",
+    "float16-hf",
+    "float16-cache",
+    "int8-activations",
+    "int8-activations+float16-cache",
+    "int8-activations-256",
+    "int8-activations-256+float16-cache",
+)
+
+
+def profile(text: str) -> Precision:
+    """Return the precision that a profile names: one of PRECISIONS, `-hf` behind 16 bits, parts, with + between them.
+
+    Raises ValueError.
+    """
+    first, *rest = text.split("+")
+    name, convention = (first[:-3], "hf") if first.endswith("-hf") else (first, None)
+    parts = tuple(rest)
+    if first in PARTS:  # of float32
+        name, convention, parts = "float32", None, (first, *rest)
+    known = name in PRECISIONS and (convention is None or name in ROUND) and len(set(parts)) == len(parts)
+    if not known or not set(parts) <= PARTS.keys() or len([part for part in parts if part.startswith("int8")]) > 1:
+        raise ValueError(f"profile is {text!r}, expected one such as {', '.join(PROFILES)}")
+    return Precision(name, convention, parts)

@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 
 from npllama import forward
-from npllama.golden.precision import Precision, round_bfloat16, round_float16, rounding_ops
+from npllama.golden.precision import (
+    PARTS,
+    PROFILES,
+    Precision,
+    profile,
+    round_bfloat16,
+    round_float16,
+    round_q8_0,
+    round_q8_k,
+    rounding_ops,
+)
 from npllama.model import PLAIN
 
 import tiny
@@ -142,6 +152,87 @@ def test_names_other_than_those_offered_are_refused():
         Precision("bfloat16", "huggingface")
     assert Precision("float32", "hf").convention is None
     assert Precision("float16").convention == "meta"
+
+
+# ------------------------------------------------------------------------------------------- what quantised ports round besides
+
+
+def test_8_bits_are_those_of_the_gguf_package():
+    """An implementation of Q8_0 by llama.cpp's authors; they round ties away from zero, which no random number meets."""
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+    x = tiny.uniform(4, (5, 8, 96)) * np.float32(30)
+    x[0, 0, :32] = 0
+    x[1, 1, 32:64] *= np.float32(1e-6)  # whose scale is a subnormal float16
+    kind = gguf.GGMLQuantizationType.Q8_0
+    np.testing.assert_array_equal(round_q8_0(x), gguf.dequantize(gguf.quantize(x, kind), kind))
+
+
+def test_8_bits_in_blocks_of_256_are_multiples_of_a_scale_of_the_largest():
+    x = tiny.uniform(5, (3, 512))
+    y, blocks = round_q8_k(x).reshape(3, 2, 256), x.reshape(3, 2, 256)
+    scale = np.max(np.abs(blocks), axis=-1, keepdims=True) / 127
+    assert np.all(np.abs(y - blocks) <= scale * 0.500001)
+    assert np.max(np.abs(y / scale - np.rint(y / scale))) < 1e-4
+    assert len(np.unique(np.rint(y / scale))) > 100
+    assert not round_q8_k(np.zeros((2, 256), np.float32)).any()
+
+
+@pytest.mark.parametrize("round_", [round_q8_0, round_q8_k])
+def test_8_bits_are_the_same_in_float64_and_a_last_block_may_be_short(round_):
+    x = tiny.uniform(6, (2, 3, 40))
+    once = round_(x)
+    assert once.shape == x.shape
+    wide = round_(x.astype(np.float64))
+    assert wide.dtype == np.float64
+    np.testing.assert_array_equal(wide, once)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_is_float32s_pass_with_rounded_inputs_of_products(part):
+    """Each product by hand, from the inputs that the pass itself has recorded."""
+    recorded, exact = {}, {}
+    Precision("float32", parts=(part,)).forward(PARAMS, CONFIG, TOKENS, tap=lambda name, x: recorded.setdefault(name, x))
+    Precision("float32").forward(PARAMS, CONFIG, TOKENS, tap=lambda name, x: exact.setdefault(name, x))
+    norm, q, k, v, weights = (recorded[f"layers.0.{name}"] for name in (
+        "attention_norm", "attention.q_rope", "attention.k_rope", "attention.v", "attention.weights"))  # fmt: skip
+    wq, R = PARAMS["layers.0.attention.wq.weight"], CONFIG.n_heads // CONFIG.n_kv_heads
+    of_8_bits = {"int8-activations": round_q8_0, "int8-activations-256": round_q8_k}.get(part, lambda x: x)
+    of_16_bits = round_float16 if part == "float16-cache" else lambda x: x
+    T = len(norm)
+    np.testing.assert_allclose(recorded["layers.0.attention.q"].reshape(T, -1), of_8_bits(norm) @ wq.T, rtol=1e-5, atol=1e-5)
+    keys, values = (of_16_bits(np.repeat(x, R, axis=1)) for x in (k, v))
+    scores = np.einsum("thk,shk->hts", of_16_bits(q), keys) / np.float32(math.sqrt(CONFIG.head_dim))
+    seen = np.isfinite(recorded["layers.0.attention.scores"])
+    np.testing.assert_allclose(recorded["layers.0.attention.scores"][seen], scores[seen], rtol=1e-5, atol=1e-5)
+    heads = np.einsum("hts,shk->thk", of_16_bits(weights), values)
+    np.testing.assert_allclose(recorded["layers.0.attention.heads"], heads, rtol=1e-5, atol=1e-5)
+    assert 1e-5 < tiny.relative_error(recorded["logits"], exact["logits"]) < 0.1
+
+
+@pytest.mark.parametrize("text", PROFILES)
+def test_a_profile_is_a_precision_with_its_parts(text):
+    found = profile(text)
+    name, *parts = text.split("+")
+    if name in PARTS:
+        assert (found.name, found.parts) == ("float32", (name, *parts))
+    else:
+        assert (found.name, found.convention) == (
+            name.split("-")[0],
+            Precision(name.split("-")[0], name[-2:] if "-" in name else None).convention,
+        )
+
+
+@pytest.mark.parametrize(
+    "text", ["", "float8", "float32-hf", "int8", "float16-cache+float16-cache", "int8-activations+int8-activations-256", "+"]
+)
+def test_a_profile_that_is_none_is_refused(text):
+    with pytest.raises(ValueError, match=r"profile is .*, expected one such as float64, float32"):
+        profile(text)
+
+
+def test_a_part_that_is_none_is_refused():
+    with pytest.raises(ValueError, match=r"a part of the precision is 'int4', expected float16-cache"):
+        Precision("float32", parts=("int4",))
 
 
 # --------------------------------------------------------------------------------------------------------- against torch
