@@ -443,7 +443,8 @@ def draw_error(figure: Figure, report: Report) -> None:
     error, floor, ratio = (np.array([float(a["accumulated"][key]) for a in measured]) for key in ("error", "floor", "ratio"))
     for values in (error, floor, ratio):  # an axis of more decades than these can't be drawn
         values[values > 1e100], values[values < 1e-100] = np.inf, 0
-    passed, limit = np.array([a.passed for a in entries]), report["limit"]
+    passed = np.array([a.passed for a in entries])
+    limit = None if report["limit"] is None else float(report["limit"])  # JSON's integers have any size, NumPy's 64 bits
     groups = _by_layer(entries)
     figure.set_size_inches(float(np.clip(0.09 * len(entries), 9, 24)), 8)
     upper, lower = figure.subplots(2, 1)

@@ -274,6 +274,7 @@ def test_error_of_few_activations_and_of_numbers_beyond_any_axis(traces):
     report = as_dict(compare(traces / "reference", traces / "wrong"))
     report["activations"] = report["activations"][:2]
     report["activations"][0]["accumulated"].update(error=1e308, ratio=1e308, floor=5e-324)
+    report["limit"] = 10**60  # an integer of JSON, larger than NumPy's
     drawn(plot.draw_error, report=report).savefig(os.devnull, format="png")
 
 
