@@ -8,6 +8,7 @@ weights and long prompts.
 
 from __future__ import annotations
 
+import _thread
 import itertools
 import os
 import threading
@@ -216,7 +217,8 @@ def parallel(task: Callable[[int], object], n: int) -> None:
         _hold(state)
         with state.lock:
             while state.n_workers < workers - 1:
-                threading.Thread(target=_serve, args=(state.shares,), daemon=True, name="npllama").start()
+                # Not threading.Thread, whose start() waits on a condition: interrupted there, it may raise RuntimeError.
+                _thread.start_new_thread(_serve, (state.shares,))
                 state.n_workers += 1
         for _ in range(workers - 1):
             shares.append(_Share(region))
