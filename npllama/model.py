@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike
 from .cache import KVCache
 from .config import Config
 from .engine import fast
+from .engine.ranks.passes import by_all_ranks
 from .scope import Array, Ops, Params, Scope, Tap
 
 Rotation = tuple[Array, ...]  # what rope_rotation returns and rope takes
@@ -27,6 +28,7 @@ Rotation = tuple[Array, ...]  # what rope_rotation returns and rope takes
 no_tap = None  # forward(tap=no_tap): the activations are shown to nobody
 
 
+@by_all_ranks
 def forward(
     params: Params,
     config: Config,

@@ -20,6 +20,7 @@ import numpy as np
 from .. import ops
 from .linear import products
 from .threads import n_threads, parallel
+from .weights import Shard
 
 if TYPE_CHECKING:
     from ..scope import Ops, Scope
@@ -37,14 +38,16 @@ TOKENS = 256  # per thread, at least: with fewer, BLAS spends longer packing the
 def by_token(f: Callable[[np.ndarray, Scope], np.ndarray]) -> Callable[[np.ndarray, Scope], np.ndarray]:
     """Share the tokens of a long prompt among the threads, for a function that transforms each by itself.
 
-    x [..., T, D] -> like x. With a tap they stay together, as it is shown whole activations.
+    x [..., T, D] -> like x. With a tap they stay together, as it is shown whole activations; and so they do where f waits for
+    other ranks, since these add up in one order.
     """
 
     @functools.wraps(f)
     def shared(x: np.ndarray, s: Scope) -> np.ndarray:
         rows = x.reshape(-1, x.shape[-1])
         size = -(-len(rows) // n_threads())
-        if size < TOKENS or size == len(rows) or s.tap is not None:
+        joined = any(isinstance(s.params.get(f"{s.prefix}{name}.weight"), Shard) for name in ("w1", "w2", "w3"))
+        if size < TOKENS or size == len(rows) or s.tap is not None or joined:
             return f(x, s)
         y = np.empty_like(rows)
 

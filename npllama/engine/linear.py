@@ -19,7 +19,7 @@ import threading
 import numpy as np
 
 from .threads import n_threads, parallel
-from .weights import Int8, Packed, Weight, block_of, form_of, is_packed, native, to_bfloat16, to_int8, widen
+from .weights import Int8, Packed, Shard, Weight, block_of, form_of, is_packed, native, to_bfloat16, to_int8, widen
 
 __all__ = ["Int8", "Weight", "embed", "is_packed", "linear", "linears", "native", "products", "to_bfloat16", "to_int8", "widen"]
 
@@ -48,6 +48,8 @@ def linear(x: np.ndarray, weight: Weight) -> np.ndarray:
     """
     rows = x.reshape(-1, x.shape[-1])
     form = form_of(weight)
+    if isinstance(form, Shard):
+        return form.join(linear(x, form.part))
     if isinstance(form, Packed):
         y = _packed_product(rows, form)
     elif len(rows) == 1:

@@ -19,7 +19,7 @@ and a packed form, which is multiplied tile by tile, also sides(), tile() and fi
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -235,6 +235,41 @@ class Int8(Packed):
         """Multiply by each row's scale."""
         y *= self.scale
         return y
+
+
+class Shard(Form):
+    """One rank's part of a matrix, whose products join() makes those of the whole matrix, with the other ranks' (ranks/).
+
+    part   what this rank multiplies by
+    table  the whole matrix, where its rows are looked up: an embedding that is the output matrix too
+    """
+
+    __slots__ = ("join", "part", "table")
+
+    def __init__(self, part: Form, join: Callable[[np.ndarray], np.ndarray], table: Form | None = None):
+        super().__init__(part.values)
+        self.part, self.join, self.table = part, join, table
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the part."""
+        return self.part.shape
+
+    @property
+    def nbytes(self) -> int:  # noqa: D102
+        return self.part.nbytes
+
+    def rows(self, part: Part) -> Form:
+        """Return rows of the whole matrix."""
+        if self.table is None:
+            raise ValueError("a rank has only its own part of this matrix: expected a model that one process computes")
+        return self.table.rows(part)
+
+    def columns(self, part: slice) -> Form:  # noqa: D102
+        raise ValueError("a rank has only its own part of this matrix: expected a model that one process computes")
+
+    def widen(self, out: np.ndarray | None = None) -> np.ndarray:  # noqa: D102
+        return self.rows(slice(None)).widen(out)
 
 
 Weight = np.ndarray | Form

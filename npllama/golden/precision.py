@@ -44,7 +44,8 @@ from numpy.typing import ArrayLike
 from .. import model, ops
 from ..cache import KVCache
 from ..config import Config
-from ..engine.weights import Weight, to_bfloat16, widen
+from ..engine.ranks.passes import Spread
+from ..engine.weights import Weight, form_of, to_bfloat16, widen
 from ..scope import Ops, Params, Tap
 
 PRECISIONS = ("float64", "float32", "bfloat16", "float16")
@@ -225,6 +226,11 @@ class Precision:
             "bfloat16": (np.uint16,),
             "float16": (np.float16,),
         }
+
+        if isinstance(params, Spread):  # the other ranks' parameters can't be cast from here
+            if self != Precision() or form_of(params["norm.weight"]).dtype != np.float32:
+                raise ValueError("several ranks compute in float32 alone: for others, expected a model of one process")
+            return params
 
         def cast(weight: Weight) -> Weight:
             if weight.dtype in as_they_are.get(self.name, (np.float64,)):

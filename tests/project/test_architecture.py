@@ -24,15 +24,20 @@ ORDER = [
     "engine.threads",
     "engine.memory",
     "engine.weights",
+    "engine.ranks.groups",
+    "engine.ranks.shares",
     "engine.linear",
     "engine.layout",
     "engine",
     "ops",
     "cache",
     "scope",
+    "engine.ranks.passes",
     "engine.fast",
     "model",
     "activations",
+    "engine.ranks.leading",
+    "engine.ranks",
     "checkpoint.foreign",
     "checkpoint.atomic",
     "checkpoint.store",
@@ -236,7 +241,7 @@ def test_each_module_has_a_test_in_the_folder_of_its_room(name):
 
 def test_the_math_sees_no_file_and_no_tokenizer():
     own = {".cache", ".config", ".ops", ".scope", ".engine", ".errors"}
-    own |= {f".engine.{name}" for name in ("fast", "linear", "threads", "weights")}
+    own |= {f".engine.{name}" for name in ("fast", "linear", "ranks.passes", "threads", "weights")}
     for name in ("ops", "engine.fast", "cache", "scope", "model"):
         library = {"__future__", "collections", "functools", "math", "dataclasses", "typing", "numpy"}
         assert imports(FILES[name]) <= own | library, name

@@ -1,0 +1,194 @@
+"""Rank 0 has the other ranks make each pass that it makes, on the same tokens and with caches that are kept as its own are.
+
+What is sent before a pass is
+
+    cache      a number for rank 0's cache; each rank keeps one of that number
+    length     how many slots of it are committed: the others forget those after, as rank 0 has
+    tokens, last_only, ops, tapped    as model.forward takes them; of the tap only whether there is one
+    forget     caches that rank 0 no longer has
+
+Only rank 0 draws tokens, so that a rank on another processor, whose sums round differently, can't go another way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import threading
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ...activations import TABLE
+from ...cache import KVCache
+from ...config import Config
+from ...errors import NpllamaError
+from ...model import FAST, PLAIN, check_tokens, forward
+from ...scope import Ops, Tap
+from ..weights import Weight
+from . import shares
+from .groups import Abandoned, Group, Message, RankError
+from .shares import Share, along, length
+
+OPS = {"FAST": FAST, "PLAIN": PLAIN}  # a set of operations is sent by its name
+
+
+@dataclass(eq=False)
+class Part:
+    """One rank's part of a model, and the group that computes with it."""
+
+    whole: Config
+    params: Mapping[str, Weight]  # as shares.joined returns them
+    group: Group
+    config: Config = field(init=False)  # of this rank's share
+
+    def __post_init__(self) -> None:
+        self.shares = shares.shares(self.whole, self.group.size)
+        self.share = self.shares[self.group.rank]
+        self.config = shares.own_config(self.whole, self.share)
+
+    def forward(self, tokens: np.ndarray, cache: KVCache, last_only: bool, ops: str, tap: Tap | None) -> np.ndarray:
+        """Make this rank's part of a pass; the logits are the whole model's, on every rank."""
+        return forward(self.params, self.config, tokens, cache, tap, last_only, OPS[ops])
+
+
+class Leader:
+    """Rank 0, whose forward() is what passes.Spread calls in the place of model.forward."""
+
+    def __init__(self, part: Part):
+        self.part, self.group, self.lock = part, part.group, threading.Lock()
+        self._numbers: weakref.WeakKeyDictionary[KVCache, int] = weakref.WeakKeyDictionary()
+        self._next = itertools.count()
+        self._gone: list[int] = []  # numbers of caches that are no more
+        owner, close = os.getpid(), self.group.close
+        # Not in a child that was forked: the ranks are its parent's.
+        self._finalizer = weakref.finalize(self, lambda: close() if os.getpid() == owner else None)
+
+    def close(self) -> None:
+        """End the other ranks."""
+        self._finalizer()
+
+    def forward(
+        self, config: Config, tokens: ArrayLike, cache: KVCache | None, tap: Tap | None, last_only: bool, ops: Ops | None
+    ) -> np.ndarray:
+        """Make a pass as model.forward does, with all ranks. Raises RankError for a rank that fails or has ended."""
+        part = self.part
+        if config != part.whole:
+            raise NpllamaError("the constants are not those of the model that is spread over ranks")
+        tokens = check_tokens(tokens, config)
+        cache = KVCache(config, tokens.shape[:-1]) if cache is None else cache
+        name = _name_of(ops, tap)
+        cache.extend(tokens >= 0)  # a ValueError is raised here, before the other ranks begin
+        before = cache.length
+        cache.truncate(before)
+        with self.lock:
+            message: Message = {
+                "cache": self._number(cache),
+                "length": before,
+                "shape": list(tokens.shape),
+                "tokens": tokens.ravel().tolist(),
+                "last_only": last_only,
+                "ops": name,
+                "tapped": tap is not None,
+                "forget": self._gone.copy(),
+            }
+            try:
+                self.group.send(message)
+                logits = part.forward(tokens, cache, last_only, name, None if tap is None else SharedTap(part, tap))
+            except BaseException:
+                cache.truncate(before)  # as the other ranks' are before the next pass
+                self.group.abandon()
+                raise
+            del self._gone[: len(message["forget"])]
+        return logits
+
+    def _number(self, cache: KVCache) -> int:
+        if cache not in self._numbers:
+            if cache.length:
+                raise NpllamaError("the cache was filled by another model: expected a new one")
+            self._numbers[cache] = number = next(self._next)
+            weakref.finalize(cache, self._gone.append, number)
+        return self._numbers[cache]
+
+
+def _name_of(ops: Ops | None, tap: Tap | None) -> str:
+    if ops is None:
+        return "FAST" if tap is None else "PLAIN"
+    for name, known in OPS.items():
+        if ops is known:
+            return name
+    raise NpllamaError("only model.PLAIN and model.FAST can be computed by several ranks: expected a model of one process")
+
+
+def follow(part: Part) -> None:
+    """As another rank than 0, make each pass that rank 0 makes, until it ends."""
+    caches: dict[int, KVCache] = {}
+    while (message := part.group.receive()) is not None:
+        for number in message["forget"]:
+            caches.pop(number, None)
+        tokens = np.array(message["tokens"], np.int64).reshape(message["shape"])
+        number = message["cache"]
+        cache = caches.setdefault(number, KVCache(part.whole, tokens.shape[:-1]))
+        cache.truncate(message["length"])
+        tap = SharedTap(part) if message["tapped"] else None
+        try:
+            if cache.length != message["length"]:
+                raise RankError(f"the cache holds {cache.length} slots, rank 0's {message['length']}")
+            part.forward(tokens, cache, message["last_only"], message["ops"], tap)
+        except Abandoned:
+            continue
+        except Exception as error:
+            part.group.report(error)
+
+
+class SharedTap:
+    """The tap on every rank: rank 0's user is shown whole activations, and each rank goes on with its part of what he returns.
+
+    What is split, the axes H, G, F of the activation table, is gathered before. (Logits already are whole.)
+    """
+
+    def __init__(self, part: Part, tap: Tap | None = None):
+        self.group, self.tap = part.group, tap
+        kv = _own(part.share)
+        parts = {"H": [s.heads for s in part.shares], "G": [s.own_kv_heads for s in part.shares]}
+        parts["F"] = [s.ffn for s in part.shares]
+        self._sizes = {axis: [length(p) for p in each] for axis, each in parts.items()}
+        self._own = {"H": None, "G": kv, "F": None}
+        self._mine = {"H": part.share.heads, "G": part.share.kv_heads, "F": part.share.ffn}
+
+    def __call__(self, name: str, x: np.ndarray) -> np.ndarray:
+        """Return this rank's part of what rank 0's tap makes of the whole activation."""
+        axes = TABLE[_in_table(name)].axes
+        split = next((axis for axis in "HGF" if axis in axes), None)
+        at = axes.index(split) - len(axes) if split else 0
+        if split:
+            x = shares.gathered(x, at, self.group, self._own[split], self._sizes[split])
+        if self.tap is not None:
+            y = self.tap(name, x)
+            if not isinstance(y, np.ndarray) or y.shape != x.shape:
+                found = f"an array of shape {y.shape}" if isinstance(y, np.ndarray) else repr(y)[:60]
+                raise ValueError(f"the tap returned {found} for {name}, expected an array of shape {x.shape}")
+            x = y
+        x = self.group.broadcast(x)
+        return along(x, at, self._mine[split]) if split else x
+
+
+def _own(share: Share) -> slice | None:
+    """Return which of a rank's key/value heads no lower rank has, counted from its first; None if all."""
+    if share.own_kv_heads == share.kv_heads:
+        return None
+    first = share.kv_heads.start
+    return slice(share.own_kv_heads.start - first, share.own_kv_heads.stop - first)
+
+
+def _in_table(name: str) -> str:
+    """Return the activation's name in the table: without `layers.N.`"""
+    with contextlib.suppress(ValueError):
+        layers, number, rest = name.split(".", 2)
+        if layers == "layers" and number.isdigit():
+            return rest
+    return name

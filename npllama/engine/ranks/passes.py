@@ -1,0 +1,54 @@
+"""A pass over parameters that are spread over several ranks is made by all of them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ...cache import KVCache
+from ...config import Config
+from ...scope import Ops, Tap
+from ..weights import Weight
+
+Forward = TypeVar("Forward", bound=Callable[..., np.ndarray])
+
+
+class Lead(Protocol):
+    """As model.forward, without the parameters."""
+
+    def __call__(  # noqa: D102
+        self, config: Config, tokens: ArrayLike, cache: KVCache | None, tap: Tap | None, last_only: bool, ops: Ops | None
+    ) -> np.ndarray: ...
+
+
+class Spread(dict[str, Weight]):
+    """Rank 0's part of a model's parameters, and how a pass over everyone's is made."""
+
+    def __init__(self, parts: Mapping[str, Weight], lead: Lead):
+        super().__init__(parts)
+        self.lead = lead
+
+
+def by_all_ranks(forward: Forward) -> Forward:
+    """Have every rank make the pass, where the parameters are spread over several."""
+
+    @functools.wraps(forward)
+    def run(
+        params: Mapping[str, Weight],
+        config: Config,
+        tokens: ArrayLike,
+        cache: KVCache | None = None,
+        tap: Tap | None = None,
+        last_only: bool = False,
+        ops: Ops | None = None,
+    ) -> np.ndarray:
+        if isinstance(params, Spread):
+            return params.lead(config, tokens, cache, tap, last_only, ops)
+        return forward(params, config, tokens, cache, tap, last_only, ops)
+
+    typed: Any = run  # with the signature of `forward`, which `wraps` keeps and type checkers can't follow
+    return typed

@@ -1,0 +1,139 @@
+"""What each rank has of a model: some of the heads, of the feed-forward's channels and of the vocabulary.
+
+    wq, wk, wv, w1, w3, output   rows: a rank computes its own part of the result
+    wo, w2                       the columns that take what those rows gave: a rank computes one summand of the result
+    norms, embedding             whole (a mapped embedding is read only where tokens are looked up)
+
+The products with wo and w2 are added up over the ranks, and the logits are gathered (weights.Shard). A rank's own Config counts
+its own heads and channels, so that model.py and KVCache do with a share what they do with a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+
+from ...config import Config
+from ...errors import NpllamaError
+from ..weights import Form, Shard, Weight, form_of
+from .groups import Group
+
+# Channels and rows of the vocabulary are shared in blocks of the first of these sizes that gives each rank one. Quantised
+# weights have groups of 32 columns; 64 numbers of 16 bits fill two cache lines.
+BLOCKS = (64, 32, 1)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank has.
+
+    own_kv_heads  those of kv_heads that no lower rank has too: every key/value head is one rank's own
+    """
+
+    rank: int
+    size: int
+    heads: slice
+    kv_heads: slice
+    own_kv_heads: slice
+    ffn: slice
+    vocabulary: slice
+
+
+def shares(config: Config, size: int) -> list[Share]:
+    """Return every rank's share.
+
+    Key/value heads go whole to the ranks, with the query heads that use them. If there are fewer of them than ranks, several
+    ranks have a copy of one and share its query heads. Raises ValueError for more ranks than query heads, channels or rows.
+    """
+    H, G = config.n_heads, config.n_kv_heads
+    for count, what in ((H, "query heads"), (config.ffn_dim, "feed-forward channels"), (config.vocab_size, "tokens")):
+        if not 1 <= size <= count:
+            raise NpllamaError(f"{size} ranks, but the model has {count} {what}: expected 1 to {min(H, count)} ranks")
+    return [_share(config, H // G, rank, size) for rank in range(size)]
+
+
+def _share(config: Config, R: int, rank: int, size: int) -> Share:
+    G = config.n_kv_heads
+    if size <= G:
+        kv = own_kv = _evenly(G, rank, size)
+        heads = slice(kv.start * R, kv.stop * R)
+    else:
+        g = rank * G // size  # the only key/value head here
+        first, stop = -(-g * size // G), -(-(g + 1) * size // G)  # the ranks that have it
+        kv, own = slice(g, g + 1), _evenly(R, rank - first, stop - first)
+        own_kv = kv if rank == first else slice(g, g)
+        heads = slice(g * R + own.start, g * R + own.stop)
+    return Share(rank, size, heads, kv, own_kv, _evenly(config.ffn_dim, rank, size), _evenly(config.vocab_size, rank, size))
+
+
+def _evenly(n: int, rank: int, size: int) -> slice:
+    """Return rank's part of n in whole blocks, but for the last one's end."""
+    block = next(block for block in BLOCKS if block == 1 or n >= size * block)
+    start, stop = (n // block * r // size * block for r in (rank, rank + 1))
+    return slice(start, n if rank + 1 == size else stop)
+
+
+def length(part: slice) -> int:
+    """Return how many there are in a slice of a share."""
+    return part.stop - part.start
+
+
+def own_config(config: Config, share: Share) -> Config:
+    """Return the constants of a rank's share, as model.py takes them."""
+    counts = {"n_heads": length(share.heads), "n_kv_heads": length(share.kv_heads), "ffn_dim": length(share.ffn)}
+    return replace(config, **counts)  # type: ignore[arg-type]  # mypy takes the counts for any of the fields
+
+
+def cut(params: Mapping[str, Weight], config: Config, share: Share) -> dict[str, Weight]:
+    """Return a rank's part of the parameters. The output matrix is under its own name, `output.weight`, also if tied."""
+    K = config.head_dim
+    q, kv = (slice(heads.start * K, heads.stop * K) for heads in (share.heads, share.kv_heads))
+    rows = {"wq": q, "wk": kv, "wv": kv, "w1": share.ffn, "w3": share.ffn, "output": share.vocabulary}
+    columns = {"wo": q, "w2": share.ffn}
+    whole = dict(params)
+    whole.setdefault("output.weight", params["tok_embeddings.weight"])
+    parts: dict[str, Weight] = {}
+    for name, weight in whole.items():
+        leaf = name.split(".")[-2]
+        if leaf in rows:
+            parts[name] = _as_given(weight, form_of(weight).rows(rows[leaf]))
+        elif leaf in columns:
+            parts[name] = _as_given(weight, form_of(weight).columns(columns[leaf]))
+        else:
+            parts[name] = weight
+    return parts
+
+
+def _as_given(weight: Weight, part: Form) -> Weight:
+    """Return a part of a weight as an array where the weight was given as one."""
+    return part.values if isinstance(weight, np.ndarray) else part
+
+
+def joined(parts: Mapping[str, Weight], config: Config, group: Group) -> dict[str, Weight]:
+    """Return a rank's parts with what makes the whole result of every rank's products: the parameters of a pass."""
+    sizes = [length(share.vocabulary) for share in shares(config, group.size)]
+    params = dict(parts)
+    for name, weight in parts.items():
+        if name.endswith((".wo.weight", ".w2.weight")):
+            params[name] = Shard(form_of(weight), group.total)
+    gather: Callable[[np.ndarray], np.ndarray] = partial(group.gather, sizes=sizes)
+    output = params.pop("output.weight")
+    if config.tied_embeddings:
+        params["tok_embeddings.weight"] = Shard(form_of(output), gather, form_of(parts["tok_embeddings.weight"]))
+    else:
+        params["output.weight"] = Shard(form_of(output), gather)
+    return params
+
+
+def along(x: np.ndarray, axis: int, part: slice) -> np.ndarray:
+    """Return a part of an array along an axis counted from the end."""
+    return x[(Ellipsis, part) + (slice(None),) * (-axis - 1)]
+
+
+def gathered(x: np.ndarray, axis: int, group: Group, own: slice | None, sizes: Sequence[int]) -> np.ndarray:
+    """Return every rank's x side by side along an axis; `own` is the part of x that no other rank has, None if all of it."""
+    x = x if own is None else along(x, axis, own)
+    return np.ascontiguousarray(np.moveaxis(group.gather(np.moveaxis(x, axis, -1), sizes), -1, axis))
