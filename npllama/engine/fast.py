@@ -82,7 +82,8 @@ def tiled_attention(q: np.ndarray, keys: np.ndarray, values: np.ndarray, mask: n
 
     q [..., T, H, K], keys, values [..., G, S, K], mask [..., 1, T, S] -> [..., T, H, K]
 
-    The T queries are those of the last T slots, as in KVCache: none looks at a slot after its own.
+    Query t looks at no slot after S - T + t: in KVCache, a row's T queries are those of its last T slots, and no row fills more
+    than S.
     """
     *batch, T, H, K = q.shape
     G, S = keys.shape[-3:-1]
