@@ -1,21 +1,187 @@
-"""Prompt formats: a conversation to the token ids of the prompt that asks for the next answer.
+"""Chat formats: a conversation to the prompt that asks for the next answer, as text and as token ids.
 
 A conversation is a list of `{"role": ..., "content": ...}`: an optional "system" message, then "user" and "assistant" in turn,
-the last from the user. Its encoding, the answer's tokens and the end of the turn are the beginning of the encoding of the
-longer conversation, so a KV cache can be kept from one turn to the next. (But for a system message in Mistral's format: it
-moves on to the newest turn.)
+the last from the user.
 
-Special tokens come from the format alone: what a message's content spells stays text.
+>>> messages = [{"role": "user", "content": "Hello"}]
+>>> text, ids = npllama.chat.chat_format(model).prompt(messages)
+
+A model's own format is the chat template that came with it, a Jinja program (templates/); the formats written here stand in
+where it can't be run, if they write the same, and for Meta's checkpoints, which have none.
+
+Keep a KV cache from one turn to the next by the ids that both prompts begin with: mostly the encoding of a conversation, the
+answer's tokens and the end of the turn are the beginning of the longer conversation's, but a template may rewrite earlier turns
+(DeepSeek-R1's leaves out what was thought, Mistral's moves the system message on to the newest turn).
+
+Special tokens come from the format alone: what a message's content spells stays text. Hugging Face's apply_chat_template takes
+it for the token, unless sanitize_control_tokens is set: then it stays text there too, encoded apart from what stands around it,
+where here it is encoded together with it.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import NamedTuple
 
+from . import templates
+from .checkpoint import Model
+from .errors import NpllamaError, shown
+from .templates import TemplateError
 from .tokenizer import Tokenizer
 
 Messages = Sequence[Mapping[str, str]]
+
+
+class ChatError(NpllamaError):
+    """There is no chat format, or it can't write a conversation; the message is one line."""
+
+
+class Prompt(NamedTuple):
+    """A conversation as the model reads it, ending where the answer begins."""
+
+    text: str  # special tokens by their spelling
+    ids: list[int]
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """How conversations with one model are written; chat_format() makes it. Threads may share it."""
+
+    name: str  # a key of FORMATS, or the template's: `default` is the model's own
+    tokenizer: Tokenizer
+    system: str | None = None  # put in front of a conversation without a system message; a template adds its own
+    template: str | None = None  # Jinja; None: FORMATS[name]
+    where: str = "the chat template"  # names the template's file in errors
+    variables: Mapping[str, str] = field(default_factory=dict)  # the special tokens that a template knows by name
+
+    def prompt(self, messages: Messages, now: datetime | None = None) -> Prompt:
+        """Return the prompt that asks for the next answer. Raises ValueError in one line for what can't be written.
+
+        messages may hold more texts than role and content, where a template reads them. now is the time that a template writes
+        into the prompt, if it does.
+        """
+        if self.system is not None and not any(message.get("role") == "system" for message in messages):
+            messages = [{"role": "system", "content": self.system}, *messages]
+        if self.template is None:
+            ids = FORMATS[self.name](self.tokenizer, messages)
+            return Prompt(_spelled(self.tokenizer, ids), ids)
+        return self._rendered(self.template, messages, now or datetime.now())
+
+    def _rendered(self, template: str, messages: Messages, now: datetime) -> Prompt:
+        """Run the template with special tokens marked that a message spells: the others in its text are the template's own."""
+        plain = [_checked_message(i, message) for i, message in enumerate(messages)]
+        if not plain:
+            raise ChatError("a conversation must have a message, but there is none")
+        values = [value for message in plain for value in message.values()]
+        start, end = _unused(template, *values, *self.variables.values())
+        marked = [
+            {key: _mark(self.tokenizer.split_special(value), start, end) for key, value in message.items()} for message in plain
+        ]
+        parts = self._parts(self._render(template, marked, now), start, end)
+        text = "".join(parts)
+        if marked != plain and text != self._render(template, plain, now):
+            spelled = next(part for value in values for part in self.tokenizer.split_special(value)[1::2])
+            raise ChatError(f"{self.where}: it takes {spelled} in a message for more than text: expected messages without")
+        return Prompt(text, self.tokenizer.encode_parts(parts))
+
+    def _render(self, template: str, messages: Sequence[Mapping[str, str]], now: datetime) -> str:
+        given = {"messages": list(messages), "tools": None, "documents": None, "add_generation_prompt": True}
+        try:
+            return templates.render(template, {**self.variables, **given}, now)
+        except TemplateError as error:
+            raise ChatError(f"{self.where}: {error}") from None
+
+    def _parts(self, text: str, start: str, end: str) -> list[str]:
+        """Split at the special tokens that are the template's own, as Tokenizer.encode_parts() takes them; drop the marks."""
+        parts = [""]
+        for i, piece in enumerate(re.split(f"{start}([^{start}{end}]*){end}|[{start}{end}]", text)):
+            if i % 2 and piece in self.tokenizer.special_tokens:
+                parts[-1] += piece
+            elif piece:
+                first, *others = self.tokenizer.split_special(piece)
+                parts[-1] += first
+                parts += others
+        return parts
+
+
+def chat_format(model: Model, name: str | None = None) -> ChatFormat:
+    """Return a model's chat format, or the one of a name: a key of FORMATS, or of a template that came with it.
+
+    Without a name that is the model's own template. Where jinja2 is missing it is the format of FORMATS that was found to write
+    just the same when the model was converted. Raises ChatError where there is neither.
+    """
+    where = model.path or "the model"
+    if (tokenizer := model.tokenizer) is None:
+        raise ChatError(f"{where} has no tokenizer, so it takes no text")
+    files = model.manifest.get("files", {})
+    own = templates.read_templates(model.path, files) if model.path and name not in FORMATS else {}
+    stored, system = model.generation.get("chat_format"), model.generation.get("system")
+    if stored is not None and stored not in FORMATS:
+        raise ChatError(f"{where}/config.json: chat_format is {shown(stored)}, expected {', '.join(FORMATS)}")
+    fallback = ChatFormat(str(stored), tokenizer, str(system) if system else None) if stored else None
+    if name in FORMATS:
+        return fallback if fallback and name == stored else ChatFormat(str(name), tokenizer)
+    if model.path is None or (template := own.get(name or "default")) is None:
+        if name is not None:
+            raise ChatError(f"the chat format is {shown(name)}, expected {', '.join([*FORMATS, *own])}")
+        if fallback is None:
+            raise ChatError(f"{where} has no chat template of its own: expected {_expected(tokenizer, own)}")
+        return fallback
+    if missing := templates.missing_package():
+        if name is None and fallback and templates.FILE in files:  # an older converter chose by the template's tags alone
+            return fallback
+        raise ChatError(f"{where}: {missing}; or choose a --format, which may differ from the template")
+    name = name or "default"
+    file = model.path / (written if (written := templates.file_of(name)) in files else "tokenizer_config.json")
+    return ChatFormat(name, tokenizer, None, template, str(file), templates.template_variables(model.path))
+
+
+def _expected(tokenizer: Tokenizer, named: Mapping[str, str]) -> str:
+    """Say which formats there are, and which one the tokenizer's special tokens speak of, for a model that names none."""
+    try:
+        hint = f" (its tokenizer has the special tokens of {chat_format_of(tokenizer)})"
+    except ValueError:
+        hint = ""
+    return f"--format with one of {', '.join([*FORMATS, *named])}{hint}; a model without a template may be no chat model"
+
+
+def _checked_message(i: int, message: Mapping[str, str]) -> dict[str, str]:
+    """Return a message as a template gets it: its texts, without lone surrogates."""
+    role = message.get("role")
+    if not isinstance(role, str) or not re.fullmatch("[a-z_]{1,40}", role):
+        raise ChatError(f"message {i} is from {shown(role)}, expected system, user or assistant")
+    if not isinstance(content := message.get("content"), str):
+        raise ChatError(f"message {i} has content {shown(content)}, expected text")
+    if bad := next((key for key, value in message.items() if not isinstance(value, str)), None):
+        raise ChatError(f"message {i} has {shown(bad)}: {shown(message[bad])}, expected text")
+    return {str(key): value.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for key, value in message.items()}
+
+
+def _unused(*texts: str) -> tuple[str, str]:
+    """Return two characters for private use that no text holds."""
+    used = set().union(*texts)
+    start, end, *_ = (char for code in range(0xF0000, 0xF0000 + len(used) + 2) if (char := chr(code)) not in used)
+    return start, end
+
+
+def _mark(parts: Sequence[str], start: str, end: str) -> str:
+    return "".join(f"{start}{part}{end}" if i % 2 else part for i, part in enumerate(parts))
+
+
+def _spelled(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """Decode ids, special tokens to their spelling."""
+    names = {id: spelling for spelling, id in tokenizer.special_tokens.items()}
+    text, run = "", []
+    for id in ids:
+        if id not in names:
+            run.append(id)
+            continue
+        text += tokenizer.decode(run) + names[id]
+        run = []
+    return text + tokenizer.decode(run)
 
 
 def encode_llama3(tokenizer: Tokenizer, messages: Messages) -> list[int]:

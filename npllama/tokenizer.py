@@ -20,7 +20,7 @@ import operator
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -94,13 +94,34 @@ class Tokenizer(ABC):
         """
         if not isinstance(text, str):
             raise TypeError(f"the text is {type(text).__name__}, expected str")
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        ids = self._encode(text, special)
+        ids = self._encode(_unicode(text), special)
         if bos and self.adds_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             return [self.bos_id, *ids]
+        return ids
+
+    def split_special(self, text: str) -> list[str]:
+        """Split a text at the spelling of special tokens: text, special token, text, ..., text; a text may be empty."""
+        return self._at_special.split(text)
+
+    @cached_property
+    def _at_special(self) -> re.Pattern[str]:
+        longest_first = sorted(filter(None, self.special_tokens), key=len, reverse=True)
+        return re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
+
+    def encode_parts(self, parts: Sequence[str]) -> list[int]:
+        """Turn parts as split_special() returns them into ids; a special token that is spelled in a text stays text.
+
+        Where none is, the ids are those of the whole, encoded with special=True.
+        """
+        if self.split_special(text := "".join(parts)) == list(parts):
+            return self.encode(text, special=True)
+        return self._encode_parts(parts)
+
+    def _encode_parts(self, parts: Sequence[str]) -> list[int]:
+        """Between two special tokens stands a text of its own."""
+        ids: list[int] = []
+        for i, part in enumerate(parts):
+            ids += [self.special_tokens[part]] if i % 2 else self.encode(part)
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -455,6 +476,35 @@ class HuggingFaceTokenizer(Tokenizer):
         library.encode_special_tokens = False
         return library
 
+    def _encode_parts(self, parts: Sequence[str]) -> list[int]:
+        """Encode the whole at once: special tokens may take blanks next to them, and the first text another blank than others.
+
+        In a library of its own, special tokens have names that no text holds.
+        """
+        if any(_NO_TEXT in part for part in parts):
+            raise TokenizerError(f"{self._path}: can't split this text: it holds U+10FFFD and a special token's spelling")
+        text = "".join(_private_name(self.special_tokens[part]) if i % 2 else part for i, part in enumerate(parts))
+        return self._run(self._library_for_parts, _unicode(text))
+
+    @cached_property
+    def _library_for_parts(self) -> Any:
+        values: dict[str, Any] = _parse_json(self._path, self._library.to_str().encode())
+        names = {token["content"]: _private_name(token["id"]) for token in values["added_tokens"] if token["special"]}
+        for token in values["added_tokens"]:
+            token["content"] = names.get(token["content"], token["content"])
+        model = values["model"]
+        if isinstance(model["vocab"], dict):
+            model["vocab"] = {names.get(token, token): id for token, id in model["vocab"].items()}
+        else:  # Unigram's
+            model["vocab"] = [[names.get(token, token), score] for token, score in model["vocab"]]
+        if (unknown := model.get("unk_token")) in names:
+            model["unk_token"] = names[unknown]
+        values["post_processor"] = None
+        try:
+            return type(self._library).from_str(json.dumps(values))
+        except Exception as error:  # the package raises nothing narrower
+            raise TokenizerError(f"{self._path}: can't take a special token's spelling as text: {reason(error)}") from None
+
     def _choose_ids(self, beside: _Beside, vocabulary: Mapping[str, int]) -> None:
         with_bos, without = self._library.encode("a").ids, self._library.encode("a", add_special_tokens=False).ids
         processors = with_bos[0] if with_bos[:1] != without[:1] else None
@@ -469,7 +519,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self.stop_ids = frozenset({*beside.stop_ids(vocabulary, self.vocab_size), *ends})  # EOS is one of either
 
     def _encode(self, text: str, special: bool) -> list[int]:
-        library = self._library_for_special if special else self._library
+        return self._run(self._library_for_special if special else self._library, text)
+
+    def _run(self, library: Any, text: str) -> list[int]:
         try:
             return library.encode(text, add_special_tokens=False).ids
         except BaseException as error:
@@ -495,6 +547,22 @@ class HuggingFaceTokenizer(Tokenizer):
         if self._byte_level:
             return "".join(map(_visible, self.token_bytes(id, False).decode("utf-8", "surrogateescape")))
         return self._library.id_to_token(id) or ""
+
+
+def _unicode(text: str) -> str:
+    """Return a text without lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+_NO_TEXT = "\U0010fffd"  # the last character for private use
+
+
+def _private_name(id: int) -> str:
+    return f"{_NO_TEXT}{id}{_NO_TEXT}"
 
 
 class _Beside:

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ..cache import KVCache
-from ..chat import Messages
+from ..chat import ChatFormat
 from ..checkpoint import Model
 from ..checkpoint.atomic import write_file
 from ..generation import Step, generate_steps, stream_text
 from ..sampling import Sampling
-from ..tokenizer import StreamDecoder, Tokenizer
+from ..tokenizer import StreamDecoder
 from .console import Statistics, write
 from .options import required_tokenizer
 
@@ -37,14 +37,14 @@ class Conversation:
     def __init__(
         self,
         model: Model,
-        encode: Callable[[Tokenizer, Messages], list[int]],
+        format: ChatFormat,
         system: str | None,
         sampling: Sampling,
         max_tokens: int,
         seed: int = 0,
         stop: Sequence[str] = (),
     ):
-        self.model, self.encode, self.sampling = model, encode, sampling
+        self.model, self.format, self.sampling = model, format, sampling
         self.tokenizer = required_tokenizer(model)
         self.max_tokens, self.seed, self.stop = max_tokens, seed, stop
         self.system = [{"role": "system", "content": system}] if system else []
@@ -52,7 +52,7 @@ class Conversation:
         self.cache = KVCache(model.config)
         self.held: list[int] = []  # the ids that the cache holds
         self.statistics: Statistics | None = None  # of the last question
-        encode(self.tokenizer, [*self.system, {"role": "user", "content": ""}])
+        format.prompt([*self.system, {"role": "user", "content": ""}])
 
     def reset(self) -> None:
         """Forget everything but the system prompt, whose part of the cache the next question finds."""
@@ -66,7 +66,7 @@ class Conversation:
         """
         self.statistics = None
         messages = [*self.messages, {"role": "user", "content": question}]
-        ids = self.encode(self.tokenizer, messages)
+        ids = self.format.prompt(messages).ids
         shared = common_prefix(ids[:-1], self.held)  # the last one is always computed: its logits are the answer's first token
         self.cache.truncate(shared)
         self.held = ids[:shared]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..chat import FORMATS
+from ..chat import chat_format
 from ..checkpoint import Model
 from ..config import Config
 from ..generation import generate_steps, stream_text
@@ -164,11 +164,7 @@ def check(model: Model, answer: Answer) -> Iterator[Finding]:
 def _prompt_ids(model: Model, tokenizer: Tokenizer, answer: Answer) -> list[int]:
     if not answer.chat:
         return tokenizer.encode(answer.prompt, bos=True)
-    if (name := model.generation.get("chat_format")) not in FORMATS:
-        raise ValueError(f"{model.path} has no chat format, expected {' or '.join(FORMATS)}: is it the chat model?")
-    system = model.generation.get("system")
-    messages = [{"role": "system", "content": str(system)}] if system else []
-    return FORMATS[name](tokenizer, [*messages, {"role": "user", "content": answer.prompt}])
+    return chat_format(model).prompt([{"role": "user", "content": answer.prompt}]).ids
 
 
 def _finding(what: str, found: object, expected: object) -> Finding:

@@ -34,11 +34,12 @@ def set_chat_format(path, name):
     (path / "config.json").write_text(json.dumps(values))
 
 
-def test_a_chat_format_that_is_guessed_is_said(copy_of_demo, capsys, monkeypatch):
+def test_without_a_template_the_format_is_asked_for(copy_of_demo, capsys, monkeypatch):
     set_chat_format(copy_of_demo, None)
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
-    assert main(["chat", "-m", str(copy_of_demo)]) == 0
-    assert "comes without a chat format; llama3 is guessed from its tokenizer (--format)" in capsys.readouterr().err
+    error = fails(capsys, "chat", "-m", copy_of_demo)
+    assert "has no chat template of its own: expected --format with one of llama3, llama2, chatml, mistral, zephyr" in error
+    assert "(its tokenizer has the special tokens of llama3)" in error
     assert main(["chat", "-m", str(copy_of_demo), "--format", "llama3"]) == 0
     assert capsys.readouterr().err == ""
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import npllama
-from npllama.chat import encode_llama2, encode_llama3
+from npllama.chat import ChatFormat, chat_format, encode_llama3
 from npllama.cli import chat_loop
 from npllama.cli.chat_loop import Conversation
 
@@ -32,7 +32,7 @@ def demo() -> npllama.Model:
 
 @pytest.fixture
 def conversation(demo) -> Conversation:
-    return Conversation(demo, encode_llama3, "Be brief.", npllama.Sampling(), max_tokens=6)
+    return Conversation(demo, chat_format(demo), "Be brief.", npllama.Sampling(), max_tokens=6)
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def said(conversation: Conversation, question: str) -> str:
 def fresh(conversation: Conversation, question: str) -> str:
     """The answer with nothing kept."""
     messages = [*conversation.messages, {"role": "user", "content": question}]
-    ids = conversation.encode(conversation.model.tokenizer, messages)
+    ids = conversation.format.prompt(messages).ids
     return conversation.model.tokenizer.decode(list(npllama.generate(conversation.model, ids, max_tokens=6)))
 
 
@@ -108,7 +108,7 @@ def test_a_question_that_does_not_fit_leaves_the_conversation_as_it_was(conversa
 def test_a_system_prompt_that_the_format_refuses_is_refused_at_once(demo, tiny_sentencepiece):
     demo.tokenizer = tiny_sentencepiece
     with pytest.raises(ValueError, match=r"a system message holds \[INST\]"):
-        Conversation(demo, encode_llama2, "[INST]", npllama.Sampling(), max_tokens=6)
+        Conversation(demo, ChatFormat("llama2", tiny_sentencepiece), "[INST]", npllama.Sampling(), max_tokens=6)
 
 
 # -------------------------------------------------------------------------------------------------------------- at a terminal

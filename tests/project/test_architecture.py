@@ -47,6 +47,9 @@ ORDER = [
     "checkpoint.writing",
     "checkpoint.verifying",
     "checkpoint",
+    "templates.child",
+    "templates.rendering",
+    "templates",
     "chat",
     "sampling",
     "generation",
@@ -120,9 +123,18 @@ ORDER = [
     "__main__",
 ]
 CONVERTER_USERS = {"cli.convert", "cli.fetch", "cli.models", "cli.capture"}
-HEAVY = {"torch", "transformers", "tiktoken", "sentencepiece", "tokenizers", "blobfile", "matplotlib", "bokeh", "tqdm"} | {
-    "npllama_convert"
-}
+HEAVY = {
+    "torch",
+    "jinja2",
+    "transformers",
+    "tiktoken",
+    "sentencepiece",
+    "tokenizers",
+    "blobfile",
+    "matplotlib",
+    "bokeh",
+    "tqdm",
+} | {"npllama_convert"}
 
 
 def module_of(path: Path) -> str:

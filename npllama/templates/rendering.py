@@ -1,0 +1,239 @@
+"""Render chat templates: the parent's half of child.py, and the files of a model directory that hold templates.
+
+A template may loop for ever or fill the memory. Its process is ended after SECONDS, or when it takes more than MEMORY bytes:
+Linux holds that limit itself, elsewhere it is measured 20 times a second. The process is started by the first conversation,
+which costs a tenth of a second; after that a rendering costs a thousandth.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import importlib.metadata
+import importlib.util
+import marshal
+import os
+import pkgutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+
+from ..checkpoint.foreign import JSON_LIMIT, read_bytes
+from ..checkpoint.format import read_json
+from ..errors import NpllamaError
+
+FILE = "chat_template.jinja"  # in a model directory; a template called NAME is in chat_template.NAME.jinja
+SECONDS = 10  # for one rendering; a long conversation takes a hundredth of one
+STARTING = 120  # for Python and jinja2 to start, on a machine that is busy
+MEMORY = 512 << 20
+LONGEST = 16 << 20  # bytes of a rendered conversation; the longest context holds half a million
+OLDEST = (3, 1, 6)  # of jinja2: earlier ones have known ways out of the sandbox
+# What a template is given by these names, where the tokenizer has them (transformers 5.23, tokenization_utils_base.py).
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+LLAMA_S_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+
+
+class TemplateError(NpllamaError):
+    """A chat template can't be run, or refuses a conversation; the message is one line."""
+
+
+def missing_package() -> str | None:
+    """Say in one line what is missing to run templates; None if nothing is."""
+    if importlib.util.find_spec("jinja2") is None:
+        return "a chat template needs the package jinja2: pip install 'npllama[convert]'"
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        version = importlib.metadata.version("jinja2")
+        if tuple(int(part) for part in version.split(".")[:3] if part.isdigit()) < OLDEST:
+            return f"jinja2 is {version}, expected {'.'.join(map(str, OLDEST))} or later: pip install -U jinja2"
+    if not sys.executable:
+        return "a chat template needs a Python interpreter of its own, and sys.executable names none"
+    return None
+
+
+class Renderer:
+    """A process that renders templates, started when it is first needed. Threads may share it; a fork starts its own."""
+
+    def __init__(self, seconds: int = SECONDS, memory: int = MEMORY, measures: bool = sys.platform != "linux"):
+        self.seconds, self.memory, self.measures = seconds, memory, measures
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._owner = os.getpid()
+
+    def render(self, template: str, variables: Mapping[str, object], now: datetime | None = None) -> str:
+        """Return what the template writes. Raises TemplateError where it can't, or may not go on.
+
+        variables are made of dicts, lists, texts, numbers and None. now is what strftime_now tells.
+        """
+        request = marshal.dumps((template, dict(variables), (now or datetime.now()).isoformat(), self.seconds + 1))
+        with self._lock:
+            kind, data = self._exchange(self._started(), request, self.seconds)
+            if kind == "ended":
+                self._end()
+            if kind != "text":
+                raise TemplateError(" ".join(data.decode("utf-8", "replace").split())[:300])
+        return data.decode("utf-8", "surrogatepass")
+
+    def close(self) -> None:
+        """End the process, if there is one."""
+        with self._lock:
+            self._end()
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        if self._owner != os.getpid():  # forked: the process is the parent's
+            self._process, self._owner = None, os.getpid()
+        if self._process is None or self._process.poll() is not None:
+            if (missing := missing_package()) is not None:
+                raise TemplateError(missing)
+            self._end()
+            source = pkgutil.get_data(__package__, "child.py") or b""
+            code = f"import sys; sys.path[:] = {[str(path) for path in sys.path if path]!r}\n"
+            code += f"exec(compile({source!r}, 'npllama/templates/child.py', 'exec'))\n"
+            code += f"main({0 if self.measures else self.memory})"
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-X", "utf8", "-c", code],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C and the end of a terminal are not for it
+                creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
+            )
+            kind, data = self._exchange(self._process, b"", STARTING)
+            if kind != "text":
+                self._end()
+                raise TemplateError(f"the process that runs chat templates can't be started: {data.decode()}")
+        return self._process
+
+    def _exchange(self, process: subprocess.Popen[bytes], request: bytes, seconds: int) -> tuple[str, bytes]:
+        """Send a request and return the answer, its kind and what it holds; `ended` where the process has ended, or must."""
+        assert process.stdin is not None
+        assert process.stdout is not None
+        answered, ended = threading.Event(), []
+
+        def watch() -> None:
+            end = time.monotonic() + seconds
+            while not answered.wait(min(0.05, max(0.0, end - time.monotonic()))):
+                used = _memory_of(process) if self.measures else None
+                if used is not None and used > self.memory:
+                    ended.append("it takes too much memory")
+                elif time.monotonic() >= end:
+                    ended.append(f"it takes longer than {seconds} seconds")
+                if ended:
+                    process.kill()
+                    return
+
+        watcher = threading.Thread(target=watch, daemon=True, name="npllama-template")
+        watcher.start()
+        kind, data = "", b""
+        try:
+            process.stdin.write(request)
+            process.stdin.flush()
+            kind, _, size = process.stdout.readline(64).decode("latin-1").partition(" ")
+            if kind in ("text", "error", "ended") and size.strip().isdecimal():
+                if (n := int(size)) > LONGEST:
+                    return "ended", f"it writes {n:,} bytes, expected at most {LONGEST:,}".encode()
+                data = process.stdout.read(n)
+                if len(data) == n:
+                    return kind, data
+        except (OSError, ValueError):  # the process has ended
+            pass
+        finally:
+            answered.set()
+            watcher.join()
+        return "ended", (ended[0] if ended else "its process has ended").encode()
+
+    def _end(self) -> None:
+        if (process := self._process) is not None:
+            self._process = None
+            process.kill()
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                with contextlib.suppress(OSError):  # what was not sent
+                    if pipe is not None:
+                        pipe.close()
+
+
+_SHARED = Renderer()
+atexit.register(_SHARED.close)
+
+
+def render(template: str, variables: Mapping[str, object], now: datetime | None = None) -> str:
+    """Render a template in the process that all of this program's share."""
+    return _SHARED.render(template, variables, now)
+
+
+def _memory_of(process: subprocess.Popen[bytes]) -> int | None:
+    """Return the bytes of memory that a process has, or None where that can't be told."""
+    if sys.platform == "win32":
+        return _memory_on_windows(int(process._handle))  # type: ignore[attr-defined]
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        if Path("/proc/self/statm").exists():
+            return int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        command = ["ps", "-o", "rss=", "-p", str(process.pid)]
+        return int(subprocess.run(command, capture_output=True, timeout=5).stdout) * 1024
+    return None
+
+
+def _memory_on_windows(handle: int) -> int | None:
+    import ctypes
+
+    class Counters(ctypes.Structure):
+        _fields_ = [  # PROCESS_MEMORY_COUNTERS of psapi.h
+            ("cb", ctypes.c_uint32),
+            ("page_faults", ctypes.c_uint32),
+            *[(f"size_{i}", ctypes.c_size_t) for i in range(8)],  # the second is WorkingSetSize
+        ]
+
+    counters = Counters(cb=ctypes.sizeof(Counters))
+    library = ctypes.WinDLL("kernel32")  # type: ignore[attr-defined]
+    found = library.K32GetProcessMemoryInfo(ctypes.c_void_p(handle), ctypes.byref(counters), counters.cb)
+    return counters.size_1 if found else None
+
+
+# --------------------------------------------------------------------------------------------------------- the model directory
+
+
+def file_of(name: str) -> str:
+    """Return the file of the template of this name, `default` being the model's own."""
+    return FILE if name == "default" else FILE.replace(".", f".{name}.")
+
+
+def read_templates(folder: Path, files: Mapping[str, object]) -> dict[str, str]:
+    """Return the templates of a model directory by name, `default` first. Raises TemplateError for a file that is none.
+
+    files are those of the manifest. A directory written before templates were stored has its own in tokenizer_config.json.
+    """
+    start, _, end = FILE.partition(".")
+    names = sorted(file for file in files if file.startswith(f"{start}.") and file.endswith(f".{end}"))
+    found: dict[str, str] = {}
+    for file in sorted(names, key=lambda file: file != FILE):
+        name = "default" if file == FILE else file[len(start) + 1 : -len(end) - 1]
+        try:
+            found[name] = read_bytes(folder / file, JSON_LIMIT, TemplateError).decode()
+        except UnicodeDecodeError:
+            raise TemplateError(f"{folder / file} is not UTF-8, expected a chat template") from None
+    if not found and "tokenizer_config.json" in files:
+        found = named_templates(read_json(folder / "tokenizer_config.json").get("chat_template"))
+    return found
+
+
+def named_templates(value: object) -> dict[str, str]:
+    """Return the templates in a tokenizer_config.json's chat_template by name: one, which is the default, or a list."""
+    entries = value if isinstance(value, list) else [{"name": "default", "template": value}]
+    named = {entry.get("name"): entry.get("template") for entry in entries if isinstance(entry, dict)}
+    return {name: text for name, text in named.items() if isinstance(name, str) and isinstance(text, str)}
+
+
+def template_variables(folder: Path) -> dict[str, str]:
+    """Return the special tokens that a template knows by name, as transformers finds them next to a tokenizer."""
+    paths = [folder / name for name in ("tokenizer_config.json", "special_tokens_map.json")]
+    config, beside = (read_json(path) if path.is_file() else {} for path in paths)
+    values = config if "added_tokens_decoder" in config else {**config, **beside}
+    if str(config.get("tokenizer_class") or "Llama").startswith(("Llama", "CodeLlama")):
+        values = {**LLAMA_S_TOKENS, **values}
+    tokens = {name: values.get(name) for name in NAMED_TOKENS}
+    texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
