@@ -23,6 +23,7 @@ from . import (
     chat,
     check,
     compare,
+    conformance,
     convert,
     exercise,
     explain,
@@ -44,7 +45,21 @@ from .console import error_text, flush_output, open_streams, say_error
 from .options import Parser
 
 COMMANDS = (  # in the order of --help
-    *(convert, fetch, models, generate, chat, logits, trace, capture, golden, compare, walkthrough, walkthrough_tokenizer),
+    *(
+        convert,
+        fetch,
+        models,
+        generate,
+        chat,
+        logits,
+        trace,
+        capture,
+        golden,
+        compare,
+        conformance,
+        walkthrough,
+        walkthrough_tokenizer,
+    ),
     *(plot, explain, tokenize, perplexity, info, verify, check, exercise),
 )
 

@@ -25,7 +25,7 @@ from ..config import Config, LinearRopeScaling, RopeScaling
 from ..engine import linear
 from ..engine.linear import Weight, widen
 from ..scope import Array, Ops, Params, Tap
-from .precision import ROUND, LazyParams, Precision, Round, round_bfloat16
+from .precision import ROUND, LazyParams, Precision, Round, round_bfloat16, round_float16
 
 
 class Seen(Protocol):
@@ -51,6 +51,7 @@ class Mistake:
     activations  activation -> (right numbers, Seen) -> wrong numbers
     cache        a wrong `cache_update`, of exercise 10
     sampling     a wrong `probabilities`, of exercise 9
+    outside      functions of the conformance suite that no pass calls -> wrong function
     precision    computes in this precision where float32 is meant
     needs        what it takes to show: a key of NEEDS
     fitted       compare finds out its constant, and names that instead
@@ -66,6 +67,7 @@ class Mistake:
     activations: Mapping[str, Callable[[Array, Seen], Array]] = field(default_factory=dict)
     cache: Callable[[Array, int, Array], Array] | None = None
     sampling: Callable[[Array, float, float], Array] | None = None
+    outside: Mapping[str, Callable] = field(default_factory=dict)
     precision: str = "float32"
     needs: str = ""
     fitted: bool = False
@@ -232,6 +234,22 @@ def _rounded(x: Array, r: Round = round_bfloat16) -> Array:
 def _cut(x: Array) -> Array:
     bits = np.asarray(x, np.float32).view(np.uint32) & np.uint32(0xFFFF0000)
     return bits.view(np.float32).astype(x.dtype)
+
+
+def _bfloat16_ties_up(x: Array) -> Array:
+    bits = np.asarray(x, np.float32).view(np.uint32) + np.uint32(0x8000) & np.uint32(0xFFFF0000)
+    return bits.view(np.float32).astype(x.dtype)
+
+
+def _float16_cut(x: Array) -> Array:
+    y = round_float16(x)
+    bits = y.astype(np.float16).view(np.uint16)
+    return np.where(np.abs(y) > np.abs(x), (bits - np.uint16(1)).view(np.float16).astype(np.float32), y)
+
+
+def _float16_flushed(x: Array) -> Array:
+    y = round_float16(x)
+    return np.where(np.abs(y) < np.float32(2.0**-14), np.float32(0), y)
 
 
 def _rotation_of_rounded_angles(positions: Array, frequencies: Array) -> tuple[Array, Array]:
@@ -806,6 +824,29 @@ _LIST = (
             lambda x, t, top_p: ops.softmax(x / t)),
         ("sampling_overflow", "exp overflows at large logits: subtract their maximum first, as in softmax",
             lambda x, t, top_p: _chosen(_normalised(np.exp(x / t)), top_p, _beyond)),
+    ),
+    # ----- outside of a pass: how numbers are stored
+    *(
+        Mistake(name, sentence, outside={function: wrong})
+        for name, function, sentence, wrong in (
+            ("rounding_bfloat16_cut", "round_bfloat16", "the lower 16 bits are cut off: round to the nearest bfloat16", _cut),
+            ("rounding_bfloat16_ties_up", "round_bfloat16",
+                "a tie is rounded away from zero: of two bfloat16 that are as near, the one with an even last bit is right",
+                _bfloat16_ties_up),
+            ("rounding_float16_cut", "round_float16", "what float16 has no bits for is cut off: round to the nearest",
+                _float16_cut),
+            ("rounding_float16_flushed", "round_float16",
+                "numbers below 2^-14 are rounded to zero: float16 has subnormal numbers down to 2^-24", _float16_flushed),
+            ("scale_of_columns", "scale_of_rows", "the scales are those of columns: row i of the weight is scaled by scale[i]",
+                lambda scale, weight: np.resize(scale, weight.shape[-1])[None, :]),
+            ("scale_of_row_0", "scale_of_rows", "one scale for the whole matrix: row i of the weight is scaled by scale[i]",
+                lambda scale, weight: scale[:1, None]),
+            ("groups_interleaved", "scale_of_groups",
+                "groups are interleaved: column j belongs to group j // 32, as np.repeat does it (np.tile does not)",
+                lambda scale, weight: np.tile(scale, weight.shape[-1] // scale.shape[-1])),
+            ("group_0_everywhere", "scale_of_groups", "one scale for each row: each group of 32 numbers has its own",
+                lambda scale, weight: scale[:, :1]),
+        )
     ),
 )
 # fmt: on

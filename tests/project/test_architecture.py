@@ -70,6 +70,15 @@ ORDER = [
     "golden.compare.html",
     "golden.compare.report",
     "golden.compare",
+    "golden.conformance.numbers",
+    "golden.conformance.operations",
+    "golden.conformance.cases",
+    "golden.conformance.judging",
+    "golden.conformance.measuring",
+    "golden.conformance.suite",
+    "golden.conformance.grading",
+    "golden.conformance.report",
+    "golden.conformance",
     "golden",
     "evaluate.perplexity",
     "evaluate.profile",
@@ -108,6 +117,7 @@ ORDER = [
     "cli.capture",
     "cli.golden",
     "cli.compare",
+    "cli.conformance",
     "cli.walkthrough_tokenizer",
     "cli.walkthrough",
     "cli.plot",
@@ -190,7 +200,7 @@ def test_nothing_heavy_at_the_top_and_no_torch_anywhere(name):
 TESTS = [path for path in sorted((ROOT / "tests").rglob("*.py")) if "ports" not in path.relative_to(ROOT).parts]
 HELPERS = {path.stem for path in TESTS if path.parent.name == "helpers"}
 # Beside them, in tests/ itself, stand the programs that a developer runs.
-PROGRAMS = {"make_goldens.py", "fetch_llama3_tokenizer.py", "mutation.py"}
+PROGRAMS = {"make_goldens.py", "record_conformance.py", "fetch_llama3_tokenizer.py", "mutation.py"}
 
 
 def imported_names(path: Path) -> set[str]:
@@ -290,7 +300,7 @@ def test_the_command_line_starts_without_what_one_command_needs():
     code = "import sys; from npllama.cli import build_parser; build_parser(); print(*sys.modules)"
     loaded = set(run(code).split())
     assert "npllama.cli.exercise" in loaded
-    rooms = ("learn", "evaluate", "serve", "golden.trace", "golden.bundle", "golden.compare")
+    rooms = ("learn", "evaluate", "serve", "golden.trace", "golden.bundle", "golden.compare", "golden.conformance")
     assert not [name for name in loaded if name.startswith(tuple(f"npllama.{room}" for room in rooms))]
     assert not HEAVY & {name.split(".")[0] for name in loaded}
 

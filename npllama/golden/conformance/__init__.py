@@ -1,0 +1,18 @@
+"""`npllama conformance`: test vectors for implementations in any language.
+
+| file | what it does |
+|---|---|
+| numbers.py | inputs that are the same bytes on every machine |
+| operations.py | what a port's functions are called, take and return |
+| cases.py | the cases: inputs that tell right from wrong |
+| judging.py | one array held against the expected one |
+| measuring.py | tolerances, and which mistakes a case catches |
+| suite.py | the suite as files; recorded.json has what measuring.py found |
+| grading.py | a port's results, from its files or its functions |
+| report.py | the verdict as text, JSON or a page |
+"""
+
+from .grading import Report, check, run, run_functions
+from .suite import export
+
+__all__ = ["Report", "check", "export", "run", "run_functions"]

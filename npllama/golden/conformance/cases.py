@@ -1,0 +1,271 @@
+"""The cases: inputs chosen so that right and wrong programs differ.
+
+Sizes are such that no two that may be mistaken for each other are equal: K² is not D, H/G is not G. Inputs are exact in every
+precision (numbers.py) but where a purpose says otherwise.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ...cache import PADDING
+from .numbers import Floats, Integers
+from .operations import L1, Operation, Outputs, Program
+
+T, D, F, H, G, K = 5, 80, 48, 6, 2, 16
+ALL: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One call of an operation.
+
+    level, operation, name   its path: L1/rms_norm/small_rows
+    purpose                  what it is there to catch
+    arguments                arrays and constants by name
+    profiles                 those it is meant for; none stands for all
+    """
+
+    level: str
+    operation: Operation
+    name: str
+    purpose: str
+    arguments: Mapping[str, Any]
+    profiles: tuple[str, ...] = field(default=ALL)
+
+    @property
+    def path(self) -> str:
+        """Where its files are, in the suite and among a port's results."""
+        return f"{self.level}/{self.operation.name}/{self.name}"
+
+    @functools.cached_property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arguments that are arrays."""
+        return {name: x for name, x in self.arguments.items() if isinstance(x, np.ndarray)}
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """The others, which JSON has a form for."""
+        return {name: x for name, x in self.arguments.items() if name not in self.arrays}
+
+    def run(self, program: Program) -> Outputs:
+        """Compute it, with a program that may be wrong."""
+        return self.operation.run(program, self.arguments)
+
+    def sha256(self) -> str:
+        """Return the hash of the inputs: each one's name, type and shape, and its little-endian bytes or its text."""
+        digest = hashlib.sha256()
+        for name, x in self.arguments.items():
+            if isinstance(x, np.ndarray):
+                little = x.astype(x.dtype.newbyteorder("<"))
+                digest.update(f"{name} {x.dtype.name} {list(x.shape)}\n".encode() + little.tobytes())
+            else:
+                digest.update(f"{name} {x!r}\n".encode())
+        return digest.hexdigest()
+
+
+def _case(level: str, operation: Operation, name: str, purpose: str, *profiles: str, **arguments: Any) -> Case:
+    """Make a case; an argument to be drawn is drawn with its own name as the seed."""
+    drawn = {}
+    for argument in operation.arguments:
+        x = arguments.pop(argument)
+        seed = f"{level}/{operation.name}/{name}/{argument}"
+        drawn[argument] = x.draw(seed) if isinstance(x, Floats | Integers) else x
+    if arguments:
+        raise TypeError(f"{operation.name} has no {', '.join(arguments)}")
+    return Case(level, operation, name, purpose, drawn, profiles)
+
+
+def _l1(operation: str, name: str, purpose: str, *profiles: str, **arguments: Any) -> Case:
+    return _case("L1", L1[operation], name, purpose, *profiles, **arguments)
+
+
+LLAMA_3_1 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_seq_len": 8192}
+LLAMA_3_2 = {**LLAMA_3_1, "factor": 32.0}
+ROPES: dict[str, tuple[str, int, float, dict[str, Any] | None]] = {  # name -> purpose, head_dim, theta, scaling
+    "llama_2": ("the formula, with the θ of LLaMA 1 and 2", 128, 10000.0, None),
+    "llama_3": ("the θ of Llama 3", 128, 500000.0, None),
+    "head_dim_64": ("the exponent's denominator is head_dim, whatever it is", 64, 500000.0, None),
+    "llama_3_1": ("Llama 3.1's scaling: kept, blended and divided frequencies", 128, 500000.0, LLAMA_3_1),
+    "llama_3_2": ("scale factor 32, where Meta's code has 8, and head_dim 64", 64, 500000.0, LLAMA_3_2),
+    "linear": ("linear scaling divides every frequency", 32, 10000.0, {"factor": 4.0}),
+}
+LONG = [0, 1, 2, 63, 4095, 4096, 8191, 8192, 8193, 16384, 65537, 131071]
+DYADIC = np.ldexp(np.float32(1), np.array([0, -2, -5, -9, -13, -17])).astype(np.float32)  # frequencies whose angles are exact
+
+
+def _causal(T: int, S: int) -> np.ndarray:
+    visible = np.tri(T, S, S - T, dtype=bool)
+    return np.where(visible, np.float32(0), np.float32(-np.inf))[None]
+
+
+def _positions(*rows: int | list[int]) -> np.ndarray:
+    return np.array(rows, np.int64)
+
+
+def _linears() -> Iterator[Case]:
+    yield _l1(
+        *("embed", "rows", "the first, the last and a repeated id"),
+        tokens=_positions(0, 10, 3, 3, 9),
+        weight=Floats((11, D)),
+    )
+    yield _l1("embed", "batch", "ids of a batch", tokens=Integers((2, 4), 0, 11), weight=Floats((11, 24)))
+    for name, purpose, n_in, n_out, rows in (
+        ("square", "a square weight, which transposes without a word", D, D, (T, D)),
+        ("wide", "more outputs than inputs", 32, 77, (T, 32)),
+        ("narrow", "a single row, more inputs than outputs: decode", 160, 12, (1, 160)),
+        ("batch", "a batch of sequences", 48, 20, (2, 3, 48)),
+    ):
+        yield _l1("linear", name, purpose, x=Floats(rows), weight=Floats((n_out, n_in), -3))
+    yield _l1(
+        *("linear", "float32_weights", "weights and inputs with all 24 bits of a float32, which no 16-bit format keeps"),
+        *("float64", "float32"),
+        x=Floats((T, D), bits=24),
+        weight=Floats((D, D), -3, bits=24),
+    )
+    weight = (Floats((24, 64), -3).draw("L1/linear_bfloat16") * np.float32(2.0**-6)).view(np.uint32) >> np.uint32(16)
+    purpose = "a stored weight is widened by 16 bits, exactly"
+    yield _l1("linear_bfloat16", "stored", purpose, x=Floats((T, 64)), weight=weight.astype(np.uint16))
+    x = Floats((T, 40))
+    scale = np.ldexp(np.float32(1), np.arange(40, dtype=np.int32) % 7 - 9).astype(np.float32)
+    purpose = "the scale is a row's own: a square weight shows one that is taken for a column's"
+    yield _l1("linear_int8", "rows", purpose, x=x, weight=Integers((40, 40), -127, 128, "int8"), scale=scale)
+    purpose = "the scale is a group's own, and a group's 32 numbers lie together"
+    scale = Floats((24, 3), -7)
+    yield _l1("linear_groups", "groups", purpose, x=Floats((T, 96)), weight=Integers((24, 96), -127, 128, "int8"), scale=scale)
+
+
+def _norms() -> Iterator[Case]:
+    weight = Floats((D,), above=0.0)
+    for name, purpose, x, eps in (
+        ("unit", "the formula, on rows of ordinary size", Floats((T, D)), 1e-5),
+        ("small_rows", "mean(x²) below eps, so that its place inside the root shows", Floats((T, D), -9), 1e-5),
+        ("eps_1e-6", "the eps of LLaMA 1, on rows of its size", Floats((T, D), -10), 1e-6),
+        ("large_eps", "eps as large as mean(x²)", Floats((T, D)), 0.5),
+        (
+            "offset",
+            "numbers far from zero in the mean, which RMSNorm does not subtract",
+            Floats((T, D), -1, 6, above=2.0),
+            1e-5,
+        ),
+        ("one_row", "a single token", Floats((1, D), -8), 1e-5),
+        ("batch", "a batch: every token's mean is its own", Floats((2, 3, D), -2), 1e-5),
+    ):
+        yield _l1("rms_norm", name, purpose, x=x, weight=weight, eps=eps)
+    zero = Floats((3, D), -8).draw("L1/rms_norm/zero_row/x")
+    zero[1] = 0
+    yield _l1("rms_norm", "zero_row", "a row of zeros is zeros, not NaN", x=zero, weight=weight, eps=1e-5)
+
+
+def _softmaxes() -> Iterator[Case]:
+    yield _l1("softmax", "scores", "the formula", x=Floats((3, 4, 7), 1))
+    x = Floats((2, T, T), 1).draw("L1/softmax/masked/x")
+    yield _l1("softmax", "masked", "-inf becomes exactly 0", x=x + _causal(T, T))
+    yield _l1(
+        "softmax", "large", "scores whose exp is infinite, unless the row's maximum is subtracted", x=Floats((2, 4, 9), 7)
+    )
+    x = Floats((3, 8), 1).draw("L1/softmax/rows_apart/x") + np.array([[0], [192], [-192]], np.float32)
+    yield _l1(
+        "softmax", "rows_apart", "rows of very different size: the maximum is each row's own", x=np.round(x).astype(np.float32)
+    )
+    for name, purpose, exponent in (
+        ("gate", "the formula", 1),
+        ("large", "exp(-x) and exp(x) are infinite, and silu is not", 8),
+        ("small", "near zero silu is x/2", -6),
+    ):
+        yield _l1("silu", name, purpose, x=Floats((T, F), exponent))
+        up = Floats((T, F))
+        yield _l1("swiglu", name, f"{purpose}; which of the two is gated", gate=Floats((T, F), exponent), up=up)
+
+
+def _ropes() -> Iterator[Case]:
+    for name, (purpose, head_dim, theta, scaling) in ROPES.items():
+        yield _l1("rope_frequencies", name, purpose, head_dim=head_dim, theta=theta, scaling=scaling)
+    for name, purpose, positions in (
+        ("short", "a prompt's positions, counted from 0", _positions(0, 1, 2, 3, 4, 5)),
+        ("long", "positions past 8192 and up to 131071", _positions(*LONG)),
+        ("batch", "a position for each token of a batch", _positions([0, 1, 2], [100, 101, 102])),
+    ):
+        yield _l1("rope_rotation", name, purpose, positions=positions, frequencies=DYADIC)
+    halves = ("rope", "adjacent pairs, x[2j] with x[2j + 1]"), ("rope_half_split", "halves, x[j] with x[j + K/2]")
+    for operation, what in halves:
+        for name, purpose, rows in (
+            ("queries", f"which numbers are a pair: {what}", (T, H, K)),
+            ("one_token", "a single token, as in decode", (1, G, K)),
+            ("batch", "a batch, each sequence with its own angles", (2, 3, G, 8)),
+        ):
+            angles = Floats((*rows[:-2], 1, rows[-1] // 2), -1)
+            yield _l1(operation, name, purpose, x=Floats(rows), cos=angles, sin=angles)
+    for name, purpose, where, theta, scaling in (
+        ("prompt", "frequencies, angles and rotation at once", list(range(T)), 10000.0, None),
+        ("decode", "a single token at a position that is not 0", [37], 500000.0, None),
+        ("scaled_8", "Llama 3.1's scaling, at positions up to 8192", [0, 3, 500, 4096, 8192], 500000.0, LLAMA_3_1),
+        ("scaled_32", "Llama 3.2's scaling, at positions up to 8192", [0, 3, 500, 4096, 8192], 500000.0, LLAMA_3_2),
+    ):
+        x = Floats((len(where), G, 64))
+        yield _l1("rope_at", name, purpose, x=x, positions=_positions(*where), theta=theta, scaling=scaling)
+
+
+def _attentions() -> Iterator[Case]:
+    padding = [PADDING, PADDING, 0, 1, 2]
+    own: list[tuple[str, str, list[Any], list[Any]]] = [
+        ("prompt", "a prompt: each token sees itself and those before it", list(range(T)), list(range(T))),
+        ("decode", "a single token after six others sees them all", [6], list(range(7))),
+        ("chunk", "three tokens after four others: a triangle that starts in the middle", [4, 5, 6], list(range(7))),
+        ("padding", "slots of padding hold a position that no query reaches", [0, 1, 2], padding),
+        (
+            "batch",
+            "a sequence padded on the left next to one that is not",
+            [[0, 1, 2], [3, 4, 5]],
+            [[*padding, 3], [*range(6)]],
+        ),
+    ]
+    for name, purpose, queries, slots in own:
+        rows = {"query_positions": _positions(*queries), "slot_positions": _positions(*slots)}
+        yield _l1("causal_mask", name, purpose, **rows)
+    for group, heads, shared in ((1, 4, 4), (3, 6, 2), (8, 8, 1), (2, 8, 4)):
+        purpose = f"H/G = {group}: which key head a query head uses, and the scale 1/sqrt(K)"
+        q, keys = Floats((T, heads, 8)), Floats((shared, T, 8))
+        yield _l1("attention_scores", f"shared_by_{group}", purpose, q=q, keys=keys, mask=_causal(T, T))
+        purpose = f"H/G = {group}: which value head a query head uses"
+        weights = Floats((heads, T, T), -2, 6, above=0.75)
+        yield _l1("attention_heads", f"shared_by_{group}", purpose, weights=weights, values=Floats((shared, T, 8)))
+    q, keys = Floats((1, H, K)), Floats((G, 9, K))
+    yield _l1("attention_scores", "decode", "a single query and nine keys", q=q, keys=keys, mask=_causal(1, 9))
+    mask = Floats((1, T, T), 1)
+    purpose = "a mask of other numbers is added after the scale"
+    yield _l1("attention_scores", "finite_mask", purpose, q=Floats((T, H, K)), keys=Floats((G, T, K)), mask=mask)
+    q, keys, padded = Floats((2, 3, H, K)), Floats((2, G, 3, K)), np.stack([_causal(3, 3), _causal(3, 3)])
+    padded[1, :, :, 0] = -np.inf
+    padded[1, :, 0, 0] = 0
+    yield _l1(
+        "attention_scores", "padded_batch", "the mask that is given, which also hides padding", q=q, keys=keys, mask=padded
+    )
+    weights, values = Floats((H, 1, 9), -2, 6, above=0.75), Floats((G, 9, K))
+    yield _l1("attention_heads", "decode", "a single query and nine values", weights=weights, values=values)
+
+
+def _roundings() -> Iterator[Case]:
+    bits = np.array([0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF, 0xBF808000, 0x3FFF8000, 0x7F7F7FFF, 0x00008000], np.uint32)
+    bits = np.concatenate([bits, np.array([0x00018000, 0x00008001, 0x80000001, 0x7F7FFFFF, 0x00000000], np.uint32)])
+    purpose = "ties, subnormals, a carry into the exponent, and what rounds to infinity"
+    yield _l1("round_bfloat16", "edges", purpose, x=bits.view(np.float32))
+    yield _l1("round_bfloat16", "numbers", "numbers with all bits of a float32", x=Floats((64,), bits=24))
+    edges = [1 + 2**-11, 1 + 3 * 2**-11, 1 + 2**-11 + 2**-20, 65504.0, 65519.0, 65520.0, 2**-14, 2**-24, 2**-25, 3 * 2**-25]
+    edges += [2**-15 + 2**-25, 2**-15 + 3 * 2**-25, -(2**-14) + 2**-25, 0.0]
+    yield _l1("round_float16", "edges", purpose, x=np.array(edges, np.float32))
+    yield _l1("round_float16", "numbers", "numbers with all bits of a float32", x=Floats((64,), bits=24))
+
+
+@functools.cache
+def cases() -> dict[str, Case]:
+    """Return every case by its path, in the order of the levels."""
+    made = [case for level in (_linears, _norms, _softmaxes, _ropes, _attentions, _roundings) for case in level()]
+    made.sort(key=lambda case: (case.level, [*L1].index(case.operation.name)))
+    return {case.path: case for case in made}

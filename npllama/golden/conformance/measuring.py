@@ -1,0 +1,194 @@
+"""What the suite records of each case: its tolerances, and which mistakes it catches.
+
+A case is computed exactly, in float64, and in each profile in several ways that are all right: with sums in two orders, one
+number after the other and as BLAS does it, and with the roundings of either convention. The largest distance from the exact
+numbers, or one rounding of the largest number if that is more, is the noise floor. The operation's own condition is how far the
+exact numbers move when each input does by one rounding in float32, in which all profiles but float64 sum. The tolerance is the
+condition plus the floor times the limit that `npllama compare` has for one operation of that precision or for several:
+golden/compare/noise.py says where these limits are from.
+
+What is measured is recorded in recorded.json, by tests/record_conformance.py, so that a case is the same bytes everywhere.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ... import model
+from ...engine.weights import Weight, widen
+from ...scope import Ops
+from ..compare.metrics import unit_roundoff
+from ..compare.noise import LIMITS
+from ..mistakes import MISTAKES, Mistake
+from ..precision import PARTS, Precision, profile
+from .cases import Case
+from .judging import Tolerance, difference, problem
+from .numbers import words
+from .operations import DoesNotApply, Outputs, Program
+
+# A profile of the suite, and the precisions that a port of it may follow.
+PROFILES: dict[str, tuple[str, ...]] = {
+    "float64": ("float64",),
+    "float32": ("float32",),
+    "bfloat16": ("bfloat16", "bfloat16-hf"),
+    "float16": ("float16", "float16-hf"),
+    "float16-cache": ("float16-cache",),
+    "int8-activations": tuple(f"int8-activations{size}{more}" for size in ("", "-256") for more in ("", "+float16-cache")),
+}
+MARGIN = 2  # times the tolerance: a mistake that is further off than this counts as caught, on any machine
+DRAWS = 4  # of the directions in which the inputs move
+EXACT = Program(Precision("float64"))
+
+
+def in_sequence(made: Ops) -> Ops:
+    """Sum one number after the other, as a plain loop does."""
+
+    def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+        mean_square = np.cumsum(x * x, axis=-1)[..., -1:] / np.asarray(x.shape[-1], x.dtype)
+        return x / np.sqrt(mean_square + eps) * weight
+
+    def softmax(x: np.ndarray) -> np.ndarray:
+        y = np.exp(x - np.max(x, axis=-1, keepdims=True))
+        return y / np.cumsum(y, axis=-1)[..., -1:]
+
+    def linear(x: np.ndarray, weight: Weight) -> np.ndarray:
+        return np.cumsum(x[..., None, :] * widen(weight), axis=-1, dtype=x.dtype)[..., -1]
+
+    def attention_scores(q: np.ndarray, keys: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        keys = np.repeat(keys, q.shape[-2] // keys.shape[-3], axis=-3)  # [..., H, S, K]
+        products = np.cumsum(q.swapaxes(-2, -3)[..., None, :] * keys[..., None, :, :], axis=-1)[..., -1]
+        return products / np.asarray(q.shape[-1], q.dtype) ** np.asarray(0.5, q.dtype) + mask
+
+    def attention_heads(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
+        values = np.repeat(values, weights.shape[-3] // values.shape[-3], axis=-3)  # [..., H, S, K]
+        return np.cumsum(weights[..., None] * values[..., None, :, :], axis=-2)[..., -1, :].swapaxes(-2, -3)
+
+    return replace(
+        made,
+        rms_norm=rms_norm,
+        softmax=softmax,
+        linear=linear,
+        linears=lambda x, *weights: [linear(x, weight) for weight in weights],
+        attention_scores=attention_scores,
+        attention_heads=attention_heads,
+    )
+
+
+class InSequence(Precision):
+    """Float32, with parts or without, whose sums are those of a plain loop."""
+
+    @functools.cached_property
+    def ops(self) -> Ops:
+        """The operations."""
+        made = in_sequence(model.PLAIN)
+        for part in self.parts:
+            made = PARTS[part](made)
+        return made
+
+
+def programs(name: str) -> Iterator[Program]:
+    """Return the right programs of a profile."""
+    for precision in map(profile, PROFILES[name]):
+        yield Program(precision)
+        if precision.name == "float32":
+            yield Program(InSequence("float32", parts=precision.parts))
+
+
+def moved(case: Case, unit: float, text: str) -> Case:
+    """Return the case with inputs that are off by one rounding, up or down."""
+    arguments = dict(case.arguments)
+    for name, x in case.arrays.items():
+        if x.dtype == np.float32:
+            up = (words(f"{text}/{name}", x.size) >> np.uint64(63)).astype(np.int64).reshape(x.shape)
+            with np.errstate(invalid="ignore"):  # an infinite number stays what it is
+                arguments[name] = x.astype(np.float64) * (1 + unit * (2 * up - 1))
+    return replace(case, arguments=arguments)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is recorded of a case: output -> profile -> tolerance, and the names of the mistakes that it catches in float32."""
+
+    tolerances: dict[str, dict[str, Tolerance]]
+    catches: tuple[str, ...]
+
+
+def exact(case: Case) -> Outputs:
+    """Return the expected outputs.    float64"""
+    return {name: x.astype(np.float64) for name, x in case.run(EXACT).items()}
+
+
+def tolerances(case: Case, name: str) -> dict[str, Tolerance] | None:
+    """Measure a profile's tolerances; None where the case's numbers are not finite in it."""
+    expected, relative = exact(case), case.operation.relative
+    limits = LIMITS[PROFILES[name][0]] if name in LIMITS else LIMITS["float16"]
+    limit = limits.one if case.level == "L1" else limits.several
+    computed, scale = name, 1.0
+    if name == "float64":  # there is nothing better to hold it against, but both round alike
+        computed, scale = "float32", unit_roundoff("float64") / unit_roundoff("float32")
+    results = [case.run(program) for program in programs(computed)]
+    draws = [] if case.operation.exact else [f"{case.path}/{draw}" for draw in range(DRAWS)]
+    moves = [moved(case, unit_roundoff("float32"), draw).run(EXACT) for draw in draws]
+    least = {} if name in ("float64", "float32") else tolerances(case, "float32") or {}
+    unit = (
+        0.0 if case.operation.exact else unit_roundoff(computed if case.operation.rounded and computed in LIMITS else "float32")
+    )
+    found = {}
+    for output, y in expected.items():
+        if any(not np.array_equal(np.isfinite(result[output]), np.isfinite(y)) for result in results):
+            return None
+        apart = [difference(result[output].astype(np.float64), y, relative) for result in results]
+        condition = [difference(result[output], y, relative) for result in moves]
+        finite = y[np.isfinite(y)]
+        sizes = (1.0, 1.0) if relative else (float(np.max(np.abs(finite), initial=0)), float(np.sqrt(np.mean(finite**2))))
+        rounded = []
+        for norm, size in zip(("max", "rms"), sizes, strict=True):
+            floor = max(unit * size, *(getattr(d, norm) for d in apart))
+            rounded.append(_two_digits(scale * (limit * floor + max((getattr(d, norm) for d in condition), default=0.0))))
+        low = least.get(output, Tolerance(0, 0))
+        found[output] = Tolerance(max(rounded[0], low.max), max(rounded[1], low.rms), relative)
+    return found
+
+
+def _two_digits(x: float) -> float:
+    """Round up, so that what another machine measures is the same number in nearly every case."""
+    return float(f"{1.05 * x:.1e}")
+
+
+def wrong(case: Case, mistake: Mistake, precision: Precision) -> Outputs | None:
+    """Return what a program with a mistake computes; None if it stops with an error.
+
+    Raises DoesNotApply where the case has nothing that the mistake changes.
+    """
+    try:
+        return case.run(Program(precision, mistake))
+    except DoesNotApply:
+        raise
+    except (ValueError, IndexError):
+        return None
+
+
+def caught(case: Case, mistake: Mistake, limits: dict[str, Tolerance], precision: Precision, expected: Outputs) -> bool:
+    """Tell whether the case fails for a program that makes this mistake."""
+    try:
+        found = wrong(case, mistake, precision)
+    except DoesNotApply:
+        return False
+    return found is None or any(problem(found[name], y, limits[name]) for name, y in expected.items())
+
+
+def measure(case: Case) -> Measured:
+    """Measure what is recorded."""
+    found = {name: tolerances(case, name) for name in PROFILES if not case.profiles or name in case.profiles}
+    expected, precision = exact(case), Precision("float32")
+    limits = found["float32"]
+    if limits is None:
+        raise ValueError(f"{case.path}: its numbers are not finite in float32")
+    wider = {name: replace(limit, max=MARGIN * limit.max, rms=MARGIN * limit.rms) for name, limit in limits.items()}
+    catches = tuple(name for name, m in MISTAKES.items() if caught(case, m, wider, precision, expected))
+    by_output = {output: {name: found_in[output] for name, found_in in found.items() if found_in} for output in expected}
+    return Measured(by_output, catches)

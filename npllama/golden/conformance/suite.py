@@ -1,0 +1,335 @@
+"""The suite as files: one folder per case, plain arrays, and a case.json that says all there is to know."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...checkpoint.atomic import new_folder, not_ours
+from ...checkpoint.foreign import (
+    LONG_LIMIT,
+    file_size,
+    is_shape,
+    parse_json,
+    read_bytes,
+    read_json,
+    read_npy,
+    read_safetensors,
+)
+from ...engine.weights import widen
+from ...errors import NpllamaError, shown
+from ..mistakes import MISTAKES
+from .cases import Case, cases
+from .judging import Tolerance
+from .measuring import PROFILES, Measured, exact
+
+FORMAT, VERSION = "npllama conformance 1", 1
+FORMATS = ("raw", "npy", "safetensors")
+RECORDED = Path(__file__).with_name("recorded.json")
+RAW = {  # dtype -> how the file of bare numbers ends
+    "float32": "f32",
+    "float64": "f64",
+    "float16": "f16",
+    "int64": "i64",
+    "int8": "i8",
+    "uint16": "u16",
+}
+SAFETENSORS = {"float32": "F32", "float64": "F64", "float16": "F16", "int64": "I64", "int8": "I8", "uint16": "BF16"}
+
+
+class SuiteError(NpllamaError):
+    """The suite's files, or a port's results, can't be used."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a port's results of one case are held against.
+
+    outputs     name -> float64
+    tolerances  output -> profile -> tolerance
+    catches     name of a mistake -> its sentence
+    """
+
+    path: str
+    operation: str
+    purpose: str
+    outputs: dict[str, np.ndarray]
+    tolerances: dict[str, dict[str, Tolerance]]
+    catches: dict[str, str]
+
+    @property
+    def level(self) -> str:
+        """L1 of L1/rms_norm/unit."""
+        return self.path.partition("/")[0]
+
+    def is_for(self, profile: str) -> bool:
+        """Tell whether the profile can compute it."""
+        return all(profile in tolerances for tolerances in self.tolerances.values())
+
+
+@functools.cache
+def recorded() -> dict[str, Measured]:
+    """Return what is recorded of each case."""
+    found: Any = parse_json(read_bytes(RECORDED, LONG_LIMIT, SuiteError))["cases"]
+    return {path: Measured(_tolerances(entry["tolerances"]), tuple(entry["catches"])) for path, entry in found.items()}
+
+
+def _tolerances(found: Any) -> dict[str, dict[str, Tolerance]]:
+    return {
+        output: {profile: Tolerance(**numbers) for profile, numbers in of_output.items()} for output, of_output in found.items()
+    }
+
+
+def levels_of(text: str | None) -> tuple[str, ...]:
+    """Return the levels that `L0,L1` names, all for None. Raises SuiteError."""
+    known = tuple(sorted({case.level for case in cases().values()}))
+    if text is None:
+        return known
+    levels = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    if unknown := [level for level in levels if level not in known]:
+        raise SuiteError(f"level is {shown(unknown[0])}, expected {', '.join(known)}, or several with commas between them")
+    return levels
+
+
+@functools.cache
+def expected(path: str) -> Expected:
+    """Return what npllama expects of a case."""
+    case, measured = cases()[path], recorded()[path]
+    catches = {name: MISTAKES[name].sentence for name in measured.catches}
+    return Expected(path, case.operation.name, case.purpose, exact(case), measured.tolerances, catches)
+
+
+def built_in(levels: Collection[str] | None = None) -> list[Expected]:
+    """Return the suite of this version, computed and not read."""
+    return [expected(path) for path, case in cases().items() if levels is None or case.level in levels]
+
+
+# ---------------------------------------------------------------------------------------------------------------------- export
+
+
+def export(out: Path | str, levels: Collection[str] | None = None, storage: str = "raw", force: bool = False) -> dict[str, str]:
+    """Write the suite to a new folder, and return its files with their sha256. Raises ValueError."""
+    if storage not in FORMATS:
+        raise SuiteError(f"format is {shown(storage)}, expected {', '.join(FORMATS)}")
+    chosen = [case for case in cases().values() if levels is None or case.level in levels]
+    files: dict[str, str] = {}
+    with new_folder(out, force, _why_not_ours) as folder:
+        for path, data in _files(chosen, storage):
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_bytes(data)
+            files[path] = hashlib.sha256(data).hexdigest()
+        (folder / "suite.json").write_bytes(_as_json(_contents(chosen, storage, files)))
+    return files
+
+
+def _why_not_ours(path: Path) -> str | None:
+    try:
+        files = _read_contents(path)["files"]
+    except SuiteError as error:
+        return str(error)
+    return not_ours(path, {"suite.json", *files}) if isinstance(files, dict) else "its suite.json lists no files"
+
+
+def _files(chosen: list[Case], storage: str) -> Iterator[tuple[str, bytes]]:
+    for case in chosen:
+        for kind, arrays in (("inputs", case.arrays), ("outputs", expected(case.path).outputs)):
+            for file, data in _stored(kind, arrays, storage).items():
+                yield f"{case.path}/{file}", data
+        yield f"{case.path}/case.json", _as_json(_described(case, storage))
+    for level in sorted({case.level for case in chosen}):
+        lines = [f"{case.path} {case.operation.name}\n" for case in chosen if case.level == level]
+        yield f"{level}.txt", "".join(lines).encode()
+    yield "README.md", README.encode()
+
+
+def _stored(kind: str, arrays: Mapping[str, np.ndarray], storage: str) -> dict[str, bytes]:
+    """Return the files of a case's inputs or outputs, and their content."""
+    if storage == "safetensors":
+        return {f"{kind}.safetensors": safetensors(arrays)} if arrays else {}
+    return {
+        _file_of(kind, name, x.dtype.name, storage): npy(x) if storage == "npy" else little(x) for name, x in arrays.items()
+    }
+
+
+def _file_of(kind: str, name: str, dtype: str, storage: str) -> str:
+    return {"npy": f"{name}.npy", "safetensors": f"{kind}.safetensors", "raw": f"{name}.{RAW[dtype]}"}[storage]
+
+
+def little(x: np.ndarray) -> bytes:
+    """Return an array's numbers, in C order and little-endian."""
+    return x.astype(x.dtype.newbyteorder("<")).tobytes()
+
+
+def npy(x: np.ndarray) -> bytes:
+    """Return an .npy file, version 1, with a header of 128 bytes."""
+    descr = np.lib.format.dtype_to_descr(x.dtype.newbyteorder("<"))
+    header = f"{{'descr': {descr!r}, 'fortran_order': False, 'shape': {x.shape!r}, }}"
+    return b"\x93NUMPY\x01\x00\x76\x00" + header.ljust(117).encode() + b"\n" + little(x)
+
+
+def safetensors(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """Return a .safetensors file; what is uint16 is bfloat16."""
+    header: dict[str, object] = {}
+    data, at = [], 0
+    for name, x in arrays.items():
+        data.append(little(x))
+        header[name] = {"dtype": SAFETENSORS[x.dtype.name], "shape": list(x.shape), "data_offsets": [at, at + len(data[-1])]}
+        at += len(data[-1])
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + b"".join(data)
+
+
+def _described(case: Case, storage: str) -> dict[str, object]:
+    """Return the content of case.json."""
+    held = expected(case.path)
+
+    def facts(kind: str, name: str, x: np.ndarray) -> dict[str, object]:
+        return {"dtype": x.dtype.name, "shape": list(x.shape), "file": _file_of(kind, name, x.dtype.name, storage)}
+
+    return {
+        "case": case.path,
+        "operation": case.operation.name,
+        "signature": case.operation.signature,
+        "purpose": case.purpose,
+        "formula": case.operation.text,
+        "inputs": {name: facts("inputs", name, x) for name, x in case.arrays.items()},
+        "constants": case.constants,
+        "outputs": {
+            name: facts("outputs", name, x)
+            | {"tolerance": {profile: _plain(tolerance) for profile, tolerance in held.tolerances[name].items()}}
+            for name, x in held.outputs.items()
+        },
+        "catches": held.catches,
+        "inputs_sha256": case.sha256(),
+    }
+
+
+def _plain(tolerance: Tolerance) -> dict[str, object]:
+    return {key: value for key, value in asdict(tolerance).items() if value is not False}
+
+
+def _contents(chosen: list[Case], storage: str, files: dict[str, str]) -> dict[str, object]:
+    inputs = hashlib.sha256("".join(f"{case.path} {case.sha256()}\n" for case in chosen).encode()).hexdigest()
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "storage": storage,
+        "profiles": {name: list(precisions) for name, precisions in PROFILES.items()},
+        "cases": [case.path for case in chosen],
+        "inputs_sha256": inputs,  # equal on every machine; expected values differ in their last bits
+        "files": files,
+    }
+
+
+def _as_json(value: object) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+# ------------------------------------------------------------------------------------------------------------------------ read
+
+
+def _read_contents(folder: Path) -> dict[str, Any]:
+    contents = read_json(folder / "suite.json", SuiteError, LONG_LIMIT)
+    if contents.get("format") != FORMAT:
+        raise SuiteError(f"{folder / 'suite.json'}: format is {shown(contents.get('format'))}, expected {FORMAT!r}")
+    return contents
+
+
+def read_suite(folder: Path | str, levels: Collection[str] | None = None) -> list[Expected]:
+    """Read an exported suite; every file is held against its sha256. Raises SuiteError."""
+    folder = Path(folder)
+    contents = _read_contents(folder)
+    paths, files = contents.get("cases"), contents.get("files")
+    if not isinstance(paths, list) or not isinstance(files, dict) or not all(isinstance(path, str) for path in paths):
+        raise SuiteError(f"{folder / 'suite.json'}: expected a list of cases and the sha256 of each file")
+    for file, sha256 in files.items():
+        if Path(file).is_absolute() or ".." in Path(file).parts:
+            raise SuiteError(f"{folder / 'suite.json'} names {shown(file)}, expected files inside the folder")
+        if hashlib.sha256(read_bytes(folder / file, LONG_LIMIT, SuiteError)).hexdigest() != sha256:
+            raise SuiteError(f"{folder / file} does not match its sha256 in suite.json")
+    chosen = [path for path in paths if levels is None or path.partition("/")[0] in levels]
+    for path in chosen:
+        if f"{path}/case.json" not in files:
+            raise SuiteError(f"{folder / 'suite.json'} has the case {shown(path)} without its case.json")
+    return [_read_case(folder, path) for path in chosen]
+
+
+def _read_case(folder: Path, path: str) -> Expected:
+    file = folder / path / "case.json"
+    content: Any = read_json(file, SuiteError)
+    try:
+        shapes = {name: tuple(facts["shape"]) for name, facts in content["outputs"].items()}
+        tolerances = _tolerances({name: facts["tolerance"] for name, facts in content["outputs"].items()})
+        if not all(is_shape(list(shape)) for shape in shapes.values()):
+            raise ValueError("a shape is not one")
+        held = (content["operation"], content["purpose"])
+        catches = dict(content["catches"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise SuiteError(f"{file}: not a case of {FORMAT!r}: {type(error).__name__} {error}") from None
+    outputs = {}
+    for name, shape in shapes.items():
+        found = read_array(folder / path, name, shape)
+        if found is None:
+            raise SuiteError(f"{file}: there is no array of its output {shown(name)}")
+        outputs[name] = found.astype(np.float64)
+    return Expected(path, *held, outputs, tolerances, catches)
+
+
+def read_array(folder: Path, name: str, shape: tuple[int, ...]) -> np.ndarray | None:
+    """Read an output of a case, in whichever form it is there; None if in none. Raises SuiteError.
+
+    NAME.npy; NAME.f32 or NAME.f64, bare little-endian numbers of the expected shape; or outputs.safetensors. What is uint16 is
+    bfloat16.
+    """
+    if (folder / f"{name}.npy").exists():
+        x = read_npy(folder / f"{name}.npy", SuiteError)
+        return widen(x) if x.dtype == np.uint16 else x
+    for ending, dtype in (("f32", "<f4"), ("f64", "<f8")):
+        file = folder / f"{name}.{ending}"
+        if file.exists():
+            size, needed = file_size(file, SuiteError), np.dtype(dtype).itemsize * math.prod(shape)
+            if size != needed:
+                raise SuiteError(f"{file}: {size} bytes, expected {needed} for shape {list(shape)}")
+            return np.frombuffer(read_bytes(file, LONG_LIMIT, SuiteError), dtype).reshape(shape)
+    if (folder / "outputs.safetensors").exists():
+        found = read_safetensors(folder / "outputs.safetensors", SuiteError)
+        if name in found:
+            return widen(found[name]) if found[name].dtype == np.uint16 else found[name]
+    return None
+
+
+README = """\
+# Conformance vectors for Llama
+
+Inputs, constants and expected outputs of every operation of a Llama model, for implementations in any language.
+
+- `L1.txt` lists the cases of level L1, one a line: the case's folder and its operation. Each level has such a file.
+- A folder holds `case.json` and its arrays. `case.json` has the formula, the shapes, the constants, for each output the
+  tolerance in each profile, what the case is there to catch, and the mistakes that it does catch.
+- `x.f32` holds bare little-endian numbers in C order, float32; `.f64` float64, `.i64` int64, `.i8` int8, `.u16` the bits of
+  bfloat16. Inputs are exact in float32, float16 and bfloat16 unless the case says otherwise. Expected outputs are float64.
+
+Write your output to another folder under the same path, `RESULTS/L1/rms_norm/unit/y.f32` (or `.f64`, or `y.npy`), then
+
+    npllama conformance check RESULTS --vectors THIS_FOLDER --profile float32
+
+or judge it yourself: with d = |yours - expected| over the finite numbers, its largest must be at most `max` and its root
+mean square at most `rms` of the tolerance of your profile. Where it says `relative`, d is divided by |expected|. An expected
+infinity must be found, and where the expected number is NaN, any is right.
+
+| profile | computes |
+|---|---|
+| float64, float32 | in that |
+| bfloat16, float16 | sums in float32, and rounds each operation's result, as Meta's code does or as Hugging Face's |
+| float16-cache | in float32, keys and values kept in float16 |
+| int8-activations | in float32, what is multiplied by weights rounded to 8 bits in blocks of 32 or 256, as llama.cpp does |
+"""

@@ -1,0 +1,96 @@
+"""The cases: inputs of equal bytes everywhere, each of which catches a mistake, and no mistake that none catches."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+
+from npllama.checkpoint.foreign import read_json
+from npllama.golden.conformance.cases import cases
+from npllama.golden.conformance.measuring import MARGIN, PROFILES, caught, exact, tolerances
+from npllama.golden.conformance.numbers import Floats, Integers, words
+from npllama.golden.conformance.suite import RECORDED, recorded
+from npllama.golden.mistakes import MISTAKES
+from npllama.golden.precision import Precision, round_bfloat16, round_float16
+
+from checksums import weighted_sum
+
+ENTRIES = read_json(RECORDED, ValueError)["cases"]
+
+
+def test_the_generator_is_splitmix64():
+    """As its authors' C code computes it, with a seed of a text's hash."""
+    seed = int.from_bytes(hashlib.sha256(b"x").digest()[:8], "little")
+    expected = []
+    for _ in range(5):
+        seed = (seed + 0x9E3779B97F4A7C15) % 2**64
+        z = seed
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+        expected.append(z ^ (z >> 31))
+    assert words("x", 5).tolist() == expected
+
+
+def test_floats_are_exact_in_every_precision_and_spread_evenly():
+    x = Floats((4000,), 1).draw("x")
+    assert np.array_equal(x, round_bfloat16(x))
+    assert np.array_equal(x, round_float16(x))
+    assert len(set(x.tolist())) == 256
+    assert np.abs(x).max() < 4
+    assert abs(np.mean(x)) < 0.15
+    assert not np.array_equal(x, Floats((4000,), 1).draw("y"))
+    assert set(Integers((500,), -3, 4).draw("x").tolist()) == set(range(-3, 4))
+
+
+def test_every_case_is_recorded():
+    assert list(ENTRIES) == list(cases()), "run tests/record_conformance.py"
+
+
+@pytest.mark.parametrize("path", cases())
+def test_inputs_are_the_recorded_bytes_and_expected_values_the_recorded_numbers(path):
+    case = cases()[path]
+    assert case.sha256() == ENTRIES[path]["inputs"]
+    found = exact(case)
+    assert found.keys() == ENTRIES[path]["sums"].keys()
+    for name, y in found.items():
+        total, size = ENTRIES[path]["sums"][name]
+        assert np.allclose(weighted_sum(y), [total, size], rtol=0, atol=1e-13 * max(1e-300, 2.5 * size))
+
+
+@pytest.mark.parametrize("path", cases())
+def test_inputs_are_exact_in_16_bits_unless_a_case_is_for_others(path):
+    case = cases()[path]
+    if not case.profiles and not case.operation.exact:
+        for x in (x for x in case.arrays.values() if x.dtype == np.float32):
+            assert np.array_equal(x, round_bfloat16(x))
+            assert np.array_equal(x, round_float16(x))
+
+
+@pytest.mark.parametrize("path", cases())
+def test_it_catches_what_is_recorded(path):
+    """With a margin, so that it does on every machine."""
+    case, measured = cases()[path], recorded()[path]
+    assert measured.catches
+    limits = {name: of_output["float32"] for name, of_output in measured.tolerances.items()}
+    expected, precision = exact(case), Precision("float32")
+    missed = [name for name in measured.catches if not caught(case, MISTAKES[name], limits, precision, expected)]
+    assert not missed
+    assert MARGIN > 1
+
+
+@pytest.mark.parametrize("path", list(cases())[::5])
+def test_tolerances_measured_again_are_the_recorded_ones(path):
+    """But for the order in which this machine's BLAS sums, and the last bits of its exp and sine."""
+    for profile in PROFILES:
+        found = tolerances(cases()[path], profile) if not cases()[path].profiles else None
+        for name, tolerance in (found or {}).items():
+            held = recorded()[path].tolerances[name][profile]
+            for norm in ("max", "rms"):
+                a, b = getattr(tolerance, norm), getattr(held, norm)
+                assert a == b == 0 or 0.4 < a / b < 2.5, (profile, name, norm)
+
+
+def test_at_least_60_mistakes_are_caught():
+    assert len({name for measured in recorded().values() for name in measured.catches}) >= 60

@@ -1,0 +1,196 @@
+"""What a port is told: the levels passed, and for each failure the operation, the case, its purpose and the mistake."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from npllama.cli import main
+from npllama.golden.conformance import check, run, run_functions
+from npllama.golden.conformance.cases import cases
+from npllama.golden.conformance.measuring import PROFILES
+from npllama.golden.conformance.report import as_dict, page, text
+from npllama.golden.conformance.suite import export
+from npllama.golden.mistakes import MISTAKES
+
+from commands import fails
+from conformance_ports import npllama_functions, torch_functions
+
+EPS_OUTSIDE = """\
+import numpy as np
+
+def rms_norm(x, weight, eps):
+    return x / (np.sqrt(np.mean(x * x, axis=-1, keepdims=True)) + eps) * weight
+
+def softmax(x):
+    y = np.exp(x - x.max(axis=-1, keepdims=True))
+    return y / y.sum(axis=-1, keepdims=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"), [(name, precision) for name, precisions in PROFILES.items() for precision in precisions]
+)
+def test_our_own_operations_pass_in_every_precision(name, precision):
+    report = run_functions("npllama", npllama_functions(precision), name, ["L1"])
+    assert not report.failures, text(report)
+    left_out = {"linear_bfloat16", "linear_int8"} if name == "float64" else set()
+    assert set(report.missing) == {"rope_half_split", "linear_groups"} | left_out
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", ["float64", "float32"])
+def test_torch_passes(name):
+    import torch
+
+    report = run_functions("torch", torch_functions(torch), name, ["L1"])
+    assert not report.failures, text(report)
+    assert sum(result.passed for result in report.results) > 40
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+def test_half_of_the_mistakes_show_in_16_bits_too(name):
+    """Those of rounding itself, of a few per cent, and of long positions can't."""
+    [case] = [case for case in cases().values() if case.path == "L1/rms_norm/small_rows"]
+    functions = {**npllama_functions(name), "rms_norm": MISTAKES["eps_outside_root"].ops["rms_norm"]}
+    report = run_functions("mine", functions, name)
+    assert case.path in [result.case.path for result in report.failures]
+
+
+def test_a_wrong_function_is_named_with_its_mistake(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(EPS_OUTSIDE)
+    reports = [tmp_path / "report.json", tmp_path / "report.html"]
+    options = [part for path in reports for part in ("--report", str(path))]
+    assert main(["conformance", "run", "--python", str(tmp_path / "mine.py"), "--level", "L1", *options]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("float32: levels passed: none; L1 12 of ")
+    assert any(line.startswith("FAILED L1/rms_norm/small_rows: found ") for line in lines)
+    assert "  it is there to catch: mean(x²) below eps, so that its place inside the root shows" in lines
+    hints = [line for line in lines if line.startswith("  hint: ")]
+    assert set(hints) == {f"  hint: {MISTAKES['eps_outside_root'].sentence}"}
+    assert lines[-1].startswith("not run: embed, linear, ")
+    content = json.loads(reports[0].read_text(encoding="utf-8"))
+    assert not content["passed"]
+    assert {case["result"] for case in content["cases"]} == {"passed", "failed", "not run"}
+    html = reports[1].read_text(encoding="utf-8")
+    assert "eps is added after the square root" in html
+    assert "http" not in html
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "swiglu", "attention_heads", "causal_mask"])
+def test_each_mistake_of_an_operation_is_named(name):
+    """Where several predict the same numbers, all of them are."""
+    for mistake in (m for m in MISTAKES.values() if list(m.ops) == [name] and not m.needs):
+        wrong = mistake.ops[name]
+        if name == "causal_mask":
+            report = run_functions("mine", {name: lambda q, s, wrong=wrong: wrong(q, s, np.float32)})
+        else:
+            report = run_functions("mine", {name: wrong})
+        if mistake.name in ("mask_large_number", "mask_lowest_number"):
+            assert not report.failures, "such numbers mask as -inf does"
+            continue
+        assert report.failures, mistake.name
+        assert any(mistake.sentence in result.hints for result in report.failures), mistake.name
+
+
+def test_results_in_files(tmp_path, capsys):
+    export(tmp_path / "vectors", ["L1"])
+    functions = npllama_functions("float32")
+    for path, case in cases().items():
+        if case.level != "L1" or case.operation.name not in ("softmax", "rope_rotation"):
+            continue
+        (tmp_path / "results" / path).mkdir(parents=True)
+        found = functions[case.operation.name](*case.arguments.values())
+        for name, y in zip(case.operation.outputs, found if isinstance(found, tuple) else (found,), strict=True):
+            y.astype("<f4").tofile(tmp_path / "results" / path / f"{name}.f32")
+    arguments = ["conformance", "check", str(tmp_path / "results"), "--vectors", str(tmp_path / "vectors")]
+    assert main(arguments) == 0
+    assert "0 failed" not in (line := capsys.readouterr().out.splitlines()[0])
+    assert line == f"float32: levels passed: none; L1 7 of {len(cases())} cases run, all of them passed"
+    assert check(tmp_path / "results", levels=["L1"]).exit_status == 0
+    file = tmp_path / "results" / "L1" / "softmax" / "masked" / "y.f32"
+    y = np.fromfile(file, "<f4")
+    y[7] += 1e-4
+    y.tofile(file)
+    assert main(arguments) == 1
+    out = capsys.readouterr().out
+    assert "FAILED L1/softmax/masked: found " in out
+    assert "hint" not in out
+    (tmp_path / "results" / "L1" / "rope_rotation" / "long" / "sin.f32").unlink()
+    assert main(arguments) == 1
+    assert "FAILED L1/rope_rotation/long: there is no output sin" in capsys.readouterr().out
+
+
+def test_all_passed_and_its_page():
+    report = run_functions("npllama", npllama_functions("float32"), levels=["L1"])
+    assert report.exit_status == 0
+    report.results = [result for result in report.results if result.passed]
+    assert report.verdict == "float32: levels passed: L1"
+    assert as_dict(report)["passed"]
+    assert page(report).count('class="bad"') == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("def nothing(): pass", "defines no operation of the suite: expected embed, linear, "),
+        ("def broken(", "SyntaxError"),
+        ("raise RuntimeError('no GPU')", "RuntimeError: no GPU"),
+    ],
+)
+def test_a_file_that_is_unusable(content, words, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(content)
+    assert words in fails(capsys, "conformance", "run", "--python", tmp_path / "mine.py")
+
+
+def test_what_is_unusable(tmp_path, capsys):
+    assert "is missing, expected a folder of results" in fails(capsys, "conformance", "check", tmp_path / "none")
+    assert "holds no result of a case: expected" in fails(capsys, "conformance", "check", tmp_path)
+    (tmp_path / "mine.py").write_text(EPS_OUTSIDE)
+    python = ("conformance", "run", "--python", tmp_path / "mine.py")
+    assert "profile is 'int3', expected float64, float32, " in fails(capsys, *python, "--profile", "int3")
+    assert "report that ends in .json or .html" in fails(capsys, *python, "--report", tmp_path / "x.txt")
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (lambda x: x[0], "its shape is [4, 7], expected [3, 4, 7]"),
+        (lambda x: x / 0, "found inf at [0, 0, 0], expected"),
+        (lambda x: None, "it returned nothing: is there a `return`?"),
+        (lambda x: 1 / 0, "it raised ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_function_that_returns_nonsense_fails(function, words):
+    report = run_functions("mine", {"softmax": function})
+    first = report.failures[0]
+    assert words in first.problem.replace("-inf", "inf")
+
+
+def test_several_outputs_must_be_there_and_not_done_yet_is_not_run():
+    def later(*given):
+        raise NotImplementedError
+
+    report = run_functions("mine", {"rope_rotation": lambda p, f: p, "softmax": later})
+    assert "it returned ndarray, expected 2 arrays: cos, sin" in report.failures[0].problem
+    assert "softmax" in report.missing
+
+
+def test_a_functions_inputs_are_its_own():
+    """One that writes into its arguments spoils no other case."""
+
+    def softmax(x):
+        x -= x.max(axis=-1, keepdims=True)
+        np.exp(x, out=x)
+        x /= x.sum(axis=-1, keepdims=True)
+        return x
+
+    for _ in range(2):
+        assert not run_functions("mine", {"softmax": softmax}).failures
+
+
+def test_the_file_is_run_as_a_script_is(tmp_path):
+    (tmp_path / "mine.py").write_text(EPS_OUTSIDE + "\nclass Thing: pass\nassert __file__\n")
+    assert len(run(tmp_path / "mine.py").failures) == 8

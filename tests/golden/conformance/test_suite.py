@@ -1,0 +1,133 @@
+"""The suite as files: complete, the same bytes each time, small, and refused when a byte is another."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+
+import numpy as np
+import pytest
+
+from npllama.golden.conformance.cases import cases
+from npllama.golden.conformance.suite import FORMATS, VERSION, SuiteError, built_in, export, read_array, read_suite
+
+from commands import fails
+
+
+@pytest.fixture(autouse=True)
+def without_waiting_for_the_disk(quick_conversion):
+    """Hundreds of small files each time."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("conformance") / "vectors"
+    export(path)
+    return path
+
+
+@pytest.mark.parametrize("storage", FORMATS)
+def test_what_is_written_is_what_is_computed(storage, tmp_path):
+    files = export(tmp_path / "v", storage=storage)
+    found = read_suite(tmp_path / "v")
+    assert [case.path for case in found] == list(cases())
+    for mine, theirs in zip(built_in(), found, strict=True):
+        assert theirs.tolerances == mine.tolerances
+        assert theirs.catches == mine.catches
+        for name, y in mine.outputs.items():
+            assert np.array_equal(theirs.outputs[name], y, equal_nan=True)
+    assert export(tmp_path / "v", storage=storage, force=True) == files
+    assert {file.relative_to(tmp_path / "v").as_posix() for file in (tmp_path / "v").rglob("*") if file.is_file()} == {
+        *files,
+        "suite.json",
+    }
+
+
+def test_a_case_is_plain_files(folder):
+    at = folder / "L1" / "rms_norm" / "small_rows"
+    content = json.loads((at / "case.json").read_text(encoding="utf-8"))
+    assert content["signature"] == "rms_norm(x, weight, eps) -> y"
+    assert content["constants"] == {"eps": 1e-5}
+    assert content["inputs"]["x"] == {"dtype": "float32", "shape": [5, 80], "file": "x.f32"}
+    assert content["outputs"]["y"]["tolerance"].keys() >= {"float32", "bfloat16", "float16", "int8-activations"}
+    assert "eps is added after the square root" in content["catches"]["eps_outside_root"]
+    assert "mean(x²)" in content["formula"]
+    x, weight = np.fromfile(at / "x.f32", "<f4").reshape(5, 80), np.fromfile(at / "weight.f32", "<f4")
+    y = x.astype(float) / np.sqrt(np.mean(x.astype(float) ** 2, axis=-1, keepdims=True) + 1e-5) * weight
+    np.testing.assert_allclose(np.fromfile(at / "y.f64", "<f8").reshape(5, 80), y, rtol=1e-13)
+    first = (folder / "L1.txt").read_text().splitlines()[0].split()
+    assert first == ["L1/embed/rows", "embed"]
+
+
+def test_npy_files_open_in_numpy(tmp_path):
+    export(tmp_path / "v", ["L1"], "npy")
+    for case in cases().values():
+        for name, x in case.arrays.items():
+            found = np.load(tmp_path / "v" / case.path / f"{name}.npy", allow_pickle=False)
+            assert found.dtype == x.dtype
+            assert np.array_equal(found, x, equal_nan=x.dtype.kind == "f")
+
+
+def test_safetensors_files_open_in_the_library(tmp_path):
+    library = pytest.importorskip("safetensors.numpy", reason="safetensors is not installed")
+    export(tmp_path / "v", ["L1"], "safetensors")
+    case = cases()["L1/linear_int8/rows"]
+    found = library.load_file(tmp_path / "v" / case.path / "inputs.safetensors")
+    assert all(np.array_equal(found[name], x) and found[name].dtype == x.dtype for name, x in case.arrays.items())
+
+
+def test_all_of_it_is_at_most_5_megabytes(folder):
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= 5_000_000
+
+
+def test_the_inputs_have_one_hash_whatever_the_form(folder, tmp_path):
+    export(tmp_path / "v", storage="npy")
+    mine, theirs = (json.loads((path / "suite.json").read_text()) for path in (folder, tmp_path / "v"))
+    assert mine["inputs_sha256"] == theirs["inputs_sha256"]
+    text = "".join(f"{path} {cases()[path].sha256()}\n" for path in mine["cases"])
+    assert mine["inputs_sha256"] == hashlib.sha256(text.encode()).hexdigest()
+    assert mine["version"] == VERSION
+
+
+def test_a_changed_byte_is_refused(tmp_path):
+    export(tmp_path / "v", ["L1"])
+    file = tmp_path / "v" / "L1" / "softmax" / "large" / "y.f64"
+    data = bytearray(file.read_bytes())
+    data[3] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(SuiteError, match=r"y\.f64 does not match its sha256 in suite\.json"):
+        read_suite(tmp_path / "v")
+
+
+def test_a_folder_that_is_no_suite_is_refused_and_kept(tmp_path, capsys):
+    (tmp_path / "v").mkdir()
+    (tmp_path / "v" / "mine.txt").write_text("mine")
+    assert "suite.json is missing" in fails(capsys, "conformance", "export", tmp_path / "v", "--force")
+    assert (tmp_path / "v" / "mine.txt").exists()
+    (tmp_path / "v" / "suite.json").write_text('{"format": "another"}')
+    with pytest.raises(SuiteError, match="format is 'another', expected 'npllama conformance 1'"):
+        read_suite(tmp_path / "v")
+    (tmp_path / "v" / "suite.json").write_text('{"format": "npllama conformance 1", "cases": ["L1/a"], "files": {}}')
+    with pytest.raises(SuiteError, match=r"has the case 'L1/a' without its case\.json"):
+        read_suite(tmp_path / "v")
+
+
+def test_a_file_outside_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "suite.json").write_text('{"format": "npllama conformance 1", "cases": [], "files": {"../x": "0"}}')
+    with pytest.raises(SuiteError, match=r"names '\.\./x', expected files inside the folder"):
+        read_suite(tmp_path)
+
+
+def test_results_are_read_in_every_form(tmp_path):
+    y = np.array([[1.5, -2.0]])
+    y.astype("<f4").tofile(tmp_path / "a.f32")
+    y.astype("<f8").tofile(tmp_path / "b.f64")
+    np.save(tmp_path / "c.npy", (y.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16))  # bfloat16
+    header = b'{"d":{"dtype":"F32","shape":[1,2],"data_offsets":[0,8]}}'
+    (tmp_path / "outputs.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + y.astype("<f4").tobytes())
+    for name in "abcd":
+        assert np.array_equal(read_array(tmp_path, name, (1, 2)), y), name
+    assert read_array(tmp_path, "e", (1, 2)) is None
+    with pytest.raises(SuiteError, match=r"a\.f32: 8 bytes, expected 12 for shape \[3\]"):
+        read_array(tmp_path, "a", (3,))
