@@ -18,7 +18,9 @@ def add_parser(commands: Commands) -> None:
     p.add_argument("-m", "--model", metavar="MODEL", help="measures noise and single operations (default: the reference's own)")
     p.add_argument("--map", metavar="hf|transformerlens|ggml|FILE", help="how the candidate names and lays out its activations")
     p.add_argument(
-        "--noise", metavar="DIR", help="the noise floor from a trace of the same tokens in the candidate's precision"
+        "--noise",
+        metavar="DIR",
+        help="the noise floor from a trace of the same tokens in the candidate's precision; --map is for it too",
     )
     p.add_argument("--precision", choices=PRECISIONS, help="the candidate's, if not what its files say")
     p.add_argument("--partial", action="store_true", help="compare what both have; else what one side lacks is a failure")

@@ -23,6 +23,7 @@ def add_parser(commands: Commands) -> None:
     add_prompt_options(p, required=False)
     add_model_options(p, computes=False)
     add_trace_options(p, storage=False)
+    p.add_argument("--weights", action="store_true", help="also the weights, in float32, below weights/")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -35,4 +36,5 @@ def run(args: argparse.Namespace) -> None:
         args.model = args.old_model
     model = load(args.model)
     given = args.tokens is not None or args.prompt is not None
-    write_golden(model, prompt_ids(args, model) if given else default_tokens(model.config), **trace_options(args))
+    tokens = prompt_ids(args, model) if given else default_tokens(model.config)
+    write_golden(model, tokens, weights=args.weights, **trace_options(args))

@@ -78,11 +78,26 @@ def add_tokenizer_option(parser: Parser) -> None:
     )
 
 
-def add_prompt_options(parser: Parser, required: bool = True) -> None:
+def add_prompt_options(parser: Parser, required: bool = True, batch: bool = False) -> None:
     """Declare --prompt and --tokens, of which one may be given."""
     group = parser.add_mutually_exclusive_group(required=required)
     group.add_argument("--prompt", metavar="TEXT", help="- reads standard input")
-    group.add_argument("--tokens", type=token_ids, metavar="1,2,3")
+    if batch:
+        group.add_argument("--tokens", action=Batch, nargs="+", type=token_ids, metavar="1,2,3", help=BATCH_HELP)
+    else:
+        group.add_argument("--tokens", type=token_ids, metavar="1,2,3")
+
+
+BATCH_HELP = "several are a batch, the shorter ones padded on the left"
+
+
+class Batch(argparse.Action):
+    """Keeps one sequence as a list of ids, and several as a batch, padded with -1 on the left."""
+
+    def __call__(self, parser: object, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:  # noqa: D102
+        longest = max(map(len, values))
+        batch = [[-1] * (longest - len(ids)) + ids for ids in values]
+        setattr(namespace, self.dest, batch[0] if len(batch) == 1 else batch)
 
 
 def add_trace_options(parser: Parser, storage: bool = True) -> None:

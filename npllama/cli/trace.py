@@ -20,7 +20,7 @@ from .options import (
 def add_parser(commands: Commands) -> None:
     """Declare the command and its options."""
     p = add_command(commands, "trace", run, "write every activation of a pass, one .npy each")
-    add_prompt_options(p)
+    add_prompt_options(p, batch=True)
     add_model_options(p, computes=False)
     p.add_argument("--precision", choices=PRECISIONS, default="float32", help="bfloat16 and float16 are simulated")
     p.add_argument("--convention", choices=CONVENTIONS, help="where 16 bits are rounded: as Meta's code or as Hugging Face's")

@@ -20,8 +20,9 @@ from numpy.typing import ArrayLike
 
 from ..activations import table_of
 from ..checkpoint import Model
-from ..config import Config
+from ..config import Config, parameter_shapes
 from ..engine.memory import size_text
+from ..engine.weights import widen
 from .precision import Precision
 from .trace import (
     EVERYTHING,
@@ -54,10 +55,11 @@ def write_golden(
     selection: Selection = EVERYTHING,
     force: bool = False,
     report: Callable[[str], object] = lambda line: None,
+    weights: bool = False,
 ) -> Trace:
     """Write the golden bundle of a model for a prompt and decode steps; the arguments are those of trace.write_trace().
 
-    The logits are always in it. Raises ValueError.
+    The logits are always in it; `weights` adds the model's, widened to float32. Raises ValueError.
     """
     tokens, _ = checked_run(model.config, tokens, steps)
     selection.check(model.config)
@@ -66,6 +68,8 @@ def write_golden(
     n_activations, n_bytes = trace_size(model.config, tokens, n_steps_of(steps), FLOAT32, selection)
     n_logits = int(np.prod(tokens.shape[:-1])) * (tokens.shape[-1] + n_steps_of(steps)) * model.config.vocab_size
     n_bytes += 4 * n_logits  # these are float64
+    shapes = parameter_shapes(model.config).values() if weights else ()
+    n_bytes += sum(128 + 4 * int(np.prod(shape)) for shape in shapes)
     with new_trace(out, selection, "npy", force, n_bytes) as writer:
         report(f"{n_activations} activations, {size_text(n_bytes)}, to {out}")
         exact = Recording(selection)
@@ -74,9 +78,11 @@ def write_golden(
         for name, x in exact.items():
             stored = x if name.endswith("logits") else x.astype(np.float32)
             writer.add(name, stored, noise={precision: found[name] for precision, found in noise.items()})
+        for name in model.params if weights else ():
+            writer.add_weight(name, widen(model.params[name]))
         facts = model_facts(model) | {"path": None}  # a bundle travels: where the model lay means nothing elsewhere
         writer.describe("npllama", tokens, fed, FLOAT64, facts, notes=NOTES)
-        writer.add_text("README.md", _readme(tokens, fed, facts, model.config))
+        writer.add_text("README.md", _readme(tokens, fed, facts, model.config, weights))
     return read_trace(out)
 
 
@@ -105,7 +111,7 @@ def measure_noise(
     return found
 
 
-def _readme(tokens: np.ndarray, steps: list, facts: dict, config: Config) -> str:
+def _readme(tokens: np.ndarray, steps: list, facts: dict, config: Config, weights: bool) -> str:
     then = (
         f"\nThen, one at a time through the cache, the tokens {json.dumps(steps)}: the folders `step.0/`, `step.1/` ...,\n"
         "where T is 1 and S counts all tokens so far.\n"
@@ -115,11 +121,15 @@ def _readme(tokens: np.ndarray, steps: list, facts: dict, config: Config) -> str
         tokens=json.dumps(tokens.tolist()),
         table="\n".join(f"| {name} | [{axes}] | {formula} | {sentence} |" for name, axes, formula, sentence in table),
         steps=then if steps else "",
+        weights=WEIGHTS if weights else "",
         config="\n".join(f"    {key} = {json.dumps(value)}" for key, value in facts["config"].items()),
         manifest=f"The sha256 of its manifest.json is `{facts['manifest_sha256']}`.\n" if facts["manifest_sha256"] else "",
     )
 
 
+WEIGHTS = """\
+Its weights are in `weights/`, float32, under Meta's names: matrices [out, in] in C order, queries and keys in Meta's order.
+"""
 README = """\
 # Golden activations
 
@@ -131,7 +141,7 @@ The model:
 
 {config}
 
-{manifest}
+{manifest}{weights}
 Everything here was computed in float64 by npllama. `logits.npy` holds float64, all other files float32.
 
 ## The files

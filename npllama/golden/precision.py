@@ -135,6 +135,8 @@ PARTS: dict[str, Callable[[Ops], Ops]] = {
     "float16-cache": float16_cache,
     "int8-activations": functools.partial(rounded_inputs, r=round_q8_0),
     "int8-activations-256": functools.partial(rounded_inputs, r=round_q8_k),
+    "float16-activations": functools.partial(rounded_inputs, r=lambda x: round_float16(x).astype(x.dtype)),
+    "bfloat16-activations": functools.partial(rounded_inputs, r=lambda x: round_bfloat16(x).astype(x.dtype)),
 }
 
 
@@ -258,6 +260,7 @@ class Precision:
         return model.forward(self.params(params), config, tokens, cache, tap, last_only, self.ops)
 
 
+INPUTS = ("-activations", "-activations-256")  # what the names of parts end in that round the inputs of the same products
 PROFILES = (
     "float64",
     "float32",
@@ -270,6 +273,8 @@ PROFILES = (
     "int8-activations+float16-cache",
     "int8-activations-256",
     "int8-activations-256+float16-cache",
+    "float16-activations",
+    "bfloat16-activations",
 )
 
 
@@ -284,6 +289,6 @@ def profile(text: str) -> Precision:
     if first in PARTS:  # of float32
         name, convention, parts = "float32", None, (first, *rest)
     known = name in PRECISIONS and (convention is None or name in ROUND) and len(set(parts)) == len(parts)
-    if not known or not set(parts) <= PARTS.keys() or len([part for part in parts if part.startswith("int8")]) > 1:
+    if not known or not set(parts) <= PARTS.keys() or sum(part.endswith(INPUTS) for part in parts) > 1:
         raise ValueError(f"profile is {text!r}, expected one such as {', '.join(PROFILES)}")
     return Precision(name, convention, parts)

@@ -17,7 +17,7 @@ An activation's name is its file's path without the suffix, with `/` on every sy
 Files are `.npy` (C order, little-endian) of float32, or of float64 when that was computed; simulated or real 16-bit values are
 stored as the float32 numbers they are. In the raw storage they are `.f32`: the bare little-endian float32 numbers in C order.
 
-trace.json, all keys always there:
+trace.json, all keys always there unless it is said:
 
     format       "npllama trace 1"
     source       what computed it: "npllama", "transformers", ...
@@ -30,10 +30,14 @@ trace.json, all keys always there:
     versions     {"npllama": "0.1.0", "numpy": ..., "python": ..., and what else took part}
     selection    {"taps": [GLOB ...] or null, "layers": [int ...] or null}, null for everything
     notes        sentences for people, such as how names or layouts were converted
-    files        other files in the directory: the README.md of a golden bundle
+    files        other files in the directory: the README.md and the weights of a golden bundle
+    profile      optional: what the program is known to round besides, as precision.profile() reads it
+    runtime      optional: how a captured program was set, {"flash_attention": "off", "cache": "f16", ...}
+    weights      only where they are: name -> {"file", "shape", "sha256"}, float32 in .npy
     activations  name -> {"file", "dtype", "shape", "sha256" (of the file's bytes),
                           "min", "max", "mean", "rms" of the finite numbers, null if there are none,
-                          "n_nan", "n_inf", "n_neg_inf"}, in the order of their computation; and "noise" in a golden bundle
+                          "n_nan", "n_inf", "n_neg_inf"}, in the order of their computation; and "noise" in a golden bundle,
+                          "made" where not the program but its capture has made the numbers, and how
 
 A trace is written under a temporary name beside its target and renamed when complete: what opens is whole.
 """
@@ -343,6 +347,7 @@ class TraceWriter:
         self.selection, self.storage = selection, storage
         self.entries: dict[str, dict] = {}
         self.files: list[str] = []
+        self.weights: dict[str, dict] = {}
         self.meta: dict[str, object] = {}
 
     def __call__(self, name: str, x: np.ndarray) -> np.ndarray:
@@ -370,6 +375,17 @@ class TraceWriter:
             **facts,
         }
 
+    def add_weight(self, name: str, x: np.ndarray) -> None:
+        """Write a weight as float32 below weights/."""
+        file = f"weights/{name}.npy"
+        (self.folder / file).parent.mkdir(exist_ok=True)
+        stored = np.ascontiguousarray(x, "<f4")
+        with writing(self.folder / file, self.target / file) as out:
+            np.lib.format.write_array_header_1_0(out, np.lib.format.header_data_from_array_1_0(stored))
+            out.write(stored.data)
+        self.files.append(file)
+        self.weights[name] = {"file": file, "shape": list(x.shape), "sha256": sha256(self.folder / file)}
+
     def add_text(self, file: str, text: str) -> None:
         """Write a text for people beside the activations."""
         self._write_text(file, text)
@@ -384,8 +400,9 @@ class TraceWriter:
         model: Mapping[str, object],
         versions: Mapping[str, str] | None = None,
         notes: Iterable[str] = (),
+        **more: object,
     ) -> None:
-        """Say what was run; the keys are trace.json's. Must be called before the trace is complete."""
+        """Say what was run; the keys are trace.json's, optional ones in `more`. Must be called before the trace is complete."""
         from .. import __version__
 
         self.meta = {
@@ -406,11 +423,13 @@ class TraceWriter:
             "selection": {key: value and list(value) for key, value in vars(self.selection).items()},
             "notes": list(notes),
             "files": self.files,
+            **more,
         }
 
     def finish(self) -> None:
         """Write trace.json."""
-        text = json.dumps({**self.meta, "activations": self.entries}, indent=1, allow_nan=False)
+        weights = {"weights": self.weights} if self.weights else {}
+        text = json.dumps({**self.meta, **weights, "activations": self.entries}, indent=1, allow_nan=False)
         self._write_text("trace.json", text + "\n")
 
     def _write_text(self, file: str, text: str) -> None:

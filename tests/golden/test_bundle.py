@@ -166,3 +166,23 @@ def test_a_fresh_run_reproduces_the_embedded_models_bundle(tmp_path):
             now = fresh.meta["activations"][name]["noise"][precision]["rms"]
             # Another processor's BLAS sums in another order, which changes float32's noise up to threefold.
             assert noise["rms"] / 4 <= now <= 4 * noise["rms"], name
+
+
+def test_a_bundle_may_bring_the_weights_in_float32(tmp_path):
+    params = {name: x.astype(np.float16) if x.ndim == 2 else x for name, x in MODEL.params.items()}
+    model = SimpleNamespace(config=CONFIG, params=params, path=None)
+    golden = write_golden(model, TOKENS, tmp_path / "g", weights=True)
+    assert set(golden.meta["weights"]) == set(params)
+    for name, entry in golden.meta["weights"].items():
+        x = np.load(tmp_path / "g" / entry["file"])
+        assert (x.dtype, x.shape, sha256(tmp_path / "g" / entry["file"])) == (
+            np.float32,
+            tuple(entry["shape"]),
+            entry["sha256"],
+        )
+        np.testing.assert_array_equal(x, params[name].astype(np.float32))
+    assert "`weights/`" in (tmp_path / "g" / "README.md").read_text()
+    write_golden(model, TOKENS, tmp_path / "g", force=True)  # they are its own files
+    assert not (tmp_path / "g" / "weights").exists()
+    assert "weights" not in read_trace(tmp_path / "g").meta
+    assert "`weights/`" not in (tmp_path / "g" / "README.md").read_text()

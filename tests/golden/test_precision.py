@@ -196,7 +196,12 @@ def test_a_part_is_float32s_pass_with_rounded_inputs_of_products(part):
     norm, q, k, v, weights = (recorded[f"layers.0.{name}"] for name in (
         "attention_norm", "attention.q_rope", "attention.k_rope", "attention.v", "attention.weights"))  # fmt: skip
     wq, R = PARAMS["layers.0.attention.wq.weight"], CONFIG.n_heads // CONFIG.n_kv_heads
-    of_8_bits = {"int8-activations": round_q8_0, "int8-activations-256": round_q8_k}.get(part, lambda x: x)
+    of_8_bits = {
+        "int8-activations": round_q8_0,
+        "int8-activations-256": round_q8_k,
+        "float16-activations": round_float16,
+        "bfloat16-activations": round_bfloat16,
+    }.get(part, lambda x: x)
     of_16_bits = round_float16 if part == "float16-cache" else lambda x: x
     T = len(norm)
     np.testing.assert_allclose(recorded["layers.0.attention.q"].reshape(T, -1), of_8_bits(norm) @ wq.T, rtol=1e-5, atol=1e-5)

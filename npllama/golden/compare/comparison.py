@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -14,8 +15,8 @@ from ..precision import PRECISIONS, Precision
 from ..trace import checked_run, model_facts, run
 from .hints import hints
 from .inputs import Activations, InputError, read_activations
-from .judging import Aligned, Judged, judge, pair, problem_of
-from .maps import LayoutError, MapError, NameMap, NeedsModel, Rule, arrange, read_map
+from .judging import Aligned, Judged, judge, pair, problem_of, relative_error
+from .maps import LayoutError, MapError, NameMap, NeedsModel, Rule, arrange, fits, read_map
 from .metrics import Metrics, measure, unit_roundoff
 from .names import by_token, dimensions, in_order, place
 from .noise import NoiseFloor, bundled_noise, default_noise, measure_noise, noise_between
@@ -64,6 +65,17 @@ class Comparison:
         return next((row for row in failed if row.metrics or row.problem not in ABSENT), failed[0] if failed else None)
 
     @property
+    def missing(self) -> list[Row]:
+        """What only one side has."""
+        return [row for row in self.rows if row.problem in ABSENT]
+
+    def is_culprit(self, row: Row) -> bool:
+        """Whether a failed row is wrong by itself, as far as is known, and doesn't only follow from those before it."""
+        if row.passed or row.problem in ABSENT:
+            return False
+        return row is self.first or bool(row.local and not row.local.passed)
+
+    @property
     def wrong_by_themselves(self) -> list[str]:
         """The activations whose operation is wrong even on the candidate's own inputs."""
         return [row.name for row in self.rows if row.local and not row.local.passed]
@@ -83,7 +95,8 @@ class Comparison:
                 names = f"{theirs[0]} in the reference, {ours[0]} in the candidate"
                 return f"different: no name in common ({names}): is a --map missing?"
             others = sum(r.problem == row.problem for r in self.rows) - 1
-            return f"different: {row.name} is {row.problem}" + (f", and {others} more" if others else "")
+            sentence = f"incomplete: {row.name} is {row.problem}" + (f", and {others} more" if others else "")
+            return sentence + ("; what both have is equal" if len(self.missing) < len(self.rows) else "")
         if row.judged is None:
             return f"first divergence: {row.name} ({row.problem})"
         shown, kind = row.judged, "relative error"
@@ -133,7 +146,8 @@ def compare(
 
     names      how the candidate's names and layouts become ours: "hf", "transformerlens", "ggml" or a JSON file (maps.py)
     model      measures the noise floor and each operation by itself; by default the one that the reference's trace.json names
-    noise      a trace of the same tokens as the reference's, in the candidate's precision (one of the two in float64)
+    noise      a trace of the same tokens as the reference's, in the candidate's precision (one of the two in float64); its
+               names are ours or the candidate's
     precision  the candidate's, when it isn't what its trace.json says or, without one, what its arrays are stored in
     partial    compare what both sides have; else a name that one side lacks is a failure
     atol, rtol judge by |candidate - reference| <= atol + rtol · |reference| instead of the noise floor
@@ -164,9 +178,12 @@ def compare(
     for side, own in ((reference, list(aligned.candidate)), (candidate, list(candidate))):
         changed = [name for name in own if not side.hash_matches(name)]
         warnings += [f"{side.path}: {name} does not match its sha256 in trace.json" for name in changed]
+        if side.skipped:
+            text = "holds whole numbers" if len(side.skipped) == 1 else f"and {len(side.skipped) - 1} more hold whole numbers"
+            warnings.append(f"{side.path}: {side.skipped[0]} {text}: not compared (bfloat16: as float32)")
 
     tolerance = None if atol is None and rtol is None else (atol or 0.0, rtol or 0.0)
-    floor = _noise_floor(aligned, coarser, noise, reference, tolerance is not None)
+    floor = _noise_floor(aligned, coarser, noise, reference, tolerance is not None, name_map)
     comparison = Comparison(str(reference.path), str(candidate.path), precision, floor, tolerance, rows, assumed, warnings)
     for row in rows:
         if row.name in aligned.candidate:
@@ -253,21 +270,23 @@ def _align(aligned: Aligned, candidate: Activations, name_map: NameMap, partial:
     sources: dict[str, tuple[str, Rule]] = {}
     unknown, skipped = [], []
     for own in candidate:
-        found = name_map.find(own)
+        found = name_map.find_all(own)
         if isinstance(found, str):
             unknown.append(own)
-        elif found is not None:
-            name, rule = found
+        elif found:
+            name, rule = found[0] if len(found) == 1 else _meant(candidate[own], found, reference)
             if name in sources:
                 raise MapError(f"{candidate.path}: both {sources[name][0]} and {own} stand for {name}")
             sources[name] = own, rule
     head_dim = aligned.config.head_dim if aligned.config else dimensions(reference).get("K")
     params = aligned.model.params if aligned.model else None
-    rows, out_of_reach = [], 0
+    rows, out_of_reach, unrecorded = [], 0, 0
     for name in in_order([*reference, *(name for name in sources if name not in reference)]):
         if name not in sources:
             if not name_map.reaches(name):
                 out_of_reach += 1
+            elif not name_map.needs(name):
+                unrecorded += 1
             elif not partial:
                 rows.append(Row(name, ABSENT[0]))
         elif name not in reference:
@@ -291,16 +310,40 @@ def _align(aligned: Aligned, candidate: Activations, name_map: NameMap, partial:
         rows += [Row(own, ABSENT[1]) for own in unknown]
     if out_of_reach:
         warnings.append(f"{out_of_reach} of the reference's activations have no name in the map {name_map.title}: not compared")
+    if unrecorded:
+        text = "of the reference's activations are not in the candidate, which need not record them"
+        warnings.append(f"{unrecorded} {text} (map {name_map.title}): not compared")
     if skipped:
         warnings.append(f"{', '.join(skipped)}: come before a weight, so comparing them needs the model (-m): not compared")
     return rows
+
+
+def _meant(x: np.ndarray, found: list[tuple[str, Rule]], reference: Mapping[str, np.ndarray]) -> tuple[str, Rule]:
+    """Return the activation that an array is of several: the one that its shape fits, or the nearest of these."""
+    at_hand = [(name, rule) for name, rule in found if name in reference]
+    fitting = [(name, rule) for name, rule in at_hand if fits(x.shape, name, rule, reference[name].shape)]
+    if len(fitting) < 2:
+        return (fitting or at_hand or found)[-1]
+
+    def distance(choice: tuple[str, Rule]) -> float:
+        name, rule = choice
+        r = reference[name].astype(np.float64)
+        error = relative_error(arrange(x, name, rule, r, None, None).astype(np.float64), r)
+        return math.inf if math.isnan(error) else error
+
+    return min(fitting, key=distance)
 
 
 # ------------------------------------------------------------------------------------------------------------------ judging
 
 
 def _noise_floor(
-    aligned: Aligned, precision: str, given: NoiseFloor | Path | str | None, reference: Activations, by_tolerance: bool
+    aligned: Aligned,
+    precision: str,
+    given: NoiseFloor | Path | str | None,
+    reference: Activations,
+    by_tolerance: bool,
+    name_map: NameMap,
 ) -> NoiseFloor:
     if isinstance(given, NoiseFloor):
         return given
@@ -313,13 +356,19 @@ def _noise_floor(
     other = read_activations(given)
     if other.meta and reference.meta and any(other.meta[key] != reference.meta[key] for key in ("tokens", "steps")):
         raise InputError(f"{given}: its tokens are not the reference's")
-    if _is_the_candidate(other, aligned):
+    numbers: Mapping[str, np.ndarray] = other
+    if not all(name in reference for name in other):  # named as the candidate's are
+        noisy = Aligned(reference, {}, aligned.config, aligned.model, aligned.tokens, aligned.steps)
+        if bad := next((row for row in _align(noisy, other, name_map, True, []) if row.problem), None):
+            raise InputError(f"{given}: {bad.name}: {bad.problem}")
+        numbers = {name: x for name, x in noisy.candidate.items() if x.shape == reference[name].shape}
+    if _is_the_candidate(numbers, aligned):
         raise InputError(f"{given}: equal to the candidate; a noise trace is another, right program's in the same precision")
-    floor = noise_between(reference, other, precision, str(given))
+    floor = noise_between(reference, numbers, precision, str(given))
     return NoiseFloor(precision, floor.source, floor.accumulated, measured.local if measured else {}, floor.limits)
 
 
-def _is_the_candidate(noise: Activations, aligned: Aligned) -> bool:
+def _is_the_candidate(noise: Mapping[str, np.ndarray], aligned: Aligned) -> bool:
     """Whether each number of the noise trace is the candidate's, so that any mistake would count as noise."""
     shared = [name for name in noise if name in aligned.candidate]
     pairs = [(noise[name], aligned.candidate[name], aligned.reference[name]) for name in shared]

@@ -9,30 +9,34 @@ from collections.abc import Iterable
 from .comparison import Comparison, Row
 from .judging import Judged
 from .names import place
-from .text import in_layers, judged_by, logits_line
+from .text import counts, in_layers, judged_by, logits_lines, status
 
 WIDTH, HEIGHT = 420, 170  # of a panel's plotting area
 LEFT, TOP, BOTTOM = 46, 8, 104  # room for the numbers, and for the names below
 STYLE = """
-:root { color-scheme: light dark; --ink: #1c1f24; --soft: #667; --paper: #fff; --line: #d8dbe0; --bad: #c0262d; --good: #1a7f4b;
-  --error: #2563b8; --floor: #9aa3b0; --panel: #f6f7f9 }
+:root { color-scheme: light dark; --ink: #1c1f24; --soft: #667; --paper: #fff; --line: #d8dbe0; --bad: #c0262d;
+  --after: #a35c00; --good: #1a7f4b; --error: #2563b8; --floor: #9aa3b0; --panel: #f6f7f9 }
 @media (prefers-color-scheme: dark) { :root { --ink: #e4e6ea; --soft: #9aa3b0; --paper: #15171b; --line: #33373f;
-  --bad: #ff6b6b; --good: #4cc38a; --error: #6ea8fe; --floor: #6b7482; --panel: #1d2026 } }
+  --bad: #ff6b6b; --after: #e0a050; --good: #4cc38a; --error: #6ea8fe; --floor: #6b7482; --panel: #1d2026 } }
 body { margin: 0 auto; max-width: 1480px; padding: 1.5rem; background: var(--paper); color: var(--ink);
   font: 15px/1.5 system-ui, sans-serif }
 h1 { font-size: 1.35rem; margin: 0 0 .5rem } h2 { font-size: 1rem; margin: 2rem 0 .5rem }
-.bad { color: var(--bad) } .good { color: var(--good) } .soft { color: var(--soft) }
+.bad { color: var(--bad) } .after { color: var(--after) } .good { color: var(--good) } .soft { color: var(--soft) }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)); gap: .75rem }
 figure { margin: 0; background: var(--panel); border-radius: 8px; padding: .5rem }
 figcaption { font-size: .85rem; padding: 0 .25rem } svg { display: block; width: 100%; height: auto }
 svg text { font: 10px system-ui, sans-serif; fill: var(--soft) } svg .name-bad { fill: var(--bad) }
+svg .name-after { fill: var(--after) }
 .grid { stroke: var(--line); stroke-width: 1 } .floor { fill: none; stroke: var(--floor); stroke-width: 1.5 }
 .limit { fill: none; stroke: var(--floor); stroke-width: 1; stroke-dasharray: 4 3 }
 .error { fill: none; stroke: var(--error); stroke-width: 1.5 } .dot { fill: var(--error) } .dot-bad { fill: var(--bad) }
+.dot-after { fill: var(--after) }
 .local { fill: none; stroke: var(--error); stroke-width: 1.3 } .local-bad { stroke: var(--bad) }
-.scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .82rem; font-variant-numeric: tabular-nums }
-th, td { padding: .15rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line) }
-th:first-child, td:first-child, th:last-child, td:last-child { text-align: left } tr.failed td { color: var(--bad) }
+.scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .78rem; font-variant-numeric: tabular-nums }
+th, td { padding: .15rem .45rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line) }
+th:first-child, td:first-child, th:last-child, td:last-child { text-align: left }
+th:last-child, td:last-child { white-space: normal; min-width: 6.5rem; position: sticky; right: 0; background: var(--paper) }
+tr.failed td { color: var(--after) } tr.culprit td { color: var(--bad) } tr.missing td { color: var(--soft) }
 """
 HEADINGS = {
     "max_abs": "max abs",
@@ -47,13 +51,11 @@ HEADINGS = {
 
 def page(comparison: Comparison) -> str:
     """The whole page."""
-    first = comparison.first
     parts = [f'<h1 class="{"good" if comparison.equal else "bad"}">{_text(comparison.verdict)}</h1>']
     parts += [f"<p><b>Hint:</b> {_text(hint)}</p>" for hint in comparison.hints]
     if culprits := in_layers(comparison.wrong_by_themselves):
         parts.append(f"<p><b>Wrong by themselves</b>, given the candidate's own inputs: {_text(culprits)}</p>")
-    of_logits = [logits_line(row.name, row.metrics) for row in comparison.rows if row.metrics and row.metrics.kl is not None]
-    parts += [f"<p>{_text(line)}</p>" for line in of_logits[:1]]
+    parts += [f"<p>{_text(line)}</p>" for line in logits_lines(comparison)]
     parts += [f'<p class="bad">Warning: {_text(warning)}</p>' for warning in comparison.warnings]
     parts.append(
         f'<p class="soft">reference {_text(comparison.reference)}<br>candidate {_text(comparison.candidate)} '
@@ -62,12 +64,13 @@ def page(comparison: Comparison) -> str:
     parts.append("<h2>Error against noise</h2>")
     parts.append(
         '<p class="soft">Line and dots: the relative error of the whole computation so far. Rings: of the operation alone, '
-        "given the candidate's own inputs. Grey: the noise floor, dashed the limit. Logarithmic; red is beyond the limit.</p>"
+        "given the candidate's own inputs. Grey: the noise floor, dashed the limit. Logarithmic. "
+        '<span class="bad">Red</span> is wrong by itself, <span class="after">brown</span> follows from what is.</p>'
     )
     parts.append(
         '<div class="panels">' + "".join(_panel(t, rows, comparison) for t, rows in _by_layer(comparison.rows)) + "</div>"
     )
-    parts += ["<h2>All activations</h2>", _table(comparison.rows, first)]
+    parts += [f"<h2>{counts(comparison)}</h2>", _table(comparison)]
     body = "\n".join(parts)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
@@ -118,7 +121,7 @@ def _panel(title: str, rows: list[tuple[Row, Judged]], comparison: Comparison) -
         out.append(_line("limit", [(x(i), y(judged.limit * judged.floor)) for i, (_, judged) in enumerate(rows)]))
     out.append(_line("error", [(x(i), y(judged.error)) for i, (_, judged) in enumerate(rows)]))
     for i, (row, judged) in enumerate(rows):
-        bad = "" if row.passed else "-bad"
+        bad = "" if row.passed else "-bad" if comparison.is_culprit(row) else "-after"
         tip = f"{row.name}: error {judged.error:.2e}, floor {judged.floor:.1e}, {judged.ratio:.3g} times it"
         if row.local:
             tip += f"; alone {row.local.error:.2e}, {row.local.ratio:.3g} times its floor"
@@ -139,13 +142,12 @@ def _line(kind: str, points: list[tuple[float, float]]) -> str:
     return f'<path class="{kind}" d="M{"L".join(f"{x} {y}" for x, y in points)}"/>'
 
 
-def _table(rows: list[Row], first: Row | None) -> str:
+def _table(comparison: Comparison) -> str:
     head = "".join(
         f"<th>{h}</th>" for h in ["activation", *HEADINGS.values(), "error", "floor", "x floor", "local x", "token", ""]
     )
     lines = []
-    for row in rows:
-        status = "ok" if row.passed else row.problem or "different"
+    for row in comparison.rows:
         numbers = [""] * (len(HEADINGS) + 5)
         if row.metrics and row.judged:
             numbers = [f"{getattr(row.metrics, key):.3g}" for key in HEADINGS]
@@ -153,7 +155,9 @@ def _table(rows: list[Row], first: Row | None) -> str:
             judged = row.judged
             local = f"{row.local.ratio:.2g}" if row.local else ""
             numbers += [f"{judged.error:.2e}", f"{judged.floor:.0e}", f"{judged.ratio:.3g}", local, str(judged.token)]
-        mark = ' class="failed"' * (not row.passed)
-        name = f"<b>{_text(row.name)}</b>" if row is first else _text(row.name)
-        lines.append(f"<tr{mark}><td>{name}</td>{''.join(f'<td>{n}</td>' for n in numbers)}<td>{_text(status)}</td></tr>")
+        kind = "missing" if row in comparison.missing else "culprit" if comparison.is_culprit(row) else "failed"
+        mark = f' class="{kind}"' * (not row.passed)
+        name = f"<b>{_text(row.name)}</b>" if row is comparison.first else _text(row.name)
+        last = _text(status(row, comparison))
+        lines.append(f"<tr{mark}><td>{name}</td>{''.join(f'<td>{n}</td>' for n in numbers)}<td>{last}</td></tr>")
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'

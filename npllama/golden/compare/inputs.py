@@ -30,7 +30,7 @@ class Activations(Mapping[str, np.ndarray]):
     """Name -> array, read when it is asked for.
 
     .path; .meta, the content of trace.json if there is one; .precision, which the numbers were computed or stored in;
-    .mixed, what is stored otherwise.
+    .mixed, what is stored otherwise; .skipped, the names of arrays of whole numbers, which are no activations.
     """
 
     def __init__(
@@ -43,8 +43,15 @@ class Activations(Mapping[str, np.ndarray]):
         self.path = path
         self.trace = trace
         self.meta: dict | None = trace.meta if trace else None
-        self._readers = readers
+        self._readers = dict(readers)
         self._stored = stored
+        self.skipped: list[str] = []
+
+    def skip_whole_numbers(self) -> None:
+        """Leave out token ids, positions and the like, which a program may write along with its activations."""
+        if self.meta is None:
+            self.skipped = [name for name, read in self._readers.items() if read().dtype.kind in "iub"]
+            self._readers = {name: read for name, read in self._readers.items() if name not in self.skipped}
 
     def __getitem__(self, name: str) -> np.ndarray:
         x = native(self._readers[name]())
@@ -113,6 +120,11 @@ def read_activations(path: Path | str) -> Activations:
     for name in activations:  # they go into tables of one line each
         if not name or not name.isprintable() or len(name) > LONGEST_NAME:
             raise InputError(f"{path}: an activation is named {shown(name)}, expected 1 to {LONGEST_NAME} printable characters")
+    activations.skip_whole_numbers()
+    if not activations:
+        raise InputError(
+            f"{path}: {activations.skipped[0]} holds whole numbers, as does all else: expected floating-point numbers"
+        )
     return activations
 
 

@@ -1,17 +1,21 @@
 """What other programs call the activations, and how they lay them out.
 
-A map is {pattern: rule}. In a pattern `{i}` stands for the layer; a `step.N/` in front is kept. A rule is null for a known name
-that has no counterpart here, else a canonical name, or an object with `name` and any of
+A map is {pattern: rule}. In a pattern `{i}` stands for the layer and `*` for any text; a `step.N/` in front is kept. The first
+pattern that fits a name counts. A rule is null for a known name that has no counterpart here, else a canonical name, or an
+object with `name` and any of
 
     axes       the candidate's axes in the dimension key, in its order: "H T K" for heads first, "T H*K" for joined heads,
                "S+" for an axis that may be longer than S (the rest is cut off), "T-" for one that may be the last tokens only,
-               "a | b" for one or the other. Without it: as forward() has them. A batch axis of one in front is dropped.
+               "a | b" for one or the other; axes of one may be missing, or be there besides. Without it: as forward() has them,
+               and only a batch axis of one in front is dropped.
     pairs      "halves" when RoPE turns x[j] with x[j + K/2] (Hugging Face), "adjacent" (the default) for x[2j] with x[2j + 1]
     scale      "1/sqrt(K)": the candidate's numbers lack this factor
     unmasked   true: the candidate's scores come before its mask; hidden ones are left out of the comparison
     weight     a parameter, such as "layers.{i}.ffn_norm.weight", that the candidate's numbers lack as a factor; needs the model
+    optional   true: the program doesn't always record it, so that its absence is said and is no failure
 
-as in {"blk.{i}.q": {"name": "layers.{i}.attention.q", "axes": "H T K", "pairs": "halves"}}.
+as in {"blk.{i}.q": {"name": "layers.{i}.attention.q", "axes": "H T K", "pairs": "halves"}}. A list of rules is for a name that
+stands for several activations: the one counts whose shape fits, and of several the one that is nearest to the reference.
 """
 
 from __future__ import annotations
@@ -19,7 +23,8 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -54,17 +59,21 @@ class Rule:
     scale: str = ""
     unmasked: bool = False
     weight: str = ""
+    optional: bool = False
 
 
-def _heads(name: str, pairs: str = "adjacent", axes: str = "T {}*K | T {} K") -> Rule:
+Rules = Mapping[str, "Rule | tuple[Rule, ...] | None"]
+
+
+def _heads(name: str, pairs: str = "adjacent", axes: str = "T {}*K | T {} K", optional: bool = False) -> Rule:
     group = TABLE[name].axes[-2]  # H or G
-    return Rule("layers.{i}." + name, axes.format(group, group), pairs)
+    return Rule("layers.{i}." + name, axes.format(group, group), pairs, optional=optional)
 
 
 # The output of each module of transformers' LlamaForCausalLM (models/llama/modeling_llama.py), as a forward hook sees it.
 # RoPE, the scores, the weights, the heads and the residual after attention are not modules: `npllama capture` records them too.
 # The rows of q_proj and k_proj are permuted so that RoPE turns halves.
-HF: dict[str, Rule | None] = {
+HF: Rules = {
     "model.embed_tokens": Rule("tok_embeddings"),
     "model.layers.{i}.input_layernorm": Rule("layers.{i}.attention_norm"),
     "model.layers.{i}.self_attn.q_proj": _heads("attention.q", "halves"),
@@ -88,7 +97,7 @@ HF: dict[str, Rule | None] = {
 # The hook points of TransformerLens's HookedTransformer (components/transformer_block.py, abstract_attention.py, rms_norm.py,
 # mlps/gated_mlp.py), for a model loaded with from_pretrained_no_processing or with folded norms alike: hook_normalized comes
 # before the norm's weight. Its rotary embedding turns halves.
-TRANSFORMERLENS: dict[str, Rule | None] = {
+TRANSFORMERLENS: Rules = {
     "hook_embed": Rule("tok_embeddings"),
     "blocks.{i}.ln1.hook_normalized": Rule("layers.{i}.attention_norm", weight="layers.{i}.attention_norm.weight"),
     "blocks.{i}.attn.hook_q": _heads("attention.q", "halves", "T {} K"),
@@ -119,21 +128,22 @@ TRANSFORMERLENS: dict[str, Rule | None] = {
 }
 
 # The names that llama.cpp's callback gives its tensors (src/models/llama.cpp; build_attn and build_ffn in src/llama-graph.cpp),
-# their dimensions in the order of the bytes (the reverse of ne[]). Qcur and Kcur name both sides of RoPE: what is dumped last,
-# after it, is meant. kq is neither scaled nor masked; without flash attention it has one column per cell of the cache. The last
-# layer may compute only the tokens whose logits were asked for. GGUF files have Meta's order of rows in wq and wk.
-GGML: dict[str, Rule | None] = {
-    "inp_embd": Rule("tok_embeddings"),
-    "embd": Rule("tok_embeddings"),
-    "attn_norm-{i}": Rule("layers.{i}.attention_norm"),
-    "Qcur-{i}": _heads("attention.q_rope"),
-    "Kcur-{i}": _heads("attention.k_rope"),
+# their dimensions in the order of the bytes (the reverse of ne[]), with all four axes or without those of one. Qcur and Kcur
+# name both sides of RoPE: in rows before it, in heads after it, where a dump that keeps the last of a name ends. kq is neither
+# scaled nor masked; it has one column per cell of the cache, and is missing with flash attention. The last layer may compute
+# only the tokens whose logits were asked for. GGUF files have Meta's order of rows in wq and wk.
+GGML: Rules = {
+    "inp_embd": Rule("tok_embeddings", "T D"),
+    "embd": Rule("tok_embeddings", "T D"),
+    "attn_norm-{i}": Rule("layers.{i}.attention_norm", "T D"),
+    "Qcur-{i}": (_heads("attention.q", axes="T {}*K", optional=True), _heads("attention.q_rope", axes="T {} K | T {}*K")),
+    "Kcur-{i}": (_heads("attention.k", axes="T {}*K", optional=True), _heads("attention.k_rope", axes="T {} K | T {}*K")),
     "Vcur-{i}": _heads("attention.v"),
-    "kq-{i}": Rule("layers.{i}.attention.scores", "H T S+", scale="1/sqrt(K)", unmasked=True),
-    "kq_soft_max-{i}": Rule("layers.{i}.attention.weights", "H T S+"),
-    "kq_soft_max_ext-{i}": Rule("layers.{i}.attention.weights", "H T S+"),  # its name until 2025
+    "kq-{i}": Rule("layers.{i}.attention.scores", "H T S+", scale="1/sqrt(K)", unmasked=True, optional=True),
+    "kq_soft_max-{i}": Rule("layers.{i}.attention.weights", "H T S+", optional=True),
+    "kq_soft_max_ext-{i}": Rule("layers.{i}.attention.weights", "H T S+", optional=True),  # its name until 2025
     "kqv_out-{i}": _heads("attention.heads"),
-    "attn_out-{i}": Rule("layers.{i}.attention.out"),
+    "attn_out-{i}": Rule("layers.{i}.attention.out", "T- D"),
     "ffn_inp-{i}": Rule("layers.{i}.attention_residual", "T- D"),
     "ffn_norm-{i}": Rule("layers.{i}.ffn_norm", "T- D"),
     "ffn_gate-{i}": Rule("layers.{i}.feed_forward.gate", "T- F"),
@@ -148,6 +158,15 @@ GGML: dict[str, Rule | None] = {
     "norm": None,
     "ffn_silu-{i}": None,  # silu(gate), before it meets up
     "kqv-{i}": None,  # the heads before they are permuted
+    "kqv_merged*": None,
+    "__fattn__*": None,  # the same as kqv_out
+    "*(*": None,  # views, reshapes, permutations and copies: "Qcur-0 (view)", "cache_k_l0 (view) (permuted)"
+    "cache_*": None,
+    "inp_*": None,  # token ids, positions, masks
+    "KQ_mask*": None,
+    "node_*": None,  # tensors and constants without a name
+    "leaf_*": None,
+    "*.weight": None,
 }
 
 BUILT_IN = {"hf": HF, "transformerlens": TRANSFORMERLENS, "ggml": GGML}
@@ -156,30 +175,44 @@ BUILT_IN = {"hf": HF, "transformerlens": TRANSFORMERLENS, "ggml": GGML}
 class NameMap:
     """Candidate name -> (canonical name, rule)."""
 
-    def __init__(self, title: str, rules: dict[str, Rule | None]):
+    def __init__(self, title: str, rules: Rules):
         self.title = title
-        self._rules = [(_regex(pattern), rule) for pattern, rule in rules.items()]
-        self._targets = [_regex(rule.name) for rule in rules.values() if rule]
+        self._rules = [(_regex(pattern), _several(rule)) for pattern, rule in rules.items()]
+        self._targets = [(_regex(rule.name), rule.optional) for rules in rules.values() for rule in _several(rules)]
 
     def find(self, name: str) -> tuple[str, Rule] | str | None:
-        """The canonical name and the rule; None for a name to be passed over, or the name itself if the map doesn't know it."""
+        """Return the canonical name and rule; None for a name to be passed over, the name itself if the map doesn't know it."""
+        found = self.find_all(name)
+        return found if isinstance(found, str) else found[0] if found else None
+
+    def find_all(self, name: str) -> list[tuple[str, Rule]] | str:
+        """Return every activation that the name may stand for, with its rule; or the name itself if the map doesn't know it."""
         step, _, bare = name.rpartition("/") if re.match(r"step\.\d+/", name) else ("", "", name)
-        for regex, rule in self._rules:
+        for regex, rules in self._rules:
             if match := regex.fullmatch(bare):
-                if rule is None:
-                    return None
                 layer = match.groupdict().get("i", "")
-                filled = Rule(
-                    **{**vars(rule), "name": rule.name.replace("{i}", layer), "weight": rule.weight.replace("{i}", layer)}
-                )
-                return (f"{step}/" if step else "") + filled.name, filled
+                filled = [
+                    replace(rule, name=rule.name.replace("{i}", layer), weight=rule.weight.replace("{i}", layer))
+                    for rule in rules
+                ]
+                return [((f"{step}/" if step else "") + rule.name, rule) for rule in filled]
         return name
 
     def reaches(self, name: str) -> bool:
         """Whether some candidate name would stand for this canonical name."""
-        here = place(name)
-        bare = name.removeprefix(here.prefix)
-        return any(regex.fullmatch(bare) for regex in self._targets)
+        return bool(self._reached(name))
+
+    def needs(self, name: str) -> bool:
+        """Whether a candidate must have this canonical name, by a rule that isn't optional."""
+        return not all(self._reached(name))
+
+    def _reached(self, name: str) -> list[bool]:
+        bare = name.removeprefix(place(name).prefix)
+        return [optional for regex, optional in self._targets if regex.fullmatch(bare)]
+
+
+def _several(rule: Rule | tuple[Rule, ...] | None) -> tuple[Rule, ...]:
+    return () if rule is None else (rule,) if isinstance(rule, Rule) else rule
 
 
 class Unmapped(NameMap):
@@ -188,17 +221,16 @@ class Unmapped(NameMap):
     def __init__(self) -> None:
         super().__init__("", {})
 
-    def find(self, name: str) -> tuple[str, Rule]:
+    def find_all(self, name: str) -> list[tuple[str, Rule]]:
         """Itself."""
-        return name, Rule(name)
+        return [(name, Rule(name))]
 
-    def reaches(self, name: str) -> bool:
-        """Every name."""
-        return True
+    def _reached(self, name: str) -> list[bool]:
+        return [False]  # every name, and it must be there
 
 
 def _regex(pattern: str) -> re.Pattern[str]:
-    return re.compile(re.escape(pattern).replace(r"\{i\}", r"(?P<i>\d+)", 1))
+    return re.compile(re.escape(pattern).replace(r"\{i\}", r"(?P<i>\d+)", 1).replace(r"\*", ".*"), re.DOTALL)
 
 
 def read_map(given: str | None) -> NameMap:
@@ -213,19 +245,23 @@ def read_map(given: str | None) -> NameMap:
     content = read_json(file, MapError)
     if not content:
         raise MapError(f"map {given}: empty, expected an object {{pattern: canonical name}}")
-    return NameMap(given, {pattern: _rule(given, pattern, rule) for pattern, rule in content.items()})
+    rules: dict[str, Rule | tuple[Rule, ...] | None] = {}
+    for pattern, rule in content.items():
+        if isinstance(rule, list) and rule:
+            rules[pattern] = tuple(_one_rule(given, pattern, choice) for choice in rule)
+        else:
+            rules[pattern] = None if rule is None else _one_rule(given, pattern, rule)
+    return NameMap(given, rules)
 
 
 AXES = re.compile(r"T-|[A-Z](\*[A-Z])*\+?")  # one of the candidate's axes, as the module's docstring has it
 
 
-def _rule(file: str, pattern: str, rule: object) -> Rule | None:
+def _one_rule(file: str, pattern: str, rule: object) -> Rule:
     where = f"map {file}: {printable(pattern)[:200]}"
-    if rule is None:
-        return None
     if isinstance(rule, str):
         rule = {"name": rule}
-    known = {field.name: bool if field.name == "unmasked" else str for field in fields(Rule)}
+    known = {field.name: bool if field.name in ("unmasked", "optional") else str for field in fields(Rule)}
     if not isinstance(rule, dict) or not isinstance(rule.get("name"), str):
         raise MapError(f"{where} is {shown(rule)}, expected a canonical name, null or an object with `name`")
     for key, value in rule.items():
@@ -260,7 +296,7 @@ def arrange(
         return x
     batch = reference.shape[: reference.ndim - len(axes)]
     sizes = dict(zip(axes, reference.shape[len(batch) :], strict=True))
-    x = _split_and_order(x, batch, axes, sizes, rule.axes or " ".join(axes))
+    x = _split_and_order(x, batch, axes, sizes, rule)
     if rule.pairs == "halves":
         K = x.shape[-1]
         x = np.stack([x[..., : K // 2], x[..., K // 2 :]], axis=-1).reshape(x.shape)
@@ -288,38 +324,67 @@ def _factor(name: str, params: Params, size: int) -> np.ndarray:
     return weight
 
 
-def _split_and_order(x: np.ndarray, batch: tuple[int, ...], axes: str, sizes: dict[str, int], choices: str) -> np.ndarray:
-    """From the first choice of axes that fits x's shape to `axes`."""
-    allowed = []
-    for choice in choices.split("|"):
-        tokens = choice.split()
+def fits(shape: tuple[int, ...], name: str, rule: Rule, reference: tuple[int, ...]) -> bool:
+    """Whether a candidate's array of this shape can be what the rule says, for a reference of that shape."""
+    axes = place(name).axes
+    if axes is None or not len(axes) <= len(reference) <= len(axes) + 1:
+        return False
+    batch = reference[: len(reference) - len(axes)]
+    return _layout(shape, batch, dict(zip(axes, reference[len(batch) :], strict=True)), axes, rule) is not None
+
+
+def _split_and_order(x: np.ndarray, batch: tuple[int, ...], axes: str, sizes: dict[str, int], rule: Rule) -> np.ndarray:
+    """From the first of the rule's choices of axes that fits x's shape to `axes`."""
+    layout = _layout(x.shape, batch, sizes, axes, rule)
+    if layout is None:
+        first = (rule.axes or " ".join(axes)).split("|")[0].split()
+        raise LayoutError(f"shape {list(x.shape)}, expected {[*batch, *(_size(token, sizes) for token in first)]}")
+    tokens, found = layout
+    cut = [slice(_size(token, sizes)) if token.endswith("+") else slice(None) for token in tokens]
+    x = x.reshape(*batch, *found)[tuple([slice(None)] * len(batch) + cut)]
+    order = [axis for token in tokens for axis in token.rstrip("+-").split("*")]
+    now = sizes | ({"T": found[tokens.index("T-")]} if "T-" in tokens else {})
+    x = x.reshape(*batch, *(now[axis] for axis in order))
+    return x.transpose(*range(len(batch)), *(len(batch) + order.index(axis) for axis in axes))
+
+
+def _layout(
+    shape: tuple[int, ...], batch: tuple[int, ...], sizes: dict[str, int], axes: str, rule: Rule
+) -> tuple[list[str], list[int]] | None:
+    """Return the first choice of axes that an array of this shape can have, and the sizes that they have in it."""
+    choices = [choice.split() for choice in (rule.axes or " ".join(axes)).split("|")]
+    for tokens in choices:
         for lead in [batch] if batch else [(), (1,)]:
-            allowed.append([*lead, *(_size(token, sizes) for token in tokens)])
-            cut = _fits(x.shape, lead, tokens, sizes)
-            if cut is None:
-                continue
-            x = x[cut]
-            found = [axis for token in tokens for axis in token.rstrip("+-").split("*")]
-            now = sizes | ({"T": x.shape[len(lead) + tokens.index("T-")]} if "T-" in tokens else {})
-            x = x.reshape(*batch, *(now[axis] for axis in found))
-            return x.transpose(*range(len(batch)), *(len(batch) + found.index(axis) for axis in axes))
-    raise LayoutError(f"shape {list(x.shape)}, expected {allowed[0]}")
+            found = shape[len(lead) :]
+            if (
+                shape[: len(lead)] == lead
+                and len(found) == len(tokens)
+                and all(map(_fits, found, tokens, [sizes] * len(found)))
+            ):
+                return tokens, list(found)
+    for tokens in choices if rule.axes else []:
+        whole = [str(n) for n in batch] + tokens
+        if (without_ones := _assigned([n for n in shape if n != 1], whole, sizes)) is not None:
+            return tokens, without_ones[len(batch) :]
+    return None
+
+
+def _assigned(shape: list[int], tokens: list[str], sizes: dict[str, int]) -> list[int] | None:
+    """Return the size of each axis in an array of this shape, from which axes of one are removed; None if it doesn't fit."""
+    if not tokens:
+        return None if shape else []
+    if shape and _fits(shape[0], tokens[0], sizes) and (rest := _assigned(shape[1:], tokens[1:], sizes)) is not None:
+        return [shape[0], *rest]
+    if _fits(1, tokens[0], sizes) and (rest := _assigned(shape, tokens[1:], sizes)) is not None:
+        return [1, *rest]
+    return None
 
 
 def _size(token: str, sizes: dict[str, int]) -> int:
-    return math.prod(sizes[axis] for axis in token.rstrip("+-").split("*"))
+    return int(token) if token.isdecimal() else math.prod(sizes[axis] for axis in token.rstrip("+-").split("*"))
 
 
-def _fits(shape: tuple[int, ...], lead: tuple[int, ...], tokens: list[str], sizes: dict[str, int]) -> tuple[slice, ...] | None:
-    """How to cut an array of this shape to the sizes; None if it doesn't fit."""
-    if len(shape) != len(lead) + len(tokens) or shape[: len(lead)] != lead:
-        return None
-    cut: list[slice] = [slice(None)] * len(lead)
-    for found, token in zip(shape[len(lead) :], tokens, strict=True):
-        expected = _size(token, sizes)
-        if not (
-            found == expected or (token.endswith("+") and found > expected) or (token.endswith("-") and 0 < found < expected)
-        ):
-            return None
-        cut.append(slice(expected) if token.endswith("+") else slice(None))
-    return tuple(cut)
+def _fits(found: int, token: str, sizes: dict[str, int]) -> bool:
+    """Whether an axis of this size can be what the token says."""
+    expected = _size(token, sizes)
+    return found == expected or (token.endswith("+") and found > expected) or (token.endswith("-") and 0 < found < expected)

@@ -26,6 +26,7 @@ def as_dict(comparison: Comparison) -> dict[str, object]:
         "first": first and first.name,
         "hints": comparison.hints,
         "wrong_by_themselves": comparison.wrong_by_themselves,
+        "missing": [row.name for row in comparison.missing],
         "warnings": comparison.warnings,
         "reference": comparison.reference,
         "candidate": comparison.candidate,

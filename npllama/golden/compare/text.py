@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 
 from .comparison import Comparison, Row
-from .metrics import Metrics
 from .names import place
 
 NEIGHBOURS = 3  # rows shown on either side of the first failure
@@ -25,15 +24,21 @@ def text(comparison: Comparison, everything: bool = False, colour: bool = False)
     lines += [f"hint: {hint}" for hint in comparison.hints]
     if culprits := in_layers(comparison.wrong_by_themselves):
         lines.append(f"wrong by themselves, given the candidate's own inputs: {culprits}")
-    lines += [logits_line(row.name, row.metrics) for row in comparison.rows if row.metrics and row.metrics.kl is not None][:1]
+    lines += logits_lines(comparison)
     lines += [f"warning: {warning}" for warning in comparison.warnings]
     lines += ["", *table(comparison, everything, paint), "", judged_by(comparison)]
     return "\n".join(lines)
 
 
-def logits_line(name: str, m: Metrics) -> str:
-    """Say what the difference of logits means for the tokens that come out."""
-    return f"{name}: KL divergence {m.kl:.2g} nats, the same first choice {m.top1:.1%}, the same five {m.top5:.1%}"
+def logits_lines(comparison: Comparison) -> list[str]:
+    """Say what the difference of logits means for the tokens that come out, of the pass where it is largest."""
+    found = [(row.name, m) for row in comparison.rows if (m := row.metrics) and m.kl is not None]
+    if not found:
+        return []
+    name, m = max(found, key=lambda named: named[1].kl or 0.0)
+    worst = f", the worst of {len(found)} passes" if len(found) > 1 else ""
+    numbers = f"KL divergence {m.kl:.2g} nats, the same first choice {m.top1:.1%}, the same five {m.top5:.1%}"
+    return [f"{name}{worst}: {numbers}"]
 
 
 def judged_by(comparison: Comparison) -> str:
@@ -101,7 +106,8 @@ def ratio(row: Row) -> float:
 
 def table(comparison: Comparison, everything: bool, paint: Callable[[str, str], str]) -> list[str]:
     """The rows in aligned columns."""
-    rows = [cells(comparison.rows[i]) if i is not None else None for i in shown_rows(comparison, everything)]
+    shown = shown_rows(comparison, everything)
+    rows = [cells(comparison.rows[i], comparison) if i is not None else None for i in shown]
     widths = [max(len(row[i]) for row in [COLUMNS, *filter(None, rows)]) for i in range(len(COLUMNS))]
 
     def line(row: tuple[str, ...]) -> str:
@@ -117,17 +123,29 @@ def table(comparison: Comparison, everything: bool, paint: Callable[[str, str], 
         else:
             lines.append(line(row) if row[-1] == "ok" else paint(RED, line(row)))
     if None in rows:
-        failed = sum(not row.passed for row in comparison.rows)
-        lines.append(f"{len(comparison.rows)} activations, {failed} different; --all shows every one")
+        lines.append(f"{counts(comparison)}; --all shows every one")
     return lines
 
 
-def cells(row: Row) -> tuple[str, ...]:
+def counts(comparison: Comparison) -> str:
+    """How many activations there are, differ, and are on one side only: "105 activations, 3 different, 20 missing"."""
+    missing = len(comparison.missing)
+    different = sum(not row.passed for row in comparison.rows) - missing
+    return f"{len(comparison.rows)} activations, {different} different" + (f", {missing} missing" if missing else "")
+
+
+def status(row: Row, comparison: Comparison) -> str:
+    """One row's last column."""
+    if row.passed or row.problem:
+        return row.problem or "ok"
+    return "wrong by itself" if row.local and comparison.is_culprit(row) else "different"
+
+
+def cells(row: Row, comparison: Comparison) -> tuple[str, ...]:
     """One row's columns."""
-    status = "ok" if row.passed else row.problem or "different"
     m, judged = row.metrics, row.judged
     if m is None or judged is None:
-        return (row.name, *[""] * (len(COLUMNS) - 2), status)
+        return (row.name, *[""] * (len(COLUMNS) - 2), status(row, comparison))
     return (
         row.name,
         f"{m.max_abs:.1e}",
@@ -138,5 +156,5 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{row.local.ratio:.2g}" if row.local else "-",
         f"{m.cosine:.6f}",
         f"{m.max_ulp:.3g}",
-        status,
+        status(row, comparison),
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from npllama.golden.compare import compare
+from npllama.golden.compare import compare, html
 from npllama.golden.compare.inputs import read_activations
 from npllama.golden.mistakes import Port
 from npllama.golden.precision import Precision
@@ -217,9 +217,9 @@ def empty(arrays):
             hidden,
             "first divergence: layers.1.attention.scores (relative error * not masked in the reference, the first at [2, 3, 2]",
         ),
-        (missing, "different: layers.1.ffn_norm is missing from the candidate"),
-        (unmatched, "different: layers.1.ffn_norm is missing from the candidate"),
-        (extra, "different: layers.2.ffn_norm is not in the reference"),
+        (missing, "incomplete: layers.1.ffn_norm is missing from the candidate"),
+        (unmatched, "incomplete: layers.1.ffn_norm is missing from the candidate"),
+        (extra, "incomplete: layers.2.ffn_norm is not in the reference"),
         (other_shape, "first divergence: layers.1.ffn_norm (shape [9, 95], expected [9, 96])"),
         (empty, "first divergence: layers.1.ffn_norm (shape [0, 96], expected [9, 96])"),
     ],
@@ -438,3 +438,46 @@ def test_a_hash_that_does_not_match_is_a_warning(traces, arrays, tmp_path, capsy
     assert status == 0
     assert "warning: " in out
     assert "norm does not match its sha256 in trace.json" in out
+
+
+def test_the_logits_line_is_of_the_worst_pass(traces, arrays, tmp_path, capsys):
+    arrays["step.0/logits"] = arrays["step.0/logits"][..., ::-1]
+    _, out, _ = run(capsys, traces / "reference", save_npz(tmp_path, arrays))
+    [line] = [line for line in out.splitlines() if "KL divergence" in line]
+    assert line.startswith("step.0/logits, the worst of 2 passes: KL divergence ")
+    assert "the same first choice 0.0%" in line
+
+
+def test_missing_is_counted_as_missing(traces, arrays, tmp_path, capsys):
+    del arrays["layers.1.ffn_norm"], arrays["layers.1.feed_forward.up"]
+    found = compare(traces / "reference", path := save_npz(tmp_path, arrays))
+    assert [row.name for row in found.missing] == ["layers.1.ffn_norm", "layers.1.feed_forward.up"]
+    status, out, _ = run(capsys, traces / "reference", path)
+    assert status == 1
+    assert out.splitlines()[0].endswith("is missing from the candidate, and 1 more; what both have is equal")
+    assert f"{len(found.rows)} activations, 0 different, 2 missing; --all shows every one" in out
+    page = html.page(found)
+    assert page.count('<tr class="missing">') == 2
+    assert "failed" not in page.partition("<body>")[2]
+
+
+def test_a_culprit_is_marked_otherwise_than_what_follows_from_it(model, traces, tmp_path):
+    steps = json.loads((traces / "reference" / "trace.json").read_text())["steps"]
+    write_trace(model, TOKENS, tmp_path / "mine", steps, Port("no_silu"))
+    found = compare(traces / "reference", tmp_path / "mine", model=model)
+    culprits = [row.name for row in found.rows if found.is_culprit(row)]
+    assert culprits == found.wrong_by_themselves
+    assert culprits == [f"{step}layers.{i}.feed_forward.act" for step in ("", "step.0/") for i in (0, 1)]
+    different = sum(not row.passed for row in found.rows)
+    page = html.page(found)
+    assert [page.count(f'<tr class="{kind}">') for kind in ("culprit", "failed")] == [4, different - 4]
+    assert [page.count(f'class="dot-{kind}"') for kind in ("bad", "after")] == [4, different - 4]
+    assert page.count("<td>wrong by itself</td>") == 4
+
+
+def test_arrays_of_whole_numbers_are_skipped_aloud(traces, arrays, tmp_path):
+    ids = {"ids": np.arange(3), "norm.mask": np.ones(2, bool)}
+    found = compare(traces / "reference", save_npz(tmp_path, {**arrays, **ids}))
+    assert found.equal, found.verdict
+    [warning] = found.warnings
+    assert warning.endswith("ids and 1 more hold whole numbers: not compared (bfloat16: as float32)")
