@@ -24,7 +24,7 @@ import numpy as np
 
 from npllama import checkpoint
 from npllama.chat import chat_format_of, chat_format_of_template, default_system_of_template
-from npllama.checkpoint import CheckpointError, writing
+from npllama.checkpoint import CheckpointError, Storage, writing
 from npllama.config import (
     EPS_RANGE,
     FACTOR_RANGE,
@@ -36,6 +36,7 @@ from npllama.config import (
     n_parameters,
     parameter_shapes,
 )
+from npllama.engine.grouped import INT4, Grouped, Grouping
 from npllama.engine.memory import size_text
 from npllama.engine.weights import native
 from npllama.errors import shown
@@ -59,6 +60,8 @@ class Tensor:
     shape: tuple[int, ...]
     dtype: np.dtype  # uint16 is bfloat16
     rows: Callable[[int, int], np.ndarray]  # those from start to stop
+    grouping: Grouping | None = None  # how it is quantised, if it is
+    quantised: Callable[[int, int], Grouped] | None = None  # and those rows as they are
 
     @classmethod
     def of(cls, array: np.ndarray, order: np.ndarray | None = None) -> Tensor:
@@ -68,11 +71,32 @@ class Tensor:
             return cls(array.shape, dtype, lambda start, stop: native(array[start:stop]))
         return cls(array.shape, dtype, lambda start, stop: native(array[order[start:stop]]))
 
-    def blocks(self) -> Iterator[np.ndarray]:
-        """Return the whole as consecutive blocks of rows, of BLOCK_BYTES each."""
+    @classmethod
+    def of_grouped(cls, shape: tuple[int, ...], grouping: Grouping, quantised: Callable[[int, int], Grouped]) -> Tensor:
+        """Hand over a matrix that the source has quantised in groups; --dtype auto stores it as it is.
+
+        quantised   gives the rows from start to stop, made by Grouped.of(grouping, q, scale, unit)
+
+        Raises ValueError if a matrix of this shape can't be quantised so.
+        """
+        grouping.check(shape)
+        return cls(shape, np.dtype(np.float32), lambda start, stop: quantised(start, stop).widen(), grouping, quantised)
+
+    def parts(self) -> Iterator[slice]:
+        """Return consecutive blocks of rows, of BLOCK_BYTES each."""
         row_bytes = self.dtype.itemsize * math.prod(self.shape[1:])
         step = max(1, writing.BLOCK_BYTES // max(1, row_bytes))
-        return (self.rows(start, min(start + step, self.shape[0])) for start in range(0, self.shape[0], step))
+        return (slice(start, min(start + step, self.shape[0])) for start in range(0, self.shape[0], step))
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """Return the whole as consecutive blocks of rows."""
+        with np.errstate(all="ignore"):  # what isn't finite is refused by name when it is written
+            yield from (self.rows(part.start, part.stop) for part in self.parts())
+
+    def quantised_blocks(self) -> Iterator[Grouped]:
+        """Return the whole as consecutive blocks of quantised rows; of_grouped() made it."""
+        if self.quantised is not None:
+            yield from (self.quantised(part.start, part.stop) for part in self.parts())
 
     def same_bits(self, other: Tensor) -> bool:
         """Tell whether both hold the same numbers in the same dtype, 0.0 and -0.0 being different."""
@@ -248,23 +272,28 @@ def check_tokenizer(path: Path, config: Config, report: Report) -> str | None:
 # --------------------------------------------------------------------------------------------------------------------- write
 
 
+DTYPES = ("auto", *checkpoint.STORAGE, "int4")
+
+
 def check_dtype(dtype: str) -> None:
     """Raise CheckpointError for a --dtype that isn't one."""
-    if dtype not in ("auto", *checkpoint.STORAGE):
-        raise CheckpointError(f"dtype is {dtype!r}, expected auto, {', '.join(checkpoint.STORAGE)}")
+    if dtype not in DTYPES:
+        raise CheckpointError(f"dtype is {dtype!r}, expected {', '.join(DTYPES)}")
 
 
 def write(source: Source, dst: str | Path, dtype: str = "auto", force: bool = False, report: Report = print) -> None:
     """Write the model directory `dst`, whole or not at all.
 
-    dtype   float32, float16, bfloat16, int8 (the embedding and the norms as auto), or auto for each tensor's own
+    dtype   float32, float16, bfloat16, int8 or int4 (the embedding and the norms as auto), or auto for each tensor's own,
+            quantised ones included
     force   replace `dst` if it is a model directory
 
     Raises CheckpointError, or another ValueError, with one line. A progress bar goes to standard error if that is a terminal.
     """
     started, dst = time.monotonic(), Path(dst)
     check_dtype(dtype)
-    dtypes = {name: _storage(name, tensor.dtype, dtype) for name, tensor in source.tensors.items()}
+    tied = source.config.tied_embeddings
+    dtypes = {name: _storage(name, tensor, dtype, tied) for name, tensor in source.tensors.items()}
     n_bytes = sum(checkpoint.stored_bytes(tensor.shape, dtypes[name]) for name, tensor in source.tensors.items())
     if not source.tokenizer:
         report("no tokenizer: the model takes and gives token ids only")
@@ -275,22 +304,31 @@ def write(source: Source, dst: str | Path, dtype: str = "auto", force: bool = Fa
         progress_bar(n_bytes) as writer.progress,
     ):
         for name, tensor in source.tensors.items():
-            writer.add_blocks(name, tensor.blocks())
+            as_it_is = tensor.grouping is not None and isinstance(dtypes[name], Grouping) and dtypes[name] != INT4
+            writer.add_blocks(name, tensor.quantised_blocks() if as_it_is else tensor.blocks())
         for name, content in source.tokenizer.items():
             writer.add_file(name, content)
         about["files"] = digests()
-    used, size = " and ".join(sorted(set(dtypes.values()))), size_text(n_bytes)
+    kinds = {f"{kind.bits} bits in groups" if isinstance(kind, Grouping) else kind for kind in dtypes.values()}
+    used, size = " and ".join(sorted(kinds)), size_text(n_bytes)
     report(f"{dst}: {n_parameters(source.config):,} parameters, {used}, {size}, {time.monotonic() - started:.1f} s")
 
 
-def _storage(name: str, found: np.dtype, dtype: str) -> str:
-    """Return the storage of a tensor for this --dtype, given the dtype found."""
-    if dtype != "auto" and (dtype != "int8" or checkpoint.takes_int8(name)):
+def _storage(name: str, tensor: Tensor, dtype: str, tied: bool) -> Storage:
+    """Return the storage of a tensor for this --dtype.
+
+    An embedding that is not the output matrix too is stored row by row: a few of its rows are read, and none is multiplied.
+    """
+    if dtype == "int4" and checkpoint.takes_int8(name) and tensor.shape[-1] % INT4.group == 0:
+        return INT4
+    if dtype not in ("auto", "int4") and (dtype != "int8" or checkpoint.takes_int8(name)):
         return dtype
+    if tensor.grouping is not None:
+        return dataclasses.replace(tensor.grouping, rows_first=name == "tok_embeddings.weight" and not tied)
     for storage, stored in checkpoint.STORAGE.items():
-        if found == stored:
+        if tensor.dtype == stored:
             return storage
-    raise CheckpointError(f"{name} is {found}, which is not stored: choose a --dtype")
+    raise CheckpointError(f"{name} is {tensor.dtype}, which is not stored: choose a --dtype")
 
 
 @contextlib.contextmanager

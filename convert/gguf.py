@@ -1,4 +1,4 @@
-"""llama.cpp's GGUF files, versions 2 and 3, whole or split. Without torch; the package gguf undoes the quantization.
+"""llama.cpp's GGUF files, versions 2 and 3, whole or split. Without torch. gguf_blocks.py takes quantised blocks apart.
 
 The header is read here, every count held against the bytes there are: the package's own reader believes what the file says.
 Queries and keys are interleaved already. Scaled RoPE stands in the tensor rope_freqs.weight, as one divisor per pair.
@@ -11,10 +11,8 @@ import importlib
 import math
 import re
 import struct
-import sys
 import tempfile
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -40,6 +38,7 @@ from .conversion import (
     tie,
     whole,
 )
+from .gguf_blocks import BLOCKS, grouped
 from .gguf_vocabulary import tokenizer_config, tokenizer_file
 
 MAGIC = b"GGUF"
@@ -48,7 +47,6 @@ HEADER_LIMIT = 32 << 20  # bytes of metadata and tensor names; a vocabulary of 2
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # struct's codes
 STRING, ARRAY = 8, 9
 PLAIN: dict[int, np.dtype] = {0: np.dtype("<f4"), 1: np.dtype("<f2"), 30: np.dtype("<u2")}  # F32, F16, BF16
-QUANTIZED = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 NAMES = {
@@ -313,11 +311,9 @@ def _map(where: str, library: ModuleType, data: np.ndarray, shape: tuple[int, ..
     try:
         quantization = library.GGMLQuantizationType(kind)
     except ValueError:
-        raise CheckpointError(
-            f"{where} is of the unknown type {kind}, expected F32, F16, BF16, {', '.join(QUANTIZED)}"
-        ) from None
-    if kind not in PLAIN and quantization.name not in QUANTIZED:
-        raise CheckpointError(f"{where} is {quantization.name}, expected F32, F16, BF16, {', '.join(QUANTIZED)}")
+        raise CheckpointError(f"{where} is of the unknown type {kind}, expected F32, F16, BF16, {', '.join(BLOCKS)}") from None
+    if kind not in PLAIN and quantization.name not in BLOCKS:
+        raise CheckpointError(f"{where} is {quantization.name}, expected F32, F16, BF16, {', '.join(BLOCKS)}")
     block, block_bytes = library.GGML_QUANT_SIZES[quantization]
     if 0 in shape or shape[-1] % block:
         raise CheckpointError(f"{where} is {list(shape)}, expected rows of a multiple of {block} numbers")
@@ -330,18 +326,8 @@ def _map(where: str, library: ModuleType, data: np.ndarray, shape: tuple[int, ..
         return Tensor.of(raw.view(PLAIN[kind]).reshape(shape))
     if len(shape) != 2:
         raise CheckpointError(f"{where} is {quantization.name} {list(shape)}, expected a matrix")
-    if sys.byteorder == "big":
-        raise CheckpointError(
-            f"{where} is {quantization.name}, which the package gguf reads on little-endian machines only: convert it on one, "
-            "the model directory is right on any"
-        )
-    rows = partial(_dequantized, library, quantization, raw.reshape(shape[0], row_bytes))
-    return Tensor(shape, np.dtype(np.float32), rows)
-
-
-def _dequantized(library: ModuleType, quantization: object, raw: np.ndarray, start: int, stop: int) -> np.ndarray:
-    with np.errstate(all="ignore"):  # what isn't finite is refused by name when it is written
-        return library.dequantize(raw[start:stop], quantization)
+    by_row, name = raw.reshape(shape[0], row_bytes), quantization.name
+    return Tensor.of_grouped(shape, BLOCKS[name][0], lambda start, stop: grouped(name, by_row[start:stop], block_bytes))
 
 
 def _import_library() -> ModuleType:

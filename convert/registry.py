@@ -33,6 +33,6 @@ REGISTRY = {
         file_bytes=98_362_432,
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         wheel_bytes=92_871_040,
-        model_bytes=540_000_000,
+        model_bytes=99_000_000,
     ),
 }

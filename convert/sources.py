@@ -25,7 +25,7 @@ def convert(
     """Write the model directory `dst` from a checkpoint of any kind.
 
     src          a folder, a file, or hf:owner/name[@revision][/original], which is downloaded
-    dtype        float32, float16, bfloat16, int8, or auto for each tensor's own (float32 where it was quantized)
+    dtype        float32, float16, bfloat16, int8, int4, or auto for each tensor's own, quantised as it is
     rope_factor  in place of the inferred scaling factor, where Meta's params.json says use_scaled_rope
     force        replace `dst` if it is a model directory
     report       gets a line for everything inferred, left out or chosen

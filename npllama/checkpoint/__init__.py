@@ -17,12 +17,14 @@ from .format import (
     STORAGE,
     TOKENIZER_FILES,
     CheckpointError,
+    Storage,
     check_names,
     is_plain_name,
     read_json,
     setting_fault,
     stored_bytes,
     takes_int8,
+    tensor_bytes,
 )
 from .reading import Model, demo_path, load, open_model
 from .verifying import sha256, verify
@@ -35,6 +37,7 @@ __all__ = [
     "TOKENIZER_FILES",
     "CheckpointError",
     "Model",
+    "Storage",
     "Writer",
     "check_free",
     "check_names",
@@ -48,5 +51,6 @@ __all__ = [
     "sha256",
     "stored_bytes",
     "takes_int8",
+    "tensor_bytes",
     "verify",
 ]

@@ -2,7 +2,8 @@
 
 One .npy file per parameter, config.json, manifest.json and the tokenizer. An array of dtype uint16 is bfloat16 here, on disk as
 in memory: NumPy has none, and its upper-half-of-a-float32 bits are exact. An int8 array has the float32 scales of its rows in a
-.scale.npy next to it.
+.scale.npy next to it. A matrix quantised in groups has the dtype "grouped", the Grouping in its entry, and further arrays next
+to it, as engine/grouped.py lists them.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ from typing import Any
 import numpy as np
 
 from ..config import Config, ConfigError
+from ..engine.grouped import Grouping
 from ..errors import NpllamaError, shown
 from . import foreign
 from .store import NAME
 
 Manifest = dict[str, Any]  # JSON, in the form that read_manifest checks
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: nothing is grouped
+GROUPED = "grouped"  # a tensor's dtype in the manifest
 STORAGE: dict[str, np.dtype] = {
     "float32": np.dtype("<f4"),
     "float16": np.dtype("<f2"),
@@ -32,8 +35,10 @@ MANIFEST_SECTIONS: dict[str, dict[str, type]] = {
     "tensors": {"file": str, "dtype": str, "shape": list, "bytes": int, "sha256": str},
     "files": {"bytes": int, "sha256": str},
 }
-SCALE_KEYS: dict[str, type] = {"file": str, "bytes": int, "sha256": str}  # of a tensor's "scale", which int8 has
+PART_KEYS: dict[str, type] = {"file": str, "bytes": int, "sha256": str}  # of a tensor's further arrays
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
+
+Storage = str | Grouping  # how a tensor is stored: a dtype's name, or in groups
 
 
 class CheckpointError(NpllamaError):
@@ -48,8 +53,10 @@ def takes_int8(name: str) -> bool:
     return not name.endswith(("norm.weight", "tok_embeddings.weight"))
 
 
-def stored_bytes(shape: tuple[int, ...], dtype: str) -> int:
+def stored_bytes(shape: tuple[int, ...], dtype: Storage) -> int:
     """Return how many bytes a parameter's numbers take on the disk, scales included."""
+    if isinstance(dtype, Grouping):
+        return dtype.stored_bytes(shape)
     scales = shape[0] * STORAGE["float32"].itemsize if dtype == "int8" else 0
     return math.prod(shape) * STORAGE[dtype].itemsize + scales
 
@@ -112,9 +119,12 @@ def read_manifest(path: Path) -> Manifest:
         for name, entry in entries.items():
             _check_entry(f"{file}: {section}: {name!r}", entry, keys)
             named = [entry["file"] if section == "tensors" else name]
-            if section == "tensors" and entry["dtype"] == "int8":
-                _check_entry(f"{file}: {section}: {name!r}: scale", entry.get("scale"), SCALE_KEYS)
-                named.append(entry["scale"]["file"])
+            if section == "tensors":
+                if entry["dtype"] == GROUPED:
+                    _check_grouping(f"{file}: {section}: {name!r}: grouping", entry.get("grouping"))
+                for part in _further_parts(entry):
+                    _check_entry(f"{file}: {section}: {name!r}: {part}", entry.get(part), PART_KEYS)
+                    named.append(entry[part]["file"])
             if not all(map(is_plain_name, named)):
                 raise CheckpointError(f"{file}: {section}: {name!r} names a file outside the directory")
     return manifest
@@ -125,10 +135,31 @@ def _check_entry(where: str, entry: object, keys: Mapping[str, type]) -> None:
         raise CheckpointError(f"{where}: expected an object with {', '.join(keys)}")
 
 
+def _check_grouping(where: str, values: object) -> None:
+    try:
+        if not isinstance(values, dict):
+            raise ValueError(f"{type(values).__name__}, expected an object")
+        Grouping.from_dict(values)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {error}") from None
+
+
+def _further_parts(entry: Manifest) -> tuple[str, ...]:
+    """Return the names of a tensor's arrays besides its values."""
+    if entry["dtype"] == GROUPED:
+        return ("scale", "unit") if entry["grouping"]["unit"] else ("scale",)
+    return ("scale",) if entry["dtype"] == "int8" else ()
+
+
 def array_files(tensors: Mapping[str, Manifest]) -> dict[str, Manifest]:
     """Return the manifest's entry of each .npy file, those of scales too, by the file's name."""
-    entries = [part for t in tensors.values() for part in ([t, t["scale"]] if t["dtype"] == "int8" else [t])]
+    entries = [part for t in tensors.values() for part in (t, *(t[name] for name in _further_parts(t)))]
     return {entry["file"]: entry for entry in entries}
+
+
+def tensor_bytes(entry: Manifest) -> int:
+    """Return how many bytes a tensor's files take together."""
+    return sum(part["bytes"] for part in array_files({"": entry}).values())
 
 
 def read_config(path: Path) -> tuple[Config, dict[str, object]]:

@@ -13,6 +13,7 @@ import shutil
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,12 +22,14 @@ import numpy as np
 
 from ..config import Config, n_parameters, parameter_shapes
 from ..engine import layout
+from ..engine.grouped import Grouped, Grouping
 from ..engine.memory import address_space, available_memory, free_memory, size_text
 from ..engine.weights import Form, Int8, Weight, is_packed, native, widen
 from ..scope import Ops
 from . import foreign
 from .atomic import survivor
 from .format import (
+    GROUPED,
     STORAGE,
     TOKENIZER_FILES,
     CheckpointError,
@@ -139,7 +142,7 @@ def _read_ahead(model: Model) -> None:
     """
     if not hasattr(mmap.mmap, "madvise"):  # Windows
         return
-    maps = [m for weight in model.params.values() if (m := _mapping(weight)) is not None]
+    maps = [m for weight in model.params.values() for m in _mappings(weight)]
     n_bytes, free = sum(map(len, maps)), free_memory()
     fits = n_bytes <= free
     advice = mmap.MADV_WILLNEED if fits else mmap.MADV_SEQUENTIAL
@@ -155,9 +158,14 @@ def _read_ahead(model: Model) -> None:
         log.warning("the weights take %s, but %s are free: each token reads them from the disk again", *sizes)
 
 
-def _mapping(weight: Weight) -> mmap.mmap | None:
-    base = (weight.values if isinstance(weight, Form) else weight).base
-    return getattr(base, "_mmap", None)
+def _mappings(weight: Weight) -> Iterator[mmap.mmap]:
+    arrays = weight.parts().values() if isinstance(weight, Grouped) else [weight.values if isinstance(weight, Form) else weight]
+    for array in arrays:
+        base: object = array
+        while isinstance(base, np.ndarray) and not isinstance(base, np.memmap):
+            base = base.base
+        if (mapping := getattr(base, "_mmap", None)) is not None:
+            yield mapping
 
 
 def open_model(path: str | Path) -> Model:
@@ -215,6 +223,8 @@ def _open(path: Path) -> Model:
 def _map_tensor(path: Path, name: str, entry: Manifest, shape: tuple[int, ...]) -> Weight:
     if tuple(entry["shape"]) != shape:
         raise CheckpointError(f"{path / 'manifest.json'}: {name} is {entry['shape']}, expected {list(shape)} by config.json")
+    if entry["dtype"] == GROUPED:
+        return _map_grouped(path, name, entry, shape)
     known = [dtype for dtype in STORAGE if dtype != "int8" or takes_int8(name)]
     if entry["dtype"] not in known:
         raise CheckpointError(f"{path / 'manifest.json'}: {name} has dtype {entry['dtype']!r}, expected {', '.join(known)}")
@@ -223,6 +233,20 @@ def _map_tensor(path: Path, name: str, entry: Manifest, shape: tuple[int, ...]) 
         return array
     scale = entry["scale"]
     return Int8(array, _map_array(path / scale["file"], scale["bytes"], STORAGE["float32"], shape[:1]))
+
+
+def _map_grouped(path: Path, name: str, entry: Manifest, shape: tuple[int, ...]) -> Grouped:
+    grouping = Grouping.from_dict(entry["grouping"])
+    try:
+        parts = grouping.parts(shape)
+    except ValueError as error:
+        raise CheckpointError(f"{path / 'manifest.json'}: {name}: {error}") from None
+    arrays = []
+    for part, (part_shape, dtype) in parts.items():
+        where = entry if part == "values" else entry[part]
+        array = _map_array(path / where["file"], where["bytes"], dtype, part_shape)
+        arrays.append(np.moveaxis(array, 0, -1) if grouping.rows_first else array)
+    return Grouped(grouping, *arrays)
 
 
 def _map_array(file: Path, n_bytes: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:

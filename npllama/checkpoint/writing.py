@@ -11,20 +11,24 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
 from ..config import Config, parameter_shapes
+from ..engine.grouped import INT4, INT4_LIMIT, Grouped, Grouping, to_int4
 from ..engine.memory import size_text
 from ..engine.weights import Int8, native, to_bfloat16, to_int8, widen
 from .atomic import check_target, new_folder, not_ours, writing
 from .format import (
     FORMAT_VERSION,
+    GROUPED,
     STORAGE,
     CheckpointError,
     Manifest,
+    Storage,
     array_files,
     check_generation,
     check_names,
@@ -37,6 +41,13 @@ from .format import (
 BLOCK_BYTES = 1 << 18  # what is converted, checked, hashed and written at once: small enough for a core's cache
 WRITE_BYTES = 1 << 16  # at once: the page cache makes folios as large as a write is, and large ones can take it long to find
 BLOCKS_AHEAD = 4  # how many blocks the hashing may be behind the writing
+# What manifest.json says of tensors that are quantised in groups, for those who read the arrays with another tool.
+READING = (
+    "weight[row, g * group + k] = scale[0, g, row] * (q - zero) + scale[1, g, row], the last term if offset is true. "
+    "bits 8: q = values[g, k, row]. bits 4: q = values[g, k, row] & 15 for k < group / 2, "
+    "q = values[g, k - group / 2, row] >> 4 for the others. unit > 0: multiply scale[i, g, row] by unit[i, g // unit, row]. "
+    "rows_first: the row is the first index of each array, not the last. scale bfloat16: the upper 16 bits of a float32."
+)
 # The largest float32 but one: the scale of the largest may round to more than a 127th of it, and the product to infinity.
 INT8_LIMIT = np.nextafter(np.finfo(np.float32).max, np.float32(0))
 
@@ -50,7 +61,7 @@ def check_free(path: str | Path, force: bool = False) -> None:
 def create(
     path: str | Path,
     config: Config,
-    dtype: str | Mapping[str, str],
+    dtype: Storage | Mapping[str, Storage],
     source: Mapping[str, object],
     force: bool = False,
     generation: Mapping[str, object] | None = None,
@@ -62,7 +73,8 @@ def create(
                 writer.add(name, array)
             writer.add_file("tokenizer.model", Path("tokenizer.model"))
 
-    dtype       float32, float16 or bfloat16; or one for each parameter's name, which may be int8 where takes_int8(name)
+    dtype       float32, float16 or bfloat16; or one for each parameter's name, which may be int8 where takes_int8(name), or a
+                Grouping for a matrix
     source      stored in the manifest; it may be filled in until the block ends
     force       replace a model directory, or an empty folder; nothing else
     generation  recommended settings: chat_format, system (the prompt), temperature, top_p
@@ -71,13 +83,15 @@ def create(
     """
     path = Path(path)
     shapes = parameter_shapes(config)
-    dtypes = {name: dtype if isinstance(dtype, str) else dtype[name] for name in shapes}
-    if unknown := set(dtypes.values()).difference(STORAGE):
+    dtypes = {name: dtype[name] if isinstance(dtype, Mapping) else dtype for name in shapes}
+    if unknown := {kind for kind in dtypes.values() if isinstance(kind, str)}.difference(STORAGE):
         raise CheckpointError(f"dtype is {min(unknown)!r}, expected {', '.join(STORAGE)}")
+    for name, kind in dtypes.items():
+        _check_grouping(name, kind, shapes[name])
     if refused := [name for name in shapes if dtypes[name] == "int8" and not takes_int8(name)]:
         raise CheckpointError(f"{refused[0]} is not quantized: its dtype is int8, expected float32, float16, bfloat16")
     generation = check_generation(generation or {})
-    headers = 128 * (len(dtypes) + list(dtypes.values()).count("int8"))
+    headers = 128 * sum(1 if kind in ("float32", "float16", "bfloat16") else 3 for kind in dtypes.values())
     needed = headers + sum(stored_bytes(shape, dtypes[name]) for name, shape in shapes.items())
     try:
         with new_folder(path, force, _why_not_ours) as folder:
@@ -107,7 +121,7 @@ class Writer:
         folder: Path,
         target: Path,
         shapes: Mapping[str, tuple[int, ...]],
-        dtypes: Mapping[str, str],
+        dtypes: Mapping[str, Storage],
         hashing: Executor,
     ):
         self._folder, self._target = folder, target  # where it is written, and its name when it is complete
@@ -123,21 +137,25 @@ class Writer:
             raise CheckpointError(f"{name} is {list(array.shape)}, expected {list(shape)}")
         self.add_blocks(name, (array[start : start + step] for start in range(0, len(array), step)))
 
-    def add_blocks(self, name: str, blocks: Iterable[np.ndarray]) -> None:
+    def add_blocks(self, name: str, blocks: Iterable[np.ndarray] | Iterable[Grouped]) -> None:
         """Write a parameter given as consecutive blocks of rows, so that it is never whole in memory.
 
-        Values are rounded to nearest even where the storage is narrower. Raises CheckpointError, naming the tensor, for a wrong
-        name or shape, a value that is not finite, and one that would overflow to infinity.
+        Values are rounded to nearest even where the storage is narrower. Where it is a Grouping, the blocks are Grouped rows
+        of the same grouping, and the matrix is collected as it is stored; for INT4 they may be numbers, which are quantised.
+        Raises CheckpointError, naming the tensor, for a wrong name or shape, a value that is not finite, and one that would
+        overflow to infinity.
         """
         shape, dtype, n_rows = self._shape_of(name), self._dtypes[name], 0
+        if isinstance(dtype, Grouping):
+            self._add_grouped(name, blocks, dtype, shape)
+            return
         scales: list[np.ndarray] = []
         with self._new(f"{name}.npy") as file:
             stream = _NpyStream(file, shape, STORAGE[dtype], self._hashing)
             for block in blocks:
-                if block.shape[1:] != shape[1:] or n_rows + len(block) > shape[0]:
-                    raise CheckpointError(
-                        f"{name}: rows {list(block.shape)} after {n_rows} others, expected {list(shape)} in all"
-                    )
+                _check_rows(name, block.shape, n_rows, shape)
+                if isinstance(block, Grouped):
+                    raise CheckpointError(f"{name} is quantised in groups, expected numbers to store as {dtype}")
                 data = _to_storage(block, dtype, name, n_rows)
                 n_rows += len(block)
                 if isinstance(data, Int8):
@@ -159,6 +177,38 @@ class Writer:
                 stream = _NpyStream(file, shape[:1], STORAGE["float32"], self._hashing)
                 stream.write(np.concatenate(scales))
             entry["scale"] = {"file": f"{name}.scale.npy", "bytes": stream.n_bytes, "sha256": stream.sha256}
+        self._tensors[name] = entry
+
+    def _add_grouped(
+        self, name: str, blocks: Iterable[np.ndarray] | Iterable[Grouped], grouping: Grouping, shape: tuple[int, ...]
+    ) -> None:
+        """Collect all rows of a quantised matrix, which lie on its arrays' last axis, and write the arrays."""
+        arrays = {part: np.empty(*form) for part, form in grouping.parts(shape).items()}
+        by_row = {part: np.moveaxis(x, 0, -1) if grouping.rows_first else x for part, x in arrays.items()}
+        n_rows = 0
+        for block in blocks:
+            _check_rows(name, block.shape, n_rows, shape)
+            rows = block if isinstance(block, Grouped) else _to_int4(block, grouping, name, n_rows)
+            if replace(rows.grouping, rows_first=grouping.rows_first) != grouping:
+                raise CheckpointError(f"{name} is quantised as {rows.grouping}, expected {grouping}")
+            _check_scales(rows, name, n_rows)
+            for part, array in rows.parts().items():
+                by_row[part][..., n_rows : n_rows + rows.shape[0]] = array
+            n_rows += rows.shape[0]
+        if n_rows != shape[0]:
+            raise CheckpointError(f"{name} has {n_rows} rows, expected {shape[0]}")
+        entry: Manifest = {"dtype": GROUPED, "shape": list(shape), "grouping": asdict(grouping)}
+        for part, array in arrays.items():
+            file_name = f"{name}.npy" if part == "values" else f"{name}.{part}.npy"
+            with self._new(file_name) as file:
+                stream = _NpyStream(file, array.shape, array.dtype, self._hashing)
+                flat = array.reshape(-1)
+                for start in range(0, flat.size, BLOCK_BYTES):
+                    stream.write(flat[start : start + BLOCK_BYTES])
+                    if self.progress:
+                        self.progress(flat[start : start + BLOCK_BYTES].nbytes)
+            written = {"file": file_name, "bytes": stream.n_bytes, "sha256": stream.sha256}
+            entry |= written if part == "values" else {part: written}
         self._tensors[name] = entry
 
     def add_file(self, name: str, content: bytes | str | Path) -> None:
@@ -185,14 +235,17 @@ class Writer:
         check_names("the model", self._shapes, self._tensors)
         self.add_file("config.json", _json({**config.to_dict(), "generation": generation}))
         weights = [t for name, t in self._tensors.items() if takes_int8(name)]  # the matrices, without the embedding
-        in_bytes = {dtype: sum(t["bytes"] for t in weights if t["dtype"] == dtype) for dtype in STORAGE}
+        in_bytes = {dtype: sum(t["bytes"] for t in weights if t["dtype"] == dtype) for dtype in (*STORAGE, GROUPED)}
+        grouped = any(t["dtype"] == GROUPED for t in self._tensors.values())
         manifest = {
-            "npllama_format": FORMAT_VERSION,
+            "npllama_format": FORMAT_VERSION if grouped else 1,  # what is not grouped, an older npllama reads as well
             "source": source,
             "dtype": max(in_bytes, key=lambda dtype: in_bytes[dtype]),
             "tensors": {name: self._tensors[name] for name in self._shapes},
             "files": self._files,
         }
+        if grouped:
+            manifest["reading"] = {GROUPED: READING}
         with self._new("manifest.json") as file:
             file.write(_json(manifest))
 
@@ -237,11 +290,7 @@ def _float64_to_odd_float32(array: np.ndarray) -> np.ndarray:
 
 def _to_storage(block: np.ndarray, dtype: str, name: str, first_row: int) -> np.ndarray | Int8:
     """Return a block in its storage dtype, in this machine's byte order, contiguous and checked to be finite."""
-    block = native(block)
-    if block.dtype not in (np.uint16, np.float16, np.float32, np.float64):
-        raise CheckpointError(f"{name} is {block.dtype}, expected float16, float32, float64, or uint16 for bfloat16")
-    storage = STORAGE[dtype].newbyteorder("=")
-    _refuse(_not_finite(block), block, name, first_row, "which is not finite")
+    block, storage = _finite(block, name, first_row), STORAGE[dtype].newbyteorder("=")
     if dtype == "int8":
         wide = widen(block)
         _refuse(np.abs(wide) > INT8_LIMIT, wide, name, first_row, "too large for int8")
@@ -256,6 +305,49 @@ def _to_storage(block: np.ndarray, dtype: str, name: str, first_row: int) -> np.
             stored = np.ascontiguousarray(wide, storage)
     _refuse(_not_finite(stored), wide, name, first_row, f"too large for {dtype}")
     return stored
+
+
+def _check_grouping(name: str, kind: Storage, shape: tuple[int, ...]) -> None:
+    if isinstance(kind, Grouping):
+        try:
+            kind.check(shape)
+        except ValueError as error:
+            raise CheckpointError(f"{name}: {error}") from None
+
+
+def _check_rows(name: str, found: tuple[int, ...], n_before: int, shape: tuple[int, ...]) -> None:
+    if found[1:] != shape[1:] or n_before + found[0] > shape[0]:
+        raise CheckpointError(f"{name}: rows {list(found)} after {n_before} others, expected {list(shape)} in all")
+
+
+def _to_int4(block: np.ndarray, grouping: Grouping, name: str, first_row: int) -> Grouped:
+    """Quantise a block of numbers, checked to be finite and within float16's scales."""
+    if replace(grouping, rows_first=False) != INT4:
+        raise CheckpointError(f"{name} is given as numbers, expected rows quantised as {grouping}")
+    wide = widen(_finite(block, name, first_row))
+    _refuse(np.abs(wide) > INT4_LIMIT, wide, name, first_row, "too large for int4")
+    return to_int4(wide)
+
+
+def _check_scales(rows: Grouped, name: str, first_row: int) -> None:
+    """Raise CheckpointError for a group with a number that is not finite."""
+    floats = rows.scale if rows.unit is None else rows.unit
+    if len(bad := np.argwhere(_not_finite(native(floats)))):
+        raise CheckpointError(f"{name}: a scale of row {first_row + bad[0][-1]} is not finite")
+    with np.errstate(over="ignore"):
+        levels = np.abs(rows.levels())
+        most = levels[0] * np.float32(rows.grouping.most) + (levels[1] if rows.grouping.offset else np.float32(0))
+    if len(bad := np.argwhere(~np.isfinite(most))):
+        raise CheckpointError(f"{name}: a scale of row {first_row + bad[0][-1]} is too large for float32")
+
+
+def _finite(block: np.ndarray, name: str, first_row: int) -> np.ndarray:
+    """Return a block in this machine's byte order, checked to be of a dtype that is read, and finite."""
+    block = native(block)
+    if block.dtype not in (np.uint16, np.float16, np.float32, np.float64):
+        raise CheckpointError(f"{name} is {block.dtype}, expected float16, float32, float64, or uint16 for bfloat16")
+    _refuse(_not_finite(block), block, name, first_row, "which is not finite")
+    return block
 
 
 def _not_finite(block: np.ndarray) -> np.ndarray:

@@ -16,9 +16,9 @@ def add_parser(commands: Commands) -> None:
     p.add_argument("dst", metavar="DST", help="the model directory to write")
     p.add_argument(
         "--dtype",
-        choices=["auto", "float32", "float16", "bfloat16", "int8"],
+        choices=["auto", "float32", "float16", "bfloat16", "int8", "int4"],
         default="auto",
-        help="default: each tensor's own, or float32; int8 keeps that for the embedding and the norms",
+        help="default: each tensor's own, quantised ones as they are; int8 and int4 keep that for the embedding and the norms",
     )
     p.add_argument(
         "--rope-factor",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
+from typing import Any
 
-from ..checkpoint import demo_path, open_model
+from ..checkpoint import demo_path, open_model, tensor_bytes
 from ..config import n_parameters
 from ..tokenizer import MissingPackage
 from .options import Commands, add_command, stored_tensors
@@ -20,11 +22,12 @@ def run(args: argparse.Namespace) -> None:
     """Print the constants of a model and what its files hold."""
     model = open_model(demo_path() if args.model is None else args.model)
     config, tensors = model.config, stored_tensors(model)
-    n_bytes = sum(t["bytes"] + (t["scale"]["bytes"] if t["dtype"] == "int8" else 0) for t in tensors)
+    n_bytes = sum(map(tensor_bytes, tensors))
     print(f"{model.path}")
-    print(f"{n_parameters(config):,} parameters in {len(tensors)} tensors, {n_bytes:,} bytes")
-    counts = {dtype: sum(t["dtype"] == dtype for t in tensors) for dtype in sorted({t["dtype"] for t in tensors})}
-    print("stored as " + ", ".join(f"{dtype} ({n} tensors)" for dtype, n in counts.items()))
+    n = n_parameters(config)
+    print(f"{n:,} parameters in {len(tensors)} tensors, {n_bytes:,} bytes, {n_bytes * 8 / n:.2f} bits per weight")
+    counts = Counter(map(_storage, tensors))
+    print("stored as " + ", ".join(f"{storage} ({n} tensors)" for storage, n in sorted(counts.items())))
     for name, value in config.to_dict().items():
         if isinstance(value, dict):
             value = ", ".join(f"{key} {v}" for key, v in value.items())
@@ -36,3 +39,10 @@ def run(args: argparse.Namespace) -> None:
         print(f"tokenizer: {error}")
     recommended = {key: value for key, value in model.generation.items() if value is not None}
     print("recommended: " + (", ".join(f"{key} {value}" for key, value in recommended.items()) or "nothing"))
+
+
+def _storage(tensor: dict[str, Any]) -> str:
+    """Return a tensor's dtype; of one that is quantised in groups their bits and size."""
+    if tensor["dtype"] != "grouped":
+        return str(tensor["dtype"])
+    return f"{tensor['grouping']['bits']} bits in groups of {tensor['grouping']['group']}"

@@ -18,6 +18,7 @@ import threading
 
 import numpy as np
 
+from .grouped import Grouped
 from .threads import n_threads, parallel
 from .weights import Int8, Packed, Shard, Weight, block_of, form_of, is_packed, native, to_bfloat16, to_int8, widen
 
@@ -50,7 +51,9 @@ def linear(x: np.ndarray, weight: Weight) -> np.ndarray:
     form = form_of(weight)
     if isinstance(form, Shard):
         return form.join(linear(x, form.part))
-    if isinstance(form, Packed):
+    if isinstance(form, Grouped):
+        y = _grouped_product(rows, form)
+    elif isinstance(form, Packed):
         y = _packed_product(rows, form)
     elif len(rows) == 1:
         y = (np.asarray(form.values) @ rows[0])[None]
@@ -191,3 +194,32 @@ def _packed_product(rows: np.ndarray, weight: Packed) -> np.ndarray:
 
     parallel(work, -(-n_out // size))
     return weight.finish(np.ascontiguousarray(y.T) if few else y)
+
+
+def _grouped_product(rows: np.ndarray, weight: Grouped) -> np.ndarray:
+    """[N, in] by [out, in] quantised in groups -> [N, out] in float32, tiles shared among the threads.
+
+    For a few rows of x, q is multiplied as it is stored, and each group's partial sums are multiplied by its scales: less work
+    than for each number of the weight. For many rows the numbers themselves are made first.
+    """
+    (n_out, n_in), N, n = weight.shape, len(rows), n_threads()
+    group = weight.grouping.group
+    x = np.ascontiguousarray(rows.reshape(N, -1, group).swapaxes(0, 1))  # [g, N, group]
+    n_tiles = max(1, round(weight.size / tile_size(n)))
+    if weight.size * N >= SHARED:
+        n_tiles = -(-n_tiles // n) * n
+    size = -(-n_out // n_tiles)
+    y = np.empty((N, n_out), np.float32)
+
+    def work(i: int) -> None:
+        part = slice(i * size, min(n_out, (i + 1) * size))
+        tile = weight.rows(part)
+        numbers = _buffer(tile.size).view(np.float32).reshape(len(x), group, -1)
+        if N > FEW_ROWS:
+            tile.fill(numbers, tile.levels())
+            np.matmul(rows, numbers.reshape(n_in, -1), out=y[:, part])
+        else:
+            tile.multiply(x, numbers, out=y[:, part])
+
+    parallel(work, -(-n_out // size))
+    return y

@@ -6,6 +6,7 @@
 | uint16 | Bfloat16 | the upper 16 bits of a float32 (NumPy has no bfloat16) | float32 |
 | float16 | Float16 | IEEE half precision | float32 |
 | int8, with float32 scales | Int8 | one scale for each row | float32 |
+| uint8 or int8, with scales | Grouped (grouped.py) | 4 or 8 bits, a scale for each group of columns | float32 |
 
 Parameters are given as arrays, whose dtype says the form (form_of), or in a form. Every form has
 
@@ -285,7 +286,7 @@ def form_of(weight: Weight) -> Form:
 
 
 def is_packed(weight: Weight) -> bool:
-    """Whether the weight is stored in 16 or 8 bits, to be widened before it is computed with."""
+    """Whether the weight is stored in 16 bits or fewer, to be widened before it is computed with."""
     return isinstance(form_of(weight), Packed)
 
 

@@ -663,8 +663,8 @@ BAD = {
         r"manifest\.json holds list, expected a JSON object$",
     ),
     "newer": (
-        lambda m: edit_json(m / "manifest.json", npllama_format=2),
-        r"has format version 2, .* reads up to 1: upgrade npllama$",
+        lambda m: edit_json(m / "manifest.json", npllama_format=3),
+        r"has format version 3, .* reads up to 2: upgrade npllama$",
     ),
     "not ours": (lambda m: edit_json(m / "manifest.json", npllama_format="x"), r"is not npllama's: npllama_format is 'x'$"),
     "no tensors": (

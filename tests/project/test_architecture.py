@@ -26,6 +26,7 @@ ORDER = [
     "engine.weights",
     "engine.ranks.groups",
     "engine.ranks.shares",
+    "engine.grouped",
     "engine.linear",
     "engine.layout",
     "engine",

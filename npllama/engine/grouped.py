@@ -1,0 +1,274 @@
+"""Matrices quantised in groups of columns, the form of nearly all quantised checkpoints: w = scale · (q − zero) + offset.
+
+q has 4 or 8 bits; each row has one scale, and perhaps one offset, for every `group` columns. In two levels (llama.cpp's
+K-quants) scales and offsets are themselves small whole numbers times a unit, in float16, that several groups share:
+
+    scale[g] = unit[0, g // u] · s[g]        offset[g] = unit[1, g // u] · t[g]
+
+Both products are exact in float32, and so is scale · (q − zero) wherever scale has at most 16 significant bits: the sum with
+the offset is all that rounds, as in the libraries that dequantise such files.
+
+Every array has the rows of the weight on its last axis, which is long: products and scales then run along it.
+g = in / group is the number of groups.
+
+| array | shape | what it holds |
+|---|---|---|
+| values, 8 bits | int8 [g, group, out] | q |
+| values, 4 bits | uint8 [g, group / 2, out] | lower four bits: q of the group's first half; upper: of its second half |
+| scale | [1 or 2, g, out] | the scale, and the offset where there is one |
+| unit | float16 [1 or 2, g / u, out] | what scale and offset are multiples of; in two levels only |
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from .weights import Packed, Part, native
+
+HALF = np.dtype("<f2")
+SCALES: dict[str, np.dtype] = {  # little-endian, as in files
+    "float32": np.dtype("<f4"),
+    "float16": HALF,
+    "bfloat16": np.dtype("<u2"),
+    "int8": np.dtype("i1"),
+    "uint8": np.dtype("u1"),
+}
+HALF_BITS, HALF_SCALE = np.int32(np.uint32(0x8FFFE000).view(np.int32)), np.float32(2.0**112)
+INT4_LIMIT = 15 * 65504 // 2  # the largest magnitude whose group has a float16 scale, whatever its other numbers are
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """How a matrix is quantised in groups. Raises ValueError for what is none.
+
+    bits        4: q is 0 to 15; 8: q is -128 to 127
+    group       columns that share a scale; a whole row is a multiple
+    scale       dtype of the scales: float32, float16, bfloat16; int8 or uint8 in two levels
+    offset      whether groups have an offset too
+    zero        the whole number that is subtracted from every q
+    unit        groups that share a unit, in two levels; 0: one level
+    rows_first  in files: the rows on the first axis, so that single rows are read quickly (an embedding), not on the last
+    """
+
+    bits: int
+    group: int
+    scale: str
+    offset: bool = False
+    zero: int = 0
+    unit: int = 0
+    rows_first: bool = False
+
+    def __post_init__(self) -> None:
+        wanted = {"bits": int, "group": int, "scale": str, "offset": bool, "zero": int, "unit": int, "rows_first": bool}
+        for name, kind in wanted.items():
+            if type(value := getattr(self, name)) is not kind:
+                raise ValueError(f"{name} is {value!r:.40}, expected {kind.__name__}")
+        if self.bits not in (4, 8):
+            raise ValueError(f"bits is {self.bits}, expected 4 or 8")
+        if self.group < 2 or self.group % 2:
+            raise ValueError(f"group is {self.group}, expected an even number of columns")
+        if abs(self.zero) > 255 or self.unit < 0:
+            raise ValueError(f"zero is {self.zero} and unit {self.unit}, expected -255 to 255 and 0 or more")
+        scales = ("int8", "uint8") if self.unit else ("float32", "float16", "bfloat16")
+        if self.scale not in scales:
+            raise ValueError(f"scale is {self.scale!r:.40}, expected {', '.join(scales)} with unit {self.unit}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, object]) -> Grouping:
+        """Return the grouping that a manifest describes."""
+        if set(values) != (names := {field.name for field in fields(cls)}):
+            raise ValueError(f"it has {', '.join(map(str, values))}, expected {', '.join(sorted(names))}")
+        return cls(**values)  # type: ignore[arg-type]  # __post_init__ checks their types
+
+    @property
+    def most(self) -> int:
+        """The largest magnitude that q − zero can have."""
+        least, largest = (0, 15) if self.bits == 4 else (-128, 127)
+        return max(abs(least - self.zero), abs(largest - self.zero))
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raise ValueError unless a matrix of this shape can be quantised so: its rows are whole groups, and whole units."""
+        step = self.group * max(1, self.unit)
+        if len(shape) != 2 or shape[1] % step:
+            raise ValueError(f"{list(shape)} can't be quantised in groups, expected rows of a multiple of {step} numbers")
+
+    def parts(self, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Return the shape and dtype of each array that holds a matrix [out, in], in the order of Grouped.parts().
+
+        As they are in files: the rows first where rows_first says so.
+        """
+        self.check(shape)
+        n_out, n_groups, n_levels = shape[0], shape[1] // self.group, 1 + self.offset
+        found = {
+            "values": ((n_groups, self.group * self.bits // 8, n_out), np.dtype("u1" if self.bits == 4 else "i1")),
+            "scale": ((n_levels, n_groups, n_out), SCALES[self.scale]),
+        }
+        if self.unit:
+            found["unit"] = ((n_levels, n_groups // self.unit, n_out), HALF)
+        return {name: ((s[-1], *s[:-1]) if self.rows_first else s, dtype) for name, (s, dtype) in found.items()}
+
+    def stored_bytes(self, shape: tuple[int, ...]) -> int:
+        """Return how many bytes a matrix of this shape takes, scales included."""
+        return sum(math.prod(part) * dtype.itemsize for part, dtype in self.parts(shape).values())
+
+
+INT4 = Grouping(bits=4, group=32, scale="float16", offset=True)  # what to_int4 makes
+
+
+class Grouped(Packed):
+    """A matrix quantised in groups; its arrays as the module's table lists them."""
+
+    __slots__ = ("grouping", "scale", "unit")
+
+    def __init__(self, grouping: Grouping, values: np.ndarray, scale: np.ndarray, unit: np.ndarray | None = None):
+        super().__init__(values)
+        self.grouping, self.scale, self.unit = grouping, scale, unit
+
+    @classmethod
+    def of(cls, grouping: Grouping, q: np.ndarray, scale: np.ndarray, unit: np.ndarray | None = None) -> Grouped:
+        """Pack some rows that are quantised already: what a converter calls for each block of rows that it reads.
+
+        q       whole numbers [n, in]: 0 to 15 (uint8) for 4 bits, -128 to 127 (int8) for 8
+        scale   [1 or 2, n, in / group] in the dtype that grouping.scale names (bfloat16 as uint16): scales, then offsets
+        unit    float16 [1 or 2, n, in / group / grouping.unit]; in two levels only
+        """
+        n, n_in = q.shape
+        grouping.check(q.shape)
+        columns = q.reshape(n, n_in // grouping.group, grouping.group).transpose(1, 2, 0)
+        if grouping.bits == 4:
+            half = grouping.group // 2
+            columns = columns[:, :half] | columns[:, half:] << np.uint8(4)
+        form = cls(grouping, columns, scale.swapaxes(1, 2), None if unit is None else unit.swapaxes(1, 2))
+        for (name, part), (shape, dtype) in zip(form.parts().items(), grouping.parts(q.shape).values(), strict=True):
+            expected = (*shape[1:], shape[0]) if grouping.rows_first else shape
+            if part.shape != expected or part.dtype.newbyteorder("=") != dtype.newbyteorder("="):
+                raise ValueError(f"{name} is {part.dtype} {list(part.shape)}, expected {dtype} {list(expected)}")
+        return form
+
+    def parts(self) -> dict[str, np.ndarray]:
+        """Return the arrays by their names, the rows on the last axis of each."""
+        found = {"values": self.values, "scale": self.scale}
+        return found if self.unit is None else found | {"unit": self.unit}
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # noqa: D102
+        return self.values.shape[-1], self.scale.shape[1] * self.grouping.group
+
+    @property
+    def ndim(self) -> int:  # noqa: D102
+        return 2
+
+    @property
+    def size(self) -> int:  # noqa: D102
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:  # noqa: D102
+        return sum(part.nbytes for part in self.parts().values())
+
+    def rows(self, part: Part) -> Grouped:  # noqa: D102
+        unit = None if self.unit is None else self.unit[..., part]
+        return Grouped(self.grouping, self.values[..., part], self.scale[..., part], unit)
+
+    def columns(self, part: slice) -> Grouped:
+        """Return some columns in the same form. Raises ValueError unless they are whole groups, and whole units."""
+        start, stop, step = part.indices(self.shape[1])
+        block = self.grouping.group * max(1, self.grouping.unit)
+        if step != 1 or start % block or stop % block:
+            raise ValueError(f"columns {start} to {stop} are not whole blocks of {block}, in which the weight is quantised")
+        groups, units = (slice(start // n, max(start, stop) // n) for n in (self.grouping.group, block))
+        unit = None if self.unit is None else self.unit[:, units]
+        return Grouped(self.grouping, self.values[groups], self.scale[:, groups], unit)
+
+    def widen(self, out: np.ndarray | None = None) -> np.ndarray:
+        """Return scale · (q − zero) + offset in float32, each step rounded to nearest."""
+        n_out, n_in = self.shape
+        out = np.empty(self.shape, np.float32) if out is None else out
+        groups = out.reshape(n_out, n_in // self.grouping.group, self.grouping.group).transpose(1, 2, 0)
+        self.fill(groups, self.levels())
+        return out
+
+    def levels(self) -> np.ndarray:
+        """Return scales and offsets in float32.    -> [1 or 2, g, out]"""
+        scale = to_float32(self.scale)
+        if self.unit is not None:
+            levels, n_groups, n_out = scale.shape
+            by_unit = scale.reshape(levels, n_groups // self.grouping.unit, self.grouping.unit, n_out)
+            scale = (by_unit * to_float32(self.unit)[:, :, None]).reshape(levels, n_groups, n_out)
+        return scale
+
+    def fill(self, out: np.ndarray, levels: np.ndarray) -> None:
+        """Write the numbers, given levels().    out float32 [g, group, out]"""
+        self.integers(out)
+        if self.grouping.zero:
+            out -= np.float32(self.grouping.zero)
+        out *= levels[0][:, None]
+        if self.grouping.offset:
+            out += levels[1][:, None]
+
+    def integers(self, out: np.ndarray) -> None:
+        """Write q as it is stored, zero not subtracted.    out float32 [g, group, out]"""
+        if self.grouping.bits == 8:
+            np.copyto(out, self.values)
+            return
+        half = self.grouping.group // 2
+        np.copyto(out[:, :half], np.bitwise_and(self.values, np.uint8(15)))
+        np.copyto(out[:, half:], np.right_shift(self.values, np.uint8(4)))
+
+    def multiply(self, x: np.ndarray, numbers: np.ndarray, out: np.ndarray) -> None:
+        """Write the products of a few rows of x, which need not multiply every number by its scale.
+
+        x [g, N, group], out [N, out]; numbers float32 [g, group, out] is overwritten
+
+        sum over g of  scale[g] · (x_g @ q_g)  +  (offset[g] − zero · scale[g]) · sum of x_g
+        """
+        levels, zero = self.levels(), np.float32(self.grouping.zero)
+        self.integers(numbers)
+        partial = x @ numbers  # [g, N, out]
+        partial *= levels[0][:, None]
+        np.add.reduce(partial, axis=0, out=out)
+        if self.grouping.offset or zero:
+            shift = -zero * levels[0] + (levels[1] if self.grouping.offset else np.float32(0))
+            out += x.sum(axis=-1).T @ shift
+
+
+def to_float32(x: np.ndarray) -> np.ndarray:
+    """Widen scales of any dtype in SCALES, exactly.
+
+    float16's bits are moved to where float32 has them (weights.Float16 says how), in three times the speed of NumPy's own. That
+    makes finite numbers from 65536 of what is infinite or NaN.
+    """
+    x = native(x)
+    if x.dtype == np.uint16:
+        bits = x.astype(np.uint32)
+        bits <<= np.uint32(16)
+        return bits.view(np.float32)
+    if x.dtype != np.float16:
+        return x.astype(np.float32)
+    words = x.view(np.int16).astype(np.int32)
+    words <<= np.int32(13)
+    words &= HALF_BITS
+    wide = words.view(np.float32)
+    wide *= HALF_SCALE
+    if wide.max(initial=0) >= 65536 or wide.min(initial=0) <= -65536:
+        return x.astype(np.float32)
+    return wide
+
+
+def to_int4(x: np.ndarray) -> Grouped:
+    """Quantise rows in groups of 32 to the 16 multiples of a scale that reach from the least to the largest number of each.
+
+    scale and offset are rounded to float16 first, and each number then goes to the nearest of the 16, in float64.
+    float [out, in] -> Grouped with the grouping INT4
+    """
+    n_out, n_in = x.shape
+    groups = np.asarray(x, np.float64).reshape(n_out, n_in // INT4.group, INT4.group)
+    least, largest = groups.min(axis=-1), groups.max(axis=-1)
+    scale, offset = ((largest - least) / 15).astype(np.float16), least.astype(np.float16)
+    divisor = np.where(scale > 0, scale, 1).astype(np.float64)[..., None]
+    q = np.clip(np.rint((groups - offset[..., None]) / divisor), 0, 15).astype(np.uint8)
+    return Grouped.of(INT4, q.reshape(n_out, n_in), np.stack([scale, offset]))
