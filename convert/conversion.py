@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import importlib
 import importlib.util
+import json
 import math
 import re
 import sys
@@ -45,6 +46,8 @@ from npllama.tokenizer import load_tokenizer
 Report = Callable[[str], object]
 Shaped = TypeVar("Shaped", np.ndarray, "Tensor")
 LLAMA3_CONTEXT = 8192  # what Llama 3 was trained on, before its frequencies were scaled
+
+BESIDE_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")  # BOS and EOS by name
 
 # What a checkpoint holds besides parameters: rotary tables and caches that some releases saved along.
 NOT_A_PARAMETER = re.compile(r"(.*\.)?(rope\.freqs|freqs_cis|freqs_cos|freqs_sin|cache_k|cache_v|rotary_emb\.inv_freq)")
@@ -219,20 +222,30 @@ def llama3_scaling(factor: float) -> RopeScaling:
 # ----------------------------------------------------------------------------------------------------- tokenizer and settings
 
 
-def read_generation(folder: Path, config: Config, report: Report) -> dict[str, object]:
+def read_generation(
+    folder: Path, config: Config, report: Report, config_file: Mapping[str, object] | None = None
+) -> tuple[dict[str, object], dict[str, bytes]]:
     """Read the recommended temperature and top_p from generation_config.json, where there is one.
+
+    Returns them, and the generation_config.json to be stored where the folder's own doesn't say what ends an answer: the
+    `eos_token_id` of config_file, config.json's values, counts then, as in Hugging Face.
 
     A recommendation that can't be followed is left out and reported, ids that end an answer included (the tokenizer, which
     reads them, leaves the same out).
     """
-    path = folder / "generation_config.json"
+    path, files = folder / "generation_config.json", {}
     values = checkpoint.read_json(path) if path.exists() else {}
+    if values.get("eos_token_id") is None and (eos := (config_file or {}).get("eos_token_id")) is not None:
+        values["eos_token_id"] = eos
+        files[path.name] = (json.dumps(values, indent=2) + "\n").encode()
+        path = folder / "config.json"
     for key in ("bos_token_id", "eos_token_id", "eot_token_id", "eom_token_id"):
         ids = values.get(key)
         for id in ids if isinstance(ids, list) else [] if ids is None else [ids]:
             if type(id) is not int or not 0 <= id < config.vocab_size:
                 report(f"{path}: {key} is {shown(id)}, expected 0 to {config.vocab_size - 1}: left out")
-    return recommended(path, {key: values[key] for key in ("temperature", "top_p") if key in values}, report)
+    settings = {key: value for key, value in values.items() if key in ("temperature", "top_p")}
+    return recommended(folder / "generation_config.json", settings, report), files
 
 
 def recommended(where: object, values: Mapping[str, object], report: Report) -> dict[str, object]:
@@ -252,6 +265,17 @@ def chat_settings(template: object, by_tokenizer: str | None, report: Report) ->
     return {"chat_format": name, "system": default_system_of_template(template) if name == "chatml" else None}
 
 
+def add_tokenizer(source: Source, file: Path, report: Report) -> str | None:
+    """Add a tokenizer's file and those that belong to it; name the chat format that its special tokens speak of, if any."""
+    with open(file, "rb") as opened:
+        name = "tokenizer.json" if opened.read(1) == b"{" else "tokenizer.model"
+    names = BESIDE_TOKENIZER if name == "tokenizer.json" else (*BESIDE_TOKENIZER, "added_tokens.json")
+    beside = [path for path in map(file.with_name, names) if path.is_file()]
+    source.tokenizer = {name: file, **{path.name: path for path in beside}, **source.tokenizer}
+    source.files += [file, *beside]
+    return check_tokenizer(file, source.config, report)
+
+
 def check_tokenizer(path: Path, config: Config, report: Report) -> str | None:
     """Hold the tokenizer's size against the vocabulary; name the chat format that its special tokens speak of, if any."""
     with open(path, "rb") as file:
@@ -260,8 +284,15 @@ def check_tokenizer(path: Path, config: Config, report: Report) -> str | None:
         report(f"{path.name} is not checked: the package {needs} is not installed")
         return "llama2" if needs == "sentencepiece" else None
     tokenizer = load_tokenizer(path)
+    if tokenizer.vocab_size > 2 * config.vocab_size:  # no padding, and no token that somebody added
+        raise CheckpointError(
+            f"{path} has {tokenizer.vocab_size} tokens, but the model's vocabulary {config.vocab_size}: is it another model's?"
+        )
     if tokenizer.vocab_size > config.vocab_size:
-        raise CheckpointError(f"{path} has {tokenizer.vocab_size} tokens, but the model's vocabulary {config.vocab_size}")
+        report(
+            f"{path.name} has {tokenizer.vocab_size} tokens, the model {config.vocab_size} rows: "
+            f"ids from {config.vocab_size} on are never generated, and refused in a prompt"
+        )
     if tokenizer.vocab_size < config.vocab_size:
         report(f"{path.name} has {tokenizer.vocab_size} tokens of the model's {config.vocab_size}")
     with contextlib.suppress(ValueError):

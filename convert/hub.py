@@ -14,12 +14,12 @@ from npllama.checkpoint import CheckpointError, read_json
 from npllama.config import ConfigError
 
 from . import huggingface
-from .conversion import Report
+from .conversion import BESIDE_TOKENIZER, Report
 
 PREFIX = "hf:"
 NAME = re.compile(r"hf:([\w.-]+/[\w.-]+?)(?:@([\w./-]+?))?(/original)?")
 ORIGINAL = ["original/params.json", "original/tokenizer.model", "original/consolidated.*.pth"]  # Meta's own files
-DESCRIPTION = [*huggingface.TOKENIZERS, *huggingface.BESIDE_TOKENIZER, "chat_template.jinja", "config.json"]
+DESCRIPTION = [*huggingface.TOKENIZERS, *BESIDE_TOKENIZER, "added_tokens.json", "chat_template.jinja", "config.json"]
 DESCRIPTION += [name for name in huggingface.WEIGHTS if name.endswith(".json")]
 WEIGHTS = [
     ["model.safetensors", "model-*.safetensors"],

@@ -24,8 +24,8 @@ from .conversion import (
     Report,
     Source,
     Tensor,
+    add_tokenizer,
     chat_settings,
-    check_tokenizer,
     head_sizes,
     match,
     number,
@@ -57,7 +57,6 @@ FOREIGN_KEY = re.compile(
 # A folder's weights: one file, or the index of several; in the order of preference.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # the first knows the tokens that were added to the second
-BESIDE_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")  # BOS and EOS by name
 
 
 def read(src: Path, report: Report) -> Source:
@@ -86,14 +85,12 @@ def read(src: Path, report: Report) -> Source:
     if values.get("tie_word_embeddings") is True and not config.tied_embeddings:
         raise CheckpointError(f"{index}: lm_head.weight differs from the embedding, but config.json says they are tied")
 
-    generation = read_generation(src, config, report)
+    generation, files = read_generation(src, config, report, values)
     source = Source("huggingface", config, tensors, [config_file, *weights], generation=generation)
     tokenizer = next((src / name for name in TOKENIZERS if (src / name).is_file()), None)
     if tokenizer:
-        kept = [tokenizer, *(src / name for name in BESIDE_TOKENIZER if (src / name).is_file())]
-        source.tokenizer = {file.name: file for file in kept}
-        source.files += kept
-        by_tokenizer = check_tokenizer(tokenizer, config, report)
+        source.tokenizer = {**files}
+        by_tokenizer = add_tokenizer(source, tokenizer, report)
         source.generation |= chat_settings(_chat_template(src), by_tokenizer, report)
     return source
 

@@ -23,7 +23,7 @@ from npllama.config import Config, ConfigError, n_parameters, parameter_shapes
 from npllama.errors import shown
 
 from . import meta, torch_file
-from .conversion import Report, Source, Tensor, check_tokenizer, tie
+from .conversion import Report, Source, Tensor, add_tokenizer, tie
 
 HEADER = struct.Struct("<7i")
 NEWER_MAGIC = b"24ka"  # 0x616b3432, "ak42", of versions 1 and 2
@@ -45,9 +45,7 @@ def read(src: Path, report: Report) -> Source:
         source = _read_bin(src, start, report)
     for name in ("tokenizer.model", f"tok{source.config.vocab_size}.model"):
         if (tokenizer := src.with_name(name)).is_file() and not source.tokenizer:
-            source.generation["chat_format"] = check_tokenizer(tokenizer, source.config, report)
-            source.tokenizer = {"tokenizer.model": tokenizer}
-            source.files.append(tokenizer)
+            source.generation["chat_format"] = add_tokenizer(source, tokenizer, report)
     return source
 
 

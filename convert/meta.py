@@ -27,7 +27,7 @@ from .conversion import (
     Report,
     Source,
     Tensor,
-    check_tokenizer,
+    add_tokenizer,
     head_sizes,
     llama3_scaling,
     number,
@@ -253,11 +253,9 @@ def read(src: str | Path, rope_factor: float | None = None, report: Report = pri
         config, tensors = assemble(params, shards, rope_factor, report)
     except ConfigError as error:
         raise CheckpointError(f"{params_file}: {error}") from None
-    source = Source("meta", config, tensors, [*files, params_file], generation=read_generation(src, config, report))
+    source = Source("meta", config, tensors, [*files, params_file], generation=read_generation(src, config, report)[0])
     if tokenizer.is_file():
-        source.tokenizer[tokenizer.name] = tokenizer
-        source.files.append(tokenizer)
-        source.generation["chat_format"] = check_tokenizer(tokenizer, config, report)
+        source.generation["chat_format"] = add_tokenizer(source, tokenizer, report)
     return source
 
 

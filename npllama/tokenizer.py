@@ -21,6 +21,7 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -74,9 +75,14 @@ class MissingPackage(TokenizerError):
 
 
 class Tokenizer(ABC):
-    """What every kind of tokenizer offers. Ids outside `range(vocab_size)` are a ValueError wherever ids are taken."""
+    """What every kind of tokenizer offers. Ids outside the vocabulary are a ValueError wherever ids are taken.
+
+    A model may have more rows than its tokenizer has tokens: the embedding is padded to a rounder size, and such a row can be
+    sampled. Those ids, up to n_rows, decode to nothing, as in Hugging Face.
+    """
 
     vocab_size: int
+    n_rows: int = 0  # the model's vocabulary, if the tokenizer is a model's
     bos_id: int | None  # None: the vocabulary has none
     eos_id: int | None
     adds_bos: bool = True  # False: the model was trained on texts without BOS in front, so encode() puts none there
@@ -138,19 +144,28 @@ class Tokenizer(ABC):
         return b"".join([decoder.push_bytes(id) for id in ids])
 
     def checked(self, id: int) -> int:
-        """Return the id as an int, or raise ValueError for one outside it: the model's vocabulary may be larger."""
+        """Return the id as an int, or raise ValueError for one that neither the tokenizer nor the model has."""
         id = operator.index(id)
-        if not 0 <= id < self.vocab_size:
-            raise ValueError(f"token id {id} is outside the tokenizer's vocabulary: expected 0 to {self.vocab_size - 1}")
+        if not 0 <= id < max(self.vocab_size, self.n_rows):
+            last = max(self.vocab_size, self.n_rows) - 1
+            raise ValueError(f"token id {id} is outside the tokenizer's vocabulary: expected 0 to {last}")
         return id
 
-    @abstractmethod
     def piece(self, id: int) -> str:
-        """Show one id on one line: special and control tokens by their spelling, a byte that is no character as `<0xE2>`."""
+        r"""Show one id on one line: special and control tokens by their spelling, a byte that is no character as `<0xE2>`.
+
+        Byte-level: ` to`, a newline is `\n`, a backslash `\\`. SentencePiece's: `▁to`, `<0x0A>`, `<s>`. A row of the model
+        without a token is empty.
+        """
+        id = self.checked(id)
+        return self._piece(id) if id < self.vocab_size else ""
+
+    @abstractmethod
+    def _piece(self, id: int) -> str: ...
 
     @abstractmethod
     def token_bytes(self, id: int, opening: bool) -> bytes:
-        """Return the bytes a valid id adds to a text; opening says that only silent ids stand before it."""
+        """Return the bytes that an id below vocab_size adds to a text; opening says that only silent ids stand before it."""
 
     @abstractmethod
     def _encode(self, text: str, special: bool) -> list[int]: ...
@@ -177,6 +192,8 @@ class StreamDecoder:
     def push_bytes(self, id: int) -> bytes:
         """Return the bytes this id adds, past the UTF-8 decoder: use either this or push."""
         id = self._tokenizer.checked(id)
+        if id >= self._tokenizer.vocab_size:
+            return b""
         data = self._tokenizer.token_bytes(id, self._opening)
         self._opening = self._opening and id in self._tokenizer.silent_ids
         return data
@@ -255,9 +272,8 @@ class TiktokenTokenizer(Tokenizer):
     def token_bytes(self, id: int, opening: bool) -> bytes:  # noqa: D102
         return self._bytes[id]
 
-    def piece(self, id: int) -> str:
-        r"""Show one id on one line: a newline is `\n`, a backslash `\\`, a byte that is no character `<0xE2>`."""
-        data = self._bytes[self.checked(id)]
+    def _piece(self, id: int) -> str:
+        data = self._bytes[id]
         return "".join(map(_visible, data.decode("utf-8", "surrogateescape")))
 
 
@@ -348,6 +364,11 @@ class SentencePieceTokenizer(Tokenizer):
     data is the file's content where it has been read already. Every id is SentencePiece's own. It spells a blank as U+2581 (▁),
     so a text that holds this character itself comes back with a blank in its place: the one text that doesn't round-trip.
     (A model trained to collapse blanks, as stories260K's was and LLaMA's was not, loses those too.)
+
+    tokenizer_config.json (`added_tokens_decoder`) or added_tokens.json beside it may add tokens, as ChatML's to LLaMA's
+    vocabulary. They are looked for in the text first. Each part between them is a text of its own, with SentencePiece's blank
+    in front, as in llama.cpp; but where Hugging Face wrote these files, only the first part gets one, or with `legacy` each,
+    and none that begins with a blank.
     """
 
     def __init__(self, path: PathLike, data: bytes | None = None):
@@ -362,20 +383,42 @@ class SentencePieceTokenizer(Tokenizer):
             self._processor = processor = sentencepiece.SentencePieceProcessor(model_proto=data)
         except RuntimeError as error:
             raise TokenizerError(f"{path}: found a damaged file ({error}), expected a SentencePiece model") from error
-        self.vocab_size = processor.vocab_size()
-        self.bos_id, self.eos_id = processor.bos_id(), processor.eos_id()
-        if self.bos_id < 0 or self.eos_id < 0:
+        n, bos, eos = processor.vocab_size(), processor.bos_id(), processor.eos_id()
+        if bos < 0 or eos < 0:
             raise TokenizerError(f"{path}: found a SentencePiece model without BOS or EOS, expected one with both")
-        self.silent_ids = frozenset(id for id in range(self.vocab_size) if processor.is_control(id))
-        self.special_tokens = {processor.id_to_piece(id): id for id in sorted(self.silent_ids)}
+        self._pieces = {id: processor.id_to_piece(id) for id in range(n)}
+        self._bytes = {id: self._piece_bytes(id) for id in range(n)}
+        control = {id for id in range(n) if processor.is_control(id)}
         beside = _Beside(path)
+        added = [token for token in beside.added() if token.id not in control and not self._is_unknown(token)]
+        for token in added:
+            if self._pieces.setdefault(token.id, token.content) != token.content:
+                found = self._pieces[token.id]
+                raise TokenizerError(f"{path}: found {found!r:.60} as id {token.id}, expected the added {token.content!r:.60}")
+            self._bytes[token.id] = b"" if token.special else token.content.encode()
+        self.vocab_size = max(self._pieces) + 1
+        self.silent_ids = frozenset(control | {token.id for token in added if token.special})
+        self.special_tokens = {self._pieces[id]: id for id in sorted(self.silent_ids)}
+        ids = {piece: id for id, piece in self._pieces.items()}
         self.adds_bos = beside.adds_bos is not False
-        self.stop_ids = frozenset({self.eos_id, *beside.stop_ids(self.special_tokens, self.vocab_size)})
-        self._special_pattern = re.compile("(" + "|".join(map(re.escape, self.special_tokens)) + ")")
-        self._pieces = [processor.id_to_piece(id) for id in range(self.vocab_size)]
-        self._bytes = [self._piece_bytes(id) for id in range(self.vocab_size)]
+        named_bos, named_eos = (beside.id(name, ids, self.vocab_size) for name in ("bos", "eos"))
+        self.bos_id = bos if named_bos is None else named_bos
+        self.eos_id = eos = eos if named_eos is None else named_eos
+        ends = {token.id for token in added if token.special and token.content in EOS_NAMES}
+        self.stop_ids = frozenset({eos, *beside.stop_ids(ids, self.vocab_size), *ends})
+        controls = [AddedToken(id, self._pieces[id], True) for id in sorted(control)]
+        self._plain = _Splitter([token for token in added if not token.special])
+        self._special = _Splitter([*added, *controls])
         # Whether the model puts a blank before every text when encoding, which is then dropped where a text opens.
         self._adds_blank = self._pieces[processor.encode("a")[0]].startswith("▁")
+        self._blank_each, self._without_blank = True, processor
+        if added and beside.is_hugging_face and self._adds_blank:
+            self._blank_each = beside.is_legacy
+            self._without_blank = sentencepiece.SentencePieceProcessor(model_proto=data + NO_DUMMY_PREFIX)
+
+    def _is_unknown(self, token: AddedToken) -> bool:
+        """Tell whether Hugging Face's list names the unknown token, which SentencePiece doesn't take for a control symbol."""
+        return token.id < self._processor.vocab_size() and self._processor.is_unknown(token.id)
 
     def _piece_bytes(self, id: int) -> bytes:
         processor = self._processor
@@ -389,20 +432,69 @@ class SentencePieceTokenizer(Tokenizer):
         return piece.replace("▁", " ").encode()
 
     def _encode(self, text: str, special: bool) -> list[int]:
-        if not special:
-            return self._processor.encode(text)
         ids: list[int] = []
-        for part in self._special_pattern.split(text):  # every part between special tokens is a text of its own
-            ids += [self.special_tokens[part]] if part in self.special_tokens else self._processor.encode(part)
+        self._extend(ids, text, self._special if special else self._plain)
         return ids
 
-    def token_bytes(self, id: int, opening: bool) -> bytes:  # noqa: D102
-        drops_blank = opening and self._adds_blank and self._pieces[id].startswith("▁")
-        return self._bytes[id][1:] if drops_blank else self._bytes[id]
+    def _encode_parts(self, parts: Sequence[str]) -> list[int]:
+        ids: list[int] = []
+        for i, part in enumerate(parts):
+            if i % 2:
+                ids.append(self.special_tokens[part])
+            else:
+                self._extend(ids, _unicode(part), self._plain)
+        return ids
 
-    def piece(self, id: int) -> str:
-        """Show one id as SentencePiece does: `▁to`, `<0x0A>`, `<s>`."""
-        return self._pieces[self.checked(id)]
+    def _extend(self, ids: list[int], text: str, splitter: _Splitter) -> None:
+        for part in splitter.split(text):
+            if isinstance(part, int):
+                ids.append(part)
+            elif part[0] in " ▁" or (ids and not self._blank_each):
+                ids += self._without_blank.encode(part)
+            else:  # a text of its own, with a blank in front
+                ids += self._processor.encode(part)
+
+    def token_bytes(self, id: int, opening: bool) -> bytes:  # noqa: D102
+        data = self._bytes.get(id, b"")  # a gap among the ids
+        return data[1:] if opening and self._adds_blank and data[:1] == b" " and self._pieces[id][0] == "▁" else data
+
+    def _piece(self, id: int) -> str:
+        return self._pieces.get(id, "")
+
+
+NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"  # ModelProto.normalizer_spec.add_dummy_prefix = false: the last value of a field holds
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token that is looked for in a text before the rest of it is split, as tokenizer_config.json and others define it."""
+
+    id: int
+    content: str
+    special: bool
+    lstrip: bool = False  # takes the blanks before it along
+    rstrip: bool = False
+
+
+class _Splitter:
+    """Finds added tokens in a text, of those that begin at the same place the longest."""
+
+    def __init__(self, tokens: Sequence[AddedToken]):
+        tokens = sorted(tokens, key=lambda token: -len(token.content))
+        self._ids = [token.id for token in tokens]
+        parts = [r"\s*" * token.lstrip + f"({re.escape(token.content)})" + r"\s*" * token.rstrip for token in tokens]
+        self._pattern = re.compile("|".join(parts)) if parts else None
+
+    def split(self, text: str) -> Iterator[str | int]:
+        """Yield the texts between the tokens, none of them empty, and the tokens' ids."""
+        at = 0
+        for match in self._pattern.finditer(text) if self._pattern else ():
+            if at < match.start():
+                yield text[at : match.start()]
+            yield self._ids[(match.lastindex or 1) - 1]
+            at = match.end()
+        if at < len(text):
+            yield text[at:]
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -541,9 +633,7 @@ class HuggingFaceTokenizer(Tokenizer):
         text = token.replace("▁", " ")
         return (text[1:] if opening and self._drops_blank and text[:1] == " " else text).encode()
 
-    def piece(self, id: int) -> str:
-        r"""Show one id on one line: byte-level as TiktokenTokenizer does (` to`, `\n`, `<0xE2>`), else `▁to`, `<0x0A>`."""
-        id = self.checked(id)
+    def _piece(self, id: int) -> str:
         if self._byte_level:
             return "".join(map(_visible, self.token_bytes(id, False).decode("utf-8", "surrogateescape")))
         return self._library.id_to_token(id) or ""
@@ -577,7 +667,9 @@ class _Beside:
             return _parse_json(folder / name, _read(folder / name))
 
         config, self._generation = values("tokenizer_config.json"), values("generation_config.json")
+        self._path, self._config, self._added = path, config, values("added_tokens.json")
         self._names = {**values("special_tokens_map.json"), **config}
+        self.is_hugging_face, self.is_legacy = "tokenizer_class" in config, bool(config.get("legacy"))
         flag = config.get("add_bos_token")
         self.adds_bos = flag if isinstance(flag, bool) else None
 
@@ -589,6 +681,24 @@ class _Beside:
             return vocabulary[token]
         return next(iter(self._ids(name, size)), None)
 
+    def added(self) -> list[AddedToken]:
+        """Return the tokens that tokenizer_config.json (added_tokens_decoder) and added_tokens.json add to tokenizer.model."""
+        named = [token.get("content") if isinstance(token, dict) else token for token in self._names.values()]
+        # added_tokens.json, of before 2023, has no word on what is special: what BOS, EOS and the like are named after is.
+        entries: dict[str, object] = {str(id): {"content": text, "special": text in named} for text, id in self._added.items()}
+        entries |= _mapping(self._config.get("added_tokens_decoder"))
+        found = []
+        for id, entry in entries.items():
+            token = _mapping(entry)
+            content = token.get("content")
+            if not re.fullmatch("[0-9]{1,9}", id) or not isinstance(content, str) or not content:
+                raise TokenizerError(
+                    f"{self._path}: found the added token {content!r:.60} as {id!r:.20}, expected a text and an id"
+                )
+            special = token.get("special") is True or content in ALWAYS_SPECIAL
+            found.append(AddedToken(int(id), content, special, token.get("lstrip") is True, token.get("rstrip") is True))
+        return found
+
     def stop_ids(self, vocabulary: Mapping[str, int], size: int) -> set[int]:
         """All that ends an answer: EOS, end of turn (eot), end of message (eom)."""
         named = (self.id(name, vocabulary, size) for name in ("eos", "eot", "eom"))
@@ -598,6 +708,10 @@ class _Beside:
         found = self._generation.get(f"{name}_token_id")
         ids = found if isinstance(found, list) else [found]
         return [id for id in ids if type(id) is int and 0 <= id < size]  # the others are recommendations that mean nothing
+
+
+def _mapping(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 # GPT-2's alphabet: each byte as one printable character, the bytes without one from U+0100 on (openai/gpt-2, encoder.py).

@@ -71,7 +71,9 @@ class Model:
             if self.path is not None and name in self.manifest.get("files", {}):
                 from ..tokenizer import load_tokenizer
 
-                return load_tokenizer(self.path / name)
+                tokenizer = load_tokenizer(self.path / name)
+                tokenizer.n_rows = self.config.vocab_size
+                return tokenizer
         return None
 
 

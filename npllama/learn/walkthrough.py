@@ -76,8 +76,9 @@ class Pass:
         return self.taps[self.name(kind)]
 
     def piece(self, id: int, cells: int = LABEL_CELLS) -> str:
-        """Return a token's label."""
-        return label(self.model.tokenizer.piece(id), cells) if self.model.tokenizer else f"#{id}"
+        """Return a token's label; its id where it has no text."""
+        piece = self.model.tokenizer.piece(id) if self.model.tokenizer else ""
+        return label(piece, cells) if piece else f"#{id}"
 
     @property
     def last_token(self) -> str:
