@@ -2,13 +2,16 @@
 
     pip install mutmut                                          # for its operators, on libcst
     python tests/helpers/mutation.py --seed 1 --n 600 --jobs 2
+    python tests/helpers/mutation.py --seed 1 --n 600 --jobs 2 --minutes 30    # as far as it comes; run again to go on
     python tests/helpers/mutation.py --seed 1 --n 600 --list    # draw, and test none
     python tests/helpers/mutation.py --render                   # docs/mutation.md again, after explaining survivors
 
-Writes docs/mutation.json, and docs/mutation.md from it and from the explanations in mutation_explained.json beside this file.
+Writes docs/mutation.json, and docs/mutation.md from it and from the explanations in mutation_explained.json beside this file,
+after each mutant, so that what was interrupted goes on where it was, as long as neither the code nor the tests changed.
 Torch and the test packages must be installed. Each mutant lives in a copy of the tracked files, with a home and temporary
-files of its own, and has limits of memory, file size and time. Left out is what no test of numbers can notice, or what any test
-would: annotations, strings, what a `raise` says, zip's strict, constants that decide speed alone, None for a value.
+files of its own, and has limits of memory, file size and the processor's time: a busy machine kills none. Left out is what no
+test of numbers can notice, or what any test would: annotations, strings, what a `raise` says, zip's strict, constants that
+decide speed alone, None for a value.
 """
 
 from __future__ import annotations
@@ -17,8 +20,10 @@ import argparse
 import ast
 import contextlib
 import difflib
+import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import random
@@ -28,6 +33,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -83,7 +89,10 @@ CORE = (
 # What was found by measuring speed, and decides that alone.
 TUNING = {"FEW_ROWS", "IN_PLACE", "FEW_TILE", "SHARED", "TILE", "TOKENS", "SHORT_ROW", "PREFILL_CHUNK"}
 MEMORY, FILE_BYTES = 8 << 30, 1 << 30  # of address space, of which torch alone reserves several gigabytes
-FACTOR, EXTRA = 5, 20  # seconds a mutant may take: so many times what the tests take on right code, and so many more
+# Seconds of the processor that a mutant may take: so many times what the tests take on right code, and so many more.
+FACTOR, EXTRA = 5, 20
+# It waits for nothing if all its processes together take less of the processor than IDLE seconds in WINDOW seconds.
+WINDOW, IDLE = 90, 0.5
 
 
 @dataclass
@@ -93,7 +102,7 @@ class Mutant:
     module: str
     line: int
     change: str  # "before → after", the lines that differ
-    outcome: str = ""  # "failed", "crashed", "timeout" or "survived"
+    outcome: str = ""  # "failed", "crashed", "timeout" (it loops or waits for ever) or "survived"
     seconds: float = 0.0
 
 
@@ -195,8 +204,8 @@ def change(before: str, after: str) -> str:
 # What runs in the copy: pytest with limits of its own. No core files: a mutant may well crash.
 LAUNCHER = """
 import resource, sys
-for limit, value in ((resource.RLIMIT_AS, {memory}), (resource.RLIMIT_FSIZE, {file_bytes}), (resource.RLIMIT_CORE, 0)):
-    resource.setrlimit(limit, (value, value))
+for name, value in (("AS", {memory}), ("FSIZE", {file_bytes}), ("CORE", 0), ("CPU", {seconds})):
+    resource.setrlimit(getattr(resource, "RLIMIT_" + name), (value, value + 5 if name == "CPU" else value))
 import npllama, npllama_convert, os
 for package in (npllama, npllama_convert):
     assert os.path.realpath(package.__file__).startswith(os.getcwd() + os.sep), package.__file__
@@ -226,9 +235,12 @@ def copy_of(tree: Path) -> Iterator[Path]:
         yield copy
 
 
-def test(copy: Path, module: Module, limit: float) -> tuple[str, float]:
-    """Run a module's tests in a copy: the outcome, as Mutant has it, and the seconds that it took."""
-    launcher = LAUNCHER.format(memory=MEMORY, file_bytes=FILE_BYTES)
+def fate(copy: Path, module: Module, limit: float, window: float = WINDOW) -> tuple[str, float]:
+    """Run a module's tests in a copy: the outcome, as Mutant has it, and the seconds that it took.
+
+    limit is in seconds of the processor. A test that waits for ever takes none of them: it ends after window seconds of that.
+    """
+    launcher = LAUNCHER.format(memory=MEMORY, file_bytes=FILE_BYTES, seconds=math.ceil(limit))
     command = [sys.executable, "-B", "-c", launcher, "-x", "-q", "--no-header", "-p", "no:cacheprovider"]
     command += [f"tests/{name}.py" for name in module.tests.split()] + (["-k", module.k] if module.k else [])
     home, temporary = str(copy.parent / "home"), str(copy.parent / "tmp")
@@ -240,27 +252,52 @@ def test(copy: Path, module: Module, limit: float) -> tuple[str, float]:
             command, cwd=copy, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
         try:
-            status = process.wait(limit)
-        except subprocess.TimeoutExpired:
             status = None
+            while status is None:
+                before = processor_seconds(process.pid)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    status = process.wait(window)
+                if status is None and processor_seconds(process.pid) - before < IDLE:
+                    break
         finally:
             with contextlib.suppress(ProcessLookupError):  # its children too
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    outcome = {None: "timeout", 0: "survived", 1: "failed", 2: "failed"}.get(status, "crashed")
-    return outcome, time.monotonic() - started
+    outcomes = {None: "timeout", -signal.SIGXCPU: "timeout", 0: "survived", 1: "failed", 2: "failed"}
+    return outcomes.get(status, "crashed"), time.monotonic() - started
 
 
-def right_code(tree: Path, module: Module) -> tuple[float, float]:
-    """Return the seconds that a module's tests take on right code, and the processor's; SystemExit if they don't pass."""
+def processor_seconds(session: int) -> float:
+    """Return the processor's time of a session's processes and of their children that ended (Linux; elsewhere 0)."""
+    ticks = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended since
+            fields = stat.read_text(errors="replace").rpartition(")")[2].split()  # from the third on: proc(5)
+            if int(fields[3]) == session:
+                ticks += sum(map(int, fields[11:15]))
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def right_code(tree: Path, module: Module) -> float:
+    """Return the seconds of the processor that a module's tests take on right code; SystemExit if they don't pass."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with copy_of(tree) as copy:
-        outcome, seconds = test(copy, module, limit=600)
+        outcome, _ = fate(copy, module, limit=600)
         if outcome != "survived":
             output = (copy.parent / "output").read_text(errors="replace")
             raise SystemExit(f"{module.path}: its tests fail without a mutant ({outcome}):\n{output[-3000:]}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def digest(tree: Path) -> str:
+    """Return the sha256 of the code and the tests in a snapshot: the same, and so is every outcome."""
+    sha = hashlib.sha256()
+    for path in sorted(tree.rglob("*.py")):
+        if path.is_relative_to(tree / "npllama_convert"):  # convert/ again
+            continue
+        sha.update(f"{path.relative_to(tree)}\0{path.stat().st_size}\0".encode() + path.read_bytes())
+    return sha.hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------------------------- the page
@@ -270,8 +307,9 @@ def page(results: dict, explained: dict[str, str]) -> str:
     """Return docs/mutation.md: what was run, how many mutants of each module were killed, and each survivor."""
     mutants = [Mutant(**mutant) for mutant in results["mutants"]]
     alive = [mutant for mutant in mutants if mutant.outcome == "survived"]
-    share = 100 * (1 - len(alive) / len(mutants))
+    share = 100 * (1 - len(alive) / max(len(mutants), 1))
     equivalent = sum(mutant.change in explained for mutant in alive)
+    rest = results["drawn"] - len(mutants)
     lines = [
         "# Mutants",
         "",
@@ -288,7 +326,9 @@ def page(results: dict, explained: dict[str, str]) -> str:
         f"{results['date']}, revision {results['revision']}: {', '.join(results['versions'])}.",
         "",
         f"**{len(mutants) - len(alive)} of {len(mutants)} killed ({share:.1f} %)**; {equivalent} of the {len(alive)} survivors "
-        "are explained below. Seconds are the processor's, for the tests on right code.",
+        "are explained below."
+        + (f" They are the first {len(mutants)} of {results['drawn']} drawn: the time was up." if rest else "")
+        + " Seconds are the processor's, for the tests on right code. Killed by time are those that loop or wait for ever.",
         "",
         "| module | seconds | drawn | killed | of these by time | survived |",
         "|---|---|---|---|---|---|",
@@ -312,6 +352,23 @@ def render() -> None:
     PAGE.write_text(page(json.loads(RESULTS.read_text(encoding="utf-8")), explained), encoding="utf-8")
 
 
+def write(out: Path, results: dict) -> None:
+    """Write the results, and the page of docs/mutation.json."""
+    out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if out == RESULTS:
+        render()
+
+
+def tested_before(out: Path, results: dict) -> dict[tuple[str, int, str], Mutant]:
+    """Return the mutants that an earlier run of the same draw of the same code and tests has tested."""
+    if not out.exists():
+        return {}
+    earlier = json.loads(out.read_text(encoding="utf-8"))
+    if any(earlier.get(key) != results[key] for key in ("command", "versions", "digest")):
+        return {}
+    return {(mutant.module, mutant.line, mutant.change): mutant for mutant in (Mutant(**m) for m in earlier["mutants"])}
+
+
 def git_revision() -> str:
     """The commit of the working tree, marked if it has changes."""
     return subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
@@ -324,6 +381,7 @@ def main() -> int:
     parser.add_argument("--n", type=int, default=600, help="how many mutants")
     parser.add_argument("--modules", nargs="+", metavar="PART", help="only modules whose path has one of these in it")
     parser.add_argument("--jobs", type=int, default=1, help="how many at once")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no mutant after that; run again to go on")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the results as JSON")
     parser.add_argument("--list", action="store_true", help="draw, and test none")
     parser.add_argument("--render", action="store_true", help="write docs/mutation.md again and end")
@@ -337,51 +395,52 @@ def main() -> int:
         for number, (_, mutant, _) in enumerate(drawn):
             print(f"{number:4} {mutant.module}:{mutant.line}: {mutant.change}")
         return 0
-    started, revision = time.monotonic(), git_revision()
-    with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
-        tree = snapshot(ROOT, Path(folder))
-        wall, processor = {}, {}
-        for module in modules:
-            wall[module], processor[module] = right_code(tree, module)
-            print(f"{wall[module]:6.1f} s, {processor[module]:.1f} s of the processor: {module.path}", flush=True)
-
-        def run(item: tuple[int, tuple[Module, Mutant, str]]) -> Mutant:
-            number, (module, mutant, source) = item
-            for _ in range(2):  # a time limit that was exceeded once may have been a busy machine's doing
-                with copy_of(tree) as copy:
-                    (copy / module.path).write_text(source, encoding="utf-8")
-                    mutant.outcome, mutant.seconds = test(copy, module, wall[module] * FACTOR + EXTRA)
-                if mutant.outcome != "timeout":
-                    break
-            mutant.seconds = round(mutant.seconds, 1)
-            print(
-                f"{number:4} {mutant.outcome:8} {mutant.seconds:5} s  {mutant.module}:{mutant.line}: {mutant.change}",
-                flush=True,
-            )
-            return mutant
-
-        with ThreadPoolExecutor(args.jobs) as pool:
-            try:
-                mutants = list(pool.map(run, enumerate(drawn)))
-            except BaseException:  # such as Ctrl-C: those that run end, the others don't begin
-                pool.shutdown(cancel_futures=True)
-                raise
     packages = ("numpy", "pytest", "mutmut", "libcst")
     results = {
         "command": f"python tests/helpers/mutation.py --seed {args.seed} --n {args.n}"
         + (f" --modules {' '.join(args.modules)}" if args.modules else ""),
         "date": time.strftime("%Y-%m-%d"),
-        "revision": revision,
+        "revision": git_revision(),
         "versions": [f"Python {platform.python_version()}", *(f"{p} {importlib.metadata.version(p)}" for p in packages)],
-        "minutes": round((time.monotonic() - started) / 60, 1),
-        "seconds": {module.path: round(took, 1) for module, took in processor.items()},
-        "mutants": [asdict(mutant) for mutant in mutants],
+        "drawn": len(drawn),
     }
-    args.out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    if args.out == RESULTS:
-        render()
-    alive = sum(mutant.outcome == "survived" for mutant in mutants)
-    print(f"{len(mutants) - alive} of {len(mutants)} killed in {results['minutes']} minutes")
+    end = time.monotonic() + 60 * args.minutes
+    with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
+        tree = snapshot(ROOT, Path(folder))
+        results["digest"] = digest(tree)
+        known = tested_before(args.out, results)
+        processor = {}
+        for module in modules:
+            processor[module] = right_code(tree, module)
+            print(f"{processor[module]:.1f} s of the processor: {module.path}", flush=True)
+        results["seconds"] = {module.path: round(took, 1) for module, took in processor.items()}
+        done, lock = {}, threading.Lock()
+
+        def run(item: tuple[int, tuple[Module, Mutant, str]]) -> None:
+            number, (module, mutant, source) = item
+            if before := known.get((mutant.module, mutant.line, mutant.change)):
+                mutant.outcome, mutant.seconds = before.outcome, before.seconds
+            elif time.monotonic() > end:
+                return
+            else:
+                with copy_of(tree) as copy:
+                    (copy / module.path).write_text(source, encoding="utf-8")
+                    mutant.outcome, seconds = fate(copy, module, processor[module] * FACTOR + EXTRA)
+                mutant.seconds = round(seconds, 1)
+                where = f"{mutant.module}:{mutant.line}: {mutant.change}"
+                print(f"{number:4} {mutant.outcome:8} {mutant.seconds:5} s  {where}", flush=True)
+            with lock:
+                done[number] = asdict(mutant)
+                write(args.out, {**results, "mutants": [done[i] for i in sorted(done)]})
+
+        with ThreadPoolExecutor(args.jobs) as pool:
+            try:
+                list(pool.map(run, enumerate(drawn)))
+            except BaseException:  # such as Ctrl-C: those that run end, the others don't begin
+                pool.shutdown(cancel_futures=True)
+                raise
+    alive = sum(mutant["outcome"] == "survived" for mutant in done.values())
+    print(f"{len(done) - alive} of {len(done)} killed; {len(drawn)} drawn")
     return 0
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ast
 import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -94,17 +97,36 @@ FATES = {
     "survived": "",
     "failed": "assert False",
     "crashed": "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)",
-    "timeout": "import time; time.sleep(600)",
+    "timeout, as it waits": "import time; time.sleep(600)",
+    "timeout, as it loops": "while True: pass",
 }
 
 
-@pytest.mark.parametrize("outcome", FATES)
-def test_what_became_of_a_mutant(tree, outcome):
+@pytest.mark.parametrize("fate", FATES)
+def test_what_became_of_a_mutant(tree, fate):
+    outcome, _, why = fate.partition(", as it ")
+    limit, window = 3 if why == "loops" else 120, 2 if why == "waits" else 120
     with mutation.copy_of(tree) as copy:
-        (copy / "tests" / "test_x.py").write_text(f"def test():\n    {FATES[outcome] or 'pass'}\n")
-        found, seconds = mutation.test(copy, mutation.Module("npllama/x.py", "test_x"), 2 if outcome == "timeout" else 120)
+        (copy / "tests" / "test_x.py").write_text(f"def test():\n    {FATES[fate] or 'pass'}\n")
+        found, _ = mutation.fate(copy, mutation.Module("npllama/x.py", "test_x"), limit, window)
     assert found == outcome
-    assert seconds < 120
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="this system has no /proc")
+@pytest.mark.parametrize("child", ["that ended", "that runs"])
+def test_the_time_of_a_session_includes_its_children(child):
+    burn = "import time\nwhile time.process_time() < 0.5: pass\n"
+    burn += "print(1, flush=True); input()" if child == "that runs" else "print(1)"
+    run = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {burn!r}]); input()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", run], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, text=True
+    )
+    with process:
+        assert process.stdout.readline() == "1\n"
+        end = time.monotonic() + 60
+        while mutation.processor_seconds(process.pid) < 0.5:  # once it has ended, if it does
+            assert time.monotonic() < end
+        process.communicate("\n\n")
 
 
 GREEDY = {
@@ -119,7 +141,7 @@ def test_a_mutant_hurts_its_copy_alone(tree, what):
     before = sorted(tree.rglob("*"))
     with mutation.copy_of(tree) as copy:
         (copy / "tests" / "test_x.py").write_text(f"def test():\n    {GREEDY[what]}\n")
-        assert mutation.test(copy, mutation.Module("npllama/x.py", "test_x"), 120)[0] in ("failed", "crashed")
+        assert mutation.fate(copy, mutation.Module("npllama/x.py", "test_x"), 120)[0] in ("failed", "crashed")
         assert not (copy / "x").exists() or (copy / "x").stat().st_size < 1 << 30
     assert sorted(tree.rglob("*")) == before
 
@@ -132,10 +154,32 @@ def test_explanations_stay_with_their_change():
         "date": "2026-01-01",
         "revision": "abc",
         "versions": ["NumPy 2"],
+        "drawn": 3,
         "seconds": {"npllama/a.py": 1.25},
         "mutants": [survivor, killed],
     }
     text = mutation.page(results, {survivor["change"]: "b is empty"})
     assert "**1 of 2 killed (50.0 %)**; 1 of the 1 survivors" in text
+    assert "the first 2 of 3 drawn" in text
+    assert "drawn: " not in mutation.page(results | {"drawn": 2}, {})
     assert "| npllama/a.py | 1.2 | 2 | 1 | 0 | 1 |" in text
     assert "| npllama/a.py:3 | `x = a \\| b` → `x = a & b` | b is empty |" in text
+
+
+def test_a_draw_goes_on_where_it_was_until_the_tests_change(tmp_path):
+    mutant = {"module": "npllama/a.py", "line": 3, "change": "x → y", "outcome": "failed", "seconds": 1.0}
+    results = {"command": "mutation.py --seed 1 --n 2", "versions": ["NumPy 2"], "digest": "abc"}
+    out = tmp_path / "out.json"
+    assert mutation.tested_before(out, results) == {}
+    mutation.write(out, results | {"mutants": [mutant]})
+    assert mutation.tested_before(out, results) == {("npllama/a.py", 3, "x → y"): mutation.Mutant(**mutant)}
+    for key in results:
+        assert mutation.tested_before(out, results | {key: "other"}) == {}
+
+
+def test_the_digest_is_of_the_code_and_the_tests(tree):
+    before = mutation.digest(tree)
+    with mutation.copy_of(tree) as copy:
+        assert mutation.digest(copy) == before
+        (copy / "tests" / "test_x.py").write_text("# more")
+        assert mutation.digest(copy) != before
