@@ -72,6 +72,14 @@ class KVCache:
         """The position of every slot, the new ones included.    int64 [..., S]"""
         return self._rows(self._memory.positions)[..., : int(self._ends.max(initial=0))]
 
+    @property
+    def view(self) -> tuple[_Memory, tuple[int | slice, ...], np.ndarray | None]:
+        """The memory, the indices that lead from all its rows to those of this view, and which of these are active, if not all.
+
+        Views of one cache have the same memory. A cache elsewhere can follow this one by it (engine/ranks/leading.py).
+        """
+        return self._memory, self._at, self._active
+
     def __getitem__(self, rows: int | slice) -> KVCache:
         """Return a view of one row, as a cache of one sequence, or of a range of rows.
 

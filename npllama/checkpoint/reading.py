@@ -13,17 +13,20 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..config import Config, n_parameters, parameter_shapes
-from ..engine import layout
+from ..engine import layout, threads
 from ..engine.grouped import Grouped, Grouping
 from ..engine.memory import address_space, available_memory, free_memory, size_text
+from ..engine.ranks import shares
+from ..engine.ranks.groups import Group
+from ..engine.ranks.passes import Spread
 from ..engine.weights import Form, Int8, Weight, is_packed, native, widen
 from ..scope import Ops
 from . import foreign
@@ -44,6 +47,7 @@ from .format import (
 from .store import locate
 
 if TYPE_CHECKING:
+    from ..engine.ranks.leading import Part
     from ..tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -101,12 +105,16 @@ def _unpacked_demo() -> Path:
     return folder
 
 
-def load(path: str | Path | None = None, dtype: str = "auto") -> Model:
+def load(path: str | Path | None = None, dtype: str = "auto", processes: int = 1) -> Model:
     """Open a model directory, by its path or its name in the store, to compute with; without one, the embedded demo model.
 
     dtype "auto"     float32 if that fits in half of the free memory, else "stored"
           "stored"   weights stay as they are on disk, memory-mapped: linear() widens packed ones tile by tile
           "float32", "float64"   in memory, unless they are stored in that dtype and layout already (engine/layout.py)
+
+    With several processes each computes its share of every product (engine/ranks/): this one and others that it starts, which
+    end with it or with the model. All their threads together are no more than the processors: this process's number of threads
+    is set for that, and stays so.
 
     Vectors (the norms' weights) are always widened. The decision and its reason go to the logger `npllama`. Raises
     CheckpointError or ConfigError, both ValueError.
@@ -116,27 +124,81 @@ def load(path: str | Path | None = None, dtype: str = "auto") -> Model:
     """
     if dtype not in ("auto", "stored", "float32", "float64"):
         raise ValueError(f"dtype is {dtype!r}, expected auto, stored, float32 or float64")
+    if processes < 1:
+        raise ValueError(f"the number of processes is {processes}, expected 1 or more")
     model = open_model(demo_path() if path is None else path)
-    if dtype == "auto":
-        needed, free = layout.new_bytes(model.params, model.config, np.float32), available_memory()
-        fits = needed <= free // 2
-        dtype = "float32" if fits else "stored"
-        if any(map(is_packed, model.params.values())):
-            sizes = size_text(needed), size_text(free)
-            if fits:
-                log.info("weights widened to float32, whose %s fit in half of the free %s", *sizes)
-            else:
-                log.warning("weights stay as stored: in float32 they take %s, more than half of the free %s", *sizes)
-    if dtype == "stored":
-        for name, array in model.params.items():
-            model.params[name] = widen(array) if array.ndim == 1 else array
-        _read_ahead(model)
+    dtype = _decided(dtype, model)
+    if processes > 1:
+        model.params = _spread(model, dtype, processes)
     else:
-        model.params = layout.in_memory(model.params, model.config, dtype)
+        model.params = _placed(model.params, model.config, dtype)
     return model
 
 
-def _read_ahead(model: Model) -> None:
+def _decided(dtype: str, model: Model) -> str:
+    """Return "float32" or "stored" for "auto", by the free memory."""
+    if dtype != "auto":
+        return dtype
+    needed, free = layout.new_bytes(model.params, model.config, np.float32), available_memory()
+    fits = needed <= free // 2
+    if any(map(is_packed, model.params.values())):
+        sizes = size_text(needed), size_text(free)
+        if fits:
+            log.info("weights widened to float32, whose %s fit in half of the free %s", *sizes)
+        else:
+            log.warning("weights stay as stored: in float32 they take %s, more than half of the free %s", *sizes)
+    return "float32" if fits else "stored"
+
+
+def _placed(params: dict[str, Weight], config: Config, dtype: str) -> dict[str, Weight]:
+    """Return the parameters as they are computed with: mapped, or in memory."""
+    if dtype != "stored":
+        return layout.in_memory(params, config, dtype)
+    params = {name: widen(weight) if weight.ndim == 1 else weight for name, weight in params.items()}
+    _read_ahead(params)
+    return params
+
+
+def _spread(model: Model, dtype: str, processes: int) -> Spread:
+    """Start the other ranks, and return rank 0's part of the parameters."""
+    from ..engine.ranks.leading import Leader
+    from ..engine.ranks.local import Workers, threads_of_each
+
+    shares.shares(model.config, processes)  # more ranks than there are heads are refused before anything is started
+    threads.set_threads(threads_of_each(processes, threads.n_threads()))
+    order = {"path": str(Path(model.path or ".").resolve()), "dtype": dtype, "threads": threads.n_threads()}
+    group = Workers(processes, order)
+    try:
+        leader = Leader(_part(model, dtype, group), group)
+    except BaseException:
+        group.close()
+        raise
+    group.wait_until_loaded()
+    return Spread(leader.part.params, leader.forward)
+
+
+def load_part(path: str | Path, dtype: str, group: Group) -> Part:
+    """Open a model directory as one rank of a group: its own share of the parameters, as load() has them all."""
+    return _part(open_model(path), dtype, group)
+
+
+def _part(model: Model, dtype: str, group: Group) -> Part:
+    from ..engine.ranks.leading import Part
+
+    share = shares.shares(model.config, group.size)[group.rank]
+    parts = shares.cut(model.params, model.config, share)
+    config = replace(shares.own_config(model.config, share), tied_embeddings=False)  # the output matrix is there by itself
+    name = "tok_embeddings.weight"
+    embedding = parts[name]
+    if packed := dtype == "float32" and is_packed(embedding):  # its rows are widened as they are looked up: no rank copies it
+        parts[name] = np.empty((0, config.dim), np.float32)
+    placed = _placed(parts, config, dtype)
+    if packed:
+        placed[name] = embedding
+    return Part(model.config, shares.joined(placed, model.config, group), group)
+
+
+def _read_ahead(params: Mapping[str, Weight]) -> None:
     """Give the system madvise for the mapped weights, and log a warning where they don't fit into memory.
 
     Weights that fit are requested at once, in the order of their use, on another thread: computing then overlaps with reading
@@ -144,7 +206,7 @@ def _read_ahead(model: Model) -> None:
     """
     if not hasattr(mmap.mmap, "madvise"):  # Windows
         return
-    maps = [m for weight in model.params.values() for m in _mappings(weight)]
+    maps = [m for weight in params.values() for m in _mappings(weight)]
     n_bytes, free = sum(map(len, maps)), free_memory()
     fits = n_bytes <= free
     advice = mmap.MADV_WILLNEED if fits else mmap.MADV_SEQUENTIAL

@@ -12,6 +12,7 @@ from .options import (
     Commands,
     add_command,
     add_model_options,
+    add_processes_option,
     add_sampling_options,
     load_model,
     required_tokenizer,
@@ -26,6 +27,7 @@ def add_parser(commands: Commands) -> None:
     p.add_argument("--format", help=f"{', '.join(FORMATS)}, or one of the model's templates by its name (default: its own)")
     p.add_argument("-n", "--max-tokens", type=int, default=512, metavar="N", help="at most N tokens an answer (default 512)")
     add_model_options(p)
+    add_processes_option(p)
     add_sampling_options(p)
 
 

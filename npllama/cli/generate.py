@@ -13,6 +13,7 @@ from .options import (
     Commands,
     add_command,
     add_model_options,
+    add_processes_option,
     add_sampling_options,
     load_model,
     prompt_ids,
@@ -40,6 +41,7 @@ def add_parser(commands: Commands) -> None:
     )
     p.add_argument("--profile", action="store_true", help="print where a token's time goes, to standard error")
     add_model_options(p)
+    add_processes_option(p)
     add_sampling_options(p)
 
 
@@ -56,6 +58,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("expected a prompt, or --tokens instead of it")
     if args.stop and (args.tokens or args.logprobs is not None):
         raise ValueError(f"--stop ends a text, and with {'--tokens' if args.tokens else '--logprobs'} there is none")
+    if args.profile and args.processes > 1:
+        raise ValueError("--profile times the operations of one process, and there are --processes of them")
     model = load_model(args)
     sampling = sampling_of(args, model)
     ids = prompt_ids(args, model)

@@ -12,7 +12,7 @@ from ..cache import KVCache
 from ..checkpoint.atomic import new_file
 from ..generation import PREFILL_CHUNK
 from ..model import forward
-from .options import Commands, add_command, add_model_options, add_prompt_options, load_model, prompt_ids
+from .options import Commands, add_command, add_model_options, add_processes_option, add_prompt_options, load_model, prompt_ids
 
 
 def add_parser(commands: Commands) -> None:
@@ -21,6 +21,7 @@ def add_parser(commands: Commands) -> None:
     add_prompt_options(p)
     p.add_argument("--out", type=Path, required=True, metavar="FILE.npy")
     add_model_options(p)
+    add_processes_option(p)
 
 
 def run(args: argparse.Namespace) -> None:

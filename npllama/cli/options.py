@@ -71,6 +71,17 @@ def add_compute_options(parser: Parser) -> None:
     )
 
 
+def add_processes_option(parser: Parser) -> None:
+    """Declare --processes, as load_model() reads it."""
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="compute with N processes, each with its share of every matrix; together they have --threads",
+    )
+
+
 def add_tokenizer_option(parser: Parser) -> None:
     """Declare -m as tokenizer_of() takes it."""
     parser.add_argument(
@@ -159,10 +170,10 @@ def load_model(args: argparse.Namespace) -> Model:
         threads.set_threads(args.threads)
     threads.n_threads()  # a bad NPLLAMA_NUM_THREADS is refused before anything is read
     with collected_log() as log:
-        model = load(args.model, args.dtype)
+        model = load(args.model, args.dtype, processes := getattr(args, "processes", 1))
     if log.warnings:  # it will be slower than one might expect: say so before
         print(f"{args.model or model.path}: {'; '.join(log.warnings)}", file=sys.stderr)
-    args.note = "; ".join(log.information)
+    args.note = "; ".join([*log.information, *([f"{processes} processes"] if processes > 1 else [])])
     return model
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..checkpoint import load
 from .console import rate, read_text
-from .options import Commands, add_command, add_model_options, load_model, required_tokenizer
+from .options import Commands, add_command, add_model_options, add_processes_option, load_model, required_tokenizer
 
 if TYPE_CHECKING:
     from ..evaluate.perplexity import Comparison
@@ -27,6 +27,7 @@ def add_parser(commands: Commands) -> None:
     p.add_argument("--context", type=int, default=512, metavar="N", help="tokens in a window (default 512)")
     p.add_argument("--base", metavar="MODEL", help="also say how far the model is from this one: Kullback-Leibler divergence")
     add_model_options(p)
+    add_processes_option(p)
 
 
 def run(args: argparse.Namespace) -> None:

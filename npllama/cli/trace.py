@@ -10,6 +10,7 @@ from .options import (
     Commands,
     add_command,
     add_model_options,
+    add_processes_option,
     add_prompt_options,
     add_trace_options,
     prompt_ids,
@@ -22,6 +23,7 @@ def add_parser(commands: Commands) -> None:
     p = add_command(commands, "trace", run, "write every activation of a pass, one .npy each")
     add_prompt_options(p, batch=True)
     add_model_options(p, computes=False)
+    add_processes_option(p)
     p.add_argument("--precision", choices=PRECISIONS, default="float32", help="bfloat16 and float16 are simulated")
     p.add_argument("--convention", choices=CONVENTIONS, help="where 16 bits are rounded: as Meta's code or as Hugging Face's")
     add_trace_options(p)

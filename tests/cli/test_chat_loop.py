@@ -234,8 +234,9 @@ def test_a_bad_message_is_said_and_dropped(open_terminal):
     assert terminal.close() == 0
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_program(open_terminal):
-    terminal = open_terminal("-n", "450", "--temperature", "1.9", "--top-p", "1")
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_ctrl_c_stops_the_answer_and_not_the_program(open_terminal, processes):
+    terminal = open_terminal("-n", "450", "--temperature", "1.9", "--top-p", "1", "--processes", processes)
     terminal.type("Who art thou?\n")
     terminal.until("thou\\?\n.+")
     terminal.process.send_signal(signal.SIGINT)

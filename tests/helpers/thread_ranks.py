@@ -20,7 +20,7 @@ class ThreadGroup:
 
     def __init__(self, rank: int, size: int, board: list, meeting: threading.Barrier, messages: Sequence[queue.SimpleQueue]):
         self.rank, self.size, self._board, self._meeting, self._messages = rank, size, board, meeting, messages
-        self._turn = 0
+        self._turn, self.running = 0, True
         self.sums: list[np.ndarray] = []
         self.errors: list[BaseException] = []
 
@@ -82,6 +82,6 @@ def spread(params: Mapping, config: Config, size: int) -> tuple[Spread, list[Thr
     for share, group in zip(shares.shares(config, size), ranks, strict=True):
         parts.append(Part(config, shares.joined(shares.cut(params, config, share), config, group), group))
     for part in parts[1:]:
-        threading.Thread(target=follow, args=(part,), daemon=True).start()
-    leader = Leader(parts[0])
+        threading.Thread(target=follow, args=(part, part.group), daemon=True).start()
+    leader = Leader(parts[0], parts[0].group)
     return Spread(parts[0].params, leader.forward), ranks

@@ -9,5 +9,7 @@ that were a model. Two sums a layer and one gathering of the logits are all that
 | shares.py | which heads, channels and rows a rank has; its part of the parameters |
 | groups.py | what a group of ranks can do: add up, gather, broadcast |
 | passes.py | the parameters that a pass by all ranks belongs to |
+| local.py | processes of one machine, and their shared memory |
 | leading.py | rank 0 has the others make each pass that it makes; activations are gathered for a tap |
+| following.py | the program that the other ranks run |
 """

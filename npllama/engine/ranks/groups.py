@@ -25,6 +25,7 @@ class Group(Protocol):
 
     rank: int
     size: int
+    running: bool  # whether a pass is under way: nothing is added up otherwise
 
     def total(self, x: np.ndarray) -> np.ndarray:
         """Return the sum of every rank's x, the same bits on all.    any shape, float32 or float64"""
@@ -35,17 +36,25 @@ class Group(Protocol):
     def broadcast(self, x: np.ndarray) -> np.ndarray:
         """Return rank 0's x. The other ranks' have its shape."""
 
+
+class Leading(Group, Protocol):
+    """What rank 0 can do besides."""
+
     def send(self, message: Message) -> None:
-        """As rank 0, tell the other ranks what is to be done next."""
-
-    def receive(self) -> Message | None:
-        """As another rank, wait for the next message; None when rank 0 has ended."""
-
-    def report(self, error: BaseException) -> None:
-        """As another rank, tell rank 0 that the pass under way has failed here."""
+        """Tell the other ranks what is to be done next."""
 
     def abandon(self) -> None:
-        """As rank 0, give up the pass under way, so that the other ranks stop waiting for it."""
+        """Give up the pass under way, so that the other ranks stop waiting for it."""
 
     def close(self) -> None:
-        """As rank 0, end the other ranks."""
+        """End the other ranks."""
+
+
+class Following(Group, Protocol):
+    """What the other ranks can do besides."""
+
+    def receive(self) -> Message | None:
+        """Wait for the next message; None when rank 0 has ended."""
+
+    def report(self, error: BaseException) -> None:
+        """Tell rank 0 that the pass under way has failed here."""

@@ -2,8 +2,10 @@
 
 What is sent before a pass is
 
-    cache      a number for rank 0's cache; each rank keeps one of that number
-    length     how many slots of it are committed: the others forget those after, as rank 0 has
+    cache      a number for the memory of rank 0's cache; each rank keeps a cache of that number
+    rows       the shape of all its rows
+    at, active the rows that the pass is over, and which of these it extends: see KVCache.view
+    lengths    how many slots of each are committed: the others forget those after, as rank 0 has
     tokens, last_only, ops, tapped    as model.forward takes them; of the tap only whether there is one
     forget     caches that rank 0 no longer has
 
@@ -14,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import threading
 import weakref
 from collections.abc import Mapping
@@ -31,7 +32,7 @@ from ...model import FAST, PLAIN, check_tokens, forward
 from ...scope import Ops, Tap
 from ..weights import Weight
 from . import shares
-from .groups import Abandoned, Group, Message, RankError
+from .groups import Abandoned, Following, Group, Leading, Message, RankError
 from .shares import Share, along, length
 
 OPS = {"FAST": FAST, "PLAIN": PLAIN}  # a set of operations is sent by its name
@@ -59,14 +60,12 @@ class Part:
 class Leader:
     """Rank 0, whose forward() is what passes.Spread calls in the place of model.forward."""
 
-    def __init__(self, part: Part):
-        self.part, self.group, self.lock = part, part.group, threading.Lock()
-        self._numbers: weakref.WeakKeyDictionary[KVCache, int] = weakref.WeakKeyDictionary()
+    def __init__(self, part: Part, group: Leading):
+        self.part, self.group, self.lock = part, group, threading.Lock()
+        self._numbers: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
         self._next = itertools.count()
-        self._gone: list[int] = []  # numbers of caches that are no more
-        owner, close = os.getpid(), self.group.close
-        # Not in a child that was forked: the ranks are its parent's.
-        self._finalizer = weakref.finalize(self, lambda: close() if os.getpid() == owner else None)
+        self._gone: list[int] = []  # numbers of memories that are no more
+        self._finalizer = weakref.finalize(self, self.group.close)
 
     def close(self) -> None:
         """End the other ranks."""
@@ -82,13 +81,17 @@ class Leader:
         tokens = check_tokens(tokens, config)
         cache = KVCache(config, tokens.shape[:-1]) if cache is None else cache
         name = _name_of(ops, tap)
+        before = cache.lengths
         cache.extend(tokens >= 0)  # a ValueError is raised here, before the other ranks begin
-        before = cache.length
         cache.truncate(before)
         with self.lock:
+            memory, at, active = cache.view
             message: Message = {
                 "cache": self._number(cache),
-                "length": before,
+                "rows": memory.batch_shape,
+                "at": [[i.start, i.stop, i.step] if isinstance(i, slice) else int(i) for i in at],
+                "active": None if active is None else active.tolist(),
+                "lengths": before.tolist(),
                 "shape": list(tokens.shape),
                 "tokens": tokens.ravel().tolist(),
                 "last_only": last_only,
@@ -97,22 +100,26 @@ class Leader:
                 "forget": self._gone.copy(),
             }
             try:
+                self.group.running = True
                 self.group.send(message)
                 logits = part.forward(tokens, cache, last_only, name, None if tap is None else SharedTap(part, tap))
             except BaseException:
                 cache.truncate(before)  # as the other ranks' are before the next pass
                 self.group.abandon()
                 raise
+            finally:
+                self.group.running = False
             del self._gone[: len(message["forget"])]
         return logits
 
     def _number(self, cache: KVCache) -> int:
-        if cache not in self._numbers:
+        memory, *_ = cache.view
+        if memory not in self._numbers:
             if cache.length:
                 raise NpllamaError("the cache was filled by another model: expected a new one")
-            self._numbers[cache] = number = next(self._next)
-            weakref.finalize(cache, self._gone.append, number)
-        return self._numbers[cache]
+            self._numbers[memory] = number = next(self._next)
+            weakref.finalize(memory, self._gone.append, number)
+        return self._numbers[memory]
 
 
 def _name_of(ops: Ops | None, tap: Tap | None) -> str:
@@ -124,25 +131,33 @@ def _name_of(ops: Ops | None, tap: Tap | None) -> str:
     raise NpllamaError("only model.PLAIN and model.FAST can be computed by several ranks: expected a model of one process")
 
 
-def follow(part: Part) -> None:
+def follow(part: Part, group: Following) -> None:
     """As another rank than 0, make each pass that rank 0 makes, until it ends."""
     caches: dict[int, KVCache] = {}
-    while (message := part.group.receive()) is not None:
+    while (message := group.receive()) is not None:
         for number in message["forget"]:
             caches.pop(number, None)
         tokens = np.array(message["tokens"], np.int64).reshape(message["shape"])
-        number = message["cache"]
-        cache = caches.setdefault(number, KVCache(part.whole, tokens.shape[:-1]))
-        cache.truncate(message["length"])
         tap = SharedTap(part) if message["tapped"] else None
         try:
-            if cache.length != message["length"]:
-                raise RankError(f"the cache holds {cache.length} slots, rank 0's {message['length']}")
+            cache = _viewed(caches.setdefault(message["cache"], KVCache(part.whole, tuple(message["rows"]))), message)
             part.forward(tokens, cache, message["last_only"], message["ops"], tap)
         except Abandoned:
             continue
         except Exception as error:
-            part.group.report(error)
+            group.report(error)
+
+
+def _viewed(cache: KVCache, message: Message) -> KVCache:
+    """Return the rows of this rank's cache that rank 0 makes a pass over, cut back as rank 0's are."""
+    for index in message["at"]:
+        cache = cache[slice(*index) if isinstance(index, list) else index]
+    if message["active"] is not None:
+        cache = cache.only(message["active"])
+    cache.truncate(lengths := np.array(message["lengths"], np.int64))
+    if (cache.lengths != lengths).any():
+        raise RankError(f"the cache's rows hold {cache.lengths.tolist()} slots, rank 0's {lengths.tolist()}")
+    return cache
 
 
 class SharedTap:

@@ -10,6 +10,7 @@ its own heads and channels, so that model.py and KVCache do with a share what th
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,12 +19,14 @@ import numpy as np
 
 from ...config import Config
 from ...errors import NpllamaError
-from ..weights import Form, Shard, Weight, form_of
+from ..weights import Dense, Form, Shard, Weight, form_of
 from .groups import Group
 
-# Channels and rows of the vocabulary are shared in blocks of the first of these sizes that gives each rank one. Quantised
-# weights have groups of 32 columns; 64 numbers of 16 bits fill two cache lines.
-BLOCKS = (64, 32, 1)
+log = logging.getLogger(__name__)
+
+# Channels and rows of the vocabulary are shared in blocks of the first of these sizes that gives each rank one. llama.cpp's
+# K-quants have blocks of 256 columns, other quantised weights groups of 32; 64 numbers of 16 bits fill two cache lines.
+BLOCKS = (256, 64, 32, 1)
 
 
 @dataclass(frozen=True)
@@ -101,10 +104,19 @@ def cut(params: Mapping[str, Weight], config: Config, share: Share) -> dict[str,
         if leaf in rows:
             parts[name] = _as_given(weight, form_of(weight).rows(rows[leaf]))
         elif leaf in columns:
-            parts[name] = _as_given(weight, form_of(weight).columns(columns[leaf]))
+            parts[name] = _as_given(weight, _columns(form_of(weight), columns[leaf], name))
         else:
             parts[name] = weight
     return parts
+
+
+def _columns(form: Form, part: slice, name: str) -> Form:
+    """Return some columns; as float32 where they begin or end within a block of quantised numbers."""
+    try:
+        return form.columns(part)
+    except ValueError as error:
+        log.warning("a share of %s is kept in float32: %s", name, error)
+        return Dense(np.ascontiguousarray(form.widen()[:, part]))
 
 
 def _as_given(weight: Weight, part: Form) -> Weight:

@@ -12,6 +12,7 @@ import pytest
 from npllama import KVCache, forward, generate, generate_batch
 from npllama.checkpoint import Model
 from npllama.engine import layout, threads
+from npllama.engine.grouped import to_int4
 from npllama.engine.ranks import shares
 from npllama.engine.ranks.groups import RankError
 from npllama.engine.ranks.leading import Leader, Part, follow
@@ -69,7 +70,8 @@ STORAGES = {
     "float64": lambda x: x.astype(np.float64),
     "float16": lambda x: x.astype(np.float16),
     "bfloat16": to_bfloat16,
-    "int8": lambda x: to_int8(x) if x.ndim == 2 else x,
+    "int8": to_int8,
+    "int4": to_int4,
 }
 
 
@@ -95,8 +97,8 @@ def test_parts_in_memory_lie_as_layout_py_has_them(spread):
     for share, group in zip(shares.shares(config, 2), thread_ranks.groups(2), strict=True):
         own = layout.in_memory(shares.cut(params, config, share), shares.own_config(config, share), "float32")
         parts.append(Part(config, shares.joined(own, config, group), group))
-    threading.Thread(target=follow, args=(parts[1],), daemon=True).start()
-    leader = Leader(parts[0])
+    threading.Thread(target=follow, args=(parts[1], parts[1].group), daemon=True).start()
+    leader = Leader(parts[0], parts[0].group)
     np.testing.assert_allclose(
         forward(Spread(parts[0].params, leader.forward), config, tokens), forward(params, config, tokens), **CLOSE
     )
@@ -138,6 +140,29 @@ def test_batches_and_caches_of_several_conversations(spread):
     assert not {1, 2} & set(leader._gone)
 
 
+def test_rows_that_come_and_go(spread):
+    """Each rank's cache has the rows that rank 0's has, whichever views of it the passes are over."""
+    config = tiny.config()
+    params = tiny.random_params(config, 5)
+    ours, _ = spread(params, config, 2)
+    caches = KVCache(config, (4,)), KVCache(config, (4,))
+    passes = [(2, 7, None, None), (1, 3, None, None), (slice(4), 1, [0, 1, 1, 0], None), (2, 2, None, 5)]
+    passes += [(slice(1, 4), 2, [0, 1, 1], None), (1, 4, None, 0), (slice(0, 3), 1, None, None)]
+    for step, (rows, T, active, cut) in enumerate(passes):
+        tokens = tiny.random_tokens(config, step, (*caches[0][rows].batch_shape, T))
+        found = []
+        for weights, cache in zip((params, ours), caches, strict=True):
+            view = cache[rows]
+            if cut is not None:
+                view.truncate(cut)
+            if active is not None:
+                view = view.only(np.array(active) == 1)
+                tokens[np.array(active) == 0] = -1
+            found.append(forward(weights, config, tokens, view))
+        np.testing.assert_allclose(found[1][tokens >= 0], found[0][tokens >= 0], **CLOSE)
+    assert (caches[0].lengths == caches[1].lengths).all()
+
+
 def test_an_exception_on_another_rank_is_reported(spread, monkeypatch):
     config = tiny.config()
     ours, ranks = spread(tiny.random_params(config, 5), config, 2)
@@ -152,14 +177,15 @@ def test_a_cache_that_differs_from_rank_0_s_is_an_error():
     """Which only a fault of ours can bring about."""
     config = tiny.config()
     group = thread_ranks.groups(2)[1]
-    message = {"cache": 0, "length": 3, "shape": [1], "tokens": [1], "last_only": False, "ops": "FAST", "tapped": False}
-    for sent in ({**message, "forget": []}, None):
+    message = {"cache": 0, "rows": [], "at": [], "active": None, "lengths": 3, "shape": [1], "tokens": [1]}
+    message |= {"last_only": False, "ops": "FAST", "tapped": False, "forget": []}
+    for sent in (message, None):
         group._messages[1].put(sent)
     params = tiny.random_params(config, 5)
-    follow(Part(config, shares.joined(shares.cut(params, config, shares.shares(config, 2)[1]), config, group), group))
+    follow(Part(config, shares.joined(shares.cut(params, config, shares.shares(config, 2)[1]), config, group), group), group)
     [error] = group.errors
     assert isinstance(error, RankError)
-    assert str(error) == "the cache holds 0 slots, rank 0's 3"
+    assert str(error) == "the cache's rows hold 0 slots, rank 0's 3"
 
 
 def test_what_several_ranks_can_t_do_is_refused(spread):

@@ -1,0 +1,30 @@
+"""A process that is another rank than 0: it loads its part of the model and makes each pass that rank 0 makes."""
+
+from __future__ import annotations
+
+import signal
+import sys
+
+from ...checkpoint.reading import load_part
+from ..threads import set_threads
+from . import local
+from .leading import follow
+
+
+def main() -> None:
+    """Run as rank sys.argv[1] of sys.argv[2], on the shared memory of a descriptor."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 hears it, and this rank of rank 0
+    rank, size, descriptor = map(int, sys.argv[1:])
+    group = local.Worker(rank, size, descriptor)
+    order = group.receive()
+    if order is None:
+        return
+    try:
+        local.pin(rank, size)
+        set_threads(order["threads"])
+        part = load_part(order["path"], order["dtype"], group)
+    except Exception as error:
+        group.loaded(error)
+        return
+    group.loaded()
+    follow(part, group)
