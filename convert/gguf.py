@@ -72,9 +72,9 @@ def read(src: Path, report: Report) -> Source:
     Raises CheckpointError, a ValueError, with one line.
     """
     files = _find_files(src)
-    metadata, tensors = _open(files[0])
+    metadata, tensors = open_file(files[0])
     for file in files[1:]:
-        more = _open(file)[1]
+        more = open_file(file)[1]
         if twice := sorted(tensors.keys() & more.keys()):
             raise CheckpointError(f"{file}: {twice[0]} is in another file already")
         tensors |= more
@@ -131,15 +131,16 @@ def resolve(metadata: Mapping[str, object], tensors: Mapping[str, Tensor], repor
         vocab_size=whole(known, "vocab_size"),
         norm_eps=number(known, "attention.layer_norm_rms_epsilon"),
         rope_theta=rope_theta,
-        rope_scaling=_rope_scaling(known, head_dim, rope_theta, tensors.get("rope_freqs.weight")),
+        rope_scaling=scaling_of(known, head_dim, rope_theta, tensors.get("rope_freqs.weight")),
         max_seq_len=whole(known, "context_length"),
         tied_embeddings="output.weight" not in tensors,
     )
 
 
-def _rope_scaling(
+def scaling_of(
     known: Mapping[str, object], head_dim: int, rope_theta: float, divisors: Tensor | None
 ) -> RopeScaling | LinearRopeScaling | None:
+    """Return the scaling of RoPE that a file's metadata and its divisors of the frequencies amount to."""
     kind = known.get("rope.scaling.type", "linear" if "rope.scale_linear" in known else "none")
     if kind not in ("none", "linear"):
         raise ConfigError(f"llama.rope.scaling.type is {kind!r:.80}, expected none or linear")
@@ -273,7 +274,7 @@ class _Header:
         return SCALARS[kind]
 
 
-def _open(path: Path) -> tuple[dict[str, object], dict[str, Tensor]]:
+def open_file(path: Path) -> tuple[dict[str, object], dict[str, Tensor]]:
     """Return the metadata and the mapped tensors of one file."""
     library = _import_library()
     header = _Header(path)

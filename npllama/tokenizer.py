@@ -253,7 +253,8 @@ class TiktokenTokenizer(Tokenizer):
         self._bytes = [*ranks, *(name.encode() for name in self.special_tokens)]
 
     @cached_property
-    def _encoding(self) -> _Encoding:
+    def encoding(self) -> _Encoding:
+        """The merging itself: tiktoken's, or our own over the package regex where tiktoken is not installed."""
         try:
             import tiktoken
         except ImportError:
@@ -265,8 +266,8 @@ class TiktokenTokenizer(Tokenizer):
     def _encode(self, text: str, special: bool) -> list[int]:
         allowed = "all" if special else set()
         ids = []
-        for part in _split_long(text):
-            ids += self._encoding.encode(part, allowed_special=allowed, disallowed_special=())
+        for part in split_long(text):
+            ids += self.encoding.encode(part, allowed_special=allowed, disallowed_special=())
         return ids
 
     def token_bytes(self, id: int, opening: bool) -> bytes:  # noqa: D102
@@ -802,7 +803,7 @@ def _parse_ranks(path: PathLike, data: bytes) -> dict[bytes, int]:
     return ranks
 
 
-def _split_long(text: str) -> Iterator[str]:
+def split_long(text: str) -> Iterator[str]:
     """Cut a text where Meta does: every 400,000 characters, and in longer runs of (not) blank characters after every 25,000."""
     for begin in range(0, len(text), TIKTOKEN_MAX_ENCODE_CHARS):
         block = text[begin : begin + TIKTOKEN_MAX_ENCODE_CHARS]

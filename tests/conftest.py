@@ -48,7 +48,7 @@ def shared_data() -> Path:
 def quick_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks so small that every matrix has several, and no waiting for the disk."""
     monkeypatch.setattr(writing, "BLOCK_BYTES", 1500)
-    monkeypatch.setattr(atomic, "_sync", lambda path: None)
+    monkeypatch.setattr(atomic, "sync", lambda path: None)
 
 
 @pytest.fixture(scope="session")

@@ -378,14 +378,14 @@ def test_long_texts_are_cut_as_meta_does(text: str, chars: int, run: int) -> Non
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "TIKTOKEN_MAX_ENCODE_CHARS", chars)
         patch.setattr(module, "MAX_NO_WHITESPACES_CHARS", run)
-        assert list(module._split_long(text)) == cut_as_meta_does(text, chars, run)
+        assert list(module.split_long(text)) == cut_as_meta_does(text, chars, run)
 
 
 @pytest.mark.parametrize(
     "text", ["a" * 100_000, " " * 60_000, "ab " * 150_000, "é" * 25_001 + "\n" * 25_001, ("a" * 24_999 + " ") * 20]
 )
 def test_long_runs(tokenizer: Tokenizer, text: str) -> None:
-    assert list(module._split_long(text)) == cut_as_meta_does(text, 400_000, 25_000)
+    assert list(module.split_long(text)) == cut_as_meta_does(text, 400_000, 25_000)
     start = time.perf_counter()
     ids = tokenizer.encode(text)
     assert time.perf_counter() - start < 20  # under a second; quadratic time takes minutes
@@ -529,15 +529,15 @@ def test_without_tiktoken_the_ids_are_the_same(tiny_tiktoken_file: Path, monkeyp
     pytest.importorskip("regex", reason="regex is not installed")
     for path in (tiny_tiktoken_file, demo_path() / "tokenizer.model"):
         theirs, ours = load_tokenizer(path), load_tokenizer(path)
-        assert type(theirs._encoding).__module__.split(".")[0] == "tiktoken"
+        assert type(theirs.encoding).__module__.split(".")[0] == "tiktoken"
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, "tiktoken", None)
-            assert type(ours._encoding) is BytePairEncoding
+            assert type(ours.encoding) is BytePairEncoding
         for text in [*CORPUS, "\n".join(CORPUS), "a" * 30_000, "ab" * 20_000, "<|eot_id|>" * 3]:
             for special in (False, True):
                 ids = ours.encode(text, special=special)
                 assert ids == theirs.encode(text, special=special), repr(text[:80])
-            assert ours.decode_bytes(ids) == theirs._encoding.decode_bytes(ids)
+            assert ours.decode_bytes(ids) == theirs.encoding.decode_bytes(ids)
 
 
 def test_known_ids_without_tiktoken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,7 +63,7 @@ def test_llama3_without_tiktoken(llama3_tokenizer: Tokenizer, llama3_judge, monk
     tokenizer = load_tokenizer(os.environ["NPLLAMA_LLAMA3_TOKENIZER"])
     assert mismatches(tokenizer, llama3_judge.encode_ordinary) == []
     assert mismatches(tokenizer, lambda text: llama3_judge.encode(text, allowed_special="all"), special=True) == []
-    assert type(tokenizer._encoding) is BytePairEncoding
+    assert type(tokenizer.encoding) is BytePairEncoding
 
 
 def test_llama3_as_a_gguf_vocabulary(llama3_judge, tokenizers, tmp_path: Path) -> None:

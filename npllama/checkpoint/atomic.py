@@ -57,7 +57,7 @@ def _siblings(target: Path, kind: str, files: bool = False) -> list[Path]:
     return [Path(e.path) for e in found if (e.is_file if files else e.is_dir)(follow_symlinks=False)]
 
 
-def _try_lock(descriptor: int) -> bool | None:
+def try_lock(descriptor: int) -> bool | None:
     """Return True if it is locked by us now, False if another run holds it, None where locks don't work."""
     if fcntl is None:
         return None
@@ -77,7 +77,7 @@ def _claim(target: Path, cleanup: contextlib.ExitStack) -> bool:
     lock = target.parent / f".{target.name}.npllama-lock"
     while True:
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT)
-        locked = _try_lock(descriptor)
+        locked = try_lock(descriptor)
         if locked and _is_at(lock, descriptor):
             cleanup.callback(os.close, descriptor)
             cleanup.callback(lock.unlink, missing_ok=True)
@@ -99,7 +99,7 @@ def _is_at(path: Path, descriptor: int) -> bool:
         return False
 
 
-def _is_idle(partial: Path) -> bool:
+def is_idle(partial: Path) -> bool:
     """Tell whether a file, or a folder and its files, has not changed for so long that its writer must be dead."""
     newest = 0.0
     for path in (partial, *(Path(folder, file) for folder, _, files in os.walk(partial) for file in files)):
@@ -110,7 +110,7 @@ def _is_idle(partial: Path) -> bool:
 
 def _clean_up_after_killed_runs(target: Path, own: Path, locked: bool) -> None:
     for partial in _siblings(target, "partial"):
-        if partial != own and not locked and not _is_idle(partial):
+        if partial != own and not locked and not is_idle(partial):
             raise FolderError(f"{target}: another run is writing it, into {partial.name}")
     for old in _siblings(target, "old"):
         old.rename(_sibling(target, "partial") if target.exists() else target)
@@ -174,7 +174,8 @@ def writing(path: Path, shown: Path | str) -> Iterator[BinaryIO]:
         raise OSError(error.errno, error.strerror or str(error), str(shown)) from None
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
     if os.name == "nt" and path.is_dir():
         return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
@@ -184,13 +185,14 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _put_in_place(partial: Path, target: Path) -> None:
+def put_in_place(partial: Path, target: Path) -> None:
+    """Rename the complete new folder to its target, the old one out of the way first and back if that fails."""
     old = _sibling(target, "old")
     try:
         if target.exists():
             target.rename(old)
         partial.rename(target)
-        _sync(target.parent)
+        sync(target.parent)
     finally:  # an interrupt may come between any two of these lines
         if old.exists():
             old.rename(partial if target.exists() else target)
@@ -228,11 +230,11 @@ def new_folder(path: str | Path, force: bool, foreign: Callable[[Path], str | No
         yield partial
         try:
             for written in (*sorted(partial.rglob("*"), reverse=True), partial):  # each folder after what it names
-                _sync(written)
+                sync(written)
         except OSError as error:
             raise FolderError(f"{target}: {error.strerror or error}") from None
         check_target(target, force, foreign)  # someone may have made it meanwhile
-        _put_in_place(partial, target)
+        put_in_place(partial, target)
 
 
 @contextlib.contextmanager
@@ -282,7 +284,7 @@ def new_file(path: str | Path) -> Iterator[BinaryIO]:
                 partial = _sibling(target, "partial")
                 cleanup.callback(partial.unlink, missing_ok=True)
                 file = cleanup.enter_context(open(partial, "xb"))
-                if _try_lock(file.fileno()) is not False and partial.exists():
+                if try_lock(file.fileno()) is not False and partial.exists():
                     break  # else another run found it before it was locked, and has removed it as a dead run's
             for left in _siblings(target, "partial", files=True):
                 if left != partial and _is_dead_file(left):
@@ -301,8 +303,8 @@ def new_file(path: str | Path) -> Iterator[BinaryIO]:
 
 def _is_dead_file(partial: Path) -> bool:
     with contextlib.suppress(OSError), open(partial, "r+b") as file:
-        locked = _try_lock(file.fileno())
-        return _is_idle(partial) if locked is None else locked
+        locked = try_lock(file.fileno())
+        return is_idle(partial) if locked is None else locked
     return False
 
 

@@ -84,11 +84,11 @@ class Model:
 def demo_path() -> Path:
     """Return the demo model's folder in the package; for a zip (zipapp), that of a copy that lasts as long as this process."""
     path = Path(__file__).resolve().parent.parent / "demo"
-    return path if path.is_dir() else _unpacked_demo()
+    return path if path.is_dir() else unpacked_demo()
 
 
 @functools.cache
-def _unpacked_demo() -> Path:
+def unpacked_demo() -> Path:
     """Copy the demo model to a temporary folder: files inside a zip can't be mapped."""
     inside = importlib.resources.files("npllama") / "demo"
     if not inside.is_dir():
@@ -155,7 +155,7 @@ def _placed(params: dict[str, Weight], config: Config, dtype: str) -> dict[str, 
     if dtype != "stored":
         return layout.in_memory(params, config, dtype)
     params = {name: widen(weight) if weight.ndim == 1 else weight for name, weight in params.items()}
-    _read_ahead(params)
+    read_ahead(params)
     return params
 
 
@@ -198,7 +198,7 @@ def _part(model: Model, dtype: str, group: Group) -> Part:
     return Part(model.config, shares.joined(placed, model.config, group), group)
 
 
-def _read_ahead(params: Mapping[str, Weight]) -> None:
+def read_ahead(params: Mapping[str, Weight]) -> None:
     """Give the system madvise for the mapped weights, and log a warning where they don't fit into memory.
 
     Weights that fit are requested at once, in the order of their use, on another thread: computing then overlaps with reading
@@ -292,11 +292,11 @@ def _map_tensor(path: Path, name: str, entry: Manifest, shape: tuple[int, ...]) 
     known = [dtype for dtype in STORAGE if dtype != "int8" or takes_int8(name)]
     if entry["dtype"] not in known:
         raise CheckpointError(f"{path / 'manifest.json'}: {name} has dtype {entry['dtype']!r}, expected {', '.join(known)}")
-    array = _map_array(path / entry["file"], entry["bytes"], STORAGE[entry["dtype"]], shape)
+    array = map_array(path / entry["file"], entry["bytes"], STORAGE[entry["dtype"]], shape)
     if entry["dtype"] != "int8":
         return array
     scale = entry["scale"]
-    return Int8(array, _map_array(path / scale["file"], scale["bytes"], STORAGE["float32"], shape[:1]))
+    return Int8(array, map_array(path / scale["file"], scale["bytes"], STORAGE["float32"], shape[:1]))
 
 
 def _map_grouped(path: Path, name: str, entry: Manifest, shape: tuple[int, ...]) -> Grouped:
@@ -308,12 +308,13 @@ def _map_grouped(path: Path, name: str, entry: Manifest, shape: tuple[int, ...])
     arrays = []
     for part, (part_shape, dtype) in parts.items():
         where = entry if part == "values" else entry[part]
-        array = _map_array(path / where["file"], where["bytes"], dtype, part_shape)
+        array = map_array(path / where["file"], where["bytes"], dtype, part_shape)
         arrays.append(np.moveaxis(array, 0, -1) if grouping.rows_first else array)
     return Grouped(grouping, *arrays)
 
 
-def _map_array(file: Path, n_bytes: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+def map_array(file: Path, n_bytes: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """Map a file of the model read-only. Raises CheckpointError where its size, dtype or shape is not the manifest's."""
     if (size := foreign.file_size(file, CheckpointError)) != n_bytes:
         raise CheckpointError(f"{file} is {size:,} bytes, expected {n_bytes:,}")
     array = foreign.read_npy(file, CheckpointError)

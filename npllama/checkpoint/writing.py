@@ -156,7 +156,7 @@ class Writer:
                 _check_rows(name, block.shape, n_rows, shape)
                 if isinstance(block, Grouped):
                     raise CheckpointError(f"{name} is quantised in groups, expected numbers to store as {dtype}")
-                data = _to_storage(block, dtype, name, n_rows)
+                data = to_storage(block, dtype, name, n_rows)
                 n_rows += len(block)
                 if isinstance(data, Int8):
                     scales.append(data.scale)
@@ -288,7 +288,7 @@ def _float64_to_odd_float32(array: np.ndarray) -> np.ndarray:
     return narrow
 
 
-def _to_storage(block: np.ndarray, dtype: str, name: str, first_row: int) -> np.ndarray | Int8:
+def to_storage(block: np.ndarray, dtype: str, name: str, first_row: int) -> np.ndarray | Int8:
     """Return a block in its storage dtype, in this machine's byte order, contiguous and checked to be finite."""
     block, storage = _finite(block, name, first_row), STORAGE[dtype].newbyteorder("=")
     if dtype == "int8":

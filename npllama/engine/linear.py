@@ -104,7 +104,7 @@ def _few_rows_product(rows: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
     def work(i: int) -> None:
         part = slice(i * size, (i + 1) * size)
-        _few_columns(weight[part], columns, out=y[part])
+        few_columns(weight[part], columns, out=y[part])
 
     parallel(work, -(-n_out // size))
     return np.ascontiguousarray(y.T)
@@ -128,7 +128,7 @@ def _many_rows_product(rows: np.ndarray, weight: np.ndarray) -> np.ndarray:
     return y
 
 
-def _few_columns(weight: np.ndarray, columns: np.ndarray, out: np.ndarray) -> None:
+def few_columns(weight: np.ndarray, columns: np.ndarray, out: np.ndarray) -> None:
     """weight [..., out, in] @ columns [..., in, N] for small N, as one stack of tiles.    out [..., out, N]
 
     The last two axes of the weight may be in memory in either order: taken apart, the first of them stays a view.
@@ -187,7 +187,7 @@ def _packed_product(rows: np.ndarray, weight: Packed) -> np.ndarray:
         tile = weight.tile(part, len(sides), _buffer((part.stop - part.start) * n_in))  # [P, size, in / P]
         if few:
             summands = np.empty((*tile.shape[:2], N), np.float32)
-            _few_columns(tile, columns, out=summands)
+            few_columns(tile, columns, out=summands)
             np.add.reduce(summands, axis=0, out=y[part])
         else:
             np.add.reduce(sides @ tile.swapaxes(-1, -2), axis=0, out=y[:, part])

@@ -149,13 +149,13 @@ def drawable(labels: Iterable[str], longest: int = LONGEST_LABEL) -> list[str]:
     import matplotlib
 
     labels = [label if len(label) <= longest else label[: longest - 1] + "…" for label in labels]
-    families, missing = _fonts_for("".join(sorted({*"".join(labels)})))
+    families, missing = fonts_for("".join(sorted({*"".join(labels)})))
     matplotlib.rcParams["font.family"] = families
     return ["".join(f"<U+{ord(char):04X}>" if char in missing else char for char in label) for label in labels]
 
 
 @functools.lru_cache(maxsize=8)
-def _fonts_for(chars: str) -> tuple[list[str], frozenset[str]]:
+def fonts_for(chars: str) -> tuple[list[str], frozenset[str]]:
     """Find font families that together have a glyph for each character, matplotlib's own first; and the characters in none."""
     from matplotlib import font_manager
 

@@ -90,7 +90,7 @@ def test_a_pipe_is_written_to_and_stays(tmp_path):
 
 def test_a_file_that_another_run_finds_before_it_is_locked(tmp_path, monkeypatch):
     """It takes it for a dead run's, and removes it."""
-    try_lock, calls = atomic._try_lock, []
+    try_lock, calls = atomic.try_lock, []
 
     def meanwhile(descriptor: int) -> bool | None:
         calls.append(descriptor)
@@ -98,7 +98,7 @@ def test_a_file_that_another_run_finds_before_it_is_locked(tmp_path, monkeypatch
             atomic.write_file(tmp_path / "x", b"theirs")
         return try_lock(descriptor)
 
-    monkeypatch.setattr(atomic, "_try_lock", meanwhile)
+    monkeypatch.setattr(atomic, "try_lock", meanwhile)
     atomic.write_file(tmp_path / "x", b"ours")
     assert (tmp_path / "x").read_bytes() == b"ours"
     assert left_in(tmp_path) == ["x"]
@@ -152,9 +152,9 @@ def new(path: Path):
 @posix
 def test_a_folder_is_on_the_disk_before_it_is_put_in_place(tmp_path, monkeypatch):
     """Each file, then the folder that names them; then the one that names it. An inode says which a descriptor is of."""
-    done, put_in_place = [], atomic._put_in_place
+    done, put_in_place = [], atomic.put_in_place
     monkeypatch.setattr(os, "fsync", lambda descriptor: done.append(os.fstat(descriptor).st_ino))
-    monkeypatch.setattr(atomic, "_put_in_place", lambda *paths: done.append("in place") or put_in_place(*paths))
+    monkeypatch.setattr(atomic, "put_in_place", lambda *paths: done.append("in place") or put_in_place(*paths))
     with new(tmp_path / "m") as folder:
         for name in ("a", "b"):
             (folder / name).write_bytes(b"new")
@@ -209,12 +209,12 @@ def test_what_goes_while_it_is_looked_at_is_no_error(tmp_path, monkeypatch):
 
     for path in (tmp_path / "m" / "sub" / "x", tmp_path / "m" / "sub", tmp_path / "m"):
         os.utime(path, (0, 0))
-    assert atomic._is_idle(tmp_path / "m")
+    assert atomic.is_idle(tmp_path / "m")
     os.utime(tmp_path / "m" / "sub" / "x")  # in a folder of the folder, as pip downloads to
-    assert not atomic._is_idle(tmp_path / "m")
+    assert not atomic.is_idle(tmp_path / "m")
     with monkeypatch.context() as patch:
         patch.setattr(os, "walk", removed)
-        assert atomic._is_idle(tmp_path / "m")  # all of it has gone
+        assert atomic.is_idle(tmp_path / "m")  # all of it has gone
 
 
 def test_a_scratch_folder_vanishes_and_what_has_its_name_stays(tmp_path):
@@ -362,7 +362,7 @@ def check_the_next_run(folder: Path, expected: set[str | None]) -> str | None:
 def test_a_model_is_whole_whenever_its_writer_ends(tmp_path, monkeypatch, name, old):
     before = folder_with(tmp_path / "before", old)
     folders = at_each_change("model", tmp_path, getattr(signal, name), before)
-    monkeypatch.setattr(atomic, "_sync", lambda path: None)  # the disk need not keep what only checks
+    monkeypatch.setattr(atomic, "sync", lambda path: None)  # the disk need not keep what only checks
     between = [folder for folder in folders if old and not (folder / "m").exists()]
     assert bool(between) == (old is not None and name == "SIGKILL")  # the only state in which nothing has the model's name
     for folder in between[:1]:  # where the next run ends early too

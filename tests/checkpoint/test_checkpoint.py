@@ -348,7 +348,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
     def fail(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(writing, "_to_storage", fail)
+    monkeypatch.setattr(writing, "to_storage", fail)
     with pytest.raises(CheckpointError, match=r"m: the disk is full; the model needs 0\.0 MB\. Nothing was left behind$"):
         write(tmp_path / "m")
     assert not list(tmp_path.iterdir())
@@ -375,7 +375,7 @@ def test_a_folder_that_is_replaced_while_it_is_opened(tmp_path, tensor, monkeypa
     """All files have the names and sizes of the model before: a mixture of the two would open."""
     write(tmp_path / "m")
     zeros = {name: np.zeros(shape, np.float32) for name, shape in parameter_shapes(CONFIG).items()}
-    original, calls = reading._map_array, []
+    original, calls = reading.map_array, []
 
     def replacing(*args):
         calls.append(args)
@@ -383,7 +383,7 @@ def test_a_folder_that_is_replaced_while_it_is_opened(tmp_path, tensor, monkeypa
             write(tmp_path / "m", changes=zeros, force=True)
         return original(*args)
 
-    monkeypatch.setattr(reading, "_map_array", replacing)
+    monkeypatch.setattr(reading, "map_array", replacing)
     model = open_model(tmp_path / "m")
     assert not any(array.any() for array in model.params.values())
     assert len(calls) > len(model.params)
@@ -410,8 +410,8 @@ SLOW_WRITER = """
         setattr(module, name, call)
     places = {
         "made": (writing.Writer, "add", 1),
-        "written": (writing, "_to_storage", 7),
-        "complete": (atomic, "_put_in_place", 1),
+        "written": (writing, "to_storage", 7),
+        "complete": (atomic, "put_in_place", 1),
         "between": (Path, "rename", 2),
         "replaced": (Path, "rename", 3),
     }

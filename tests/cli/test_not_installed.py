@@ -62,7 +62,7 @@ def test_the_page_is_written_from_a_zip(zipped):
 def test_a_copy_without_the_embedded_model_says_so(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(reading, "__file__", str(tmp_path / "checkpoint" / "reading.py"))
     monkeypatch.setattr(reading.importlib.resources, "files", lambda package: tmp_path)
-    reading._unpacked_demo.cache_clear()
+    reading.unpacked_demo.cache_clear()
     assert "the embedded model is missing from this copy of npllama: expected" in fails(capsys, "info")
 
 

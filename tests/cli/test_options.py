@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 import subprocess
 import sys
@@ -108,18 +109,13 @@ def test_an_id_that_the_model_has_and_its_tokenizer_not(copy_of_demo, capsys):
     assert "token id 2299 is outside the tokenizer's vocabulary: expected 0 to 2255" in line
 
 
-@pytest.mark.parametrize(
-    ("arguments", "variable", "message"),
-    [
-        (["--threads", "0"], None, "the number of threads is 0, expected 1 or more"),
-        ([], "many", "NPLLAMA_NUM_THREADS is 'many', expected a whole number from 1"),
-    ],
-)
-def test_a_number_of_threads_that_is_none(arguments, variable, message, capsys, monkeypatch):
-    if variable:
-        monkeypatch.setenv(threads.VARIABLE, variable)
-    monkeypatch.setattr(threads._state, "n_threads", None)
-    assert fails(capsys, "generate", "x", *arguments) == f"npllama generate: {message}"
+def test_a_number_of_threads_that_is_none(capsys):
+    line = fails(capsys, "generate", "x", "--threads", "0")
+    assert line == "npllama generate: the number of threads is 0, expected 1 or more"
+    # A process of its own: the variable is read once in each.
+    process = run("generate", "x", env={**os.environ, threads.VARIABLE: "many"})
+    assert process.returncode == 2
+    assert process.stderr == "npllama generate: NPLLAMA_NUM_THREADS is 'many', expected a whole number from 1\n"
 
 
 def test_weights_that_stay_as_stored_are_said_before_the_text(capsys, monkeypatch):

@@ -210,7 +210,7 @@ def test_scaled_rope_is_told_from_the_divisors(head_dim, theta, factor):
     scaling = RopeScaling(factor, 1.0, 4.0, 8192)
     config = tiny.config(head_dim=head_dim, rope_theta=theta, rope_scaling=scaling)
     divisors = reader.Tensor.of(foreign.rope_divisors(config))
-    assert reader._rope_scaling({}, head_dim, theta, divisors) == scaling
+    assert reader.scaling_of({}, head_dim, theta, divisors) == scaling
 
 
 def llama_cpp_divisors(head_dim: int, theta: float, factor: float) -> np.ndarray:
@@ -229,7 +229,7 @@ def llama_cpp_divisors(head_dim: int, theta: float, factor: float) -> np.ndarray
 @pytest.mark.parametrize(("head_dim", "factor"), [(128, 8.0), (64, 32.0)])
 def test_llama_cpp_s_own_divisors_are_recognised(head_dim, factor):
     divisors = reader.Tensor.of(llama_cpp_divisors(head_dim, 5e5, factor))
-    assert reader._rope_scaling({}, head_dim, 5e5, divisors) == RopeScaling(factor, 1.0, 4.0, 8192)
+    assert reader.scaling_of({}, head_dim, 5e5, divisors) == RopeScaling(factor, 1.0, 4.0, 8192)
 
 
 @pytest.mark.parametrize("change", [lambda x: x * 1.001, lambda x: x[::-1], lambda x: np.minimum(x, 4), lambda x: x * np.nan])
@@ -441,7 +441,7 @@ def test_a_header_longer_than_any_is_refused_unread(tmp_path):
 
 def test_our_reader_agrees_with_the_library_s(tmp_path):
     src = foreign.write_gguf(tmp_path / "m.gguf", CONFIG, PARAMS, "Q5_1", **VOCABULARY)
-    metadata, tensors = reader._open(src)
+    metadata, tensors = reader.open_file(src)
     theirs = library.GGUFReader(src)
     assert [tensor.name for tensor in theirs.tensors] == list(tensors)
     expected = {key: field.contents() for key, field in theirs.fields.items() if not key.startswith("GGUF.")}

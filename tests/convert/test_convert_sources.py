@@ -206,7 +206,7 @@ def test_safetensors_gguf_and_bin_need_no_torch(tmp_path):
 
 @pytest.mark.parametrize("form", ["hf", "gguf", "bin", pytest.param("bin model", marks=pytest.mark.torch)])
 def test_memory_is_a_few_blocks_whatever_the_size(tmp_path, form, monkeypatch):
-    monkeypatch.setattr("npllama.checkpoint.atomic._sync", lambda path: None)
+    monkeypatch.setattr("npllama.checkpoint.atomic.sync", lambda path: None)
     config = tiny.config(dim=1024, n_heads=16, n_kv_heads=16, head_dim=64, ffn_dim=2048, vocab_size=2048, n_layers=1)
     params = {name: np.zeros(shape, np.float32) for name, shape in parameter_shapes(config).items()}
     if form == "hf":

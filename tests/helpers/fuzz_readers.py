@@ -455,7 +455,7 @@ def main() -> int:
     readers = args.reader or list(READERS)
     faulthandler.enable()
     signal.signal(signal.SIGPROF, too_slow)
-    atomic._sync = lambda path: None  # the disk need not keep any of this
+    atomic.sync = lambda path: None  # the disk need not keep any of this
     if set(readers) & set(NEED_TORCH):
         import torch  # noqa: F401  before memory is measured and warnings count
     with contextlib.ExitStack() as stack:

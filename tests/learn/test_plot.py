@@ -181,10 +181,10 @@ def test_where_no_font_has_a_glyph_its_code_is_shown(monkeypatch):
     from matplotlib import font_manager
 
     monkeypatch.setattr(font_manager.fontManager, "ttflist", [])
-    plot._fonts_for.cache_clear()
+    plot.fonts_for.cache_clear()
     with matplotlib.rc_context():
         assert plot.drawable(["你好", " é"]) == ["<U+4F60><U+597D>", " é"]
-    plot._fonts_for.cache_clear()
+    plot.fonts_for.cache_clear()
 
 
 # ---------------------------------------------------------------------------------------------------------------------- error

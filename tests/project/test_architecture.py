@@ -224,6 +224,23 @@ def test_no_test_imports_another():
         assert not {name for name in tests if not name.startswith("npllama")}, path
 
 
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: path.stem)
+def test_tests_use_no_private_member(path):
+    """A test of what only its own module calls holds the code in its present form; what a test replaces has a public name."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    own = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("npllama", "npllama_convert"):
+            own |= {alias.asname or alias.name for alias in node.names}
+    private = re.compile(r"_[a-z]\w*")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in own:
+            assert not private.fullmatch(node.attr), f"{path}:{node.lineno}: {node.value.id}.{node.attr}"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "setattr":
+            for text in [arg.value for arg in node.args[:2] if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]:
+                assert not private.fullmatch(text.rpartition(".")[2]), f"{path}:{node.lineno}: {text}"
+
+
 def test_helpers_live_in_one_place():
     for path in TESTS:
         if path.parent.name == "helpers":
