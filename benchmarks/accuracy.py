@@ -1,6 +1,6 @@
 """How far npllama's numbers are from torch's:  python -m benchmarks.accuracy
 
-Prints the table of the README: the largest relative error (largest difference over the reference's largest magnitude) of
+Prints the table of docs/accuracy.md: the largest relative error (largest difference over the reference's largest magnitude) of
 each operation against torch.nn.functional, and of the tiny models' logits against Hugging Face's LlamaForCausalLM; in
 float64 against a judge that really computes in float64 (tests/helpers/hf_reference.py). Beside it, torch's own float32 error.
 """

@@ -73,7 +73,7 @@ def measure(name: str, source: Source, ids: list[int], n_decode: int, rounds: in
 
 
 def show(result: dict[str, object]) -> None:
-    """The figures as the README's table."""
+    """Return the figures as docs/running.md's table."""
     print(f"\n{result['model']}: storage; perplexity on {result['windows']} windows of {result['context']} tokens")
     print("| `--dtype` | MB | perplexity | to float32 | decode, tokens/s |")
     print("|---|---|---|---|---|")
