@@ -24,7 +24,7 @@ class ThreadGroup:
         self.sums: list[np.ndarray] = []
         self.errors: list[BaseException] = []
 
-    def _everyones(self, x: np.ndarray) -> list[np.ndarray]:
+    def everyones(self, x: np.ndarray) -> list[np.ndarray]:
         board = self._board[self._turn]  # two in turn, so that one wait is enough
         self._turn = 1 - self._turn
         board[self.rank] = np.array(x)
@@ -32,19 +32,19 @@ class ThreadGroup:
         return list(board)
 
     def total(self, x: np.ndarray) -> np.ndarray:
-        first, *others = self._everyones(x)
+        first, *others = self.everyones(x)
         for other in others:
             first = first + other
         self.sums.append(first)
         return first.copy()
 
     def gather(self, x: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
-        found = self._everyones(x)
+        found = self.everyones(x)
         assert [y.shape[-1] for y in found] == list(sizes)
         return np.concatenate(found, axis=-1)
 
     def broadcast(self, x: np.ndarray) -> np.ndarray:
-        return self._everyones(x)[0].copy()
+        return self.everyones(x)[0].copy()
 
     def send(self, message: Message) -> None:
         for messages in self._messages[1:]:

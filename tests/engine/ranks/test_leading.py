@@ -166,7 +166,7 @@ def test_rows_that_come_and_go(spread):
 def test_an_exception_on_another_rank_is_reported(spread, monkeypatch):
     config = tiny.config()
     ours, ranks = spread(tiny.random_params(config, 5), config, 2)
-    monkeypatch.setattr(ranks[1], "_everyones", lambda x: 1 / 0)
+    monkeypatch.setattr(ranks[1], "everyones", lambda x: 1 / 0)
     with pytest.raises(threading.BrokenBarrierError):
         forward(ours, config, [1])
     assert [type(error) for error in ranks[1].errors] == [ZeroDivisionError]
