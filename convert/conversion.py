@@ -24,7 +24,6 @@ from typing import TypeVar
 import numpy as np
 
 from npllama import checkpoint
-from npllama.chat import chat_format_of, chat_format_of_template, default_system_of_template
 from npllama.checkpoint import CheckpointError, Storage, writing
 from npllama.config import (
     EPS_RANGE,
@@ -41,7 +40,7 @@ from npllama.engine.grouped import INT4, Grouped, Grouping
 from npllama.engine.memory import size_text
 from npllama.engine.weights import native
 from npllama.errors import shown
-from npllama.tokenizer import load_tokenizer
+from npllama.tokenizer import Tokenizer, load_tokenizer
 
 Report = Callable[[str], object]
 Shaped = TypeVar("Shaped", np.ndarray, "Tensor")
@@ -121,7 +120,7 @@ class Source:
     config: Config
     tensors: dict[str, Tensor]  # in Meta's layout, named as in parameter_shapes(config)
     files: list[Path]  # whose sha256 goes into the manifest
-    tokenizer: dict[str, Path | bytes] = field(default_factory=dict)  # its file and those that belong to it
+    tokenizer: dict[str, Path | bytes] = field(default_factory=dict)  # its file, those that belong to it, chat templates
     generation: dict[str, object] = field(default_factory=dict)  # recommended chat_format, system, temperature, top_p
     about: dict[str, object] = field(default_factory=dict)  # more for the manifest
 
@@ -256,17 +255,8 @@ def recommended(where: object, values: Mapping[str, object], report: Report) -> 
     return {key: value for key, value in values.items() if not checkpoint.setting_fault(key, value)}
 
 
-def chat_settings(template: object, by_tokenizer: str | None, report: Report) -> dict[str, object]:
-    """Detect the chat format and default system prompt from a chat template; without one, take the tokenizer's format."""
-    if not isinstance(template, str):
-        return {"chat_format": by_tokenizer}
-    if (name := chat_format_of_template(template)) is None:
-        report("chat_format: none (the chat template is not Llama 3's, Llama 2's, Mistral's, ChatML or Zephyr's)")
-    return {"chat_format": name, "system": default_system_of_template(template) if name == "chatml" else None}
-
-
-def add_tokenizer(source: Source, file: Path, report: Report) -> str | None:
-    """Add a tokenizer's file and those that belong to it; name the chat format that its special tokens speak of, if any."""
+def add_tokenizer(source: Source, file: Path, report: Report) -> Tokenizer | None:
+    """Add a tokenizer's file and those that belong to it, and return the tokenizer; None where its package is missing."""
     with open(file, "rb") as opened:
         name = "tokenizer.json" if opened.read(1) == b"{" else "tokenizer.model"
     names = BESIDE_TOKENIZER if name == "tokenizer.json" else (*BESIDE_TOKENIZER, "added_tokens.json")
@@ -276,13 +266,13 @@ def add_tokenizer(source: Source, file: Path, report: Report) -> str | None:
     return check_tokenizer(file, source.config, report)
 
 
-def check_tokenizer(path: Path, config: Config, report: Report) -> str | None:
-    """Hold the tokenizer's size against the vocabulary; name the chat format that its special tokens speak of, if any."""
+def check_tokenizer(path: Path, config: Config, report: Report) -> Tokenizer | None:
+    """Hold the tokenizer's size against the vocabulary, and return the tokenizer; None where its package is missing."""
     with open(path, "rb") as file:
         needs = {b"\n": "sentencepiece", b"{": "tokenizers"}.get(file.read(1))
     if needs and importlib.util.find_spec(needs) is None:
         report(f"{path.name} is not checked: the package {needs} is not installed")
-        return "llama2" if needs == "sentencepiece" else None
+        return None
     tokenizer = load_tokenizer(path)
     if tokenizer.vocab_size > 2 * config.vocab_size:  # no padding, and no token that somebody added
         raise CheckpointError(
@@ -295,9 +285,7 @@ def check_tokenizer(path: Path, config: Config, report: Report) -> str | None:
         )
     if tokenizer.vocab_size < config.vocab_size:
         report(f"{path.name} has {tokenizer.vocab_size} tokens of the model's {config.vocab_size}")
-    with contextlib.suppress(ValueError):
-        return chat_format_of(tokenizer)
-    return None
+    return tokenizer
 
 
 # --------------------------------------------------------------------------------------------------------------------- write

@@ -27,7 +27,6 @@ from .conversion import (
     Report,
     Source,
     Tensor,
-    chat_settings,
     check_tokenizer,
     head_sizes,
     llama3_scaling,
@@ -40,6 +39,7 @@ from .conversion import (
 )
 from .gguf_blocks import BLOCKS, grouped
 from .gguf_vocabulary import tokenizer_config, tokenizer_file
+from .templates import add_templates, templates_of_gguf
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -190,12 +190,12 @@ def _add_tokenizer(source: Source, metadata: Mapping[str, object], report: Repor
         with tempfile.TemporaryDirectory() as folder:
             for file, data in files.items():
                 (Path(folder) / file).write_bytes(data)
-            by_tokenizer = check_tokenizer(Path(folder) / name, source.config, report)
+            tokenizer = check_tokenizer(Path(folder) / name, source.config, report)
+            source.tokenizer = {**files}
+            add_templates(source, templates_of_gguf(values), tokenizer, Path(folder), report)
     except ValueError as error:
         report(f"the vocabulary is left out: {error}")
         return
-    source.tokenizer = {**files}
-    source.generation |= chat_settings(metadata.get("tokenizer.chat_template"), by_tokenizer, report)
 
 
 # --------------------------------------------------------------------------------------------------------------------- files

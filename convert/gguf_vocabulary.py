@@ -76,8 +76,6 @@ def tokenizer_config(metadata: Metadata) -> bytes:
     for name in ("bos", "eos", "eot", "eom"):
         if (id := _id(metadata, name, len(tokens))) is not None:
             values[f"{name}_token"] = tokens[id]
-    if isinstance(template := metadata.get("tokenizer.chat_template"), str):
-        values["chat_template"] = template
     return (json.dumps(values, indent=2) + "\n").encode()
 
 

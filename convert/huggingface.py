@@ -25,7 +25,6 @@ from .conversion import (
     Source,
     Tensor,
     add_tokenizer,
-    chat_settings,
     head_sizes,
     match,
     number,
@@ -34,6 +33,7 @@ from .conversion import (
     tie,
     whole,
 )
+from .templates import add_templates, templates_of_folder
 
 NAMES = {
     "tok_embeddings.weight": "model.embed_tokens.weight",
@@ -90,8 +90,10 @@ def read(src: Path, report: Report) -> Source:
     tokenizer = next((src / name for name in TOKENIZERS if (src / name).is_file()), None)
     if tokenizer:
         source.tokenizer = {**files}
-        by_tokenizer = add_tokenizer(source, tokenizer, report)
-        source.generation |= chat_settings(_chat_template(src), by_tokenizer, report)
+        loaded = add_tokenizer(source, tokenizer, report)
+        named, read_from = templates_of_folder(src, report)
+        source.files += [file for file in read_from if file not in source.files]
+        add_templates(source, named, loaded, src, report)
     return source
 
 
@@ -162,20 +164,6 @@ def _rope(values: Mapping[str, object]) -> tuple[float | None, RopeScaling | Lin
         low, high = number(rope, "low_freq_factor"), number(rope, "high_freq_factor")
         return theta, RopeScaling(number(rope, "factor"), low, high, whole(rope, "original_max_position_embeddings"))
     raise ConfigError(f"rope_type is {kind!r:.80}, expected default, linear or llama3")
-
-
-def _chat_template(src: Path) -> object:
-    """Return the chat template, or None."""
-    path = src / "chat_template.jinja"
-    if path.is_file():
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read(checkpoint.JSON_LIMIT)
-    path = src / "tokenizer_config.json"
-    template = read_json(path).get("chat_template") if path.is_file() else None
-    if isinstance(template, list):  # several, by name
-        named = [entry for entry in template if isinstance(entry, Mapping)]
-        template = next((entry.get("template") for entry in named if entry.get("name") == "default"), None)
-    return template
 
 
 # ------------------------------------------------------------------------------------------------------------------- weights

@@ -45,7 +45,7 @@ def read(src: Path, report: Report) -> Source:
         source = _read_bin(src, start, report)
     for name in ("tokenizer.model", f"tok{source.config.vocab_size}.model"):
         if (tokenizer := src.with_name(name)).is_file() and not source.tokenizer:
-            source.generation["chat_format"] = add_tokenizer(source, tokenizer, report)
+            add_tokenizer(source, tokenizer, report)
     return source
 
 

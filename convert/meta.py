@@ -17,9 +17,11 @@ from pathlib import Path
 import numpy as np
 
 from npllama import checkpoint
+from npllama.chat import chat_format_of
 from npllama.checkpoint import CheckpointError, read_json
 from npllama.config import Config, ConfigError, RopeScaling, parameter_shapes
 from npllama.errors import shown
+from npllama.tokenizer import Tokenizer
 
 from . import torch_file
 from .conversion import (
@@ -46,7 +48,8 @@ FOREIGN_KEY = re.compile(
 READ_KEYS = {"dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "norm_eps", "rope_theta", "use_scaled_rope"}
 READ_KEYS |= {"hidden_dim", "multiple_of", "ffn_dim_multiplier", "max_seq_len"}
 HARMLESS_KEYS = {"max_batch_size", "model_parallel_size", "dropout"}
-LLAMA31_CONTEXT = 131072
+LLAMA1_CONTEXT, LLAMA31_CONTEXT = 2048, 131072
+LLAMA2_VOCABULARIES = (32000, 32016)  # the second is Code Llama's
 
 
 # --------------------------------------------------------------------------------------------------------------- params.json
@@ -172,7 +175,7 @@ def _context_length(
         # Of LLaMA 1, only 65B has the eps of Llama 2; its 80 layers of Llama 2 have grouped queries.
         is_65b = (known["dim"], known["n_layers"]) == (8192, 80) and n_kv_heads == n_heads
         if norm_eps == 1e-6 or is_65b:
-            return 2048, "LLaMA 1"
+            return LLAMA1_CONTEXT, "LLaMA 1"
         return 4096, "Llama 2"
     if rope_theta == 1000000.0 and "hidden_dim" not in known:  # which Mistral's params.json has, with the same θ
         return 16384, "Code Llama"
@@ -255,8 +258,24 @@ def read(src: str | Path, rope_factor: float | None = None, report: Report = pri
         raise CheckpointError(f"{params_file}: {error}") from None
     source = Source("meta", config, tensors, [*files, params_file], generation=read_generation(src, config, report)[0])
     if tokenizer.is_file():
-        source.generation["chat_format"] = add_tokenizer(source, tokenizer, report)
+        source.generation["chat_format"] = _chat_format(config, add_tokenizer(source, tokenizer, report))
     return source
+
+
+def _chat_format(config: Config, tokenizer: Tokenizer | None) -> str | None:
+    """Return the format that Meta's own code has for a tokenizer, of a base model too, as their files don't tell.
+
+    None for LLaMA 1, of which there was no chat model, and for a vocabulary other than LLaMA's.
+    """
+    name = "llama2"  # SentencePiece, where its package is missing
+    if tokenizer is not None:
+        try:
+            name = chat_format_of(tokenizer)
+        except ValueError:
+            return None
+    if name == "llama2" and (config.max_seq_len == LLAMA1_CONTEXT or config.vocab_size not in LLAMA2_VOCABULARIES):
+        return None
+    return name
 
 
 def assemble(

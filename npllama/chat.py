@@ -313,25 +313,6 @@ def chat_format_of(tokenizer: Tokenizer) -> str:
     )
 
 
-def chat_format_of_template(template: str) -> str | None:
-    """Name the format that a Hugging Face chat template (Jinja) writes, a key of FORMATS; None for one that isn't known.
-
-    Told by the tags it writes. Where one of Mistral's has a blank before [/INST], its tags are no tokens (version 1 of their
-    tokenizers, that of Mistral 7B v0.1 and v0.2), which is another format. So is <|user|> without </s>.
-    """
-    if "<|start_header_id|>" in template and "<|eot_id|>" in template:
-        return "llama3"
-    if "<|im_start|>" in template and "<|im_end|>" in template:
-        return "chatml"
-    if "[INST]" in template and "<<SYS>>" in template:
-        return "llama2"
-    if "[INST]" in template and re.search(r"""(['"])\[/INST\]\1""", template):
-        return "mistral"
-    if re.search(r"""<\|user\|>(?:\n|\\n)['"]\s*\+\s*\w+(?:\['content'\]|\.content)\s*\+\s*eos_token""", template):
-        return "zephyr"
-    return None
-
-
 def default_system_of_template(template: str) -> str | None:
     """The system prompt that a ChatML template writes where a conversation has none, or None.
 

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from npllama.chat import (
     FORMATS,
     chat_format_of,
-    chat_format_of_template,
     default_system_of_template,
     encode_chatml,
     encode_llama2,
@@ -153,14 +152,6 @@ LLAMA2_TEMPLATE = (
     "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}{% elif message['role'] == "
     "'assistant' %}{{ ' '  + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
-MISTRAL_V1_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + "
-    "' [/INST]' }}{% else %}{{ message['content'] + eos_token}}{% endif %}{% endfor %}"
-)
-MISTRAL_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + "
-    "'[/INST]' }}{% else %}{{ ' ' + message['content'] + eos_token}}{% endif %}{% endfor %}"
-)
 ZEPHYR_TEMPLATE = """{% for message in messages %}
 {% if message['role'] == 'user' %}
 {{ '<|user|>
@@ -179,35 +170,17 @@ ZEPHYR_TEMPLATE = """{% for message in messages %}
 
 
 @pytest.mark.parametrize(
-    ("template", "name", "system"),
+    ("template", "system"),
     [
-        (SMOLLM2_TEMPLATE, "chatml", SMOLLM2_SYSTEM),
-        (SMOLLM2_TEMPLATE.replace("\n", "\\n"), "chatml", SMOLLM2_SYSTEM),
-        (
-            "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' }}{% if x %}{{ '<|im_start|>assistant\\n' }}",
-            "chatml",
-            None,
-        ),
-        ("{{ '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}", "chatml", None),
-        (r"{{ '<|im_start|>system\nYou\'re \"it\".\n<|im_end|>\n' }}", "chatml", 'You\'re "it".\n'),
-        (LLAMA3_TEMPLATE, "llama3", None),
-        (LLAMA2_TEMPLATE, "llama2", None),
-        (MISTRAL_V1_TEMPLATE, None, None),
-        (MISTRAL_TEMPLATE, "mistral", None),
-        (MISTRAL_TEMPLATE.replace("'", '"'), "mistral", None),
-        (ZEPHYR_TEMPLATE, "zephyr", None),
-        ("{% for m in messages %}{{ '<|user|>\\n' + m['content'] + eos_token }}{% endfor %}", "zephyr", None),
-        ("{% for m in messages %}{{ '<|user|>\\n' + m['content'] + '\\n' }}{% endfor %}", None, None),  # Tulu's
-        (
-            "{% for m in messages %}{{'<|' + m['role'] + '|>' + '\\n' + m['content'] + '<|end|>'}}{% endfor %}",
-            None,
-            None,
-        ),  # Phi 3's
-        ("", None, None),
+        (SMOLLM2_TEMPLATE, SMOLLM2_SYSTEM),
+        (SMOLLM2_TEMPLATE.replace("\n", "\\n"), SMOLLM2_SYSTEM),
+        ("{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' }}{{ '<|im_start|>assistant\\n' }}", None),
+        ("{{ '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}", None),
+        (r"{{ '<|im_start|>system\nYou\'re \"it\".\n<|im_end|>\n' }}", 'You\'re "it".\n'),
+        ("", None),
     ],
 )
-def test_the_format_is_told_from_the_template(template: str, name: str | None, system: str | None) -> None:
-    assert chat_format_of_template(template) == name
+def test_the_default_system_prompt_is_told_from_the_template(template: str, system: str | None) -> None:
     assert default_system_of_template(template) == system
 
 
@@ -218,12 +191,15 @@ def test_llama3_and_llama2_are_what_their_templates_write(
 ) -> None:
     jinja2 = pytest.importorskip("jinja2", reason="jinja2 is not installed")
     messages = conversation(*contents, system=system)
-    for tokenizer, template in ((tiny_llama3_json, LLAMA3_TEMPLATE), (tiny_sentencepiece, LLAMA2_TEMPLATE)):
+    for tokenizer, template, name in (
+        (tiny_llama3_json, LLAMA3_TEMPLATE, "llama3"),
+        (tiny_sentencepiece, LLAMA2_TEMPLATE, "llama2"),
+    ):
         bos, eos = ("<|begin_of_text|>", None) if tokenizer is tiny_llama3_json else ("<s>", "</s>")
         text = jinja2.Template(template, keep_trailing_newline=True).render(
             messages=messages, bos_token=bos, eos_token=eos, add_generation_prompt=True
         )
-        assert FORMATS[chat_format_of_template(template)](tokenizer, messages) == tokenizer.encode(text, special=True)
+        assert FORMATS[name](tokenizer, messages) == tokenizer.encode(text, special=True)
 
 
 @pytest.mark.parametrize("contents", [["hi"], [" hi", "Hello!\n", "\n\nAnd 3+3? \n"], ["", "a", ""]])

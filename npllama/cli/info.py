@@ -6,7 +6,8 @@ import argparse
 from collections import Counter
 from typing import Any
 
-from ..checkpoint import demo_path, open_model, tensor_bytes
+from .. import templates
+from ..checkpoint import Model, demo_path, open_model, tensor_bytes
 from ..config import n_parameters
 from ..tokenizer import MissingPackage
 from .options import Commands, add_command, stored_tensors
@@ -37,7 +38,8 @@ def run(args: argparse.Namespace) -> None:
         print(f"tokenizer: {f'{type(tokenizer).__name__}, {tokenizer.vocab_size:,} ids' if tokenizer else 'none'}")
     except MissingPackage as error:
         print(f"tokenizer: {error}")
-    recommended = {key: value for key, value in model.generation.items() if value is not None}
+    print(f"chat: {_chat(model)}")
+    recommended = {key: value for key, value in model.generation.items() if value is not None and key != "chat_format"}
     print("recommended: " + (", ".join(f"{key} {value}" for key, value in recommended.items()) or "nothing"))
 
 
@@ -46,3 +48,14 @@ def _storage(tensor: dict[str, Any]) -> str:
     if tensor["dtype"] != "grouped":
         return str(tensor["dtype"])
     return f"{tensor['grouping']['bits']} bits in groups of {tensor['grouping']['group']}"
+
+
+def _chat(model: Model) -> str:
+    """Say what npllama chat would write prompts with."""
+    assert model.path is not None
+    names = list(templates.read_templates(model.path, model.manifest["files"]))
+    format = model.generation.get("chat_format")
+    if "default" in names:
+        others = f" and {', '.join(names[1:])}" if len(names) > 1 else ""
+        return f"its own template{others}" + (f", or {format} where jinja2 is missing" if format else "")
+    return f"{format}, if it was trained for that" if format else "no template; npllama chat asks for --format"

@@ -303,10 +303,24 @@ def test_the_vocabulary_becomes_a_tokenizer(tmp_path):
     pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
     config = tiny.config(n_layers=1, vocab_size=262)
     params = tiny.random_params(config, seed=5)
-    convert(foreign.write_gguf(tmp_path / "m.gguf", config, params, **VOCABULARY), tmp_path / "m")
+    lines = convert(foreign.write_gguf(tmp_path / "m.gguf", config, params, **VOCABULARY), tmp_path / "m")
     model = open_model(tmp_path / "m")
     assert model.tokenizer.encode("a", bos=True) == [1, 261]
-    assert model.generation["chat_format"] == "llama2"
+    assert model.generation["chat_format"] is None
+    assert "chat template: none; npllama chat asks for --format" in lines
+    assert verify(tmp_path / "m") == []
+
+
+def test_the_chat_templates_are_stored(tmp_path):
+    pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
+    config = tiny.config(n_layers=1, vocab_size=262)
+    several = [{"name": "rag", "template": "b"}, {"name": "default", "template": "{{ bos_token }}a"}]
+    src = foreign.write_gguf(
+        tmp_path / "m.gguf", config, tiny.random_params(config, seed=5), chat_template=several, **VOCABULARY
+    )
+    convert(src, tmp_path / "m")
+    assert (tmp_path / "m" / "chat_template.jinja").read_text() == "{{ bos_token }}a"
+    assert (tmp_path / "m" / "chat_template.rag.jinja").read_text() == "b"
     assert verify(tmp_path / "m") == []
 
 

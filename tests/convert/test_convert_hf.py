@@ -177,35 +177,70 @@ def test_what_is_left_out_is_inferred_as_transformers_does(tmp_path):
     ]
 
 
-TEMPLATES = {
-    "llama3": "{{ '<|start_header_id|>' + role + '<|end_header_id|>\n\n' + content + '<|eot_id|>' }}",
-    "chatml": "{{'<|im_start|>' + role + '\n' + content + '<|im_end|>' + '\n'}}",
-    "llama2": "{{ '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' }}{{ bos_token + '[INST] ' + content + ' [/INST]' }}",
-    "zephyr": "{{ '<|user|>\n' + message['content'] + eos_token }}",
-    "mistral": "{{ '[INST] ' + message['content'] + '[/INST]' }}",
-    None: "{{ '<|user|>\n' + content }}",
-}
+PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
 
 
-@pytest.mark.parametrize("where", ["string", "list", "file"])
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_the_chat_format_is_the_template_s(tmp_path, name, where, tiny_sentencepiece_file):
+@pytest.mark.parametrize("where", ["string", "list", "file", "chat_template.json"])
+def test_the_chat_template_is_stored(tmp_path, where, tiny_sentencepiece_file):
     config = tiny.config(n_layers=1, vocab_size=340)
     src = foreign.write_hf(tmp_path / "src", config, tiny.random_params(config, seed=5))
     shutil.copy(tiny_sentencepiece_file, src / "tokenizer.model")
-    template = TEMPLATES[name]
+    several = [
+        {"name": "tool_use", "template": "other"},
+        {"name": "default", "template": PLAIN},
+        {"name": "../x", "template": "y"},
+    ]
+    values = {"add_bos_token": True, "chat_template": {"string": PLAIN, "list": several, "file": "of no use"}.get(where)}
+    (src / "tokenizer_config.json").write_text(json.dumps(values))
     if where == "file":
-        (src / "chat_template.jinja").write_text(template)
-    else:
-        several = [{"name": "tool_use", "template": "other"}, {"name": "default", "template": template}]
-        values = {"chat_template": template if where == "string" else several, "add_bos_token": True}
-        (src / "tokenizer_config.json").write_text(json.dumps(values))
+        (src / "chat_template.jinja").write_text(PLAIN)
+        (src / "additional_chat_templates").mkdir()
+        (src / "additional_chat_templates" / "tool_use.jinja").write_text("other")
+    elif where == "chat_template.json":
+        (src / where).write_text(json.dumps({"chat_template": PLAIN}))
     (src / "generation_config.json").write_text('{"temperature": 0.6, "top_p": 0.9, "eos_token_id": 2}')
-    convert(src, tmp_path / "m")
+    lines = convert(src, tmp_path / "m")
     model = open_model(tmp_path / "m")
-    assert model.generation == {"chat_format": name, "system": None, "temperature": 0.6, "top_p": 0.9}
+    assert model.generation == {"chat_format": None, "system": None, "temperature": 0.6, "top_p": 0.9}
     assert (tmp_path / "m" / "tokenizer.model").read_bytes() == tiny_sentencepiece_file.read_bytes()
+    assert (tmp_path / "m" / "chat_template.jinja").read_text() == PLAIN
     assert model.tokenizer.vocab_size == 330
+    named = where in ("list", "file")
+    assert (tmp_path / "m" / "chat_template.tool_use.jinja").exists() == named
+    assert any(line.startswith(f"chat template: the model's own{', and tool_use' * named};") for line in lines)
+    assert ("chat template '../x' is left out: expected a name of letters, digits, _ and -" in lines) == (where == "list")
+    assert verify(tmp_path / "m") == []
+    (tmp_path / "m" / "chat_template.jinja").write_text(PLAIN + " ")
+    assert "chat_template.jinja" in verify(tmp_path / "m")[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line"),
+    [
+        ("chat_template.jinja", b"\xff", "chat_template.jinja is not UTF-8, expected a chat template: left out"),
+        ("chat_template.jinja", b" \n", "chat template default is left out: it is empty"),
+        (
+            "tokenizer_config.json",
+            b'{"chat_template": 3}',
+            "chat_template is 3, expected a text or a list of name and template: left out",
+        ),
+        ("tokenizer_config.json", b"{}", "chat template: none; npllama chat asks for --format"),
+        (
+            "tokenizer_config.json",
+            b'{"chat_template": [{"name": "rag", "template": "a"}]}',
+            "chat template: none of its own, but rag; npllama chat asks for --format",
+        ),
+    ],
+)
+def test_without_a_template_there_is_no_chat_format(tmp_path, name, content, line, tiny_sentencepiece_file):
+    config = tiny.config(n_layers=1, vocab_size=340)
+    src = foreign.write_hf(tmp_path / "src", config, tiny.random_params(config, seed=5))
+    shutil.copy(tiny_sentencepiece_file, src / "tokenizer.model")
+    (src / name).write_bytes(content)
+    lines = convert(src, tmp_path / "m")
+    assert any(found.endswith(line) for found in lines), lines
+    assert open_model(tmp_path / "m").generation["chat_format"] is None
+    assert not (tmp_path / "m" / "chat_template.jinja").exists()
 
 
 def test_tokenizer_json_comes_before_tokenizer_model_and_unchanged(tmp_path, tiny_sentencepiece_file):
@@ -222,7 +257,8 @@ def test_tokenizer_json_comes_before_tokenizer_model_and_unchanged(tmp_path, tin
     assert (tmp_path / "m" / "tokenizer.json").read_bytes() == (src / "tokenizer.json").read_bytes()
     assert not (tmp_path / "m" / "tokenizer.model").exists()
     assert open_model(tmp_path / "m").tokenizer.encode("abba") == [2, 1, 0]
-    assert open_model(tmp_path / "m").generation["chat_format"] == "chatml"
+    assert "chat template: none; npllama chat asks for --format" in lines
+    assert open_model(tmp_path / "m").generation["chat_format"] is None
 
 
 def test_a_tokenizer_twice_as_large_as_the_vocabulary_is_refused(tmp_path, tiny_sentencepiece_file):

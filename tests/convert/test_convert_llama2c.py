@@ -87,7 +87,7 @@ def test_the_tokenizer_beside_it_is_taken_along(tmp_path, name, tiny_sentencepie
     shutil.copy(tiny_sentencepiece_file, tmp_path / name)
     convert(src, tmp_path / "m")
     assert (tmp_path / "m" / "tokenizer.model").read_bytes() == tiny_sentencepiece_file.read_bytes()
-    assert open_model(tmp_path / "m").generation["chat_format"] == "llama2"
+    assert open_model(tmp_path / "m").generation["chat_format"] is None
 
 
 def header(**changes: int) -> bytes:

@@ -18,6 +18,7 @@ import tempfile
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -583,7 +584,7 @@ def test_without_sentencepiece_its_tokenizer_is_copied_unchecked(tmp_path, monke
     (src / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert any("not checked" in line for line in convert(src, tmp_path / "m"))
-    assert open_model(tmp_path / "m").generation["chat_format"] == "llama2"
+    assert open_model(tmp_path / "m").generation["chat_format"] is None  # no vocabulary of Llama 2's size
     assert (tmp_path / "m" / "tokenizer.model").read_bytes() == (src / "tokenizer.model").read_bytes()
 
 
@@ -688,3 +689,19 @@ sources.convert(sys.argv[1], sys.argv[2], force=True, report=len)
 def test_torch_is_imported_by_nothing_before_it_is_needed():
     code = "import sys, npllama_convert.meta, npllama_convert.capture; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "max_seq_len", "name"),
+    [(32000, 4096, "llama2"), (32016, 16384, "llama2"), (32000, 2048, None), (512, 4096, None)],
+)
+def test_the_chat_format_is_llama_2_s_for_its_vocabulary_alone(vocab_size, max_seq_len, name, tiny_sentencepiece):
+    config = dataclasses.replace(CONFIG, vocab_size=vocab_size, max_seq_len=max_seq_len)
+    for tokenizer in (tiny_sentencepiece, None):  # None: its package is missing
+        assert meta._chat_format(config, tokenizer) == name
+
+
+def test_the_chat_format_is_told_by_the_special_tokens(tiny_tiktoken, tiny_mistral, tiny_chatml):
+    for tokenizer, name in ((tiny_tiktoken, "llama3"), (tiny_mistral, "mistral"), (tiny_chatml, "chatml")):
+        assert meta._chat_format(CONFIG, tokenizer) == name
+    assert meta._chat_format(CONFIG, SimpleNamespace(special_tokens={"<|endoftext|>": 0})) is None
