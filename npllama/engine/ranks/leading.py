@@ -80,7 +80,7 @@ class Leader:
             raise NpllamaError("the constants are not those of the model that is spread over ranks")
         tokens = check_tokens(tokens, config)
         cache = KVCache(config, tokens.shape[:-1]) if cache is None else cache
-        name = _name_of(ops, tap)
+        name = operations_name(ops, tap)
         before = cache.lengths
         cache.extend(tokens >= 0)  # a ValueError is raised here, before the other ranks begin
         cache.truncate(before)
@@ -122,7 +122,8 @@ class Leader:
         return self._numbers[memory]
 
 
-def _name_of(ops: Ops | None, tap: Tap | None) -> str:
+def operations_name(ops: Ops | None, tap: Tap | None) -> str:
+    """Return the name under which the other ranks know these operations."""
     if ops is None:
         return "FAST" if tap is None else "PLAIN"
     for name, known in OPS.items():

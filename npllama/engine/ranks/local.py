@@ -179,7 +179,7 @@ class Workers(LocalGroup):
             self._processes: list[subprocess.Popen[bytes]] = []
             try:
                 for rank in range(1, size):
-                    self._processes.append(_start(rank, size, descriptor))
+                    self._processes.append(start_process(rank, size, descriptor))
                 self._write(order)
             except BaseException:
                 self.close()
@@ -277,7 +277,7 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _start(rank: int, size: int, descriptor: int) -> subprocess.Popen[bytes]:
+def start_process(rank: int, size: int, descriptor: int) -> subprocess.Popen[bytes]:
     """Start the process of a rank, in a session of its own: a terminal's Ctrl-C is for rank 0, which tells the others."""
     package = str(Path(__file__).resolve().parents[3])
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))

@@ -19,7 +19,7 @@ def worker():
     assert following.__name__ in local.WORKER
     with tempfile.TemporaryFile() as file:
         os.ftruncate(file.fileno(), local.HEADER + 4 * local.SLOT)
-        process = local._start(1, 2, file.fileno())
+        process = local.start_process(1, 2, file.fileno())
     yield process
     process.kill()
     process.communicate()

@@ -226,7 +226,7 @@ def test_interrupts_at_any_moment(demo):
 
 def test_an_exception_on_another_rank_is_raised_with_its_number(demo, monkeypatch):
     monkeypatch.setitem(leading.OPS, "MINE", leading.PLAIN)  # which only rank 0 knows
-    monkeypatch.setattr(leading, "_name_of", lambda ops, tap: "MINE")
+    monkeypatch.setattr(leading, "operations_name", lambda ops, tap: "MINE")
     with pytest.raises(RankError, match="rank 1: KeyError: 'MINE'"):
         forward(demo.params, demo.config, [1, 2])
     monkeypatch.undo()
