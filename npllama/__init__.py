@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from .golden.trace import Recording, Selection, Trace, TraceError, read_trace, record, write_trace
     from .model import forward, no_tap
     from .sampling import Sampling
+    from .text.completion import Completion, Stream, TokenLogprobs, complete
     from .tokenizer import Tokenizer, load_tokenizer
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CheckpointError",
+    "Completion",
     "Config",
     "ConfigError",
     "KVCache",
@@ -36,9 +38,12 @@ __all__ = [
     "Sampling",
     "Selection",
     "Step",
+    "Stream",
+    "TokenLogprobs",
     "Tokenizer",
     "Trace",
     "TraceError",
+    "complete",
     "forward",
     "generate",
     "generate_batch",
@@ -66,6 +71,7 @@ _MODULES = {
     "golden.trace": ["Recording", "Selection", "Trace", "TraceError", "read_trace", "record", "write_trace"],
     "model": ["forward", "no_tap"],
     "sampling": ["Sampling"],
+    "text.completion": ["Completion", "Stream", "TokenLogprobs", "complete"],
     "tokenizer": ["Tokenizer", "load_tokenizer"],
 }
 

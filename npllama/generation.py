@@ -46,8 +46,9 @@ def generate(
     stop_ids: Iterable[int] | None = None,
     cache: KVCache | None = None,
     lookup: int = 0,
+    repetition_penalty: float = 1.0,
 ) -> Iterator[int]:
-    """Continue a prompt: yields ids as they are made, at most max_tokens.
+    """Continue a prompt: yields ids as they are made, at most max_tokens; complete() takes and returns text.
 
     Ends before a stop id (the tokenizer's, unless given) and where the context is full. The same seed gives the same tokens. A
     cache holds what came before `tokens`. With `lookup` up to so many tokens are checked in one pass, which followed when the
@@ -55,7 +56,7 @@ def generate(
     Raises ValueError for a prompt that is empty, outside the vocabulary or longer than the context, for lookup with a
     temperature, and when the time comes for logits that are NaN or infinite.
     """
-    sampling = Sampling(temperature, top_k, top_p, min_p)
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     steps = generate_steps(model, tokens, max_tokens, sampling, seed, stop_ids, cache, lookup)
     return (step.token for step in steps)
 
@@ -69,31 +70,44 @@ def generate_steps(
     stop_ids: Iterable[int] | None = None,
     cache: KVCache | None = None,
     lookup: int = 0,
+    before: Sequence[int] = (),
 ) -> Iterator[Step]:
-    """As generate(), with the logits of each step."""
+    """As generate(), with the logits of each step. `before` are the ids that the cache holds, for the repetition penalty."""
     if cache is None:
         cache = KVCache(model.config)
-    tokens = _check_prompt(tokens, model)
-    _check_room(tokens, cache)
-    _check_counts(max_tokens, seed)
+    tokens = check_prompt(tokens, model)
+    check_room(tokens, cache)
+    check_counts(max_tokens, seed)
+    before = [*before, *tokens.tolist()]
+    if sampling.repetition_penalty != 1 and len(before) != (n := int(cache.n_tokens) + len(tokens)):
+        found = f"{len(before) - len(tokens)} ids for {n - len(tokens)} tokens in the cache"
+        raise ValueError(f"found {found}: a repetition penalty needs them all, as `before`")
     if lookup < 0:
         raise ValueError(f"lookup is {lookup}, expected 0 or more")
     if lookup and sampling.temperature > 0:
         raise ValueError(f"lookup works only at temperature 0, found {sampling.temperature}")
     if lookup:
-        return _decode_by_lookup(model, tokens, max_tokens, _stop_ids(model, stop_ids), cache, lookup)
-    return _decode(model, tokens, max_tokens, sampling, seed, _stop_ids(model, stop_ids), cache)
+        return _decode_by_lookup(model, tokens, max_tokens, sampling, stop_ids_of(model, stop_ids), cache, before, lookup)
+    return _decode(model, tokens, max_tokens, sampling, seed, stop_ids_of(model, stop_ids), cache, before)
 
 
 def _decode(
-    model: Model, tokens: np.ndarray, max_tokens: int, sampling: Sampling, seed: int, stop: frozenset[int], cache: KVCache
+    model: Model,
+    tokens: np.ndarray,
+    max_tokens: int,
+    sampling: Sampling,
+    seed: int,
+    stop: frozenset[int],
+    cache: KVCache,
+    before: list[int],
 ) -> Iterator[Step]:
     rng = np.random.default_rng(seed)
     logits = prefill(model, tokens, cache)
     for made in range(max_tokens):
-        token = _draw(logits, sampling, rng, f"token {made + 1}")
+        token = draw(logits, sampling, rng, f"token {made + 1}", before)
         if token in stop:
             return
+        before.append(token)
         yield Step(token, logits)
         if made + 1 == max_tokens or cache.n_tokens.max() == model.config.max_seq_len:
             return
@@ -101,7 +115,14 @@ def _decode(
 
 
 def _decode_by_lookup(
-    model: Model, tokens: np.ndarray, max_tokens: int, stop: frozenset[int], cache: KVCache, k: int
+    model: Model,
+    tokens: np.ndarray,
+    max_tokens: int,
+    sampling: Sampling,
+    stop: frozenset[int],
+    cache: KVCache,
+    before: list[int],
+    k: int,
 ) -> Iterator[Step]:
     """Greedy decoding that lets one pass check what is likely to come: Saxena 2023, "Prompt lookup decoding".
 
@@ -116,12 +137,13 @@ def _decode_by_lookup(
     logits = prefill(model, tokens, cache)[None]
     made = 0
     while made < max_tokens:
-        accepted, before = 0, cache.length - len(proposed)
+        accepted, length = 0, cache.length - len(proposed)
         try:
             for row in logits:
-                token = _draw(row, Sampling(), rng, f"token {made + 1}")
+                token = draw(row, sampling, rng, f"token {made + 1}", before)
                 if token in stop:
                     return
+                before.append(token)
                 yield Step(token, row)
                 known.add(token)
                 made += 1
@@ -129,7 +151,7 @@ def _decode_by_lookup(
                     break
                 accepted += 1
         finally:
-            cache.truncate(before + accepted)
+            cache.truncate(length + accepted)
         room = min(model.config.max_seq_len - int(cache.n_tokens), max_tokens - made)
         if room <= 0:
             return
@@ -172,7 +194,7 @@ def generate_batch(
     Each prompt gets the tokens it would get alone, up to ties within rounding; prompt i draws from the stream (seed, i). Their
     lengths may differ, and they are given without padding. Raises ValueError as generate() does.
     """
-    rows = [_check_prompt(prompt, model) for prompt in prompts]
+    rows = [check_prompt(prompt, model) for prompt in prompts]
     if not rows:
         raise ValueError("there is no prompt, expected at least one")
     longest = max(map(len, rows))
@@ -180,9 +202,9 @@ def generate_batch(
     for padded, row in zip(batch, rows, strict=True):
         padded[longest - len(row) :] = row  # on the left, so that all go on from the same slot
     cache = KVCache(model.config, (len(rows),))
-    _check_room(batch, cache)
-    _check_counts(max_tokens, seed)
-    return _decode_batch(model, batch, max_tokens, sampling or Sampling(), seed, _stop_ids(model, stop_ids), cache)
+    check_room(batch, cache)
+    check_counts(max_tokens, seed)
+    return _decode_batch(model, batch, max_tokens, sampling or Sampling(), seed, stop_ids_of(model, stop_ids), cache)
 
 
 def _decode_batch(
@@ -190,12 +212,15 @@ def _decode_batch(
 ) -> Iterator[list[int | None]]:
     n = len(batch)
     rngs = [np.random.default_rng([seed, i]) for i in range(n)]
+    before = [row[row >= 0].tolist() for row in batch]
     logits = prefill(model, batch, cache)
     running = np.full(n, True)
     for made in range(max_tokens):
         name = f"token {made + 1} of prompt"
-        ids = [_draw(logits[i], sampling, rngs[i], f"{name} {i + 1}") if running[i] else -1 for i in range(n)]
+        ids = [draw(logits[i], sampling, rngs[i], f"{name} {i + 1}", before[i]) if running[i] else -1 for i in range(n)]
         running &= [id not in stop for id in ids]
+        for earlier, id in zip(before, ids, strict=True):
+            earlier += [id] if id >= 0 else []
         if not running.any():
             return
         yield [id if on else None for id, on in zip(ids, running, strict=True)]
@@ -206,10 +231,10 @@ def _decode_batch(
         logits = forward(model.params, model.config, column, cache, last_only=True, ops=model.ops)[:, -1]
 
 
-def _draw(logits: np.ndarray, sampling: Sampling, rng: np.random.Generator, name: str) -> int:
+def draw(logits: np.ndarray, sampling: Sampling, rng: np.random.Generator, name: str, before: Sequence[int] = ()) -> int:
     """As sample(); an error names the token that was to be drawn."""
     try:
-        return sample(logits, sampling, rng)
+        return sample(logits, sampling, rng, before)
     except LogitsError as error:
         raise LogitsError(f"new {name}: {error}") from None
 
@@ -219,7 +244,7 @@ def prefill(model: Model, tokens: np.ndarray, cache: KVCache) -> np.ndarray:
 
     Raises ValueError, before anything is computed, for a prompt that does not fit the context.
     """
-    _check_room(tokens, cache)
+    check_room(tokens, cache)
     starts = range(0, max(1, tokens.shape[-1]), PREFILL_CHUNK)
     for start in starts:
         chunk = tokens[..., start : start + PREFILL_CHUNK]
@@ -227,33 +252,55 @@ def prefill(model: Model, tokens: np.ndarray, cache: KVCache) -> np.ndarray:
     return logits[..., -1, :]
 
 
-def stream_text(ids: Iterable[int], decoder: StreamDecoder, stop: Sequence[str] = ()) -> Iterator[str]:
-    """The text of ids as they come; ends before the first stop string.
+class TextStream:
+    """The text of ids as they come, up to the first stop string; pieces never break a character.
 
     What might be the beginning of a stop string is held back until it is clear that it isn't one.
     """
-    held = ""
-    for text in _pushed(ids, decoder):
-        held += text
-        ends = [i for s in stop if (i := held.find(s)) >= 0]
-        if ends:
-            yield held[: min(ends)]
-            return
-        keep = max((k for s in stop for k in range(1, len(s)) if held.endswith(s[:k])), default=0)
-        if len(held) > keep:
-            yield held[: len(held) - keep]
-            held = held[len(held) - keep :]
-    if held:
-        yield held
+
+    def __init__(self, decoder: StreamDecoder, stop: Sequence[str] = ()):
+        self._decoder, self._stop, self._held = decoder, tuple(stop), ""
+        self.ended = False  # by a stop string
+
+    def push(self, id: int) -> str:
+        """Return the text that is certain once this id is known; none after a stop string."""
+        return self._certain(self._decoder.push(id))
+
+    def flush(self) -> str:
+        """Return what was held back: nothing follows."""
+        text = self._certain(self._decoder.flush())
+        text, self._held = text + self._held, ""
+        return text
+
+    def _certain(self, text: str) -> str:
+        if self.ended:
+            return ""
+        self._held += text
+        if ends := [i for s in self._stop if (i := self._held.find(s)) >= 0]:
+            text, self._held, self.ended = self._held[: min(ends)], "", True
+            return text
+        keep = max((k for s in self._stop for k in range(1, len(s)) if self._held.endswith(s[:k])), default=0)
+        cut = len(self._held) - keep
+        text, self._held = self._held[:cut], self._held[cut:]
+        return text
 
 
-def _pushed(ids: Iterable[int], decoder: StreamDecoder) -> Iterator[str]:
+def stream_text(ids: Iterable[int], decoder: StreamDecoder, stop: Sequence[str] = ()) -> Iterator[str]:
+    """The text of ids as they come; ends before the first stop string (TextStream)."""
+    stream = TextStream(decoder, stop)
     for id in ids:
-        yield decoder.push(id)
-    yield decoder.flush()
+        if text := stream.push(id):
+            yield text
+        if stream.ended:
+            return
+    if text := stream.flush():
+        yield text
 
 
-def _check_prompt(tokens: Sequence[int] | np.ndarray, model: Model) -> np.ndarray:
+def check_prompt(tokens: Sequence[int] | np.ndarray, model: Model) -> np.ndarray:
+    """Return the ids of one prompt as an array; ValueError if there are none, or one is not in the vocabulary."""
+    if isinstance(tokens, str):
+        raise ValueError("a prompt of text: expected token ids; npllama.complete(model, text) takes text")
     tokens = check_tokens(tokens, model.config)
     if (smallest := tokens.min()) < 0:
         raise ValueError(f"token id {smallest} is outside the vocabulary: expected 0 to {model.config.vocab_size - 1}")
@@ -262,19 +309,22 @@ def _check_prompt(tokens: Sequence[int] | np.ndarray, model: Model) -> np.ndarra
     return tokens
 
 
-def _check_counts(max_tokens: int, seed: int) -> None:
+def check_counts(max_tokens: int, seed: int) -> None:
+    """Raise ValueError for a negative one."""
     for name, value in (("max_tokens", max_tokens), ("seed", seed)):
         if value < 0:
             raise ValueError(f"{name} is {value}, expected 0 or more")
 
 
-def _check_room(tokens: np.ndarray, cache: KVCache) -> None:
+def check_room(tokens: np.ndarray, cache: KVCache) -> None:
+    """Raise ValueError for more tokens than the context holds after those in the cache.    int [..., T]"""
     n = int(np.max(cache.n_tokens + np.count_nonzero(tokens >= 0, axis=-1)))
     if n > cache.max_seq_len:
         raise ValueError(f"the prompt has {n:,} tokens, the model's context holds {cache.max_seq_len:,}")
 
 
-def _stop_ids(model: Model, given: Iterable[int] | None) -> frozenset[int]:
+def stop_ids_of(model: Model, given: Iterable[int] | None) -> frozenset[int]:
+    """Return the ids that end a text: those given, or else the tokenizer's."""
     if given is not None:
         return frozenset(given)
     return model.tokenizer.stop_ids if model.tokenizer else frozenset()

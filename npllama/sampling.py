@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,8 +16,10 @@ class LogitsError(NpllamaError):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn. The filters apply in this order, each to what the one before left over.
+    """How a token is drawn. The settings apply in this order, each to what the one before left over.
 
+    repetition_penalty  divides the positive logits of ids that came before and multiplies the negative ones; 1 changes nothing
+                 (Keskar et al. 2019, arXiv:1909.05858, as Hugging Face's RepetitionPenaltyLogitsProcessor)
     temperature  divides the logits; 0 is greedy: always the most likely token, the first of equals
     top_k        keep the k most likely; 0 keeps all
     top_p        keep the most likely that together reach this probability; 1 keeps all (Holtzman et al. 2019, arXiv:1904.09751)
@@ -30,6 +33,7 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -40,6 +44,8 @@ class Sampling:
             raise ValueError(f"top_p is {self.top_p}, expected more than 0 and at most 1")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p is {self.min_p}, expected 0 to 1")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise ValueError(f"repetition_penalty is {self.repetition_penalty}, expected more than 0 (1 changes nothing)")
 
 
 def probabilities(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
@@ -63,12 +69,23 @@ def probabilities(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     return result
 
 
-def sample(logits: np.ndarray, sampling: Sampling, rng: np.random.Generator) -> int:
-    """Draw the next token's id.    [V] -> int"""
+def sample(logits: np.ndarray, sampling: Sampling, rng: np.random.Generator, before: Sequence[int] = ()) -> int:
+    """Draw the next token's id; the repetition penalty is on the ids that came before.    [V] -> int"""
+    logits = penalised(checked(logits), before, sampling.repetition_penalty)
     if sampling.temperature == 0:
-        return int(np.argmax(checked(logits)))
+        return int(np.argmax(logits))
     cumulative = np.cumsum(probabilities(logits, sampling))
     return int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
+
+
+def penalised(logits: np.ndarray, before: Sequence[int], penalty: float) -> np.ndarray:
+    """Return the logits with a penalty on each id that came before, however often: less likely above 1.    [V] -> [V]"""
+    if penalty == 1 or not len(before):
+        return logits
+    ids = np.unique(before)
+    y = logits.copy()
+    y[ids] = np.where(y[ids] < 0, y[ids] * penalty, y[ids] / penalty)
+    return y
 
 
 def checked(logits: np.ndarray) -> np.ndarray:

@@ -332,3 +332,25 @@ def test_logits_that_are_no_numbers_name_their_prompt(overflowing, temperature):
     with pytest.raises(npllama.NpllamaError, match=r"^new token 4 of prompt 2: of 131 logits 1 are (NaN|inf)"):
         made.extend(rows)
     assert len(made) == 3
+
+
+@pytest.mark.parametrize("lookup", [0, 4])
+def test_a_repetition_penalty_is_on_all_that_came_before(lookup):
+    """By definition, without a cache; also where the cache holds a part of it."""
+    sampling, ids, expected = Sampling(repetition_penalty=1.5), list(PROMPT), []
+    for _ in range(25):
+        logits = forward(MODEL.params, CONFIG, ids)[-1]
+        seen = np.unique(ids)
+        logits[seen] = np.where(logits[seen] < 0, logits[seen] * 1.5, logits[seen] / 1.5)
+        ids.append(int(np.argmax(logits)))
+        expected.append(ids[-1])
+    assert [step.token for step in generate_steps(MODEL, PROMPT, 25, sampling, lookup=lookup)] == expected
+    assert expected != list(generate(MODEL, PROMPT, 25))
+    assert [row[0] for row in generate_batch(MODEL, [PROMPT, [5]], 25, sampling)] == expected
+    cache = KVCache(CONFIG)
+    prefill(MODEL, np.array(PROMPT[:-2]), cache)
+    rest = PROMPT[-2:]
+    with pytest.raises(ValueError, match=r"found 0 ids for \d+ tokens in the cache: a repetition penalty needs them all"):
+        generate(MODEL, rest, cache=cache, repetition_penalty=1.5)
+    steps = generate_steps(MODEL, rest, 25, sampling, cache=cache, lookup=lookup, before=PROMPT[:-2])
+    assert [step.token for step in steps] == expected

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from npllama.sampling import LogitsError, Sampling, log_probabilities, probabilities, sample
+from npllama.sampling import LogitsError, Sampling, log_probabilities, penalised, probabilities, sample
 
 P = np.array([0.1, 0.4, 0.05, 0.3, 0.15])
 LOGITS = np.log(P) + 3
@@ -177,3 +177,21 @@ def test_minus_infinity_rules_a_token_out(temperature):
     masked = np.array([-math.inf, 0, -math.inf, 0, -math.inf], np.float32)
     drawn = {sample(masked, Sampling(temperature), np.random.default_rng(seed)) for seed in range(20)}
     assert drawn == ({1, 3} if temperature else {1})
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("penalty", [0.5, 1.0, 1.3])
+def test_repetition_penalty_against_transformers(penalty):
+    import torch
+
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    rng = np.random.default_rng(0)
+    processor = transformers.RepetitionPenaltyLogitsProcessor(penalty)
+    for _ in range(20):
+        logits = rng.normal(size=30, scale=4).astype(np.float32)
+        before = rng.integers(0, 30, rng.integers(1, 40))
+        expected = processor(torch.from_numpy(before)[None], torch.from_numpy(logits.copy())[None])[0].numpy()
+        found = penalised(logits, before, penalty)
+        assert found.dtype == np.float32
+        np.testing.assert_array_equal(found, expected)
+        assert sample(logits, Sampling(repetition_penalty=penalty), rng, before) == expected.argmax()

@@ -27,7 +27,11 @@ def run(folder: Path) -> str:
         ended: list[bool] = [id is None for id in row]
     for step in npllama.generate_steps(model, ids, 4, sampling, cache=cache):
         top: list[tuple[int, float]] = step.top(5)
-    made: list[int] = list(npllama.generate(model, np.array(ids), max_tokens=len(top) + len(ended) + len(logits)))
+    completion: npllama.Completion = npllama.complete(model, "text", max_tokens=4, stop=["\n"], logprobs=2)
+    logprobs: list[npllama.TokenLogprobs] | None = completion.logprobs
+    texts: list[str] = [done.text for done in npllama.complete(model, ["one", "two"], temperature=0.5, seed=3)]
+    pieces: list[str] = list(npllama.complete(model, ids, stop=texts, logprobs=len(logprobs or []), stream=True))
+    made: list[int] = list(npllama.generate(model, np.array(ids), max_tokens=len(pieces) + len(top) + len(ended) + len(logits)))
     return tokenizer.decode(made)
 
 

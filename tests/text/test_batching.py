@@ -1,0 +1,105 @@
+"""Texts that join and leave a batch: each gets what it gets alone."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from npllama import Model, Sampling, forward, generate_steps
+from npllama.sampling import LogitsError
+from npllama.text.batching import Batch
+
+from tiny import CONFIGS, random_params, random_tokens, relative_error
+
+CONFIG = CONFIGS["grouped"]
+MODEL = Model(CONFIG, random_params(CONFIG, seed=1))
+PROMPTS = [random_tokens(CONFIG, i, n).tolist() for i, n in enumerate((3, 40, 1, 17, 90, 8, 25))]
+
+
+def alone(i: int, n: int, sampling: Sampling) -> list[int]:
+    return [step.token for step in generate_steps(MODEL, PROMPTS[i], n, sampling, seed=i)]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, top_k=9, repetition_penalty=1.3)], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("rows", [1, 3, 7])
+def test_texts_that_join_and_leave_are_as_alone(rows, sampling):
+    batch = Batch(MODEL, rows, chunk=16)
+    waiting, texts, made = list(range(len(PROMPTS))), {}, {i: [] for i in range(len(PROMPTS))}
+    lengths = {i: 4 + 5 * (i % 3) for i in made}
+    while waiting or texts:
+        if waiting and batch.free:  # at most one a step
+            i = waiting.pop(0)
+            texts[batch.join(PROMPTS[i], sampling, seed=i)] = i
+        for row, step in batch.step():
+            i = texts[row]
+            made[i].append(step.token)
+            if len(made[i]) == lengths[i]:
+                batch.leave(row)
+                del texts[row]
+    assert not batch.busy
+    assert made == {i: alone(i, n, sampling) for i, n in lengths.items()}
+
+
+def test_a_chunk_of_a_prompt_and_a_token_of_each_other_text_are_a_step():
+    batch, seen = Batch(MODEL, 3, chunk=30), []
+    short = batch.join([1, 2])
+    assert [row for row, _ in batch.step()] == [short]
+    long = batch.join(PROMPTS[4], watch=seen.append)
+    assert [[row for row, _ in batch.step()] for _ in range(4)] == [[short], [short], [short, long], [short, long]]
+    assert [len(logits) for logits in seen] == [30, 30, 30]
+    assert relative_error(np.concatenate(seen), forward(MODEL.params, CONFIG, PROMPTS[4])) < 3e-6
+
+
+def test_a_row_of_bad_logits_disturbs_no_other():
+    params = dict(MODEL.params)
+    params["tok_embeddings.weight"] = params["tok_embeddings.weight"].copy()
+    params["tok_embeddings.weight"][130] = np.nan
+    batch = Batch(Model(CONFIG, params), 2)
+    bad, good = batch.join([130]), batch.join(PROMPTS[3], seed=3)
+    made = []
+    for n in range(6):
+        for row, step in batch.step():
+            if row == bad:
+                assert isinstance(step, LogitsError)
+                assert "new token 1: of 131 logits 131 are NaN" in str(step)
+            else:
+                made.append(step.token)
+        if n == 3:
+            batch.leave(bad)
+            assert batch.join(PROMPTS[0]) == bad
+            bad = -1
+            assert row == good
+    assert made[:3] == alone(3, 3, Sampling())
+    batch.leave(0)
+    batch.leave(1)
+    row = batch.join(PROMPTS[5])
+    assert [step.token for _ in range(4) for _, step in batch.step()] == alone(5, 4, Sampling())
+    assert row == 0
+
+
+def test_a_full_context_ends_a_text_and_no_other():
+    model = dataclasses.replace(MODEL, config=dataclasses.replace(CONFIG, max_seq_len=20))
+    batch = Batch(model, 2)
+    full, other = batch.join(PROMPTS[3]), batch.join([5])
+    rows = [[row for row, _ in batch.step()] for _ in range(6)]
+    assert sum(row.count(full) for row in rows) == 4  # 17 of the prompt, three read, one that isn't
+    assert rows[-1] == [other]
+    assert batch.busy
+    batch.leave(other)
+    assert not batch.busy
+    assert batch.step() == []
+
+
+def test_what_can_not_join_is_refused_in_one_line():
+    batch = Batch(MODEL, 1)
+    with pytest.raises(ValueError, match="the prompt has 513 tokens, the model's context holds 512"):
+        batch.join([1] * 513)
+    with pytest.raises(ValueError, match="seed is -1, expected 0 or more"):
+        batch.join([1], seed=-1)
+    batch.join([1])
+    with pytest.raises(ValueError, match="all 1 rows are taken"):
+        batch.join([1])
+    with pytest.raises(ValueError, match="found 0 rows and chunks of 512 tokens"):
+        Batch(MODEL, 0)

@@ -1,0 +1,16 @@
+"""The examples in the reference are what one sees."""
+
+from __future__ import annotations
+
+import doctest
+
+import pytest
+
+from npllama import text
+
+
+@pytest.mark.parametrize("module", [text], ids=lambda module: module.__name__)
+def test_the_examples_of_the_reference(module):
+    failed, tried = doctest.testmod(module)
+    assert tried
+    assert not failed
