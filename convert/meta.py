@@ -258,11 +258,11 @@ def read(src: str | Path, rope_factor: float | None = None, report: Report = pri
         raise CheckpointError(f"{params_file}: {error}") from None
     source = Source("meta", config, tensors, [*files, params_file], generation=read_generation(src, config, report)[0])
     if tokenizer.is_file():
-        source.generation["chat_format"] = _chat_format(config, add_tokenizer(source, tokenizer, report))
+        source.generation["chat_format"] = chat_format(config, add_tokenizer(source, tokenizer, report))
     return source
 
 
-def _chat_format(config: Config, tokenizer: Tokenizer | None) -> str | None:
+def chat_format(config: Config, tokenizer: Tokenizer | None) -> str | None:
     """Return the format that Meta's own code has for a tokenizer, of a base model too, as their files don't tell.
 
     None for LLaMA 1, of which there was no chat model, and for a vocabulary other than LLaMA's.

@@ -60,8 +60,8 @@ class Renderer:
     def __init__(self, seconds: int = SECONDS, memory: int = MEMORY, measures: bool = sys.platform != "linux"):
         self.seconds, self.memory, self.measures = seconds, memory, measures
         self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._owner = os.getpid()
+        self.process: subprocess.Popen[bytes] | None = None
+        self.owner = os.getpid()
 
     def render(self, template: str, variables: Mapping[str, object], now: datetime | None = None) -> str:
         """Return what the template writes. Raises TemplateError where it can't, or may not go on.
@@ -83,9 +83,9 @@ class Renderer:
             self._end()
 
     def _started(self) -> subprocess.Popen[bytes]:
-        if self._owner != os.getpid():  # forked: the process is the parent's
-            self._process, self._owner = None, os.getpid()
-        if self._process is None or self._process.poll() is not None:
+        if self.owner != os.getpid():  # forked: the process is the parent's
+            self.process, self.owner = None, os.getpid()
+        if self.process is None or self.process.poll() is not None:
             if (missing := missing_package()) is not None:
                 raise TemplateError(missing)
             self._end()
@@ -93,7 +93,7 @@ class Renderer:
             code = f"import sys; sys.path[:] = {[str(path) for path in sys.path if path]!r}\n"
             code += f"exec(compile({source!r}, 'npllama/templates/child.py', 'exec'))\n"
             code += f"main({0 if self.measures else self.memory})"
-            self._process = subprocess.Popen(
+            self.process = subprocess.Popen(
                 [sys.executable, "-I", "-X", "utf8", "-c", code],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -101,11 +101,11 @@ class Renderer:
                 start_new_session=True,  # Ctrl-C and the end of a terminal are not for it
                 creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
             )
-            kind, data = self._exchange(self._process, b"", STARTING)
+            kind, data = self._exchange(self.process, b"", STARTING)
             if kind != "text":
                 self._end()
                 raise TemplateError(f"the process that runs chat templates can't be started: {data.decode()}")
-        return self._process
+        return self.process
 
     def _exchange(self, process: subprocess.Popen[bytes], request: bytes, seconds: int) -> tuple[str, bytes]:
         """Send a request and return the answer, its kind and what it holds; `ended` where the process has ended, or must."""
@@ -146,8 +146,8 @@ class Renderer:
         return "ended", (ended[0] if ended else "its process has ended").encode()
 
     def _end(self) -> None:
-        if (process := self._process) is not None:
-            self._process = None
+        if (process := self.process) is not None:
+            self.process = None
             process.kill()
             process.wait()
             for pipe in (process.stdin, process.stdout):

@@ -698,10 +698,10 @@ def test_torch_is_imported_by_nothing_before_it_is_needed():
 def test_the_chat_format_is_llama_2_s_for_its_vocabulary_alone(vocab_size, max_seq_len, name, tiny_sentencepiece):
     config = dataclasses.replace(CONFIG, vocab_size=vocab_size, max_seq_len=max_seq_len)
     for tokenizer in (tiny_sentencepiece, None):  # None: its package is missing
-        assert meta._chat_format(config, tokenizer) == name
+        assert meta.chat_format(config, tokenizer) == name
 
 
 def test_the_chat_format_is_told_by_the_special_tokens(tiny_tiktoken, tiny_mistral, tiny_chatml):
     for tokenizer, name in ((tiny_tiktoken, "llama3"), (tiny_mistral, "mistral"), (tiny_chatml, "chatml")):
-        assert meta._chat_format(CONFIG, tokenizer) == name
-    assert meta._chat_format(CONFIG, SimpleNamespace(special_tokens={"<|endoftext|>": 0})) is None
+        assert meta.chat_format(CONFIG, tokenizer) == name
+    assert meta.chat_format(CONFIG, SimpleNamespace(special_tokens={"<|endoftext|>": 0})) is None

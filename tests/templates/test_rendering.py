@@ -115,7 +115,7 @@ def test_a_template_that_does_not_end_is_ended(template: str) -> None:
 
 
 def test_a_process_whose_parent_was_killed_ends_in_a_loop_too(tmp_path: Path) -> None:
-    code = "from npllama.templates import Renderer; r = Renderer(1); r.render('', {}); print(r._process.pid, flush=True)"
+    code = "from npllama.templates import Renderer; r = Renderer(1); r.render('', {}); print(r.process.pid, flush=True)"
     code += f"; r.render({LOOP!r}, {{}})"
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     with parent:
@@ -178,22 +178,22 @@ print(dict(os.environ))
 
 def test_ctrl_c_is_not_for_it(renderer: Renderer) -> None:
     renderer.render("", {})
-    process = renderer._process
+    process = renderer.process
     if hasattr(os, "getsid"):
         assert os.getsid(process.pid) != os.getsid(0)
 
 
 def test_it_is_started_once_and_again_after_a_fork(renderer: Renderer) -> None:
     renderer.render("", {})
-    before = renderer._process
+    before = renderer.process
     renderer.render("a", {})
-    assert renderer._process is before
+    assert renderer.process is before
     with pytest.raises(TemplateError, match=r"^no$"):
         renderer.render("{{ raise_exception('no') }}", {})  # a refusal is no reason to end it
-    assert renderer._process is before
-    renderer._owner += 1
+    assert renderer.process is before
+    renderer.owner += 1
     assert renderer.render("a", {}) == "a"
-    assert renderer._process is not before
+    assert renderer.process is not before
     before.kill()
     before.wait()
     before.stdin.close()
