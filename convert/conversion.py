@@ -38,18 +38,20 @@ from npllama.config import (
 )
 from npllama.engine.grouped import INT4, Grouped, Grouping
 from npllama.engine.memory import size_text
-from npllama.engine.weights import native
+from npllama.engine.weights import native, widen
 from npllama.errors import shown
 from npllama.tokenizer import Tokenizer, load_tokenizer
 
 Report = Callable[[str], object]
 Shaped = TypeVar("Shaped", np.ndarray, "Tensor")
+T = TypeVar("T")
 LLAMA3_CONTEXT = 8192  # what Llama 3 was trained on, before its frequencies were scaled
 
 BESIDE_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")  # BOS and EOS by name
 
 # What a checkpoint holds besides parameters: rotary tables and caches that some releases saved along.
 NOT_A_PARAMETER = re.compile(r"(.*\.)?(rope\.freqs|freqs_cis|freqs_cos|freqs_sin|cache_k|cache_v|rotary_emb\.inv_freq)")
+WRAPPERS = re.compile(r"^(_orig_mod\.|module\.)+")
 
 
 # ------------------------------------------------------------------------------------------------------------------ a source
@@ -105,6 +107,14 @@ class Tensor:
         same = self.shape == other.shape and self.dtype == other.dtype
         return same and all(map(same_bits, self.blocks(), other.blocks()))
 
+    def same_values(self, other: Tensor) -> bool:
+        """Tell whether both hold the same numbers, in whatever dtype."""
+
+        def wide(tensor: Tensor, part: slice) -> np.ndarray:
+            return widen(tensor.rows(part.start, part.stop)).astype(np.float64)
+
+        return self.shape == other.shape and all(same_bits(wide(self, part), wide(other, part)) for part in self.parts())
+
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     """Tell whether two arrays are equal bit for bit."""
@@ -129,11 +139,40 @@ def tie(config: Config, tensors: dict[str, Tensor], report: Report) -> tuple[Con
     """Leave out an output matrix that equals the embedding: it is stored once."""
     if config.tied_embeddings:
         report("tied embeddings: there is no output matrix")
-    elif tensors["output.weight"].same_bits(tensors["tok_embeddings.weight"]):
-        report("tied embeddings: output.weight equals the embedding bit for bit, and is stored once")
+        return config, tensors
+    output, embedding = tensors["output.weight"], tensors["tok_embeddings.weight"]
+    if output.dtype == embedding.dtype:
+        how = "bit for bit" if output.same_bits(embedding) else None
+    else:
+        how = f"in value, as {_name(output)} and {_name(embedding)}" if output.same_values(embedding) else None
+    if how:
+        report(f"tied embeddings: output.weight equals the embedding {how}, and is stored once")
         tensors = {name: tensor for name, tensor in tensors.items() if name != "output.weight"}
         config = dataclasses.replace(config, tied_embeddings=True)
     return config, tensors
+
+
+def _name(tensor: Tensor) -> str:
+    return "bfloat16" if tensor.dtype == np.uint16 else tensor.dtype.name
+
+
+def without_wrappers(where: object, found: Mapping[str, T]) -> dict[str, T]:
+    """Take away the prefixes of what a model was wrapped in while it was trained: torch.compile and data parallelism."""
+    names = {name: WRAPPERS.sub("", name) for name in found}
+    if len(set(names.values())) < len(names):
+        raise CheckpointError(f"{where}: names differ by the prefixes module. and _orig_mod. alone, expected each tensor once")
+    return {names[name]: tensor for name, tensor in found.items()}
+
+
+def without_biases(where: object, found: Mapping[str, Shaped | None], report: Report) -> dict[str, Shaped | None]:
+    """Leave out biases that are zero, with which a model computes the same as without. CheckpointError names another."""
+    biases = {name: tensor for name, tensor in found.items() if name.endswith(".bias") and tensor is not None}
+    for name, tensor in sorted(biases.items()):
+        if any(widen(native(block)).any() for block in (tensor.blocks() if isinstance(tensor, Tensor) else [tensor])):
+            raise CheckpointError(f"{where}: {name}: Llama has no biases, and npllama does not compute them: it is not zero")
+    if biases:
+        report(f"left out: {len(biases)} bias{'es' * (len(biases) > 1)}, all zero")
+    return {name: tensor for name, tensor in found.items() if name not in biases}
 
 
 def report_left_out(names: Iterable[str], report: Report) -> None:
@@ -155,8 +194,7 @@ def match(
         raise CheckpointError(f"{where}: {config.n_layers} layers are announced, but there are only {len(found)} tensors")
     shapes = parameter_shapes(config)
     theirs = {name: _renamed(name, names) for name in shapes}
-    if biases := sorted(name for name in found if name.endswith(".bias")):
-        raise CheckpointError(f"{where}: {biases[0]}: Llama has no biases, and npllama does not compute them")
+    found = without_biases(where, found, report)
     tensors = {name: tensor for name, tensor in found.items() if tensor is not None and not NOT_A_PARAMETER.fullmatch(name)}
     report_left_out(found.keys() - tensors.keys(), report)
     checkpoint.check_names(where, theirs.values(), tensors)
@@ -211,6 +249,19 @@ def refuse_foreign(known: Mapping[str, object], pattern: re.Pattern[str]) -> Non
     for key, value in known.items():
         if pattern.fullmatch(key) and value is not None and value not in (False, 0, -1, "", [], {}):
             raise ConfigError(f"{key} is {shown(value)}: an architecture that npllama does not compute")
+
+
+def within_window(known: Mapping[str, object], key: str, context: int, report: Report) -> int:
+    """Return the context in which a sliding window of the attention, if there is one, can't act: every key is within it."""
+    window = known.get(key)
+    if window is None or window in (False, 0, -1) or known.get("use_sliding_window") is False:
+        return context
+    if type(window) is int and window >= context:
+        report(f"{key}: {window}, which never acts in a context of {context}")
+        return context
+    window = whole(known, key)
+    report(f"max_seq_len: {window} instead of {context} (cut to {key}, which npllama does not compute: it never acts there)")
+    return window
 
 
 def llama3_scaling(factor: float) -> RopeScaling:

@@ -36,6 +36,7 @@ from .conversion import (
     refuse_foreign,
     tie,
     whole,
+    within_window,
 )
 from .gguf_blocks import BLOCKS, grouped
 from .gguf_vocabulary import tokenizer_config, tokenizer_file
@@ -63,7 +64,7 @@ NAMES = {
     "norm.weight": "output_norm.weight",
     "output.weight": "output.weight",
 }
-FOREIGN_KEY = re.compile(r"llama\.(.*expert.*|attention\.(sliding_window|scale)|.*_scale|.*softcapping|use_parallel_residual)")
+FOREIGN_KEY = re.compile(r"llama\.(.*expert.*|attention\.scale|.*_scale|.*softcapping|use_parallel_residual)")
 
 
 def read(src: Path, report: Report) -> Source:
@@ -132,7 +133,7 @@ def resolve(metadata: Mapping[str, object], tensors: Mapping[str, Tensor], repor
         norm_eps=number(known, "attention.layer_norm_rms_epsilon"),
         rope_theta=rope_theta,
         rope_scaling=scaling_of(known, head_dim, rope_theta, tensors.get("rope_freqs.weight")),
-        max_seq_len=whole(known, "context_length"),
+        max_seq_len=within_window(known, "attention.sliding_window", whole(known, "context_length"), report),
         tied_embeddings="output.weight" not in tensors,
     )
 

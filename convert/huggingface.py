@@ -32,6 +32,8 @@ from .conversion import (
     refuse_foreign,
     tie,
     whole,
+    within_window,
+    without_wrappers,
 )
 from .templates import add_templates, templates_of_folder
 
@@ -49,13 +51,15 @@ NAMES = {
     "norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-MODEL_TYPES = ("llama", "mistral")  # Mistral's models are Llamas, unless their attention has a sliding window
+MODEL_TYPES = ("llama", "mistral")  # Mistral's models are Llamas, but for a sliding window
 FOREIGN_KEY = re.compile(
-    r"moe.*|.*experts.*|vision_.*|audio_.*|quantization.*|compression_config|attention_bias|mlp_bias|sliding_window|use_qk_norm"
+    r"moe.*|.*experts.*|vision_.*|audio_.*|quantization.*|compression_config|use_qk_norm"
     r"|.*softcapping|no_rope_layer.*|attention_chunk_size|(embedding|residual|attention)_multiplier|logit_scale|logits_scaling"
 )
 # A folder's weights: one file, or the index of several; in the order of preference.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+SHARD = re.compile(r"(model|pytorch_model|ft-model)-(\d{5})-of-(\d{5})(\.safetensors|\.bin)")
+TORCHTUNE = re.compile(r"hf_model_(\d{4})_(\d+)\.pt")  # its number and its epoch
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # the first knows the tokens that were added to the second
 
 
@@ -67,8 +71,10 @@ def read(src: Path, report: Report) -> Source:
         refuse(values)
         index = next((src / name for name in WEIGHTS if (src / name).is_file()), None)
         if index is None:
-            raise CheckpointError(f"{src} has no weights: expected {', '.join(WEIGHTS)}")
-        weights, found = _open_weights(index, report)
+            index = src
+            weights, found = _open_shards(src, report)
+        else:
+            weights, found = _open_weights(index, report)
         tied = "lm_head.weight" not in found
         if tied and values.get("tie_word_embeddings") is False:
             raise CheckpointError(f"{index}: lm_head.weight is missing, but config.json says tie_word_embeddings: false")
@@ -76,6 +82,9 @@ def read(src: Path, report: Report) -> Source:
     except ConfigError as error:
         raise CheckpointError(f"{config_file}: {error}") from None
     arrays = match(index, config, NAMES, found, report)
+    for key in ("attention_bias", "mlp_bias"):
+        if values.get(key) and not any(name.endswith(".bias") for name in found):
+            raise CheckpointError(f"{index}: there are no biases, but config.json says {key}: true")
     orders = {
         "wq.weight": interleaved_order(config.n_heads, config.head_dim),
         "wk.weight": interleaved_order(config.n_kv_heads, config.head_dim),
@@ -111,8 +120,9 @@ def refuse(values: Mapping[str, object]) -> None:
     if (act := values.get("hidden_act", "silu")) != "silu":
         raise ConfigError(f"hidden_act is {act!r:.80}, expected 'silu'")
     layers = values.get("layer_types") or []
-    if not isinstance(layers, list) or any(layer != "full_attention" for layer in layers):
-        raise ConfigError("layer_types has layers other than full_attention, which npllama does not compute")
+    kinds = ("full_attention", "sliding_attention") if values.get("sliding_window") else ("full_attention",)
+    if not isinstance(layers, list) or any(layer not in kinds for layer in layers):
+        raise ConfigError(f"layer_types has layers other than {' and '.join(kinds)}, which npllama does not compute")
     _rope(values)
 
 
@@ -122,7 +132,7 @@ def resolve(values: Mapping[str, object], tied: bool, report: Report) -> Config:
     n_heads, n_kv_heads, head_dim = head_sizes(
         known, "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", report
     )
-    rope_theta, rope_scaling = _rope(known)
+    rope_theta, rope_scaling = _rope(known, report)
     if rope_theta is None:
         rope_theta = 10000.0
         report("rope_theta: 10000 (inferred: transformers' default)")
@@ -140,12 +150,14 @@ def resolve(values: Mapping[str, object], tied: bool, report: Report) -> Config:
         norm_eps=number(known, "rms_norm_eps"),
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
-        max_seq_len=whole(known, "max_position_embeddings"),
+        max_seq_len=within_window(known, "sliding_window", whole(known, "max_position_embeddings"), report),
         tied_embeddings=tied,
     )
 
 
-def _rope(values: Mapping[str, object]) -> tuple[float | None, RopeScaling | LinearRopeScaling | None]:
+def _rope(
+    values: Mapping[str, object], report: Report | None = None
+) -> tuple[float | None, RopeScaling | LinearRopeScaling | None]:
     """Return rope_theta and the scaling, from rope_parameters (transformers 5), or rope_theta and rope_scaling (before)."""
     rope = {key: values[key] for key in ("rope_theta", "original_max_position_embeddings") if values.get(key) is not None}
     for key in ("rope_scaling", "rope_parameters"):
@@ -158,12 +170,16 @@ def _rope(values: Mapping[str, object]) -> tuple[float | None, RopeScaling | Lin
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None
+    if kind == "dynamic":
+        if report:
+            report("rope_scaling: none (dynamic: it acts beyond max_position_embeddings alone, where npllama stops)")
+        return theta, None
     if kind == "linear":
         return theta, LinearRopeScaling(number(rope, "factor"))
     if kind == "llama3":
         low, high = number(rope, "low_freq_factor"), number(rope, "high_freq_factor")
         return theta, RopeScaling(number(rope, "factor"), low, high, whole(rope, "original_max_position_embeddings"))
-    raise ConfigError(f"rope_type is {kind!r:.80}, expected default, linear or llama3")
+    raise ConfigError(f"rope_type is {kind!r:.80}, expected default, linear, llama3 or dynamic")
 
 
 # ------------------------------------------------------------------------------------------------------------------- weights
@@ -198,7 +214,43 @@ def _open_weights(index: Path, report: Report) -> tuple[list[Path], Mapping[str,
     return [index, *(index.parent / file for file in files)], {name: opened[file][name] for name, file in where.items()}
 
 
+def _open_shards(src: Path, report: Report) -> tuple[list[Path], Mapping[str, np.ndarray | None]]:
+    """Return what _open_weights() does for shards that no index names: all of one model, and no tensor in two of them."""
+    files = find_shards(src)
+    if not files:
+        raise CheckpointError(f"{src} has no weights: expected {', '.join(WEIGHTS)}")
+    report(f"no index: the weights are those of {', '.join(file.name for file in files)}")
+    found: dict[str, np.ndarray | None] = {}
+    for file in files:
+        tensors = _open_file(file, report)
+        if twice := sorted(found.keys() & tensors.keys()):
+            raise CheckpointError(f"{file}: {twice[0]} is in another file already")
+        found |= tensors
+    return files, found
+
+
+def find_shards(src: Path) -> list[Path]:
+    """Return the shards of the one model in a folder without an index, in order; none if there are none."""
+    models: dict[str, dict[int, Path]] = {}
+    for path in src.iterdir():
+        if shard := SHARD.fullmatch(path.name):
+            models.setdefault(f"{shard[1]} of {shard[3]}{shard[4]}", {})[int(shard[2])] = path
+        elif shard := TORCHTUNE.fullmatch(path.name):  # one for each epoch
+            models.setdefault(f"epoch {shard[2]}", {})[int(shard[1])] = path
+    if len(models) > 1:
+        names = ", ".join(sorted(min(files.values()).name for files in models.values()))
+        raise CheckpointError(f"{src} holds {len(models)} models, which begin with {names}: expected one, or an index")
+    for files in models.values():
+        first = min(files.values()).name
+        shard = SHARD.fullmatch(first)
+        n = int(shard[3]) if shard else max(files)
+        if n > 100_000 or (missing := [i for i in range(1, n + 1) if i not in files]):
+            raise CheckpointError(f"{src}: shard {missing[0] if n <= 100_000 else n} of {n} is missing, {first} is there")
+        return [files[i] for i in sorted(files)]
+    return []
+
+
 def _open_file(path: Path, report: Report) -> Mapping[str, np.ndarray | None]:
     if path.suffix == ".safetensors":
-        return read_safetensors(path, CheckpointError)
+        return without_wrappers(path, read_safetensors(path, CheckpointError))
     return torch_file.arrays(path, torch_file.load(path, report))

@@ -1,5 +1,7 @@
 """Meta's own checkpoints: consolidated.00.pth ... consolidated.NN.pth, params.json, tokenizer.model. Needs torch.
 
+Also what has Meta's names in one file: Mistral's consolidated.safetensors, without torch, and torchtune's meta_model_0.pt.
+
 The weights of a big model are split over shards for tensor parallelism: wq wk wv w1 w3 output by rows (their outputs), wo w2 by
 columns (their inputs), the embedding by columns up to Llama 2 and by rows since; the norms are in every shard. Which it is
 follows from the shapes alone, once the whole tensor's shape is known from params.json and the number of shards.
@@ -19,6 +21,7 @@ import numpy as np
 from npllama import checkpoint
 from npllama.chat import chat_format_of
 from npllama.checkpoint import CheckpointError, read_json
+from npllama.checkpoint.foreign import read_safetensors
 from npllama.config import Config, ConfigError, RopeScaling, parameter_shapes
 from npllama.errors import shown
 from npllama.tokenizer import Tokenizer
@@ -26,6 +29,7 @@ from npllama.tokenizer import Tokenizer
 from . import torch_file
 from .conversion import (
     LLAMA3_CONTEXT,
+    NOT_A_PARAMETER,
     Report,
     Source,
     Tensor,
@@ -39,17 +43,24 @@ from .conversion import (
     same_bits,
     tie,
     whole,
+    within_window,
+    without_biases,
+    without_wrappers,
 )
 
 # Keys of params.json that mean another architecture, unless they are null, false, 0, -1 or empty.
 FOREIGN_KEY = re.compile(
-    r"moe.*|.*experts.*|vision_.*|quantization.*|lora.*|rope_scaling.*|sliding_window|attention_chunk_size|use_qk_norm|nope_.*"
+    r"moe.*|.*experts.*|vision_.*|quantization.*|lora.*|rope_scaling.*|llama_4_scaling.*|yarn.*|attention_chunk_size"
+    r"|use_qk_norm|nope_.*"
 )
 READ_KEYS = {"dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "norm_eps", "rope_theta", "use_scaled_rope"}
-READ_KEYS |= {"hidden_dim", "multiple_of", "ffn_dim_multiplier", "max_seq_len"}
+READ_KEYS |= {"hidden_dim", "multiple_of", "ffn_dim_multiplier", "max_seq_len", "sliding_window"}
 HARMLESS_KEYS = {"max_batch_size", "model_parallel_size", "dropout"}
-LLAMA1_CONTEXT, LLAMA31_CONTEXT = 2048, 131072
+LLAMA1_CONTEXT, LLAMA31_CONTEXT, MISTRAL_CONTEXT = 2048, 131072, 32768
 LLAMA2_VOCABULARIES = (32000, 32016)  # the second is Code Llama's
+SHARD = re.compile(r"consolidated\.(\d+)\.pth")
+WHOLE = re.compile(r"consolidated\.safetensors|meta_model_\d+\.pt")  # a model in one file; torchtune's number is the epoch's
+WEIGHTS = re.compile(f"{SHARD.pattern}|{WHOLE.pattern}")
 
 
 # --------------------------------------------------------------------------------------------------------------- params.json
@@ -109,6 +120,7 @@ def resolve(
     else:
         max_seq_len, family = _context_length(known, rope_theta, norm_eps, n_heads, n_kv_heads, scaling)
         report(f"max_seq_len: {max_seq_len} (inferred: {family})")
+    max_seq_len = within_window(known, "sliding_window", max_seq_len, report)
     return Config(
         dim=dim,
         n_layers=n_layers,
@@ -177,8 +189,8 @@ def _context_length(
         if norm_eps == 1e-6 or is_65b:
             return LLAMA1_CONTEXT, "LLaMA 1"
         return 4096, "Llama 2"
-    if rope_theta == 1000000.0 and "hidden_dim" not in known:  # which Mistral's params.json has, with the same θ
-        return 16384, "Code Llama"
+    if rope_theta == 1000000.0:
+        return (MISTRAL_CONTEXT, "Mistral 7B") if "hidden_dim" in known else (16384, "Code Llama")
     raise ConfigError(
         f'rope_theta {rope_theta:g} belongs to no family we know: add "max_seq_len", the context length, to the file'
     )
@@ -189,13 +201,36 @@ def _context_length(
 
 def _find_shards(src: Path) -> list[Path]:
     if not src.is_dir():
+        if src.is_file() and WHOLE.fullmatch(src.name):
+            return [src]
         raise CheckpointError(f"{src}: {'a file' if src.exists() else 'not found'}, expected a folder with consolidated.00.pth")
-    found = {int(m[1]): path for path in src.iterdir() if (m := re.fullmatch(r"consolidated\.(\d+)\.pth", path.name))}
+    found = {int(m[1]): path for path in src.iterdir() if (m := SHARD.fullmatch(path.name))}
     if not found:
-        raise CheckpointError(f"{src} has no consolidated.00.pth")
+        whole_files = sorted(path for path in src.iterdir() if WHOLE.fullmatch(path.name))
+        if len(whole_files) > 1:
+            raise CheckpointError(
+                f"{src} holds {' and '.join(path.name for path in whole_files)}: expected one, or a file's name"
+            )
+        if not whole_files:
+            raise CheckpointError(f"{src} has no consolidated.00.pth")
+        return whole_files
     if missing := [f"consolidated.{i:02d}.pth" for i in range(max(found) + 1) if i not in found][:3]:
         raise CheckpointError(f"{src}: {', '.join(missing)} missing, up to {found[max(found)].name} found")
     return [found[i] for i in range(len(found))]
+
+
+def _open(path: Path, report: Report) -> Mapping[str, np.ndarray | None]:
+    if path.suffix != ".safetensors":
+        return torch_file.arrays(path, torch_file.load(path, report))
+    found = without_wrappers(path, read_safetensors(path, CheckpointError))
+    return {name: None if NOT_A_PARAMETER.fullmatch(name) else array for name, array in found.items()}
+
+
+def _find_tokenizer(folder: Path) -> Path | None:
+    """Return tokenizer.model, or Mistral's tokenizer.model.v3, or that of the folder above, where Meta's download puts it."""
+    found = [folder / "tokenizer.model", *sorted(folder.glob("tokenizer.model.v[0-9]*"), reverse=True)]
+    found.append(folder.resolve().parent / "tokenizer.model")
+    return next((path for path in found if path.is_file()), None)
 
 
 def _join(name: str, pieces: list[np.ndarray], shape: tuple[int, ...]) -> Tensor:
@@ -247,17 +282,19 @@ def read(src: str | Path, rope_factor: float | None = None, report: Report = pri
 
     Raises CheckpointError or ConfigError, both ValueError, with one line that names the file or tensor.
     """
-    src = Path(src)
-    params_file, tokenizer = src / "params.json", src / "tokenizer.model"
-    files, params = _find_shards(src), read_json(params_file)
+    files = _find_shards(src := Path(src))
+    folder = src if src.is_dir() else src.parent
+    params_file = folder / "params.json"
+    params = read_json(params_file)
     try:
         refuse_foreign(params, FOREIGN_KEY)
-        shards = [torch_file.arrays(path, torch_file.load(path, report)) for path in files]
-        config, tensors = assemble(params, shards, rope_factor, report)
+        config, tensors = assemble(params, [_open(path, report) for path in files], rope_factor, report)
     except ConfigError as error:
         raise CheckpointError(f"{params_file}: {error}") from None
-    source = Source("meta", config, tensors, [*files, params_file], generation=read_generation(src, config, report)[0])
-    if tokenizer.is_file():
+    source = Source("meta", config, tensors, [*files, params_file], generation=read_generation(folder, config, report)[0])
+    if tokenizer := _find_tokenizer(folder):
+        if tokenizer.parent != folder:
+            report(f"{tokenizer.name}: that of the folder above")
         source.generation["chat_format"] = chat_format(config, add_tokenizer(source, tokenizer, report))
     return source
 
@@ -278,6 +315,10 @@ def chat_format(config: Config, tokenizer: Tokenizer | None) -> str | None:
     return name
 
 
+def _silent(line: str) -> None:
+    pass
+
+
 def assemble(
     params: Mapping[str, object],
     found: Sequence[Mapping[str, np.ndarray | None]],
@@ -291,7 +332,8 @@ def assemble(
     Raises ConfigError for what params.json says, CheckpointError for what the shards hold.
     """
     report_left_out((name for shard in found for name, array in shard.items() if array is None), report)
-    shards = [{name: array for name, array in shard.items() if array is not None} for shard in found]
+    plain = [without_biases("the shards", shard, report if i == 0 else _silent) for i, shard in enumerate(found)]
+    shards = [{name: array for name, array in shard.items() if array is not None} for shard in plain]
     names = set(shards[0])
     for i, shard in enumerate(shards[1:], start=1):
         if odd := sorted(names.symmetric_difference(shard)):

@@ -59,9 +59,11 @@ def _kind_of_folder(src: Path) -> str:
     names = {path.name for path in src.iterdir()}
     if "manifest.json" in names and "npllama_format" in read_json(src / "manifest.json"):
         raise CheckpointError(f"{src} is a model directory already")
-    if "adapter_config.json" in names:
+    if "adapter_config.json" in names and not _has_whole_weights(src, names):
         raise CheckpointError(f"{src} holds an adapter (LoRA), expected whole weights")
     if any(name.startswith("consolidated.") and name.endswith(".pth") for name in names):
+        return "meta"
+    if "params.json" in names and any(meta.WEIGHTS.fullmatch(name) for name in names) and names.isdisjoint(huggingface.WEIGHTS):
         return "meta"
     if "config.json" in names and not names.isdisjoint(huggingface.WEIGHTS):
         return "huggingface"
@@ -74,6 +76,11 @@ def _kind_of_folder(src: Path) -> str:
     raise CheckpointError(f"{src} holds no checkpoint: expected {EXPECTED}")
 
 
+def _has_whole_weights(src: Path, names: set[str]) -> bool:
+    meta_or_gguf = any(name.startswith("consolidated.") or name.endswith(".gguf") for name in names)
+    return meta_or_gguf or not names.isdisjoint(huggingface.WEIGHTS) or bool(huggingface.find_shards(src))
+
+
 def _kind_of_file(src: Path) -> str:
     file_size(src, CheckpointError)
     with open(src, "rb") as file:
@@ -82,6 +89,8 @@ def _kind_of_file(src: Path) -> str:
         raise CheckpointError(f"{src} is empty")
     if start[:4] == gguf.MAGIC:
         return "gguf"
+    if meta.WHOLE.fullmatch(src.name) and src.with_name("params.json").is_file():
+        return "meta"
     if (
         src.name.startswith("consolidated.")
         or src.name.endswith((".safetensors", ".json"))

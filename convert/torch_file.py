@@ -19,7 +19,7 @@ from npllama.checkpoint import CheckpointError
 from npllama.checkpoint.foreign import file_size
 from npllama.errors import shown
 
-from .conversion import NOT_A_PARAMETER, Report
+from .conversion import NOT_A_PARAMETER, Report, without_wrappers
 
 LONGEST_GLOBAL = 300  # characters of a module's name and what is in it
 
@@ -60,8 +60,14 @@ def load(path: Path, report: Report) -> object:
 
 
 def arrays(path: Path, state: object) -> dict[str, np.ndarray | None]:
-    """Return the parameters of a state dict by name, bfloat16 as its bits in uint16; None for what is no parameter."""
+    """Return the parameters of a state dict by name, bfloat16 as its bits in uint16; None for what is no parameter.
+
+    The state dict may be an entry of what a training run saved, and its names may have the prefixes of wrappers.
+    """
     torch = import_torch()
+    for key in ("model", "module", "state_dict"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
     if not isinstance(state, Mapping):
         raise CheckpointError(f"{path} holds {type(state).__name__}, expected tensors by name")
     found: dict[str, np.ndarray | None] = {}
@@ -84,7 +90,7 @@ def arrays(path: Path, state: object) -> dict[str, np.ndarray | None]:
             found[name] = tensor.detach().numpy()
         else:
             raise CheckpointError(f"{path}: {name} is {tensor.dtype}, expected bfloat16, float16 or float32")
-    return found
+    return without_wrappers(path, found)
 
 
 def _check_zip(path: Path) -> None:

@@ -347,7 +347,6 @@ def test_ends_outside_the_vocabulary_are_left_out(tmp_path):
 
 FOREIGN = {
     "experts": ({"expert_count": 8}, r"llama\.expert_count is 8: an architecture that npllama does not compute$"),
-    "a window": ({"sliding_window": 4096}, r"llama\.attention\.sliding_window is 4096: an architecture"),
     "another scale": ({"attention_scale": 0.5}, r"llama\.attention\.scale is 0\.5: an architecture"),
     "no mask": ({"causal_attention": False}, r"llama\.attention\.causal is not true: an architecture"),
     "yarn": ({"rope_scaling_type": library.RopeScalingType.YARN}, r"rope\.scaling\.type is 'yarn', expected none or linear$"),

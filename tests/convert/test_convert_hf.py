@@ -280,9 +280,6 @@ FOREIGN = {
     ),
     "no type": ({"model_type": None}, r"model_type is None, expected"),
     "experts": ({"num_local_experts": 8}, r"num_local_experts is 8: an architecture that npllama does not compute$"),
-    "attention biases": ({"attention_bias": True}, r"attention_bias is True: an architecture"),
-    "MLP biases": ({"mlp_bias": True}, r"mlp_bias is True: an architecture"),
-    "a window": ({"model_type": "mistral", "sliding_window": 4096}, r"sliding_window is 4096: an architecture"),
     "layers of kinds": ({"layer_types": ["full_attention", "sliding_attention"]}, r"layer_types has layers other than"),
     "GPTQ": (
         {"quantization_config": {"quant_method": "gptq", "bits": 4}},
@@ -295,9 +292,8 @@ FOREIGN = {
     "half rotation": ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor is 0\.5, expected 1"),
     "yarn": (
         {"rope_parameters": {"rope_type": "yarn", "factor": 4}},
-        r"rope_type is 'yarn', expected default, linear or llama3$",
+        r"rope_type is 'yarn', expected default, linear, llama3 or dynamic$",
     ),
-    "dynamic": ({"rope_scaling": {"type": "dynamic"}, "rope_parameters": None}, r"rope_type is 'dynamic', expected"),
     "no factor": ({"rope_parameters": {"rope_type": "linear"}}, r"missing factor$"),
     "no context": (
         {"rope_parameters": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4}},

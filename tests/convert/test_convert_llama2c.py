@@ -109,7 +109,7 @@ BAD = {
     "heads that do not divide": (lambda data: header(heads=7) + data[28:], r"is no checkpoint that npllama knows"),
     "no vocabulary": (lambda data: header(vocabulary=0) + data[28:], r"is no checkpoint that npllama knows"),
     "a negative context": (lambda data: header(context=-64) + data[28:], r"is no checkpoint that npllama knows"),
-    "version 1": (lambda data: struct.pack("<Ii", 0x616B3432, 1) + data, r"llama2\.c's format of version 1 or 2, expected"),
+    "version 2": (lambda data: struct.pack("<Ii", 0x616B3432, 2) + data, r"llama2\.c's format of version 2, expected 0 or 1"),
     "not finite": (lambda data: data[:28] + b"\0\0\x80\x7f" + data[32:], r"tok_.*: the value at \[0, 0\] is inf"),
 }  # fmt: skip
 
