@@ -335,7 +335,7 @@ def _check_scales(rows: Grouped, name: str, first_row: int) -> None:
     if len(bad := np.argwhere(_not_finite(native(floats)))):
         raise CheckpointError(f"{name}: a scale of row {first_row + bad[0][-1]} is not finite")
     with np.errstate(over="ignore"):
-        levels = np.abs(rows.levels())
+        levels = np.abs(rows.all_levels())
         most = levels[0] * np.float32(rows.grouping.most) + (levels[1] if rows.grouping.offset else np.float32(0))
     if len(bad := np.argwhere(~np.isfinite(most))):
         raise CheckpointError(f"{name}: a scale of row {first_row + bad[0][-1]} is too large for float32")

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -38,6 +38,8 @@ SCALES: dict[str, np.dtype] = {  # little-endian, as in files
     "uint8": np.dtype("u1"),
 }
 HALF_BITS, HALF_SCALE = np.int32(np.uint32(0x8FFFE000).view(np.int32)), np.float32(2.0**112)
+HALF_MAGNITUDE, LARGEST_HALF = np.uint16(0x7FFF), 0x7BFF
+IN_PLACE = 1_000_000  # multiplications of one product of matrices: linear.py says why
 INT4_LIMIT = 15 * 65504 // 2  # the largest magnitude whose group has a float16 scale, whatever its other numbers are
 
 
@@ -175,34 +177,57 @@ class Grouped(Packed):
         return Grouped(self.grouping, self.values[..., part], self.scale[..., part], unit)
 
     def columns(self, part: slice) -> Grouped:
-        """Return some columns in the same form. Raises ValueError unless they are whole groups, and whole units."""
+        """Return some columns: where they are not whole groups or units, in smaller ones with the same scales."""
         start, stop, step = part.indices(self.shape[1])
-        block = self.grouping.group * max(1, self.grouping.unit)
-        if step != 1 or start % block or stop % block:
-            raise ValueError(f"columns {start} to {stop} are not whole blocks of {block}, in which the weight is quantised")
-        groups, units = (slice(start // n, max(start, stop) // n) for n in (self.grouping.group, block))
-        unit = None if self.unit is None else self.unit[:, units]
-        return Grouped(self.grouping, self.values[groups], self.scale[:, groups], unit)
+        stop = max(start, stop)
+        group = math.gcd(start, stop, self.grouping.group)
+        if step != 1 or group % 2:
+            raise ValueError(
+                f"columns {start} to {stop} can't be cut from groups of {self.grouping.group}: expected even numbers"
+            )
+        form = self if group == self.grouping.group else self._in_smaller_groups(group)
+        groups = slice(start // group, stop // group)
+        if form.unit is None:
+            return Grouped(form.grouping, form.values[groups], form.scale[:, groups])
+        n = math.gcd(groups.start, groups.stop, form.grouping.unit)  # groups that share a unit
+        unit = np.repeat(form.unit, form.grouping.unit // n, axis=1)[:, groups.start // n : groups.stop // n]
+        return Grouped(replace(form.grouping, unit=n), form.values[groups], form.scale[:, groups], unit)
+
+    def _in_smaller_groups(self, group: int) -> Grouped:
+        """Return the same numbers in groups of a size that divides the present one."""
+        n, n_out = self.grouping.group // group, self.shape[0]
+        values = self.values.reshape(-1, group, n_out) if self.grouping.bits == 8 else self.values
+        if self.grouping.bits == 4:
+            q = np.concatenate([values & np.uint8(15), values >> np.uint8(4)], axis=1).reshape(-1, 2, group // 2, n_out)
+            values = q[:, 0] | q[:, 1] << np.uint8(4)
+        grouping = replace(self.grouping, group=group, unit=self.grouping.unit * n)
+        return Grouped(grouping, values, np.repeat(self.scale, n, axis=1), self.unit)
 
     def widen(self, out: np.ndarray | None = None) -> np.ndarray:
         """Return scale · (q − zero) + offset in float32, each step rounded to nearest."""
         n_out, n_in = self.shape
         out = np.empty(self.shape, np.float32) if out is None else out
         groups = out.reshape(n_out, n_in // self.grouping.group, self.grouping.group).transpose(1, 2, 0)
-        self.fill(groups, self.levels())
+        self.fill(groups, self.all_levels())
         return out
 
-    def levels(self) -> np.ndarray:
-        """Return scales and offsets in float32.    -> [1 or 2, g, out]"""
-        scale = to_float32(self.scale)
-        if self.unit is not None:
-            levels, n_groups, n_out = scale.shape
-            by_unit = scale.reshape(levels, n_groups // self.grouping.unit, self.grouping.unit, n_out)
-            scale = (by_unit * to_float32(self.unit)[:, :, None]).reshape(levels, n_groups, n_out)
-        return scale
+    def units(self) -> np.ndarray | None:
+        """Return the units in float32, if there are any."""
+        return None if self.unit is None else to_float32(self.unit)
+
+    def levels(self, groups: slice, units: np.ndarray | None) -> np.ndarray:
+        """Return scales and offsets of some groups in float32, given units().    -> [1 or 2, g, out]"""
+        levels = to_float32(self.scale[:, groups])
+        if units is not None:
+            levels *= units[:, np.arange(groups.start, groups.start + levels.shape[1]) // self.grouping.unit]
+        return levels
+
+    def all_levels(self) -> np.ndarray:
+        """Return the scales and offsets of all groups."""
+        return self.levels(slice(0, self.scale.shape[1]), self.units())
 
     def fill(self, out: np.ndarray, levels: np.ndarray) -> None:
-        """Write the numbers, given levels().    out float32 [g, group, out]"""
+        """Write the numbers, given all_levels().    out float32 [g, group, out]"""
         self.integers(out)
         if self.grouping.zero:
             out -= np.float32(self.grouping.zero)
@@ -210,52 +235,74 @@ class Grouped(Packed):
         if self.grouping.offset:
             out += levels[1][:, None]
 
-    def integers(self, out: np.ndarray) -> None:
-        """Write q as it is stored, zero not subtracted.    out float32 [g, group, out]"""
+    def integers(self, out: np.ndarray, groups: slice = slice(None), upper: int = 16) -> None:
+        """Write q of some groups as it is stored, zero not subtracted.    out float32 [g, group, out]
+
+        upper   what the second half of a group is divided by, of 4 bits in the upper half of a byte: 16, or 1 to leave it there
+        """
+        values = self.values[groups]
         if self.grouping.bits == 8:
-            np.copyto(out, self.values)
+            np.copyto(out, values)
             return
         half = self.grouping.group // 2
-        np.copyto(out[:, :half], np.bitwise_and(self.values, np.uint8(15)))
-        np.copyto(out[:, half:], np.right_shift(self.values, np.uint8(4)))
+        np.copyto(out[:, :half], np.bitwise_and(values, np.uint8(15)))
+        high = np.right_shift(values, np.uint8(4)) if upper == 16 else np.bitwise_and(values, np.uint8(0xF0))
+        np.copyto(out[:, half:], high)
 
-    def multiply(self, x: np.ndarray, numbers: np.ndarray, out: np.ndarray) -> None:
-        """Write the products of a few rows of x, which need not multiply every number by its scale.
-
-        x [g, N, group], out [N, out]; numbers float32 [g, group, out] is overwritten
+    def multiply(self, x: np.ndarray, buffer: np.ndarray, out: np.ndarray) -> None:
+        """Write the products with a few rows of x, for which the numbers need not be multiplied by their scales one by one.
 
         sum over g of  scale[g] · (x_g @ q_g)  +  (offset[g] − zero · scale[g]) · sum of x_g
+
+        x [g, N, group], out [N, out]; float32 buffer, overwritten, takes at least one group
         """
-        levels, zero = self.levels(), np.float32(self.grouping.zero)
-        self.integers(numbers)
-        partial = x @ numbers  # [g, N, out]
-        partial *= levels[0][:, None]
-        np.add.reduce(partial, axis=0, out=out)
-        if self.grouping.offset or zero:
-            shift = -zero * levels[0] + (levels[1] if self.grouping.offset else np.float32(0))
-            out += x.sum(axis=-1).T @ shift
+        units, sums, N = self.units(), x.sum(axis=-1), x.shape[1]
+        (n_out, _), group = self.shape, self.grouping.group
+        at_once = max(1, len(buffer) // (group * n_out))  # groups of q
+        # Scales and partial sums are computed with in larger parts, which still stay in a cache.
+        step = at_once * max(1, min(16, 2 * len(buffer) // (N * n_out)) // at_once)
+        width = max(1, IN_PLACE // (N * group * at_once))
+        if self.grouping.bits == 4:  # the upper four bits are left where they are, 16 times as large: one step less
+            x = x.copy()
+            x[..., group // 2 :] *= np.float32(1 / 16)
+        out[:] = 0
+        for start in range(0, len(x), step):
+            part = slice(start, min(start + step, len(x)))
+            partial = np.empty((part.stop - start, N, n_out), np.float32)
+            for first in range(start, part.stop, at_once):
+                some = slice(first, min(first + at_once, part.stop))
+                numbers = buffer[: (some.stop - first) * group * n_out].reshape(-1, group, n_out)
+                self.integers(numbers, some, upper=1)
+                for column in range(0, n_out, width):
+                    columns = slice(column, column + width)
+                    np.matmul(x[some], numbers[..., columns], out=partial[first - start : some.stop - start, :, columns])
+            levels = self.levels(part, units)
+            partial *= levels[0][:, None]
+            out += np.add.reduce(partial, axis=0)
+            if self.grouping.zero:
+                out -= np.float32(self.grouping.zero) * (sums[part].T @ levels[0])
+            if self.grouping.offset:
+                out += sums[part].T @ levels[1]
 
 
 def to_float32(x: np.ndarray) -> np.ndarray:
     """Widen scales of any dtype in SCALES, exactly.
 
-    float16's bits are moved to where float32 has them (weights.Float16 says how), in three times the speed of NumPy's own. That
-    makes finite numbers from 65536 of what is infinite or NaN.
+    float16's bits are moved to where float32 has them (weights.Float16 says how), in three times the speed of NumPy's own; that
+    is wrong for what is infinite or NaN.
     """
     x = native(x)
     if x.dtype == np.uint16:
         bits = x.astype(np.uint32)
         bits <<= np.uint32(16)
         return bits.view(np.float32)
-    if x.dtype != np.float16:
+    if x.dtype != np.float16 or (x.view(np.uint16) & HALF_MAGNITUDE).max(initial=0) > LARGEST_HALF:
         return x.astype(np.float32)
     words = x.view(np.int16).astype(np.int32)
     words <<= np.int32(13)
     words &= HALF_BITS
     wide = words.view(np.float32)
     wide *= HALF_SCALE
-    if wide.max(initial=0) >= 65536 or wide.min(initial=0) <= -65536:
-        return x.astype(np.float32)
     return wide
 
 

@@ -200,26 +200,31 @@ def _grouped_product(rows: np.ndarray, weight: Grouped) -> np.ndarray:
     """[N, in] by [out, in] quantised in groups -> [N, out] in float32, tiles shared among the threads.
 
     For a few rows of x, q is multiplied as it is stored, and each group's partial sums are multiplied by its scales: less work
-    than for each number of the weight. For many rows the numbers themselves are made first.
+    than for each number of the weight. A tile is as wide as it can be and has a few of the groups, since what takes time runs
+    along its width. For many rows the numbers themselves are made first, of all groups, for one large product.
     """
     (n_out, n_in), N, n = weight.shape, len(rows), n_threads()
-    group = weight.grouping.group
-    x = np.ascontiguousarray(rows.reshape(N, -1, group).swapaxes(0, 1))  # [g, N, group]
-    n_tiles = max(1, round(weight.size / tile_size(n)))
+    group, few = weight.grouping.group, N <= FEW_ROWS
+    tile = (2 * tile_size(n) if n == 1 else tile_size(n) // 2) if few else TILE  # q and x are a part of what a cache holds
+    size = max(1, tile // (group if few else n_in))
+    n_parts = -(-n_out // size)
     if weight.size * N >= SHARED:
-        n_tiles = -(-n_tiles // n) * n
-    size = -(-n_out // n_tiles)
+        n_parts = -(-n_parts // n) * n
+    size = -(-n_out // n_parts)
+    n_groups = max(1, tile // (group * size)) if few else n_in // group
+    x = np.ascontiguousarray(rows.reshape(N, -1, group).swapaxes(0, 1))  # [g, N, group]
     y = np.empty((N, n_out), np.float32)
 
     def work(i: int) -> None:
-        part = slice(i * size, min(n_out, (i + 1) * size))
-        tile = weight.rows(part)
-        numbers = _buffer(tile.size).view(np.float32).reshape(len(x), group, -1)
-        if N > FEW_ROWS:
-            tile.fill(numbers, tile.levels())
-            np.matmul(rows, numbers.reshape(n_in, -1), out=y[:, part])
+        part = weight.rows(slice(i * size, (i + 1) * size))
+        out = y[:, i * size : (i + 1) * size]
+        numbers = _buffer(n_groups * group * size).view(np.float32)
+        if few:
+            part.multiply(x, numbers, out)
         else:
-            tile.multiply(x, numbers, out=y[:, part])
+            wide = numbers[: part.size].reshape(-1, group, len(out.T))
+            part.fill(wide, part.all_levels())
+            np.matmul(rows, wide.reshape(n_in, -1), out=out)
 
     parallel(work, -(-n_out // size))
     return y

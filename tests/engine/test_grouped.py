@@ -11,7 +11,7 @@ import pytest
 from npllama import checkpoint, forward, generate, parameter_shapes
 from npllama.checkpoint import CheckpointError, load, open_model, takes_int8, verify
 from npllama.cli import main
-from npllama.engine import linear, threads
+from npllama.engine import grouped, linear, threads
 from npllama.engine.grouped import INT4, Grouped, Grouping, to_float32, to_int4
 from npllama.engine.weights import form_of, is_packed, to_bfloat16, widen
 
@@ -105,16 +105,24 @@ def test_rows_are_those_of_the_numbers_in_the_same_form(stored, part):
     np.testing.assert_array_equal(rows.widen(), weight.widen()[part])
 
 
-def test_columns_are_those_of_whole_groups(stored):
+@pytest.mark.parametrize("part", [(0, 192), (64, 128), (128, 192), (64, 64), (16, 96), (0, 48), (8, 64), (2, 190)], ids=str)
+def test_columns_are_those_of_the_numbers_wherever_they_are_cut(stored, part):
+    """In groups and units that are as large as the cut leaves them whole."""
     weight, _ = stored
-    for part in (slice(0, 192), slice(64, 128), slice(128, None), slice(64, 64)):
-        columns = weight.columns(part)
-        np.testing.assert_array_equal(columns.widen(), weight.widen()[:, part])
-    x = uniform(2, (3, 64))
-    exact = x.astype(np.float64) @ weight.widen()[:, 64:128].astype(np.float64).T
-    assert relative_error(linear.linear(x, weight.columns(slice(64, 128))), exact) < 1e-6
-    with pytest.raises(ValueError, match="columns 8 to 64 are not whole blocks of"):
-        weight.columns(slice(8, 64))
+    columns = weight.columns(slice(*part))
+    numbers = weight.widen()[:, slice(*part)]
+    assert type(columns) is Grouped
+    np.testing.assert_array_equal(columns.widen(), numbers)
+    x = uniform(2, (3, part[1] - part[0]))
+    if x.size:
+        assert relative_error(linear.linear(x, columns), x.astype(np.float64) @ numbers.astype(np.float64).T) < 1e-6
+    if part == (64, 128):
+        assert (columns.grouping, columns.nbytes) == (weight.grouping, weight.nbytes // 3)
+
+
+def test_no_group_is_cut_between_two_columns_of_one_byte(stored):
+    with pytest.raises(ValueError, match=r"columns 7 to 64 can't be cut from groups of \d+: expected even numbers"):
+        stored[0].columns(slice(7, 64))
 
 
 def test_tokens_take_rows(stored):
@@ -128,7 +136,9 @@ def test_tokens_take_rows(stored):
 @pytest.mark.parametrize("rows", [1, 2, 16, 17, 40])
 @pytest.mark.parametrize("name", GROUPINGS)
 def test_every_path_is_the_product(name, rows, n_threads, monkeypatch):
-    monkeypatch.setattr(linear, "tile_size", lambda n: 20 * 384)  # 20 rows a tile: the last one is a part
+    monkeypatch.setattr(linear, "tile_size", lambda n: 20 * 64 * n)  # tiles of a part of the rows and one or more groups
+    monkeypatch.setattr(linear, "TILE", 20 * 384)
+    monkeypatch.setattr(grouped, "IN_PLACE", rows * 500)
     weight, exact = random_grouped(GROUPINGS[name], (53, 384), seed=3)
     x = uniform(rows, (rows, 384))
     y = linear.linear(x, weight)
@@ -195,7 +205,7 @@ def test_int4_takes_the_nearest_of_sixteen():
     error = np.abs(found.widen().reshape(groups.shape) - groups)
     assert (error <= (0.5 + 0.01) * step[..., None]).all()  # a hundredth: scale and offset are float16
     assert (error >= 0.4 * step[..., None]).any()  # the bound is near, so that it can be missed
-    scale, offset = found.levels()
+    scale, offset = found.all_levels()
     for q in range(16):  # no other of the 16 would be nearer
         others = (q * scale + offset).T[..., None]
         assert (np.abs(others - groups) >= error * (1 - 1e-6) - 1e-9).all()
@@ -205,7 +215,7 @@ def test_int4_of_what_is_int4_already_changes_nothing():
     weight, _ = random_grouped(INT4, (20, 64))
     weight.scale[0] = np.abs(weight.scale[0])
     values = weight.widen().reshape(20, 2, 32)
-    values[..., 0], values[..., 1] = weight.levels()[1].T, (weight.levels()[1] + 15 * weight.levels()[0]).T
+    values[..., 0], values[..., 1] = weight.all_levels()[1].T, (weight.all_levels()[1] + 15 * weight.all_levels()[0]).T
     again = to_int4(values.reshape(20, 64)).widen()
     assert relative_error(again, values.reshape(20, 64)) < 1e-3
     assert not to_int4(np.zeros((2, 32))).widen().any()
