@@ -1,8 +1,8 @@
 """Render chat templates: the parent's half of child.py, and the files of a model directory that hold templates.
 
 A template may loop for ever or fill the memory. Its process is ended after SECONDS, or when it takes more than MEMORY bytes:
-Linux holds that limit itself, elsewhere it is measured 20 times a second. The process is started by the first conversation,
-which costs a tenth of a second; after that a rendering costs a thousandth.
+Linux holds that limit itself, elsewhere it is measured 20 times a second. The first conversation starts the process, in a few
+tenths of a second; after that a rendering takes about a millisecond.
 """
 
 from __future__ import annotations

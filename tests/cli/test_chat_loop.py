@@ -55,11 +55,11 @@ def said(conversation: Conversation, question: str) -> str:
     return "".join(pieces)
 
 
-def fresh(conversation: Conversation, question: str) -> str:
+def fresh(conversation: Conversation, question: str, max_tokens: int = 6) -> str:
     """The answer with nothing kept."""
     messages = [*conversation.messages, {"role": "user", "content": question}]
     ids = conversation.format.prompt(messages).ids
-    return conversation.model.tokenizer.decode(list(npllama.generate(conversation.model, ids, max_tokens=6)))
+    return conversation.model.tokenizer.decode(list(npllama.generate(conversation.model, ids, max_tokens=max_tokens)))
 
 
 def test_a_later_question_computes_only_what_is_new(conversation, computed):
@@ -73,6 +73,27 @@ def test_a_later_question_computes_only_what_is_new(conversation, computed):
     assert computed[1] <= turn + 3
     assert computed[1] < computed[0] / 2
     assert computed[2] < computed[0] / 2
+
+
+def test_a_template_that_rewrites_earlier_turns_keeps_the_cache_right(demo, computed):
+    """DeepSeek-R1's takes out of earlier answers what was thought; this one all but their first three letters."""
+    pytest.importorskip("jinja2", reason="jinja2 is not installed")
+    template = (
+        "{{ bos_token }}{% for m in messages %}{{ m.role + ': ' + (m.content if m.role == 'user' else m.content[:3]) }}"
+        "{{ eos_token }}{% endfor %}{{ 'assistant:' }}"
+    )
+    variables = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
+    format = ChatFormat("default", demo.tokenizer, None, template, variables=variables)
+    conversation = Conversation(demo, format, None, npllama.Sampling(), max_tokens=12)
+    for question in ("Who art thou? " * 5, "And I?", "What now?"):
+        expected = fresh(conversation, question, 12)
+        assert said(conversation, question) == expected
+        assert len(expected) > 3
+        prompt = format.prompt(conversation.messages[:-1]).ids
+        assert conversation.held[: len(prompt)] == prompt
+        assert len(conversation.held) == conversation.cache.length > len(prompt)
+    assert computed[1] < computed[0]
+    assert computed[2] < computed[0]
 
 
 def test_after_a_reset_the_same_question_computes_one_token(conversation, computed):
