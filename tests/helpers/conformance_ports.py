@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
+import itertools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from npllama import model, ops
-from npllama.engine.weights import Int8
+from npllama import Config, KVCache, model, ops
+from npllama.engine.weights import Int8, widen
 from npllama.golden.conformance.operations import scaling_of
-from npllama.golden.precision import profile, round_bfloat16, round_float16
+from npllama.golden.precision import Precision, profile, round_bfloat16, round_float16
+from npllama.scope import Scope
+from npllama_convert import gguf, huggingface, meta
+
+import tiny
 
 Functions = dict[str, Callable[..., Any]]
 
@@ -43,10 +51,68 @@ def npllama_functions(name: str) -> Functions:
         "round_bfloat16": round_bfloat16,
         "round_float16": round_float16,
     }
+    functions |= _whole_functions(precision)
     if precision.name != "float64":  # in which packed weights are not computed
         functions["linear_bfloat16"] = lambda x, weight: r(o.linear(x, weight))
         functions["linear_int8"] = lambda x, weight, scale: r(o.linear(x, Int8(weight, scale)))
     return functions
+
+
+def _whole_functions(precision: Precision) -> Functions:
+    """Blocks and models: model.py's functions, with the cache and the loaders as they are."""
+    o, r = precision.ops or model.PLAIN, precision.round
+
+    def tap(name: str, x: np.ndarray) -> np.ndarray:
+        return r(x)
+
+    def attention(q: np.ndarray, keys: np.ndarray, values: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        config = tiny.config()
+        return model.attention(q, keys, values, mask, Scope({}, config, KVCache(config), o, tap))
+
+    def feed_forward(x: np.ndarray, w1: np.ndarray, w2: np.ndarray, w3: np.ndarray) -> np.ndarray:
+        config, params = tiny.config(), {"w1.weight": w1, "w2.weight": w2, "w3.weight": w3}
+        return model.feed_forward(x, Scope(params, config, KVCache(config), o, tap))
+
+    def block(x: np.ndarray, positions: np.ndarray, params: dict, config: dict) -> np.ndarray:
+        constants = Config.from_dict(config)
+        cache = KVCache(constants)
+        places = cache.extend(np.ones(len(x), bool))
+        s = Scope({f"layers.0.{name}": w for name, w in params.items()}, constants, cache, o, tap).in_layer(0)
+        frequencies = o.rope_frequencies(constants.head_dim, constants.rope_theta, constants.rope_scaling, x.dtype)
+        mask = o.causal_mask(places, cache.positions, x.dtype)
+        return model.block(x, o.rope_rotation(positions, frequencies), mask, s)
+
+    def forward(params: dict, config: dict, tokens: np.ndarray) -> np.ndarray:
+        return precision.forward(params, Config.from_dict(config), tokens)
+
+    def forward_at(params: dict, config: dict, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        at = dataclasses.replace(o, rope_rotation=lambda _, frequencies: o.rope_rotation(positions, frequencies))
+        return model.forward(params, Config.from_dict(config), tokens, tap=tap, ops=at)
+
+    def forward_file(path: str, tokens: np.ndarray) -> np.ndarray:
+        if path.endswith(".gguf"):
+            source = gguf.read(Path(path), lambda line: None)
+        elif path.endswith("safetensors"):
+            source = huggingface.read(Path(path), lambda line: None)
+        elif importlib.util.find_spec("torch"):
+            source = meta.read(path, report=lambda line: None)
+        else:
+            raise NotImplementedError  # npllama reads it by torch
+        params = {name: np.concatenate(list(tensor.blocks())) for name, tensor in source.tensors.items()}
+        params = {name: widen(x).astype(precision.dtype) for name, x in params.items()}
+        return precision.forward(params, source.config, tokens)
+
+    def forward_passes(params: dict, config: dict, passes: list, kept: list) -> np.ndarray:
+        constants, found = Config.from_dict(config), []
+        cache = KVCache(constants, np.shape(passes[0])[:-1])
+        for tokens, keep in itertools.zip_longest(passes, kept):
+            if keep is not None:
+                cache.truncate(keep)
+            found.append(precision.forward(params, constants, tokens, cache))
+        return np.concatenate(found, axis=-2)
+
+    made = (attention, feed_forward, block, forward, forward_at, forward_file, forward_passes)
+    return {function.__name__: function for function in made}
 
 
 def torch_functions(torch: Any) -> Functions:

@@ -6,6 +6,7 @@ precision (numbers.py) but where a purpose says otherwise.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -15,8 +16,10 @@ from typing import Any
 import numpy as np
 
 from ...cache import PADDING
+from .model_files import forms_of, path_of
+from .models import GROUPED, MODELS, SCALING, params_of
 from .numbers import Floats, Integers
-from .operations import L1, Operation, Outputs, Program
+from .operations import BEYOND, L1, OPERATIONS, Operation, Outputs, Program
 
 T, D, F, H, G, K = 5, 80, 48, 6, 2, 16
 ALL: tuple[str, ...] = ()
@@ -46,13 +49,14 @@ class Case:
 
     @functools.cached_property
     def arrays(self) -> dict[str, np.ndarray]:
-        """The arguments that are arrays."""
-        return {name: x for name, x in self.arguments.items() if isinstance(x, np.ndarray)}
+        """The arguments that are arrays, and the parameters by their own names."""
+        found = {name: x for name, x in self.arguments.items() if isinstance(x, np.ndarray)}
+        return found | self.arguments.get("params", {})
 
     @property
     def constants(self) -> dict[str, Any]:
         """The others, which JSON has a form for."""
-        return {name: x for name, x in self.arguments.items() if name not in self.arrays}
+        return {name: x for name, x in self.arguments.items() if name not in self.arrays and name != "params"}
 
     def run(self, program: Program) -> Outputs:
         """Compute it, with a program that may be wrong."""
@@ -61,7 +65,7 @@ class Case:
     def sha256(self) -> str:
         """Return the hash of the inputs: each one's name, type and shape, and its little-endian bytes or its text."""
         digest = hashlib.sha256()
-        for name, x in self.arguments.items():
+        for name, x in (self.constants | self.arrays).items():
             if isinstance(x, np.ndarray):
                 little = x.astype(x.dtype.newbyteorder("<"))
                 digest.update(f"{name} {x.dtype.name} {list(x.shape)}\n".encode() + little.tobytes())
@@ -95,6 +99,11 @@ ROPES: dict[str, tuple[str, int, float, dict[str, Any] | None]] = {  # name -> p
     "llama_3_1": ("Llama 3.1's scaling: kept, blended and divided frequencies", 128, 500000.0, LLAMA_3_1),
     "llama_3_2": ("scale factor 32, where Meta's code has 8, and head_dim 64", 64, 500000.0, LLAMA_3_2),
     "linear": ("linear scaling divides every frequency", 32, 10000.0, {"factor": 4.0}),
+}
+FORMS = {
+    "safetensors": "config.json as transformers 5 writes it, wq and wk in Hugging Face's order",
+    "gguf": "metadata, and the scaling of RoPE as a tensor of divisors",
+    "pth": "Meta's params.json and consolidated.00.pth",
 }
 LONG = [0, 1, 2, 63, 4095, 4096, 8191, 8192, 8193, 16384, 65537, 131071]
 DYADIC = np.ldexp(np.float32(1), np.array([0, -2, -5, -9, -13, -17])).astype(np.float32)  # frequencies whose angles are exact
@@ -263,9 +272,111 @@ def _roundings() -> Iterator[Case]:
     yield _l1("round_float16", "numbers", "numbers with all bits of a float32", x=Floats((64,), bits=24))
 
 
+def _blocks() -> Iterator[Case]:
+    def l2(operation: str, name: str, purpose: str, **arguments: Any) -> Case:
+        return _case("L2", BEYOND[operation], name, purpose, **arguments)
+
+    for group, heads, shared in ((1, 4, 4), (3, 6, 2), (8, 8, 1)):
+        q, keys, values = Floats((T, heads, 8), 1), Floats((shared, T, 8)), Floats((shared, T, 8))
+        purpose = f"H/G = {group}, from queries, keys and values to heads, as a fused kernel computes it"
+        yield l2("attention", f"shared_by_{group}", purpose, q=q, keys=keys, values=values, mask=_causal(T, T))
+    q, keys, values = Floats((1, H, K), 1), Floats((G, 9, K)), Floats((G, 9, K))
+    yield l2("attention", "decode", "a single query", q=q, keys=keys, values=values, mask=_causal(1, 9))
+    q, keys, values = Floats((3, H, K), 1), Floats((G, 7, K)), Floats((G, 7, K))
+    yield l2("attention", "chunk", "three queries after four tokens", q=q, keys=keys, values=values, mask=_causal(3, 7))
+    q, keys, values = Floats((4, H, K), 5), Floats((G, 4, K), 3), Floats((G, 4, K))
+    purpose = "scores whose exp is infinite, unless the row's maximum is subtracted"
+    yield l2("attention", "large", purpose, q=q, keys=keys, values=values, mask=_causal(4, 4))
+    padded = _causal(4, 6).copy()
+    padded[..., :2] = -np.inf
+    q, keys, values = Floats((4, H, K), 1), Floats((G, 6, K)), Floats((G, 6, K))
+    yield l2("attention", "padding", "slots of padding are hidden", q=q, keys=keys, values=values, mask=padded)
+    for name, purpose, n, rows, exponent in (
+        ("prompt", "which weight gates, and which is gated", F, T, 0),
+        ("square", "square weights, which transpose without a word", 40, T, 0),
+        ("one_token", "a single token, as in decode", F, 1, 0),
+        ("large", "a gate whose exp is infinite", F, 3, 8),
+    ):
+        weights = {"w1": Floats((n, 40), -3), "w2": Floats((40, n), -3), "w3": Floats((n, 40), -3)}
+        yield l2("feed_forward", name, purpose, x=Floats((rows, 40), exponent), **weights)
+    for name, purpose, changes, positions in (
+        ("grouped", "a whole layer, n_heads · head_dim not dim", {}, list(range(T))),
+        ("square", "square weights, every head with its own keys", {"dim": 32, "n_heads": 4, "n_kv_heads": 4}, list(range(T))),
+        (
+            "one_kv_head",
+            "one key head for all",
+            {"dim": 40, "n_heads": 8, "n_kv_heads": 1, "rope_theta": 500000.0},
+            list(range(T)),
+        ),
+        ("small_rows", "a stream so small that eps decides", {"norm_eps": 2.0**-12}, list(range(T))),
+        ("scaled", "scaled RoPE", {"rope_theta": 500000.0, "rope_scaling": SCALING, "head_dim": 16}, [0, 40, 90, 200, 400]),
+    ):
+        config = dataclasses.replace(GROUPED, n_layers=1, **changes)
+        params = params_of(config, f"L2/block/{name}")
+        layer = {key.removeprefix("layers.0."): x for key, x in params.items() if key.startswith("layers.0.")}
+        x = Floats((len(positions), config.dim), -7 if name == "small_rows" else 0)
+        constants = config.to_dict()
+        yield l2("block", name, purpose, x=x, positions=_positions(*positions), params=layer, config=constants)
+
+
+def _models() -> Iterator[Case]:
+    for name, tiny in MODELS.items():
+        tokens = Integers((40 if tiny.config.rope_scaling else 12,), 0, tiny.config.vocab_size).draw(
+            f"L3/forward/{name}/tokens"
+        )
+        tokens[:2] = 0, tiny.config.vocab_size - 1
+        constants = tiny.config.to_dict()
+        yield _case("L3", BEYOND["forward"], name, tiny.purpose, params=tiny.params, config=constants, tokens=tokens)
+        for form in forms_of(tiny):
+            purpose = f"the same from a file: {FORMS[form]}"
+            rows = {"path": path_of(tiny, form), "tokens": tokens}
+            yield _case("L3", BEYOND["forward_file"], f"{name}_{form}", purpose, **rows)
+
+
+def _caches() -> Iterator[Case]:
+    a, b = (Integers((n,), 0, 61).draw(f"L4/{n}").tolist() for n in (12, 7))
+    for name, purpose, passes, kept in (
+        ("one_by_one", "each token in a pass of its own", [[id] for id in a[:8]], []),
+        ("chunks", "chunks of different sizes are the same as one pass", [a[:5], a[5:6], a[6:9], a[9:]], []),
+        ("decode", "a prompt, then one token after the other", [a[:8], *([id] for id in a[8:])], []),
+        ("batch", "two sequences at once, and decode: no sequence knows of the other", [[a[:5], b[:5]], [[a[5]], [b[5]]]], []),
+        (
+            *("left_padding", "padding on the left is hidden and shifts no position"),
+            [[a[:6], [-1, -1, -1, *b[:3]]], [[a[6]], [b[3]]], [[a[7]], [b[4]]]],
+            [],
+        ),
+        (
+            *("right_padding", "padding on the right is hidden from the tokens that are decoded after it"),
+            [[a[:6], [*b[:4], -1, -1]], [[a[6]], [b[4]]], [[a[7]], [b[5]]]],
+            [],
+        ),
+        ("slots_reused", "a cache that is cut back, and its slots used again", [a[:8], b[:4], [a[9]]], [None, 3, None]),
+        ("emptied", "a cache that is emptied and used again", [a[:8], b[:4], [b[4]]], [None, 0, None]),
+    ):
+        for model in ("grouped", "tied") if name in ("decode", "left_padding") else ("grouped",):
+            rows = {"params": MODELS[model].params, "config": MODELS[model].config.to_dict(), "passes": passes, "kept": kept}
+            yield _case("L4", BEYOND["forward_passes"], f"{name}_{model}" if model != "grouped" else name, purpose, **rows)
+
+
+def _long() -> Iterator[Case]:
+    for name, purpose, scaling in (
+        ("unscaled", "positions past 8192 and up to 131071", None),
+        ("scaled_8", "Llama 3.1's scaling at long positions", LLAMA_3_1),
+        ("scaled_32", "Llama 3.2's scaling at long positions", LLAMA_3_2),
+    ):
+        rows = {"x": Floats((len(LONG), G, 64)), "positions": _positions(*LONG), "theta": 500000.0, "scaling": scaling}
+        yield _case("L5", L1["rope_at"], name, purpose, **rows)
+    for name in ("grouped", "scaled_8", "scaled_32"):
+        tiny = MODELS[name]
+        rows = {"params": tiny.params, "config": tiny.config.to_dict(), "tokens": Integers((len(LONG),), 0, 61)}
+        purpose = "tokens far apart, in a whole model"
+        yield _case("L5", BEYOND["forward_at"], name, purpose, positions=_positions(*LONG), **rows)
+
+
 @functools.cache
 def cases() -> dict[str, Case]:
     """Return every case by its path, in the order of the levels."""
     made = [case for level in (_linears, _norms, _softmaxes, _ropes, _attentions, _roundings) for case in level()]
-    made.sort(key=lambda case: (case.level, [*L1].index(case.operation.name)))
+    made += [case for level in (_blocks, _models, _caches, _long) for case in level()]
+    made.sort(key=lambda case: (case.level, [*OPERATIONS].index(case.operation.name)))
     return {case.path: case for case in made}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from ..precision import profile
 from .cases import Case, cases
 from .judging import problem
 from .measuring import PROFILES
+from .model_files import write_at
 from .operations import DoesNotApply, Outputs, Program
 from .suite import Expected, SuiteError, built_in, read_array, read_suite
 
@@ -143,8 +145,11 @@ def call(functions: Mapping[str, Callable[..., Any]], case: Case, name: str) -> 
     if operation.name not in functions:
         return None
     try:
-        with np.errstate(all="ignore"):
-            found = functions[operation.name](*operation.inputs(case.arguments, profile(name)))
+        with np.errstate(all="ignore"), tempfile.TemporaryDirectory() as folder:
+            arguments = {**case.arguments}
+            if "path" in arguments:
+                arguments["path"] = str(write_at(arguments["path"], Path(folder)))
+            found = functions[operation.name](*operation.inputs(arguments, profile(name)))
     except NotImplementedError:
         return None
     except Exception as error:

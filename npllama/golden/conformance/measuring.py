@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -100,13 +101,17 @@ def programs(name: str) -> Iterator[Program]:
 
 def moved(case: Case, unit: float, text: str) -> Case:
     """Return the case with inputs that are off by one rounding, up or down."""
-    arguments = dict(case.arguments)
-    for name, x in case.arrays.items():
-        if x.dtype == np.float32:
-            up = (words(f"{text}/{name}", x.size) >> np.uint64(63)).astype(np.int64).reshape(x.shape)
-            with np.errstate(invalid="ignore"):  # an infinite number stays what it is
-                arguments[name] = x.astype(np.float64) * (1 + unit * (2 * up - 1))
-    return replace(case, arguments=arguments)
+
+    def change(name: str, x: Any) -> Any:
+        if isinstance(x, dict):
+            return {key: change(f"{name}/{key}", value) for key, value in x.items()}
+        if not isinstance(x, np.ndarray) or x.dtype != np.float32:
+            return x
+        up = (words(f"{text}/{name}", x.size) >> np.uint64(63)).astype(np.int64).reshape(x.shape)
+        with np.errstate(invalid="ignore"):  # an infinite number stays what it is
+            return x.astype(np.float64) * (1 + unit * (2 * up - 1))
+
+    return replace(case, arguments={name: change(name, x) for name, x in case.arguments.items()})
 
 
 @dataclass(frozen=True)
@@ -117,11 +122,20 @@ class Measured:
     catches: tuple[str, ...]
 
 
+@functools.lru_cache(maxsize=4)
 def exact(case: Case) -> Outputs:
     """Return the expected outputs.    float64"""
     return {name: x.astype(np.float64) for name, x in case.run(EXACT).items()}
 
 
+@functools.lru_cache(maxsize=4)
+def moves_of(case: Case) -> list[Outputs]:
+    """Return the exact outputs when the inputs move by a rounding in float32."""
+    draws = [] if case.operation.exact else [f"{case.path}/{draw}" for draw in range(DRAWS)]
+    return [moved(case, unit_roundoff("float32"), draw).run(EXACT) for draw in draws]
+
+
+@functools.lru_cache(maxsize=16)
 def tolerances(case: Case, name: str) -> dict[str, Tolerance] | None:
     """Measure a profile's tolerances; None where the case's numbers are not finite in it."""
     expected, relative = exact(case), case.operation.relative
@@ -131,8 +145,7 @@ def tolerances(case: Case, name: str) -> dict[str, Tolerance] | None:
     if name == "float64":  # there is nothing better to hold it against, but both round alike
         computed, scale = "float32", unit_roundoff("float64") / unit_roundoff("float32")
     results = [case.run(program) for program in programs(computed)]
-    draws = [] if case.operation.exact else [f"{case.path}/{draw}" for draw in range(DRAWS)]
-    moves = [moved(case, unit_roundoff("float32"), draw).run(EXACT) for draw in draws]
+    moves = moves_of(case)
     least = {} if name in ("float64", "float32") else tolerances(case, "float32") or {}
     unit = (
         0.0 if case.operation.exact else unit_roundoff(computed if case.operation.rounded and computed in LIMITS else "float32")

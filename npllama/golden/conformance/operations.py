@@ -5,22 +5,25 @@ A `Program` computes: in a precision, and with a mistake where a wrong result is
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from ... import model, ops
+from ...cache import KVCache
 from ...config import Config, LinearRopeScaling, RopeScaling
 from ...engine import linear
 from ...engine.weights import Weight, widen
 from ...errors import NpllamaError
 from ...scope import Ops
-from ..mistakes import Mistake, to_halves, to_pairs
+from ..mistakes import Mistake, Port, to_halves, to_pairs
 from ..precision import Precision, round_bfloat16, round_float16
+from .model_files import model_at
 
 Arguments = Mapping[str, Any]  # arrays and constants by name
 Outputs = dict[str, np.ndarray]
@@ -81,6 +84,46 @@ class Program:
         except KeyError as error:  # another weight in its place, of which a single operation has none
             raise DoesNotApply from error
 
+    def passes(
+        self,
+        params: Mapping[str, np.ndarray],
+        config: Config,
+        passes: Sequence[np.ndarray],
+        kept: Sequence[Any] = (),
+        positions: np.ndarray | None = None,
+        activation: str = "logits",
+    ) -> np.ndarray:
+        """Return an activation of forward passes with one cache, one behind the other; NaN where a token is padding.
+
+        kept       how many slots of the cache are kept before each pass; None for all
+        positions  of the tokens, in place of those from 0 on; for a single pass
+        """
+        if self.mistake is not None and not self.mistake.applies(config):
+            raise DoesNotApply
+        names, computed = [self.mistake.name] if self.mistake else [], self.precision
+        if self.mistake is not None and self.mistake.precision != "float32":
+            computed = Precision(self.mistake.precision)
+        port = Port(*names, computed=computed)
+        if positions is not None:
+            rotation, given = port.made.rope_rotation, positions
+
+            def rope_rotation(_: np.ndarray, frequencies: np.ndarray) -> tuple[np.ndarray, ...]:
+                return rotation(given, frequencies)
+
+            port = Port(*names, computed=computed, rope_rotation=rope_rotation)
+        cache, found = KVCache(config, passes[0].shape[:-1]), []
+
+        def tap(name: str, x: np.ndarray) -> np.ndarray:
+            if name == activation:
+                found.append(np.where((tokens >= 0)[..., None], x, np.asarray(np.nan, x.dtype)))
+            return x
+
+        for i, tokens in enumerate(passes):
+            if i < len(kept) and kept[i] is not None:
+                cache.truncate(kept[i])
+            port.forward(params, config, tokens, cache, tap)
+        return np.concatenate(found, axis=-2)
+
 
 @dataclass(frozen=True)
 class Operation:
@@ -116,7 +159,9 @@ class Operation:
         def given(x: Any) -> Any:
             if isinstance(x, np.ndarray):
                 return x.astype(dtype if x.dtype == np.float32 else x.dtype)
-            return dict(x) if isinstance(x, Mapping) else x
+            if isinstance(x, Mapping):
+                return {key: given(value) for key, value in x.items()}
+            return copy.deepcopy(x)
 
         return [given(arguments[name]) for name in self.arguments]
 
@@ -282,4 +327,91 @@ def _scale_of_groups(scale: np.ndarray, weight: np.ndarray) -> np.ndarray:
     return np.repeat(scale, weight.shape[-1] // scale.shape[-1], axis=-1)
 
 
-OPERATIONS = dict(L1)
+def _attention(p: Program, a: Arguments) -> np.ndarray:
+    r = p.precision.round
+    weights = r(p.ops.softmax(r(p.ops.attention_scores(a["q"], a["keys"], a["mask"]))))
+    return p.ops.attention_heads(weights, a["values"])
+
+
+def _feed_forward(p: Program, a: Arguments) -> np.ndarray:
+    r, prefix = p.precision.round, "layers.0.feed_forward."
+    params: Mapping[str, Weight] = {f"{prefix}{name}.weight": a[name] for name in ("w1", "w2", "w3")}
+    if p.mistake is not None:
+        params = p.mistake.params(params, BASE)
+    try:
+        gate, up = (r(x) for x in p.ops.linears(a["x"], params[f"{prefix}w1.weight"], params[f"{prefix}w3.weight"]))
+        return p.ops.linear(r(p.ops.swiglu(gate, up)), params[f"{prefix}w2.weight"])
+    except KeyError as error:
+        raise DoesNotApply from error
+
+
+def _block(p: Program, a: Arguments) -> np.ndarray:
+    """Compute a layer as the first of a model whose embedding is x."""
+    if p.mistake is not None and set(p.mistake.at) <= {"tok_embeddings", "norm", "logits"} and p.mistake.precision == "float32":
+        raise DoesNotApply  # it is outside of a block
+    T = len(a["x"])
+    config = replace(Config.from_dict(a["config"]), n_layers=1, vocab_size=T, tied_embeddings=True)
+    params = {f"layers.0.{name}": x for name, x in a["params"].items()}
+    params |= {"tok_embeddings.weight": a["x"], "norm.weight": np.ones(config.dim, a["x"].dtype)}
+    return p.passes(params, config, [np.arange(T)], positions=a["positions"], activation="layers.0.out")
+
+
+def _forward_file(p: Program, a: Arguments) -> np.ndarray:
+    tiny = model_at(a["path"])
+    params = {name: x.astype(p.precision.dtype) for name, x in tiny.params.items()}
+    return p.passes(params, tiny.config, [a["tokens"]])
+
+
+def _forward(p: Program, a: Arguments) -> np.ndarray:
+    passes = a["passes"] if "passes" in a else [a["tokens"]]
+    tokens = [np.asarray(part, np.int64) for part in passes]
+    return p.passes(a["params"], Config.from_dict(a["config"]), tokens, a.get("kept", ()), a.get("positions"))
+
+
+ATTENTION = """\
+Average the values of the tokens up to each token, weighted by how well its query matches their keys, as a fused kernel does.
+
+heads = softmax(q·k / sqrt(K) + mask) v
+
+q [..., T, H, K], keys, values [..., G, S, K], mask [..., 1, T, S] -> [..., T, H, K]; query head h uses key head h // (H/G)"""
+FEED_FORWARD = """\
+Transform each token by itself.
+
+y = w2 (silu(w1 x) ⊙ w3 x)        x [T, D], w1, w3 [F, D], w2 [D, F] -> [T, D]"""
+BLOCK = """\
+Apply one layer; params has its weights by Meta's names, config its constants. RoPE pairs are adjacent.
+
+h = x + attention(rms_norm(x));  out = h + feed_forward(rms_norm(h))        x [T, D], positions [T] -> [T, D]"""
+FORWARD = """\
+Return the logits of the token that follows each token; params has the weights by Meta's names, config the constants.
+
+tokens [T] -> [T, V]"""
+FORWARD_FILE = """\
+Load a model and return the logits of the token that follows each token.
+
+path: a folder with config.json and model.safetensors, or with params.json and consolidated.00.pth, or a .gguf file. Raise
+NotImplementedError for a form that your loader can't read.        tokens [T] -> [T, V]"""
+FORWARD_AT = """\
+Return the logits of tokens at given positions, each of which sees itself and the tokens before it.
+
+tokens, positions [T] -> [T, V]"""
+FORWARD_PASSES = """\
+Return the logits of several forward passes, one behind the other along T, that share a cache of keys and values.
+
+passes: a list of token ids [..., T]; an id of -1 is padding, whose logits may be anything, and which shifts no position.
+kept: for each pass the number of slots (padding counts) to which the cache is cut back before it; null, or none, keeps all.
+Raise NotImplementedError for what your cache can't do.        -> [..., T₁ + T₂ + ..., V]"""
+
+BEYOND = {
+    operation.name: operation
+    for operation in (
+        _of("attention", "q keys values mask", "heads", _attention, ATTENTION),
+        _of("feed_forward", "x w1 w2 w3", "y", _feed_forward, FEED_FORWARD),
+        _of("block", "x positions params config", "out", _block, BLOCK),
+        _of("forward", "params config tokens", "logits", _forward, FORWARD),
+        _of("forward_file", "path tokens", "logits", _forward_file, FORWARD_FILE),
+        _of("forward_passes", "params config passes kept", "logits", _forward, FORWARD_PASSES),
+        _of("forward_at", "params config tokens positions", "logits", _forward, FORWARD_AT),
+    )
+}
+OPERATIONS = {**L1, **BEYOND}

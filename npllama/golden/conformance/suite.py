@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -27,9 +26,11 @@ from ...checkpoint.foreign import (
 from ...engine.weights import widen
 from ...errors import NpllamaError, shown
 from ..mistakes import MISTAKES
+from .arrays import little, npy, safetensors
 from .cases import Case, cases
 from .judging import Tolerance
 from .measuring import PROFILES, Measured, exact
+from .model_files import FORMS, as_json, files_of, model_at, path_of
 
 FORMAT, VERSION = "npllama conformance 1", 1
 FORMATS = ("raw", "npy", "safetensors")
@@ -42,7 +43,6 @@ RAW = {  # dtype -> how the file of bare numbers ends
     "int8": "i8",
     "uint16": "u16",
 }
-SAFETENSORS = {"float32": "F32", "float64": "F64", "float16": "F16", "int64": "I64", "int8": "I8", "uint16": "BF16"}
 
 
 class SuiteError(NpllamaError):
@@ -126,7 +126,7 @@ def export(out: Path | str, levels: Collection[str] | None = None, storage: str 
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             (folder / path).write_bytes(data)
             files[path] = hashlib.sha256(data).hexdigest()
-        (folder / "suite.json").write_bytes(_as_json(_contents(chosen, storage, files)))
+        (folder / "suite.json").write_bytes(as_json(_contents(chosen, storage, files)))
     return files
 
 
@@ -143,7 +143,10 @@ def _files(chosen: list[Case], storage: str) -> Iterator[tuple[str, bytes]]:
         for kind, arrays in (("inputs", case.arrays), ("outputs", expected(case.path).outputs)):
             for file, data in _stored(kind, arrays, storage).items():
                 yield f"{case.path}/{file}", data
-        yield f"{case.path}/case.json", _as_json(_described(case, storage))
+        yield f"{case.path}/case.json", as_json(_described(case, storage))
+    for path in sorted({case.constants["path"] for case in chosen if "path" in case.constants}):
+        form = next(form for form in FORMS if path == path_of(model_at(path), form))
+        yield from files_of(model_at(path), form).items()
     for level in sorted({case.level for case in chosen}):
         lines = [f"{case.path} {case.operation.name}\n" for case in chosen if case.level == level]
         yield f"{level}.txt", "".join(lines).encode()
@@ -161,31 +164,6 @@ def _stored(kind: str, arrays: Mapping[str, np.ndarray], storage: str) -> dict[s
 
 def _file_of(kind: str, name: str, dtype: str, storage: str) -> str:
     return {"npy": f"{name}.npy", "safetensors": f"{kind}.safetensors", "raw": f"{name}.{RAW[dtype]}"}[storage]
-
-
-def little(x: np.ndarray) -> bytes:
-    """Return an array's numbers, in C order and little-endian."""
-    return x.astype(x.dtype.newbyteorder("<")).tobytes()
-
-
-def npy(x: np.ndarray) -> bytes:
-    """Return an .npy file, version 1, with a header of 128 bytes."""
-    descr = np.lib.format.dtype_to_descr(x.dtype.newbyteorder("<"))
-    header = f"{{'descr': {descr!r}, 'fortran_order': False, 'shape': {x.shape!r}, }}"
-    return b"\x93NUMPY\x01\x00\x76\x00" + header.ljust(117).encode() + b"\n" + little(x)
-
-
-def safetensors(arrays: Mapping[str, np.ndarray]) -> bytes:
-    """Return a .safetensors file; what is uint16 is bfloat16."""
-    header: dict[str, object] = {}
-    data, at = [], 0
-    for name, x in arrays.items():
-        data.append(little(x))
-        header[name] = {"dtype": SAFETENSORS[x.dtype.name], "shape": list(x.shape), "data_offsets": [at, at + len(data[-1])]}
-        at += len(data[-1])
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + b"".join(data)
 
 
 def _described(case: Case, storage: str) -> dict[str, object]:
@@ -228,10 +206,6 @@ def _contents(chosen: list[Case], storage: str, files: dict[str, str]) -> dict[s
         "inputs_sha256": inputs,  # equal on every machine; expected values differ in their last bits
         "files": files,
     }
-
-
-def _as_json(value: object) -> bytes:
-    return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 # ------------------------------------------------------------------------------------------------------------------------ read
@@ -313,6 +287,8 @@ README = """\
 Inputs, constants and expected outputs of every operation of a Llama model, for implementations in any language.
 
 - `L1.txt` lists the cases of level L1, one a line: the case's folder and its operation. Each level has such a file.
+- `models/` has the tiny models of L3 as files, for loaders: config.json and model.safetensors, model.gguf, params.json and
+  consolidated.00.pth.
 - A folder holds `case.json` and its arrays. `case.json` has the formula, the shapes, the constants, for each output the
   tolerance in each profile, what the case is there to catch, and the mistakes that it does catch.
 - `x.f32` holds bare little-endian numbers in C order, float32; `.f64` float64, `.i64` int64, `.i8` int8, `.u16` the bits of

@@ -75,12 +75,13 @@ def test_it_catches_what_is_recorded(path):
     assert measured.catches
     limits = {name: of_output["float32"] for name, of_output in measured.tolerances.items()}
     expected, precision = exact(case), Precision("float32")
-    missed = [name for name in measured.catches if not caught(case, MISTAKES[name], limits, precision, expected)]
+    chosen = measured.catches if case.level == "L1" else measured.catches[len(path) % 9 :: 9]  # a model takes its time
+    missed = [name for name in chosen if not caught(case, MISTAKES[name], limits, precision, expected)]
     assert not missed
     assert MARGIN > 1
 
 
-@pytest.mark.parametrize("path", list(cases())[::5])
+@pytest.mark.parametrize("path", [path for i, path in enumerate(cases()) if i % 5 == 0 and path[:2] in ("L1", "L2")])
 def test_tolerances_measured_again_are_the_recorded_ones(path):
     """But for the order in which this machine's BLAS sums, and the last bits of its exp and sine."""
     for profile in PROFILES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import numpy as np
@@ -30,14 +31,40 @@ def softmax(x):
 """
 
 
-@pytest.mark.parametrize(
-    ("name", "precision"), [(name, precision) for name, precisions in PROFILES.items() for precision in precisions]
-)
+RIGHT = [(name, precision) for name, precisions in PROFILES.items() for precision in precisions]
+
+
+@pytest.mark.parametrize(("name", "precision"), RIGHT)
 def test_our_own_operations_pass_in_every_precision(name, precision):
     report = run_functions("npllama", npllama_functions(precision), name, ["L1"])
     assert not report.failures, text(report)
     left_out = {"linear_bfloat16", "linear_int8"} if name == "float64" else set()
     assert set(report.missing) == {"rope_half_split", "linear_groups"} | left_out
+
+
+@pytest.mark.parametrize(("name", "precision"), RIGHT)
+def test_our_own_layers_and_models_pass_in_every_precision(name, precision):
+    """With the cache, the loaders and FAST's attention as they are."""
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    levels = ["L2", "L3", "L4", "L5"] if precision == PROFILES[name][0] else ["L2", "L3"]
+    report = run_functions("npllama", npllama_functions(precision), name, levels)
+    assert not report.failures, text(report)
+    if importlib.util.find_spec("torch"):  # which reads Meta's form
+        assert not report.missing
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+def test_hugging_face_passes(name):
+    """Its blocks, its models and its own cache, from our parameters and from the suite's files."""
+    import hf_conformance
+    import torch
+
+    with torch.no_grad():
+        report = run_functions("transformers", hf_conformance.functions(getattr(torch, name)), name, ["L2", "L3", "L4", "L5"])
+    assert not report.failures, text(report)
+    assert {"attention", "feed_forward", "block", "forward"}.isdisjoint(report.missing)
+    assert sum(result.passed for result in report.results) > 25
 
 
 @pytest.mark.torch
@@ -85,9 +112,9 @@ def test_each_mistake_of_an_operation_is_named(name):
     for mistake in (m for m in MISTAKES.values() if list(m.ops) == [name] and not m.needs):
         wrong = mistake.ops[name]
         if name == "causal_mask":
-            report = run_functions("mine", {name: lambda q, s, wrong=wrong: wrong(q, s, np.float32)})
+            report = run_functions("mine", {name: lambda q, s, wrong=wrong: wrong(q, s, np.float32)}, levels=["L1"])
         else:
-            report = run_functions("mine", {name: wrong})
+            report = run_functions("mine", {name: wrong}, levels=["L1"])
         if mistake.name in ("mask_large_number", "mask_lowest_number"):
             assert not report.failures, "such numbers mask as -inf does"
             continue
@@ -105,10 +132,11 @@ def test_results_in_files(tmp_path, capsys):
         found = functions[case.operation.name](*case.arguments.values())
         for name, y in zip(case.operation.outputs, found if isinstance(found, tuple) else (found,), strict=True):
             y.astype("<f4").tofile(tmp_path / "results" / path / f"{name}.f32")
+    n = sum(case.level == "L1" for case in cases().values())
     arguments = ["conformance", "check", str(tmp_path / "results"), "--vectors", str(tmp_path / "vectors")]
     assert main(arguments) == 0
     assert "0 failed" not in (line := capsys.readouterr().out.splitlines()[0])
-    assert line == f"float32: levels passed: none; L1 7 of {len(cases())} cases run, all of them passed"
+    assert line == f"float32: levels passed: none; L1 7 of {n} cases run, all of them passed"
     assert check(tmp_path / "results", levels=["L1"]).exit_status == 0
     file = tmp_path / "results" / "L1" / "softmax" / "masked" / "y.f32"
     y = np.fromfile(file, "<f4")
