@@ -48,6 +48,8 @@ def linear(x: np.ndarray, weight: Weight) -> np.ndarray:
     A packed weight is never widened whole. One in foreign byte order is converted at each call.
     """
     rows = x.reshape(-1, x.shape[-1])
+    if x.dtype.type is np.float16:  # what it is multiplied with is wider, and float16 overflows in what a form makes of x
+        rows = rows.astype(np.float32)
     form = form_of(weight)
     if isinstance(form, Shard):
         return form.join(linear(x, form.part))

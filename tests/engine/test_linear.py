@@ -87,6 +87,16 @@ def test_float16_weights_take_any_input(large):
         assert relative_error(y[1], expected[1]) < 1e-6
 
 
+@pytest.mark.parametrize("storage", PACK)
+@pytest.mark.parametrize("dtype", ["<f2", ">f2"])
+@pytest.mark.parametrize("rows", [1, 30])
+def test_float16_activations_are_widened(storage, dtype, rows):
+    x, weight = uniform(5, (rows, 48)).astype(dtype), PACK[storage](uniform(6, (40, 48)))
+    y = linear.linear(x, weight)
+    np.testing.assert_array_equal(y, linear.linear(x.astype(np.float32), weight))
+    assert y.dtype == linear.widen(weight).dtype
+
+
 @pytest.mark.parametrize("storage", ["bfloat16", "float16"])
 def test_a_weight_is_read_wherever_it_lies(storage):
     packed = PACK[storage](uniform(6, (40, 48)))

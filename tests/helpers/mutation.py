@@ -359,6 +359,11 @@ def write(out: Path, results: dict) -> None:
         render()
 
 
+def place(mutant: Mutant) -> tuple[str, int, str]:
+    """Return what tells a mutant from the others of a draw."""
+    return mutant.module, mutant.line, mutant.change
+
+
 def tested_before(out: Path, results: dict) -> dict[tuple[str, int, str], Mutant]:
     """Return the mutants that an earlier run of the same draw of the same code and tests has tested."""
     if not out.exists():
@@ -366,7 +371,7 @@ def tested_before(out: Path, results: dict) -> dict[tuple[str, int, str], Mutant
     earlier = json.loads(out.read_text(encoding="utf-8"))
     if any(earlier.get(key) != results[key] for key in ("command", "versions", "digest")):
         return {}
-    return {(mutant.module, mutant.line, mutant.change): mutant for mutant in (Mutant(**m) for m in earlier["mutants"])}
+    return {place(mutant): mutant for mutant in (Mutant(**m) for m in earlier["mutants"])}
 
 
 def git_revision() -> str:
@@ -390,9 +395,8 @@ def main() -> int:
         render()
         return 0
     modules = tuple(m for m in CORE if not args.modules or any(part in m.path for part in args.modules))
-    drawn = list(draw(ROOT, modules, args.seed, args.n))
     if args.list:
-        for number, (_, mutant, _) in enumerate(drawn):
+        for number, (_, mutant, _) in enumerate(draw(ROOT, modules, args.seed, args.n)):
             print(f"{number:4} {mutant.module}:{mutant.line}: {mutant.change}")
         return 0
     packages = ("numpy", "pytest", "mutmut", "libcst")
@@ -402,44 +406,43 @@ def main() -> int:
         "date": time.strftime("%Y-%m-%d"),
         "revision": git_revision(),
         "versions": [f"Python {platform.python_version()}", *(f"{p} {importlib.metadata.version(p)}" for p in packages)],
-        "drawn": len(drawn),
     }
     end = time.monotonic() + 60 * args.minutes
     with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
         tree = snapshot(ROOT, Path(folder))
         results["digest"] = digest(tree)
+        drawn = dict(enumerate(draw(tree, modules, args.seed, args.n)))
+        results["drawn"] = len(drawn)
         known = tested_before(args.out, results)
+        done = {number: known[key] for number, (_, mutant, _) in drawn.items() if (key := place(mutant)) in known}
         processor = {}
         for module in modules:
             processor[module] = right_code(tree, module)
             print(f"{processor[module]:.1f} s of the processor: {module.path}", flush=True)
         results["seconds"] = {module.path: round(took, 1) for module, took in processor.items()}
-        done, lock = {}, threading.Lock()
+        lock = threading.Lock()
 
-        def run(item: tuple[int, tuple[Module, Mutant, str]]) -> None:
-            number, (module, mutant, source) = item
-            if before := known.get((mutant.module, mutant.line, mutant.change)):
-                mutant.outcome, mutant.seconds = before.outcome, before.seconds
-            elif time.monotonic() > end:
+        def run(number: int) -> None:
+            if time.monotonic() > end:
                 return
-            else:
-                with copy_of(tree) as copy:
-                    (copy / module.path).write_text(source, encoding="utf-8")
-                    mutant.outcome, seconds = fate(copy, module, processor[module] * FACTOR + EXTRA)
-                mutant.seconds = round(seconds, 1)
-                where = f"{mutant.module}:{mutant.line}: {mutant.change}"
-                print(f"{number:4} {mutant.outcome:8} {mutant.seconds:5} s  {where}", flush=True)
+            module, mutant, source = drawn[number]
+            with copy_of(tree) as copy:
+                (copy / module.path).write_text(source, encoding="utf-8")
+                mutant.outcome, seconds = fate(copy, module, processor[module] * FACTOR + EXTRA)
+            mutant.seconds = round(seconds, 1)
+            where = f"{mutant.module}:{mutant.line}: {mutant.change}"
+            print(f"{number:4} {mutant.outcome:8} {mutant.seconds:5} s  {where}", flush=True)
             with lock:
-                done[number] = asdict(mutant)
-                write(args.out, {**results, "mutants": [done[i] for i in sorted(done)]})
+                done[number] = mutant
+                write(args.out, {**results, "mutants": [asdict(done[number]) for number in sorted(done)]})
 
         with ThreadPoolExecutor(args.jobs) as pool:
             try:
-                list(pool.map(run, enumerate(drawn)))
+                list(pool.map(run, [number for number in drawn if number not in done]))
             except BaseException:  # such as Ctrl-C: those that run end, the others don't begin
                 pool.shutdown(cancel_futures=True)
                 raise
-    alive = sum(mutant["outcome"] == "survived" for mutant in done.values())
+    alive = sum(mutant.outcome == "survived" for mutant in done.values())
     print(f"{len(done) - alive} of {len(done)} killed; {len(drawn)} drawn")
     return 0
 
