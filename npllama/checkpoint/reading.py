@@ -24,9 +24,6 @@ from ..config import Config, n_parameters, parameter_shapes
 from ..engine import layout, threads
 from ..engine.grouped import Grouped, Grouping
 from ..engine.memory import address_space, available_memory, free_memory, size_text
-from ..engine.ranks import shares
-from ..engine.ranks.groups import Group
-from ..engine.ranks.passes import Spread
 from ..engine.weights import Form, Int8, Weight, is_packed, native, widen
 from ..scope import Ops
 from . import foreign
@@ -47,7 +44,10 @@ from .format import (
 from .store import locate
 
 if TYPE_CHECKING:
+    from ..engine.ranks.groups import Group
     from ..engine.ranks.leading import Part
+    from ..engine.ranks.mpi import World
+    from ..engine.ranks.passes import Spread
     from ..tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -161,8 +161,10 @@ def _placed(params: dict[str, Weight], config: Config, dtype: str) -> dict[str, 
 
 def _spread(model: Model, dtype: str, processes: int) -> Spread:
     """Start the other ranks, and return rank 0's part of the parameters."""
+    from ..engine.ranks import shares
     from ..engine.ranks.leading import Leader
     from ..engine.ranks.local import Workers, threads_of_each
+    from ..engine.ranks.passes import Spread
 
     shares.shares(model.config, processes)  # more ranks than there are heads are refused before anything is started
     threads.set_threads(threads_of_each(processes, threads.n_threads()))
@@ -177,12 +179,34 @@ def _spread(model: Model, dtype: str, processes: int) -> Spread:
     return Spread(leader.part.params, leader.forward)
 
 
+def load_over(path: str | Path | None, dtype: str, group: World) -> Model:
+    """Open a model as load() does, as rank 0 of an MPI run whose other ranks follow: each with its own share."""
+    from ..engine.ranks import shares
+    from ..engine.ranks.leading import Leader
+    from ..engine.ranks.passes import Spread
+
+    model = open_model(demo_path() if path is None else path)
+    shares.shares(model.config, group.size)
+    dtype = _decided(dtype, model)
+    group.send({"path": str(Path(model.path or ".").resolve()), "dtype": dtype})
+    threads.set_threads(group.threads())
+    try:
+        leader = Leader(_part(model, dtype, group), group)
+    except Exception as error:
+        group.agree(error)
+        raise
+    group.agree(None)
+    model.params = Spread(leader.part.params, leader.forward)
+    return model
+
+
 def load_part(path: str | Path, dtype: str, group: Group) -> Part:
     """Open a model directory as one rank of a group: its own share of the parameters, as load() has them all."""
     return _part(open_model(path), dtype, group)
 
 
 def _part(model: Model, dtype: str, group: Group) -> Part:
+    from ..engine.ranks import shares
     from ..engine.ranks.leading import Part
 
     share = shares.shares(model.config, group.size)[group.rank]

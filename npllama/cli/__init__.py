@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .. import __version__
+from ..engine.ranks import mpi
 from ..errors import printable
 from . import (
     capture,
@@ -65,8 +66,43 @@ COMMANDS = (  # in the order of --help
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status."""
+    """Run one command and return its exit status. Of several processes that mpiexec has started, rank 0 runs it."""
     open_streams()
+    if (launched := mpi.launched()) is None:
+        return run(argv)
+    try:
+        group = mpi.world()
+    except ValueError as error:
+        if launched[0] == 0:
+            say_error(f"npllama: {error}")
+        return 2
+    if group is None or group.rank == 0:
+        return _lead(argv, group)
+    from ..engine.ranks.following import follow_world
+
+    try:
+        follow_world(group)
+    except BaseException as error:  # an exit that MPI doesn't expect would wait for the other ranks
+        group.report(error)
+    return 0
+
+
+def _lead(argv: Sequence[str] | None, group: mpi.World | None) -> int:
+    """Run the command as rank 0, and end the other ranks with it."""
+    status = 2
+    try:
+        status = run(argv)
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 2
+        raise
+    finally:
+        if group is not None:
+            group.end(status)
+    return status
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Run one command in this process and return its exit status."""
     command = "npllama"
     try:
         try:

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypedDict
 
 from ..checkpoint import Model, demo_path, load, open_model
+from ..checkpoint.reading import load_over
 from ..checkpoint.store import locate
 from ..engine import threads
+from ..engine.ranks import mpi
 from ..sampling import Sampling
 from ..tokenizer import MissingPackage, Tokenizer, load_tokenizer
 from .console import collected_log, read_text
@@ -170,7 +172,13 @@ def load_model(args: argparse.Namespace) -> Model:
         threads.set_threads(args.threads)
     threads.n_threads()  # a bad NPLLAMA_NUM_THREADS is refused before anything is read
     with collected_log() as log:
-        model = load(args.model, args.dtype, processes := getattr(args, "processes", 1))
+        processes, group = getattr(args, "processes", 1), mpi.world() if hasattr(args, "processes") else None
+        if group is None:
+            model = load(args.model, args.dtype, processes)
+        elif processes == 1:
+            model, processes = load_over(args.model, args.dtype, group), group.size
+        else:
+            raise ValueError(f"mpiexec has started {group.size} processes: expected no --processes")
     if log.warnings:  # it will be slower than one might expect: say so before
         print(f"{args.model or model.path}: {'; '.join(log.warnings)}", file=sys.stderr)
     args.note = "; ".join([*log.information, *([f"{processes} processes"] if processes > 1 else [])])

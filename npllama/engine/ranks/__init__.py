@@ -10,6 +10,7 @@ that were a model. Two sums a layer and one gathering of the logits are all that
 | groups.py | what a group of ranks can do: add up, gather, broadcast |
 | passes.py | the parameters that a pass by all ranks belongs to |
 | local.py | processes of one machine, and their shared memory |
+| mpi.py | processes that mpiexec has started, on several machines |
 | leading.py | rank 0 has the others make each pass that it makes; activations are gathered for a tap |
 | following.py | the program that the other ranks run |
 """

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 
 from ...checkpoint.reading import load_part
 from ..threads import set_threads
-from . import local
-from .leading import follow
+from . import local, mpi
+from .groups import RankError
+from .leading import Part, follow
 
 
 def main() -> None:
@@ -28,3 +30,23 @@ def main() -> None:
         return
     group.loaded()
     follow(part, group)
+
+
+def follow_world(group: mpi.World) -> None:
+    """Do what rank 0 of an MPI run says, until it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if (order := group.receive()) is None:
+        return
+    part: Part | None = None
+    fault: Exception | None = None
+    try:
+        set_threads(group.threads())
+        part = load_part(order["path"], order["dtype"], group)
+    except Exception as error:
+        fault = error
+    with contextlib.suppress(RankError):  # which rank 0 says
+        group.agree(fault)
+    if part is None:
+        group.receive()  # that rank 0 ends
+    else:
+        follow(part, group)

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ...errors import NpllamaError
+from ...errors import NpllamaError, reason
 
 Message = dict[str, Any]  # of JSON's types
 
@@ -58,3 +58,8 @@ class Following(Group, Protocol):
 
     def report(self, error: BaseException) -> None:
         """Tell rank 0 that the pass under way has failed here."""
+
+
+def described(error: BaseException) -> str:
+    """Return an error in one line, with its type unless it is one whose message is for users."""
+    return reason(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {reason(error)}"

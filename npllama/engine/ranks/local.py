@@ -28,9 +28,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ...errors import NpllamaError, reason
+from ...errors import NpllamaError
 from ..threads import available_cpus
-from .groups import Abandoned, Message, RankError
+from .groups import Abandoned, Message, RankError, described
 
 SLOT = 4 << 20  # bytes that each rank adds or gathers at once
 FLAG = 64  # bytes from one flag to the next: each in a cache line of its own
@@ -339,11 +339,6 @@ class Worker(LocalGroup):
         """Find out whether rank 0 has ended or goes on with something else; it first raises its flag in what is done."""
         if (self._read or select.select([self._in], [], [], 0)[0]) and self._flags[flag] < self.seq:
             raise Abandoned("the pass was given up")
-
-
-def described(error: BaseException) -> str:
-    """Return an error in one line, with its type unless it is one whose message is for users."""
-    return reason(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {reason(error)}"
 
 
 def threads_of_each(size: int, n_threads: int) -> int:
