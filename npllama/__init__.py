@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .model import forward, no_tap
     from .sampling import Sampling
     from .text.completion import Completion, Stream, TokenLogprobs, complete
+    from .text.conversation import Conversation, ConversationError
     from .tokenizer import Tokenizer, load_tokenizer
 
 __version__ = "0.1.0"
@@ -28,6 +29,8 @@ __all__ = [
     "Completion",
     "Config",
     "ConfigError",
+    "Conversation",
+    "ConversationError",
     "KVCache",
     "LinearRopeScaling",
     "Model",
@@ -72,6 +75,7 @@ _MODULES = {
     "model": ["forward", "no_tap"],
     "sampling": ["Sampling"],
     "text.completion": ["Completion", "Stream", "TokenLogprobs", "complete"],
+    "text.conversation": ["Conversation", "ConversationError"],
     "tokenizer": ["Tokenizer", "load_tokenizer"],
 }
 

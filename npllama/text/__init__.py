@@ -15,8 +15,18 @@ Several prompts are computed together, and a stream's pieces never break a chara
 >>> list(npllama.complete(model, "To be", max_tokens=4, temperature=0.8, seed=1, stream=True))
 [' t', 'aunt', ':', '\\n']
 
+A conversation keeps its messages, and the cache of what was computed:
+
+>>> chat = npllama.Conversation(model, "Be brief.", sampling=npllama.Sampling(), max_tokens=4)
+>>> answer = chat.say("Who art thou?")
+>>> chat.last.finish_reason, [message["role"] for message in chat.messages]
+('length', ['system', 'user', 'assistant'])
+>>> "".join(chat.stream("And I?")) == chat.messages[-1]["content"]
+True
+
 | file | what it does |
 |---|---|
 | completion.py | complete(), where a text ends, and what is known of each token |
+| conversation.py | a chat, whose cache is kept from turn to turn; saved and loaded as JSON |
 | batching.py | several texts decoded together, each of which joins and leaves by itself |
 """

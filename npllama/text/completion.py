@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict, overload
 
@@ -126,24 +126,37 @@ class Continuation:
 
 
 class Stream(Iterator[str]):
-    """The pieces of a text as they are made; `completion` holds what there is of it so far."""
+    """The pieces of a text as they are made; `completion` holds what there is of it so far.
 
-    def __init__(self, continuation: Continuation, steps: Iterator[Step]):
+    `after` is called once when the stream has ended, was interrupted or is closed; not if nothing was asked of it.
+    """
+
+    def __init__(self, continuation: Continuation, steps: Iterator[Step], after: Callable[[], object] | None = None):
         self.completion = continuation.completion
-        self._pieces = _pieces(continuation, steps)
+        self._pieces = _pieces(continuation, steps, after)
 
     def __next__(self) -> str:
         return next(self._pieces)
 
+    def close(self) -> None:
+        """Make no more of it."""
+        self._pieces.close()
 
-def _pieces(continuation: Continuation, steps: Iterator[Step]) -> Iterator[str]:
-    for step in steps:
-        if text := continuation.push(step):
+
+def _pieces(
+    continuation: Continuation, steps: Iterator[Step], after: Callable[[], object] | None
+) -> Generator[str, None, None]:
+    try:
+        for step in steps:
+            if text := continuation.push(step):
+                yield text
+            if continuation.ended:
+                return
+        if text := continuation.end():
             yield text
-        if continuation.ended:
-            return
-    if text := continuation.end():
-        yield text
+    finally:
+        if after:
+            after()
 
 
 class _Options(TypedDict, total=False):

@@ -31,6 +31,8 @@ def run(folder: Path) -> str:
     logprobs: list[npllama.TokenLogprobs] | None = completion.logprobs
     texts: list[str] = [done.text for done in npllama.complete(model, ["one", "two"], temperature=0.5, seed=3)]
     pieces: list[str] = list(npllama.complete(model, ids, stop=texts, logprobs=len(logprobs or []), stream=True))
+    chat = npllama.Conversation(model, "Be brief.", sampling=sampling)
+    pieces += [chat.say("Hello"), *chat.stream("And now?"), chat.messages[-1]["content"]]
     made: list[int] = list(npllama.generate(model, np.array(ids), max_tokens=len(pieces) + len(top) + len(ended) + len(logits)))
     return tokenizer.decode(made)
 

@@ -59,6 +59,7 @@ ORDER = [
     "generation",
     "text.batching",
     "text.completion",
+    "text.conversation",
     "text",
     "golden.precision",
     "golden.trace",
