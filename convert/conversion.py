@@ -306,6 +306,21 @@ def recommended(where: object, values: Mapping[str, object], report: Report) -> 
     return {key: value for key, value in values.items() if not checkpoint.setting_fault(key, value)}
 
 
+@dataclass(frozen=True)
+class TokenizerChoice:
+    """Which tokenizer a model gets: the source's own, another file, or none."""
+
+    file: Path | None = None
+    leave_out: bool = False
+
+    def of(self, own: Path | None) -> Path | None:
+        """Return the file to take, given the source's own."""
+        return None if self.leave_out else self.file or own
+
+
+OWN = TokenizerChoice()
+
+
 def add_tokenizer(source: Source, file: Path, report: Report) -> Tokenizer | None:
     """Add a tokenizer's file and those that belong to it, and return the tokenizer; None where its package is missing."""
     with open(file, "rb") as opened:

@@ -24,9 +24,12 @@ from npllama.errors import shown
 from npllama.ops import rope_frequencies
 
 from .conversion import (
+    OWN,
     Report,
     Source,
     Tensor,
+    TokenizerChoice,
+    add_tokenizer,
     check_tokenizer,
     head_sizes,
     llama3_scaling,
@@ -67,7 +70,7 @@ NAMES = {
 FOREIGN_KEY = re.compile(r"llama\.(.*expert.*|attention\.scale|.*_scale|.*softcapping|use_parallel_residual)")
 
 
-def read(src: Path, report: Report) -> Source:
+def read(src: Path, report: Report, choice: TokenizerChoice = OWN) -> Source:
     """Open a .gguf file, one of the files it is split into, or a folder with one model in it.
 
     Raises CheckpointError, a ValueError, with one line.
@@ -87,7 +90,11 @@ def read(src: Path, report: Report) -> Source:
     tensors.pop("rope_freqs.weight", None)
     config, tensors = tie(config, match(files[0], config, NAMES, tensors, report), report)
     source = Source("gguf", config, tensors, files, generation=_sampling(files[0], metadata, report))
-    _add_tokenizer(source, metadata, report)
+    if choice.file:
+        loaded = add_tokenizer(source, choice.file, report)
+        add_templates(source, templates_of_gguf(metadata), loaded, choice.file.parent, report)
+    elif not choice.leave_out:
+        _add_tokenizer(source, metadata, report)
     return source
 
 
@@ -180,7 +187,7 @@ def _add_tokenizer(source: Source, metadata: Mapping[str, object], report: Repor
         return
     values = {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in metadata.items()}
     tokens = values.get("tokenizer.ggml.tokens")
-    for key in [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]:
+    for key in [f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos", "eot", "eom")]:
         n = len(tokens) if isinstance(tokens, list) else 0
         id = values.get(key)
         if key in values and n and not (type(id) is int and 0 <= id < n):

@@ -7,6 +7,7 @@ Metadata are plain Python values by their GGUF name: `tokenizer.ggml.model`, `.t
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Mapping
 
@@ -41,19 +42,52 @@ _DEFAULT = _split(
     r"\p{N}+",
     r"[0-9][0-9][0-9]",
 )
+# DeepSeek's letters, of which its published pattern lists the ranges: those of scripts with two cases, as far as it knows them.
+_LETTERS = (
+    "41-5a 61-7a b5 c0-d6 d8-f6 f8-1ba 1bc-1bf 1c4-293 295-2af 370-373 376-377 37b-37d 37f 386 388-38a 38c 38e-3a1 3a3-3f5 "
+    "3f7-481 48a-52f 531-556 10a0-10c5 13a0-13f5 13f8-13fd 1c90-1cba 1cbd-1cbf 1d00-1d2b 1d6b-1d77 1d79-1d9a 1e00-1f15 "
+    "1f18-1f1d 1f20-1f45 1f48-1f4d 1f50-1f57 1f59 1f5b 1f5d 1f5f-1f7d 1f80-1fb4 1fb6-1fbc 1fbe 1fc2-1fc4 1fc6-1fcc 1fd0-1fd3 "
+    "1fd6-1fdb 1fe0-1fec 1ff2-1ff4 1ff6-1ffc 2102 2107 210a-2113 2115 2119-211d 2124 2126 2128 212a-212d 212f-2134 2139 "
+    "213c-213f 2145-2149 214e 2183-2184 2c00-2c7b 2c7e-2ce4 2ceb-2cee 2cf2-2cf3 a640-a66d a680-a69b a722-a76f a771-a787 "
+    "a78b-a78e ab70-abbf fb00-fb06 fb13-fb17 ff21-ff3a ff41-ff5a 10400-1044f 104b0-104d3 104d8-104fb 10c80-10cb2 10cc0-10cf2 "
+    "118a0-118df 1e900-1e943"
+)
+
+
+def _class(ranges: str) -> str:
+    r"""Return hexadecimal ranges as a pattern: "41-5a b5" is [\x{41}-\x{5a}\x{b5}]."""
+    return "[" + re.sub(r"[0-9a-f]+", r"\\x{\g<0>}", ranges).replace(" ", "") + "]"
+
+
+# As llama.cpp splits: the published class of signs has U+3000 too, which llama.cpp takes for a blank before it looks.
+_DEEPSEEK = _split(
+    r"[\r\n]",
+    r"\s?" + _class(_LETTERS) + "+",
+    r"\s?" + _class("21-2f 3a-7e ff01-ff0f ff1a-ff5e 2018-201f 3001-3002") + "+",
+    r"\s+\z",
+    _class("4e00-9fa5 800-4e00 ac00-d7ff") + "+",
+    r"\p{N}+",
+)
+_SEED_CODER = _split(
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 PRE_TOKENIZERS = {
+    "deepseek-llm": _DEEPSEEK,
     "default": _DEFAULT,
+    "falcon3": _LLAMA3,
     "gpt-2": _GPT2,
     "llama-bpe": _LLAMA3,
     "llama-v3": _LLAMA3,
     "llama3": _LLAMA3,
     "refact": _DIGITS,
+    "seed-coder": _SEED_CODER,
+    "smaug-bpe": _LLAMA3,
     "smollm": _DIGITS,
     "starcoder": _DIGITS,
     "tekken": _TEKKEN,
 }
 # These look a whole word up before they merge, and put BOS in front where add_bos_token is left out.
-WHOLE_WORDS = {"llama-bpe", "llama-v3", "llama3", "tekken"}
+WHOLE_WORDS = {"falcon3", "llama-bpe", "llama-v3", "llama3", "tekken"}
 
 
 def tokenizer_file(metadata: Metadata) -> tuple[str, bytes]:
@@ -76,12 +110,14 @@ def tokenizer_config(metadata: Metadata) -> bytes:
     for name in ("bos", "eos", "eot", "eom"):
         if (id := _id(metadata, name, len(tokens))) is not None:
             values[f"{name}_token"] = tokens[id]
+    if metadata.get("tokenizer.ggml.model") == "llama" and (added := _added(metadata, len(tokens))):
+        values["added_tokens_decoder"] = {str(id): {"content": tokens[id], "special": False} for id in added}
     return (json.dumps(values, indent=2) + "\n").encode()
 
 
 def _byte_level(metadata: Metadata) -> bytes:
     """Make a tokenizer.json of byte-level BPE. Special tokens keep their ids by being in the vocabulary."""
-    pre = metadata.get("tokenizer.ggml.pre")
+    pre = metadata.get("tokenizer.ggml.pre", "default")  # files of before April 2024 have none
     if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
         raise ValueError(f"tokenizer.ggml.pre is {pre!r:.60}, expected one of {', '.join(PRE_TOKENIZERS)}")
     tokens = _tokens(metadata)
@@ -144,6 +180,8 @@ def _sentencepiece(metadata: Metadata) -> bytes:
     types = _types(metadata, len(tokens))
     scores = _list(metadata, "scores", float, len(tokens))
     bos, eos = _id_or(1, metadata, "bos", len(tokens)), _id_or(2, metadata, "eos", len(tokens))
+    for id in _added(metadata, len(tokens)):
+        types[id] = UNUSED  # SentencePiece would find them after it has put a blank in front of a text, llama.cpp before
     types[bos] = types[eos] = CONTROL  # SentencePiece knows no others
     if (n := types.count(BYTE)) not in (0, 256):
         raise ValueError(f"tokenizer.ggml.token_type has {n} bytes, expected 256 or none")
@@ -168,6 +206,12 @@ def _sentencepiece(metadata: Metadata) -> bytes:
         _field(5, 1),  # a blank is ▁
     ]
     return b"".join([*pieces, _field(2, b"".join(trainer)), _field(3, b"".join(normalizer))])
+
+
+def _added(metadata: Metadata, n: int) -> list[int]:
+    """Return the tokens that are looked for in a text before the rest of it is split: those that somebody defined."""
+    ends = (_id_or(1, metadata, "bos", n), _id_or(2, metadata, "eos", n))
+    return [id for id, kind in enumerate(_types(metadata, n)) if kind == USER_DEFINED and id not in ends]
 
 
 def _field(number: int, value: int | bytes) -> bytes:

@@ -21,9 +21,11 @@ from npllama.config import Config, ConfigError, LinearRopeScaling, RopeScaling
 
 from . import torch_file
 from .conversion import (
+    OWN,
     Report,
     Source,
     Tensor,
+    TokenizerChoice,
     add_tokenizer,
     head_sizes,
     match,
@@ -63,7 +65,7 @@ TORCHTUNE = re.compile(r"hf_model_(\d{4})_(\d+)\.pt")  # its number and its epoc
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # the first knows the tokens that were added to the second
 
 
-def read(src: Path, report: Report) -> Source:
+def read(src: Path, report: Report, choice: TokenizerChoice = OWN) -> Source:
     """Open the folder of a Llama that transformers saved. Raises CheckpointError, a ValueError, with one line."""
     config_file = src / "config.json"
     values = read_json(config_file)
@@ -96,13 +98,17 @@ def read(src: Path, report: Report) -> Source:
 
     generation, files = read_generation(src, config, report, values)
     source = Source("huggingface", config, tensors, [config_file, *weights], generation=generation)
-    tokenizer = next((src / name for name in TOKENIZERS if (src / name).is_file()), None)
+    tokenizer = choice.of(next((src / name for name in TOKENIZERS if (src / name).is_file()), None))
     if tokenizer:
-        source.tokenizer = {**files}
+        own = src / "generation_config.json"
+        source.tokenizer = {own.name: own, **files} if choice.file and own.is_file() else {**files}
         loaded = add_tokenizer(source, tokenizer, report)
-        named, read_from = templates_of_folder(src, report)
-        source.files += [file for file in read_from if file not in source.files]
-        add_templates(source, named, loaded, src, report)
+        for folder in dict.fromkeys((tokenizer.parent, src)):
+            named, read_from = templates_of_folder(folder, report)
+            source.files += [file for file in read_from if file not in source.files]
+            if named or folder == src:
+                add_templates(source, named, loaded, folder, report)
+                break
     return source
 
 

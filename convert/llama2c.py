@@ -23,7 +23,7 @@ from npllama.config import Config, ConfigError, n_parameters, parameter_shapes
 from npllama.errors import shown
 
 from . import meta, torch_file
-from .conversion import Report, Source, Tensor, add_tokenizer, tie
+from .conversion import OWN, Report, Source, Tensor, TokenizerChoice, add_tokenizer, tie
 
 HEADER = struct.Struct("<7i")
 NEWER_HEADER = 256
@@ -33,7 +33,7 @@ PLAUSIBLE_LAYERS = 10_000
 PLAIN = (str, int, float, type(None))
 
 
-def read(src: Path, report: Report) -> Source:
+def read(src: Path, report: Report, choice: TokenizerChoice = OWN) -> Source:
     """Open a .bin or a .pt, detected by content. Raises CheckpointError, a ValueError, with one line."""
     file_size(src, CheckpointError)
     with open(src, "rb") as file:
@@ -44,9 +44,9 @@ def read(src: Path, report: Report) -> Source:
         source = _read_pt(src, report)
     else:
         source = _read_bin(src, start, report)
-    for name in ("tokenizer.model", f"tok{source.config.vocab_size}.model"):
-        if (tokenizer := src.with_name(name)).is_file() and not source.tokenizer:
-            add_tokenizer(source, tokenizer, report)
+    names = ("tokenizer.model", f"tok{source.config.vocab_size}.model")
+    if tokenizer := choice.of(next((src.with_name(name) for name in names if src.with_name(name).is_file()), None)):
+        add_tokenizer(source, tokenizer, report)
     return source
 
 

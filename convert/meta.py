@@ -30,9 +30,11 @@ from . import torch_file
 from .conversion import (
     LLAMA3_CONTEXT,
     NOT_A_PARAMETER,
+    OWN,
     Report,
     Source,
     Tensor,
+    TokenizerChoice,
     add_tokenizer,
     head_sizes,
     llama3_scaling,
@@ -274,7 +276,7 @@ def _check_number_of_shards(params: Mapping[str, object], shards: Sequence[Mappi
 # ------------------------------------------------------------------------------------------------------------------- convert
 
 
-def read(src: str | Path, rope_factor: float | None = None, report: Report = print) -> Source:
+def read(src: str | Path, rope_factor: float | None = None, report: Report = print, choice: TokenizerChoice = OWN) -> Source:
     """Open the folder `src` as Meta ships it, with no weight read yet.
 
     rope_factor  in place of the inferred scaling factor, where params.json says use_scaled_rope
@@ -292,8 +294,8 @@ def read(src: str | Path, rope_factor: float | None = None, report: Report = pri
     except ConfigError as error:
         raise CheckpointError(f"{params_file}: {error}") from None
     source = Source("meta", config, tensors, [*files, params_file], generation=read_generation(folder, config, report)[0])
-    if tokenizer := _find_tokenizer(folder):
-        if tokenizer.parent != folder:
+    if tokenizer := choice.of(_find_tokenizer(folder)):
+        if tokenizer.parent != folder and not choice.file:
             report(f"{tokenizer.name}: that of the folder above")
         source.generation["chat_format"] = chat_format(config, add_tokenizer(source, tokenizer, report))
     return source

@@ -9,7 +9,7 @@ from npllama.checkpoint import CheckpointError, read_json
 from npllama.checkpoint.foreign import file_size
 
 from . import gguf, hub, huggingface, llama2c, meta
-from .conversion import Report, Source, check_dtype, write
+from .conversion import OWN, Report, Source, TokenizerChoice, check_dtype, write
 
 EXPECTED = "a folder of Meta's or Hugging Face's, a GGUF file, a .bin or .pt of llama2.c, or hf:owner/name"
 
@@ -21,6 +21,8 @@ def convert(
     rope_factor: float | None = None,
     force: bool = False,
     report: Report = print,
+    tokenizer: str | Path | None = None,
+    no_tokenizer: bool = False,
 ) -> None:
     """Write the model directory `dst` from a checkpoint of any kind.
 
@@ -29,19 +31,24 @@ def convert(
     rope_factor  in place of the inferred scaling factor, where Meta's params.json says use_scaled_rope
     force        replace `dst` if it is a model directory
     report       gets a line for everything inferred, left out or chosen
+    tokenizer    a tokenizer.model or tokenizer.json, with the files next to it that belong to it, in place of the source's
+    no_tokenizer leave it out: the model takes and gives ids
 
     Raises ValueError (CheckpointError, ConfigError, TokenizerError) with one line; nothing is left behind.
     """
     check_dtype(dtype)
     checkpoint.check_free(dst, force)
-    write(read(src, rope_factor, report), dst, dtype, force, report)
+    choice = TokenizerChoice(None if tokenizer is None else Path(tokenizer), no_tokenizer)
+    if choice.file:
+        file_size(choice.file, CheckpointError)  # raises for what is no file
+    write(read(src, rope_factor, report, choice), dst, dtype, force, report)
 
 
-def read(src: str | Path, rope_factor: float | None = None, report: Report = print) -> Source:
+def read(src: str | Path, rope_factor: float | None = None, report: Report = print, choice: TokenizerChoice = OWN) -> Source:
     """Open a checkpoint of any kind, with no weight read yet."""
     if str(src).startswith(hub.PREFIX):
         folder, about = hub.download(str(src), report)
-        source = read(folder, rope_factor, report)
+        source = read(folder, rope_factor, report, choice)
         source.about |= about
         return source
     src = Path(src)
@@ -49,10 +56,10 @@ def read(src: str | Path, rope_factor: float | None = None, report: Report = pri
         raise CheckpointError(f"{src}: not found, expected {EXPECTED}")
     kind = _kind_of_folder(src) if src.is_dir() else _kind_of_file(src)
     if kind == "meta":
-        return meta.read(src, rope_factor, report)
+        return meta.read(src, rope_factor, report, choice)
     if rope_factor is not None:
         raise CheckpointError(f"{src}: a rope factor is given, but only Meta's params.json leaves it out")
-    return {"huggingface": huggingface.read, "gguf": gguf.read, "llama2.c": llama2c.read}[kind](src, report)
+    return {"huggingface": huggingface.read, "gguf": gguf.read, "llama2.c": llama2c.read}[kind](src, report, choice)
 
 
 def _kind_of_folder(src: Path) -> str:

@@ -26,6 +26,9 @@ def add_parser(commands: Commands) -> None:
         metavar="X",
         help="scaled RoPE's factor, where the one inferred for Meta's params.json is wrong",
     )
+    tokenizer = p.add_mutually_exclusive_group()
+    tokenizer.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.model or tokenizer.json, in place of SRC's own")
+    tokenizer.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer out: ids in, ids out")
     p.add_argument("--force", action="store_true", help="replace DST if it is a model directory")
 
 
@@ -33,4 +36,12 @@ def run(args: argparse.Namespace) -> None:
     """Convert a checkpoint; what was inferred is printed."""
     from npllama_convert import sources
 
-    sources.convert(args.src, args.dst, dtype=args.dtype, rope_factor=args.rope_factor, force=args.force)
+    sources.convert(
+        args.src,
+        args.dst,
+        dtype=args.dtype,
+        rope_factor=args.rope_factor,
+        force=args.force,
+        tokenizer=args.tokenizer,
+        no_tokenizer=args.no_tokenizer,
+    )

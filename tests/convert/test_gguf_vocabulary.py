@@ -38,7 +38,7 @@ def test_a_byte_level_vocabulary(source: str, pre: str, request: pytest.FixtureR
         assert found.decode(found.encode(text, special=True)) == as_unicode(text)
 
 
-@pytest.mark.parametrize("pre", sorted(set(PRE_TOKENIZERS) - {"tekken"}))  # whose pattern is written another way there
+@pytest.mark.parametrize("pre", sorted(set(PRE_TOKENIZERS) - {"tekken", "deepseek-llm"}))  # written another way there
 def test_texts_are_split_as_llama_cpp_splits_them(pre: str, tiny_chatml_file: Path, tmp_path: Path) -> None:
     regex = pytest.importorskip("regex", reason="regex is not installed")  # tiktoken itself depends on it
     import tokenizers
@@ -46,12 +46,14 @@ def test_texts_are_split_as_llama_cpp_splits_them(pre: str, tiny_chatml_file: Pa
     gpt2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
     capitals = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
     llama3 = capitals + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    seed = capitals + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+"
     # llama.cpp, src/llama-vocab.cpp: each pattern splits what those before it left, matches and what is between them.
     patterns = {
         "gpt-2": [gpt2],
         "default": [r"[\p{P}\$\+<=>\^~\|]+", gpt2, r"\p{N}+", "[0-9][0-9][0-9]"],
         **{name: [r"\p{N}", gpt2] for name in ("smollm", "refact", "starcoder")},
-        **{name: [llama3] for name in ("llama-bpe", "llama-v3", "llama3")},
+        **{name: [llama3] for name in ("llama-bpe", "llama-v3", "llama3", "falcon3", "smaug-bpe")},
+        "seed-coder": [seed],
     }[pre]
 
     library = tokenizers.Tokenizer.from_file(str(write(metadata_of_json(tiny_chatml_file, pre), tmp_path)))
@@ -147,8 +149,8 @@ def test_added_tokens_of_a_sentencepiece_vocabulary(tiny_sentencepiece_file: Pat
     [
         ({"model": "bert"}, "tokenizer.ggml.model is 'bert', expected gpt2 or llama"),
         ({"model": None}, "tokenizer.ggml.model is None, expected gpt2 or llama"),
-        ({"pre": "deepseek-llm"}, "tokenizer.ggml.pre is 'deepseek-llm', expected one of default, gpt-2"),
-        ({"pre": None}, "tokenizer.ggml.pre is None, expected one of default"),
+        ({"pre": "viking"}, "tokenizer.ggml.pre is 'viking', expected one of deepseek-llm, default, falcon3, gpt-2"),
+        ({"pre": None}, "tokenizer.ggml.pre is None, expected one of deepseek-llm"),
         ({"pre": ["smollm"]}, "tokenizer.ggml.pre is"),
         ({"tokens": None}, "tokenizer.ggml.tokens is None, expected a list of str"),
         ({"tokens": []}, r"tokenizer.ggml.tokens is \[\], expected a list of str"),

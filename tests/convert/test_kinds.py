@@ -370,3 +370,31 @@ def test_version_1_of_llama2c(tmp_path, tied):
     ):
         path.write_bytes(content)
         refused(path, tmp_path / "n", expected)
+
+
+# ------------------------------------------------------------------------------------------------------ another tokenizer, none
+
+
+def test_another_tokenizer_or_none(tmp_path, tiny_llama2_json_file, tiny_sentencepiece_file, tiny_chatml_file):
+    config = tiny.config(n_layers=1, vocab_size=330)
+    params = tiny.random_params(config, seed=5)
+    above = tmp_path / "other"
+    above.mkdir()
+    shutil.copy(tiny_llama2_json_file, above / "its.json")
+    hf = write(tmp_path / "hf", 330, tiny_sentencepiece_file)
+    (hf / "generation_config.json").write_text('{"eos_token_id": [2, 9]}')
+    meta = write_consolidated(tmp_path / "meta", config, params, max_seq_len=64)
+    (meta / "tokenizer.model").write_text("damaged")
+    gguf = foreign.write_gguf(tmp_path / "x.gguf", config, params, tokenizer__ggml__model="llama")
+    llama2c = foreign.write_llama2c(tmp_path / "x.bin", config, params)
+    for i, src in enumerate((hf, meta, gguf, llama2c)):
+        convert(src, tmp_path / f"other{i}", tokenizer=above / "its.json")
+        tokenizer = open_model(tmp_path / f"other{i}").tokenizer
+        assert type(tokenizer).__name__ == "HuggingFaceTokenizer"
+        assert tokenizer.stop_ids == ({2, 9} if src == hf else {2})
+        assert "no tokenizer: the model takes and gives token ids only" in convert(
+            src, tmp_path / f"none{i}", no_tokenizer=True
+        )
+        assert open_model(tmp_path / f"none{i}").tokenizer is None
+        refused(src, tmp_path / "m", "nowhere is missing$", tokenizer=tmp_path / "nowhere")
+        refused(src, tmp_path / "m", "is it another model's", tokenizer=tiny_chatml_file)

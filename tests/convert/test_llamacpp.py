@@ -180,3 +180,28 @@ def test_smollm2_in_float32(smollm2: Path, smollm2_metadata: dict[str, object], 
     with LlamaCpp(path) as judge:
         assert_continues_as_ours(judge, model.config, model.params, prompt, 24, n_probs=100, atol=5e-4)
     path.unlink()  # half a gigabyte
+
+
+def test_no_pre_tokenizer_is_the_default_one(tiny_chatml_file: Path, tmp_path: Path) -> None:
+    metadata = metadata_of_json(tiny_chatml_file, "default")
+    del metadata["tokenizer.ggml.pre"]
+    with ours_and_theirs(metadata, tmp_path) as (tokenizer, judge):
+        assert differing(tokenizer, judge.tokenize, texts=CORPUS[::20]) == []
+
+
+@pytest.mark.parametrize("kind", [3, 4])
+def test_tokens_added_to_a_sentencepiece_vocabulary(kind: int, tiny_sentencepiece_file: Path, tmp_path: Path) -> None:
+    """A ChatML fine-tune on LLaMA's vocabulary: its tokens are control tokens, or defined by the user."""
+    metadata = metadata_of_sentencepiece(tiny_sentencepiece_file, eos_token_id=330)
+    added = ["<|im_end|>", "<|im_start|>", "<tool>", "<tools>"]
+    metadata["tokenizer.ggml.tokens"] += added
+    metadata["tokenizer.ggml.scores"] += [-1000.0] * len(added)
+    metadata["tokenizer.ggml.token_type"] += [kind] * len(added)
+    texts = ["<|im_start|>user\nOnce upon<|im_end|>\n", "Once <tool> upon<tools>a  <tool>", "<tools>", " a<|im_end|> b ", ""]
+    with ours_and_theirs(metadata, tmp_path) as (tokenizer, judge):
+        for text in texts:
+            assert tokenizer.encode(text, special=True) == judge.tokenize_special(text)
+        for text in texts[1:3]:  # without ChatML's tokens, whose spelling is text to us whatever their kind
+            assert tokenizer.encode(text) == judge.tokenize(text)
+        assert tokenizer.special_tokens.keys() >= {"<|im_start|>", "<|im_end|>"}
+        assert tokenizer.stop_ids == {330}
