@@ -95,6 +95,18 @@ def test_each_group_of_short_rows_is_one_block():
             assert type(params[names[0]]) is np.ndarray
 
 
+@pytest.mark.parametrize("short_row", [24, 25])
+@pytest.mark.parametrize("ffn_dim", [11, 12])
+def test_rows_that_are_short_and_no_longer_than_the_columns_are_transposed(short_row, ffn_dim, monkeypatch):
+    """Columns of a group count together: those of wq, wk and wv are 12 numbers long, of w1 and w3 22 or 24."""
+    config = tiny.config(dim=24, n_heads=1, n_kv_heads=1, head_dim=4, ffn_dim=ffn_dim, vocab_size=50, tied_embeddings=False)
+    monkeypatch.setattr(layout, "SHORT_ROW", short_row)
+    dense = layout.in_memory(random_params(config, seed=1), config, np.float32)
+    found = {name.split(".")[-2] for name, x in dense.items() if x.ndim == 2 and x.strides[0] < x.strides[1]}
+    of_24 = ({"output"} | ({"w1", "w3"} if ffn_dim == 12 else set())) if short_row > 24 else set()
+    assert found == {"wo", "w2"} | of_24
+
+
 @pytest.mark.parametrize("short_row", [8, 1 << 20])
 def test_weights_are_filled_in_as_many_rows_at_once_as_a_tile_holds(short_row, monkeypatch):
     rows_at_once, form_of = [], layout.form_of

@@ -10,6 +10,7 @@ import pytest
 
 from npllama import ops
 from npllama.engine import fast, linear, threads
+from npllama.engine.weights import Shard, form_of
 from npllama.scope import Scope
 
 from tiny import byte_swapped, relative_error, uniform
@@ -95,6 +96,14 @@ def test_float16_activations_are_widened(storage, dtype, rows):
     y = linear.linear(x, weight)
     np.testing.assert_array_equal(y, linear.linear(x.astype(np.float32), weight))
     assert y.dtype == linear.widen(weight).dtype
+
+
+@pytest.mark.parametrize("storage", PACK)
+def test_a_shard_joins_the_products_of_its_part(storage):
+    x, weight = uniform(5, (3, 2, 48)), PACK[storage](uniform(6, (40, 48)))
+    whole = linear.linear(x, weight)
+    shard = Shard(form_of(weight).rows(slice(0, 10)), lambda y: np.concatenate([y, whole[..., 10:]], axis=-1))
+    np.testing.assert_allclose(linear.linear(x, shard), whole, rtol=1e-6)
 
 
 @pytest.mark.parametrize("storage", ["bfloat16", "float16"])
