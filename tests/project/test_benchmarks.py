@@ -18,7 +18,7 @@ from system import ROOT
 from tiny import CONFIGS, random_params, random_tokens, relative_error
 
 sys.path.append(str(ROOT))
-from benchmarks import models, naive, storage
+from benchmarks import models, naive, scale, storage
 from benchmarks.__main__ import table
 from benchmarks.processes import Ask, Worker, alternate
 from benchmarks.rows import Line, of_all_layers
@@ -145,3 +145,19 @@ def test_tied_models_have_no_output_matrix(tmp_path):
     model = open_model(path)
     assert "output.weight" not in model.params
     assert model.params["tok_embeddings.weight"].dtype == np.uint16  # no embedding is int8
+
+
+def test_the_table_of_several_machines_is_the_script_s():
+    document = scale.DOCUMENT.read_text(encoding="utf-8")
+    assert scale.BEGIN + "\n" + scale.table() + "\n" + scale.END in document
+
+
+@pytest.mark.parametrize("name", scale.MODELS)
+def test_the_ranks_together_have_every_weight(name):
+    """Where no key/value head is copied; the embedding is looked up."""
+    config = scale.MODELS[name]
+    expected = npllama.n_parameters(config) - config.vocab_size * config.dim
+    norms = (2 * config.n_layers + 1) * config.dim
+    for ranks in (1, 2, 8):
+        assert sum(scale.weights_of(config, ranks)) == expected + (ranks - 1) * norms
+    assert sum(scale.weights_of(config, 16)) > expected + 15 * norms, "two ranks have each key/value head"
