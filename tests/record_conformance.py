@@ -33,7 +33,7 @@ def main() -> None:
         if chosen and not path.startswith(chosen) and path in before:
             found[path] = before[path]
             continue
-        key = model_at(case.constants["path"]).name if "path" in case.constants else path
+        key = model_at(case.constants["path"]).name if case.operation.name == "forward_file" else path
         if key not in of_model:  # a model is the same in each form
             of_model[key] = measure(case)
         measured = of_model[key]

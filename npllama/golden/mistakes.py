@@ -24,6 +24,7 @@ from ..cache import KVCache
 from ..config import Config, LinearRopeScaling, RopeScaling
 from ..engine import linear
 from ..engine.linear import Weight, widen
+from ..sampling import Sampling, probabilities
 from ..scope import Array, Ops, Params, Tap
 from .precision import ROUND, LazyParams, Precision, Round, round_bfloat16, round_float16
 
@@ -382,6 +383,14 @@ def _beyond(p: Array, top_p: float) -> Array:
 
 def _sampled(cut: Callable[[Array, float], Array]) -> Callable[[Array, float, float], Array]:
     return lambda x, t, top_p: _chosen(ops.softmax(x / t), top_p, cut)
+
+
+def _filtered(logits: Array, temperature: float, top_k: int, top_p: float, min_p: float) -> Array:
+    return probabilities(logits, Sampling(temperature, top_k=top_k, top_p=top_p, min_p=min_p))
+
+
+def _at_least(p: Array, least: float) -> Array:
+    return _normalised(np.where(p < least, 0.0, p))
 
 
 def _write(store: Array, at: int, new: Array) -> None:
@@ -824,6 +833,46 @@ _LIST = (
             lambda x, t, top_p: ops.softmax(x / t)),
         ("sampling_overflow", "exp overflows at large logits: subtract their maximum first, as in softmax",
             lambda x, t, top_p: _chosen(_normalised(np.exp(x / t)), top_p, _beyond)),
+    ),
+    # ----- outside of a pass: what a config states
+    *(
+        Mistake(name, sentence, outside={"resolve_config": wrong})
+        for name, sentence, wrong in (
+            ("config_eps", "the config's eps is not read: 1e-6 is a default of the program, rms_norm_eps says what it is",
+                lambda config: replace(config, norm_eps=1e-6)),
+            ("config_eps_1e_5", "the config's eps is not read: 1e-5 is a default of the program, LLaMA 1 has 1e-6",
+                lambda config: replace(config, norm_eps=1e-5)),
+            ("config_theta", "the config's θ is not read: 10000 is a default; transformers 5 writes it into rope_parameters",
+                lambda config: replace(config, rope_theta=10000.0)),
+            ("config_scaling", "the config's scaling is not read: transformers 5 has it in rope_parameters, GGUF as a tensor",
+                lambda config: replace(config, rope_scaling=None)),
+            ("config_factor", "the scale factor is 8 whatever is stated: Llama 3.1 has that, Llama 3.2 has 32",
+                lambda config: _scaling(config, factor=8.0)),
+            ("config_kv_heads", "the number of key heads is not read: it is that of the query heads only where it isn't stated",
+                lambda config: replace(config, n_kv_heads=config.n_heads)),
+            ("config_head_dim", "head_dim is not read: it is dim / n_heads only where it isn't stated",
+                lambda config: replace(config, head_dim=config.dim // config.n_heads)),
+            ("config_tied", "whether the embeddings are tied is not read: it is no by default, and Llama 3.2's are",
+                lambda config: replace(config, tied_embeddings=False)),
+            ("config_ffn_dim", "ffn_dim is 8/3 · dim without ffn_dim_multiplier, which multiplies before it is rounded up",
+                lambda config: replace(config, ffn_dim=256 * -(-(8 * config.dim // 3) // 256))),
+        )
+    ),
+    # ----- outside of a pass: filters of sampling
+    *(
+        Mistake(name, sentence, outside={"probabilities": wrong})
+        for name, sentence, wrong in (
+            ("top_k_not_applied", "top_k has no effect: keep that many of the most likely tokens",
+                lambda x, t, k, top_p, min_p: _filtered(x, t, 0, top_p, min_p)),
+            ("top_k_one_more", "top_k keeps one token too many",
+                lambda x, t, k, top_p, min_p: _filtered(x, t, k + (k > 0), top_p, min_p)),
+            ("min_p_absolute", "min_p is taken as a probability: it is a share of the largest probability",
+                lambda x, t, k, top_p, min_p: _at_least(_filtered(x, t, k, top_p, 0.0), min_p)),
+            ("min_p_not_applied", "min_p has no effect: drop what is less than min_p times as likely as the likeliest token",
+                lambda x, t, k, top_p, min_p: _filtered(x, t, k, top_p, 0.0)),
+            ("greedy_at_0", "a temperature of 0 divides by zero: all of the probability belongs to the largest logit",
+                lambda x, t, k, top_p, min_p: ops.softmax(x / t) if t == 0 else _filtered(x, t, k, top_p, min_p)),
+        )
     ),
     # ----- outside of a pass: how numbers are stored
     *(

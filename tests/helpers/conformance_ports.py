@@ -12,9 +12,12 @@ from typing import Any
 import numpy as np
 
 from npllama import Config, KVCache, model, ops
+from npllama.checkpoint.foreign import read_json
 from npllama.engine.weights import Int8, widen
+from npllama.golden.conformance.config_files import constants_of
 from npllama.golden.conformance.operations import scaling_of
 from npllama.golden.precision import Precision, profile, round_bfloat16, round_float16
+from npllama.sampling import Sampling, probabilities
 from npllama.scope import Scope
 from npllama_convert import gguf, huggingface, meta
 
@@ -50,6 +53,8 @@ def npllama_functions(name: str) -> Functions:
         "attention_heads": lambda weights, values: r(o.attention_heads(weights, values)),
         "round_bfloat16": round_bfloat16,
         "round_float16": round_float16,
+        "resolve_config": resolve_config,
+        "probabilities": filtered,
     }
     functions |= _whole_functions(precision)
     if precision.name != "float64":  # in which packed weights are not computed
@@ -113,6 +118,27 @@ def _whole_functions(precision: Precision) -> Functions:
 
     made = (attention, feed_forward, block, forward, forward_at, forward_file, forward_passes)
     return {function.__name__: function for function in made}
+
+
+def resolve_config(path: str) -> np.ndarray:
+    """The converter's readings of the files that state constants."""
+
+    def silent(line: str) -> None:
+        pass
+
+    if path.endswith(".gguf"):
+        metadata, tensors = gguf.open_file(Path(path))
+        return constants_of(gguf.resolve(metadata, tensors, silent))
+    values = read_json(Path(path), ValueError)
+    if path.endswith("params.json"):
+        vocab_size = 32000 if values["vocab_size"] == -1 else None
+        return constants_of(meta.resolve(values, vocab_size=vocab_size, report=silent))
+    return constants_of(huggingface.resolve(values, bool(values["tie_word_embeddings"]), silent))
+
+
+def filtered(logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float) -> np.ndarray:
+    """The distribution that npllama draws from."""
+    return probabilities(logits, Sampling(temperature, top_k=top_k, top_p=top_p, min_p=min_p))
 
 
 def torch_functions(torch: Any) -> Functions:

@@ -82,6 +82,7 @@ ORDER = [
     "golden.conformance.arrays",
     "golden.conformance.models",
     "golden.conformance.model_files",
+    "golden.conformance.config_files",
     "golden.conformance.operations",
     "golden.conformance.cases",
     "golden.conformance.judging",

@@ -3,6 +3,9 @@
 | file | what it does |
 |---|---|
 | numbers.py | inputs that are the same bytes on every machine |
+| arrays.py | arrays as bytes |
+| models.py, model_files.py | the tiny models, and their files for loaders |
+| config_files.py | files that state constants |
 | operations.py | what a port's functions are called, take and return |
 | cases.py | the cases: inputs that tell right from wrong |
 | judging.py | one array held against the expected one |
@@ -12,7 +15,7 @@
 | report.py | the verdict as text, JSON or a page |
 """
 
-from .grading import Report, check, run, run_functions
+from .grading import Report, check, checks, run, run_functions
 from .suite import export
 
-__all__ = ["Report", "check", "export", "run", "run_functions"]
+__all__ = ["Report", "check", "checks", "export", "run", "run_functions"]

@@ -16,11 +16,21 @@ from typing import Any
 import numpy as np
 
 from ...cache import PADDING
-from .model_files import forms_of, path_of
+from .config_files import config_files
+from .model_files import files_of, forms_of, model_at, path_of
 from .models import GROUPED, MODELS, SCALING, params_of
 from .numbers import Floats, Integers
 from .operations import BEYOND, L1, OPERATIONS, Operation, Outputs, Program
 
+# A profile of the suite, and the precisions that a port of it may follow.
+PROFILES: dict[str, tuple[str, ...]] = {
+    "float64": ("float64",),
+    "float32": ("float32",),
+    "bfloat16": ("bfloat16", "bfloat16-hf"),
+    "float16": ("float16", "float16-hf"),
+    "float16-cache": ("float16-cache",),
+    "int8-activations": tuple(f"int8-activations{size}{more}" for size in ("", "-256") for more in ("", "+float16-cache")),
+}
 T, D, F, H, G, K = 5, 80, 48, 6, 2, 16
 ALL: tuple[str, ...] = ()
 
@@ -61,6 +71,14 @@ class Case:
     def run(self, program: Program) -> Outputs:
         """Compute it, with a program that may be wrong."""
         return self.operation.run(program, self.arguments)
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        """The files that its argument `path` names, by their paths in the suite."""
+        path = self.arguments.get("path", "")
+        if path in config_files():
+            return {path: config_files()[path].data}
+        return files_of(model_at(path), next(f for f in FORMS if path_of(model_at(path), f) == path)) if path else {}
 
     def sha256(self) -> str:
         """Return the hash of the inputs: each one's name, type and shape, and its little-endian bytes or its text."""
@@ -373,10 +391,37 @@ def _long() -> Iterator[Case]:
         yield _case("L5", BEYOND["forward_at"], name, purpose, positions=_positions(*LONG), **rows)
 
 
+def _configs() -> Iterator[Case]:
+    for path, file in config_files().items():
+        profiles = tuple(name for name in PROFILES if name != "float64") if path.endswith("gguf") else ALL  # it holds float32
+        yield _case("L0", BEYOND["resolve_config"], path.split("/")[2], file.purpose, *profiles, path=path)
+
+
+def _samplings() -> Iterator[Case]:
+    logits = [0.5, 3.0, 1.25, 2.5, -1.0, 2.0, 0.0, 1.75]
+    for name, purpose, temperature, top_k, top_p, min_p in (
+        ("temperature", "the logits are divided by the temperature", 0.5, 0, 1.0, 0.0),
+        ("hot", "a temperature above 1", 2.0, 0, 1.0, 0.0),
+        ("greedy", "a temperature of 0", 0.0, 0, 1.0, 0.0),
+        ("top_p", "the token that crosses top_p is kept", 1.0, 0, 0.6, 0.0),
+        ("top_p_first", "one token alone has top_p", 0.25, 0, 0.5, 0.0),
+        ("top_p_hot", "the temperature comes before top_p", 2.0, 0, 0.8, 0.0),
+        ("top_k", "the three most likely", 1.0, 3, 1.0, 0.0),
+        ("top_k_top_p", "top_p is a share of what top_k has left", 1.0, 4, 0.7, 0.0),
+        ("min_p", "relative to the most likely token", 1.0, 0, 1.0, 0.3),
+        ("min_p_top_p", "min_p and top_p", 1.5, 0, 0.9, 0.25),
+    ):
+        rows = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        yield _case("L7", BEYOND["probabilities"], name, purpose, logits=np.array(logits, np.float32), **rows)
+    large = np.array([300.0, 340.0, 339.0, 100.0], np.float32)
+    purpose = "logits whose exp is infinite"
+    yield _case("L7", BEYOND["probabilities"], "large", purpose, logits=large, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
+
+
 @functools.cache
 def cases() -> dict[str, Case]:
     """Return every case by its path, in the order of the levels."""
     made = [case for level in (_linears, _norms, _softmaxes, _ropes, _attentions, _roundings) for case in level()]
-    made += [case for level in (_blocks, _models, _caches, _long) for case in level()]
+    made += [case for level in (_configs, _blocks, _models, _caches, _long, _samplings) for case in level()]
     made.sort(key=lambda case: (case.level, [*OPERATIONS].index(case.operation.name)))
     return {case.path: case for case in made}

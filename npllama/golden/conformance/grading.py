@@ -14,12 +14,11 @@ import numpy as np
 from ...errors import printable, reason, shown
 from ..mistakes import MISTAKES
 from ..precision import profile
-from .cases import Case, cases
+from .cases import PROFILES, Case, cases
+from .config_files import vector_of
 from .judging import problem
-from .measuring import PROFILES
-from .model_files import write_at
-from .operations import DoesNotApply, Outputs, Program
-from .suite import Expected, SuiteError, built_in, read_array, read_suite
+from .operations import OPERATIONS, DoesNotApply, Outputs, Program
+from .suite import Expected, SuiteError, built_in, expected, is_for, read_array, read_suite
 
 MOST_HINTS = 3
 
@@ -132,6 +131,46 @@ def run(file: Path | str, profile: str = "float32", levels: Collection[str] | No
     return report
 
 
+@dataclass(frozen=True)
+class Check:
+    """One case as a test: call it, and it raises ValueError with what is wrong."""
+
+    path: str
+    functions: Mapping[str, Callable[..., Any]]
+    profile: str
+
+    def __str__(self) -> str:
+        return self.path
+
+    def __call__(self) -> None:
+        """Run the case."""
+        case = expected(self.path)
+        result = judged(case, call(self.functions, cases()[self.path], self.profile), self.profile)
+        if result.failed:
+            hints = "".join(f"; hint: {hint}" for hint in result.hints)
+            raise SuiteError(f"{self.path}: {result.problem}; it is there to catch: {case.purpose}{hints}")
+
+
+def checks(
+    functions: Mapping[str, Callable[..., Any]], profile: str = "float32", levels: Collection[str] | None = None
+) -> list[Check]:
+    """Return a check for each case of the operations that are among the functions, for a test suite of one's own.
+
+    @pytest.mark.parametrize("check", checks(vars(mine)), ids=str)
+    def test_conformance(check):
+        check()
+
+    Raises ValueError for an unknown profile, and where there is none to return.
+    """
+    if profile not in PROFILES:
+        raise SuiteError(f"profile is {shown(profile)}, expected {', '.join(PROFILES)}")
+    known = [case for case in cases().values() if case.operation.name in functions and (not levels or case.level in levels)]
+    found = [Check(case.path, functions, profile) for case in known if is_for(case.path, profile)]
+    if not found:
+        raise SuiteError(f"no function is an operation of the suite: expected {', '.join(OPERATIONS)}, or some of these")
+    return found
+
+
 def run_functions(
     port: str, functions: Mapping[str, Callable[..., Any]], profile: str = "float32", levels: Collection[str] | None = None
 ) -> Report:
@@ -148,7 +187,8 @@ def call(functions: Mapping[str, Callable[..., Any]], case: Case, name: str) -> 
         with np.errstate(all="ignore"), tempfile.TemporaryDirectory() as folder:
             arguments = {**case.arguments}
             if "path" in arguments:
-                arguments["path"] = str(write_at(arguments["path"], Path(folder)))
+                _write(case.files, Path(folder))
+                arguments["path"] = str(Path(folder) / arguments["path"])
             found = functions[operation.name](*operation.inputs(arguments, profile(name)))
     except NotImplementedError:
         return None
@@ -156,6 +196,11 @@ def call(functions: Mapping[str, Callable[..., Any]], case: Case, name: str) -> 
         return printable(f"it raised {type(error).__name__}: {reason(error)}")
     if found is None:
         return "it returned nothing: is there a `return`?"
+    if operation.name == "resolve_config" and isinstance(found, Mapping):
+        try:
+            found = vector_of(found)
+        except (AttributeError, TypeError, ValueError) as error:
+            return printable(f"it returned constants that are no numbers: {reason(error)}")
     parts = found if len(operation.outputs) > 1 else (found,)
     if not isinstance(parts, tuple | list) or len(parts) != len(operation.outputs):
         return f"it returned {type(found).__name__}, expected {len(operation.outputs)} arrays: {', '.join(operation.outputs)}"
@@ -164,6 +209,12 @@ def call(functions: Mapping[str, Callable[..., Any]], case: Case, name: str) -> 
     except Exception as error:  # a library's array that NumPy can't read, as torch's bfloat16
         return printable(f"it returned {type(found).__name__}, which is no array to NumPy: {reason(error)}")
     return dict(zip(operation.outputs, arrays, strict=True))
+
+
+def _write(files: Mapping[str, bytes], folder: Path) -> None:
+    for path, data in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(data)
 
 
 def grade(port: str, suite: Iterable[Expected], results_of: Callable[[Expected], Outputs | str | None], profile: str) -> Report:

@@ -26,20 +26,11 @@ from ..compare.metrics import unit_roundoff
 from ..compare.noise import LIMITS
 from ..mistakes import MISTAKES, Mistake
 from ..precision import PARTS, Precision, profile
-from .cases import Case
+from .cases import PROFILES, Case
 from .judging import Tolerance, difference, problem
 from .numbers import words
 from .operations import DoesNotApply, Outputs, Program
 
-# A profile of the suite, and the precisions that a port of it may follow.
-PROFILES: dict[str, tuple[str, ...]] = {
-    "float64": ("float64",),
-    "float32": ("float32",),
-    "bfloat16": ("bfloat16", "bfloat16-hf"),
-    "float16": ("float16", "float16-hf"),
-    "float16-cache": ("float16-cache",),
-    "int8-activations": tuple(f"int8-activations{size}{more}" for size in ("", "-256") for more in ("", "+float16-cache")),
-}
 MARGIN = 2  # times the tolerance: a mistake that is further off than this counts as caught, on any machine
 DRAWS = 4  # of the directions in which the inputs move
 EXACT = Program(Precision("float64"))

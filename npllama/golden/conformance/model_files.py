@@ -92,12 +92,6 @@ def write(model: TinyModel, form: str, folder: Path) -> Path:
     return folder / path_of(model, form)
 
 
-def write_at(path: str, folder: Path) -> Path:
-    """Write the files of a path of the suite below a folder."""
-    model = model_at(path)
-    return write(model, next(form for form in FORMS if path == path_of(model, form)), folder)
-
-
 def as_json(value: object) -> bytes:
     """Return JSON as it is written in the suite."""
     return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()

@@ -20,9 +20,11 @@ from ...config import Config, LinearRopeScaling, RopeScaling
 from ...engine import linear
 from ...engine.weights import Weight, widen
 from ...errors import NpllamaError
+from ...sampling import Sampling, probabilities
 from ...scope import Ops
 from ..mistakes import Mistake, Port, to_halves, to_pairs
 from ..precision import Precision, round_bfloat16, round_float16
+from .config_files import CONSTANTS, config_files, constants_of
 from .model_files import model_at
 
 Arguments = Mapping[str, Any]  # arrays and constants by name
@@ -356,6 +358,30 @@ def _block(p: Program, a: Arguments) -> np.ndarray:
     return p.passes(params, config, [np.arange(T)], positions=a["positions"], activation="layers.0.out")
 
 
+def _resolve_config(p: Program, a: Arguments) -> np.ndarray:
+    file = config_files()[a["path"]]
+    config = file.config
+    if p.mistake is not None:
+        if not p.mistake.applies(config) or p.mistake.at == ("logits",):  # a layer less is no constant that is misread
+            raise DoesNotApply
+        try:
+            config = p.mistake.outside.get("resolve_config", p.mistake.constants)(config)
+        except (TypeError, ValueError) as error:
+            raise DoesNotApply from error
+    return constants_of(config).astype(np.float32 if file.path.endswith("gguf") else np.float64) * file.known
+
+
+def _probabilities(p: Program, a: Arguments) -> np.ndarray:
+    logits, temperature, top_k, top_p, min_p = a["logits"], a["temperature"], a["top_k"], a["top_p"], a["min_p"]
+    if p.mistake is not None and (wrong := p.mistake.outside.get("probabilities")):
+        return wrong(logits, temperature, top_k, top_p, min_p)
+    if p.mistake is not None and p.mistake.sampling is not None:
+        if top_k or min_p or not temperature:
+            raise DoesNotApply
+        return p.mistake.sampling(logits, temperature, top_p)
+    return probabilities(logits, Sampling(temperature, top_k=top_k, top_p=top_p, min_p=min_p))
+
+
 def _forward_file(p: Program, a: Arguments) -> np.ndarray:
     tiny = model_at(a["path"])
     params = {name: x.astype(p.precision.dtype) for name, x in tiny.params.items()}
@@ -368,6 +394,18 @@ def _forward(p: Program, a: Arguments) -> np.ndarray:
     return p.passes(a["params"], Config.from_dict(a["config"]), tokens, a.get("kept", ()), a.get("positions"))
 
 
+RESOLVE_CONFIG = f"""\
+Read a file that states a model's constants: config.json, params.json, or a .gguf file without weights.
+
+Return a vector of {", ".join(CONSTANTS)}.
+In Python a mapping of these names may be returned, with `rope_scaling` null or a mapping. tied_embeddings is 0 or 1. The four
+numbers of a scaling are 0 where there is none; of a linear one the factor alone isn't.        -> [14]"""
+PROBABILITIES = """\
+Return the distribution that the next token is drawn from.
+
+p = softmax(logits / temperature); then top_k keeps the most likely (0: all), top_p the fewest of them that together reach that
+share of what is left, min_p those at least that many times as likely as the likeliest; the rest is 0, and the sum 1 again.
+A temperature of 0 is all for the largest.        logits [V] -> [V]"""
 ATTENTION = """\
 Average the values of the tokens up to each token, weighted by how well its query matches their keys, as a fused kernel does.
 
@@ -405,6 +443,12 @@ Raise NotImplementedError for what your cache can't do.        -> [..., T₁ + T
 BEYOND = {
     operation.name: operation
     for operation in (
+        _of("resolve_config", "path", "constants", _resolve_config, RESOLVE_CONFIG, rounded=False, relative=True),
+        _of(
+            *("probabilities", "logits temperature top_k top_p min_p", "p", _probabilities, PROBABILITIES),
+            rounded=False,
+            relative=True,
+        ),
         _of("attention", "q keys values mask", "heads", _attention, ATTENTION),
         _of("feed_forward", "x w1 w2 w3", "y", _feed_forward, FEED_FORWARD),
         _of("block", "x positions params config", "out", _block, BLOCK),

@@ -27,10 +27,10 @@ from ...engine.weights import widen
 from ...errors import NpllamaError, shown
 from ..mistakes import MISTAKES
 from .arrays import little, npy, safetensors
-from .cases import Case, cases
+from .cases import PROFILES, Case, cases
 from .judging import Tolerance
-from .measuring import PROFILES, Measured, exact
-from .model_files import FORMS, as_json, files_of, model_at, path_of
+from .measuring import Measured, exact
+from .model_files import as_json
 
 FORMAT, VERSION = "npllama conformance 1", 1
 FORMATS = ("raw", "npy", "safetensors")
@@ -80,6 +80,11 @@ def recorded() -> dict[str, Measured]:
     """Return what is recorded of each case."""
     found: Any = parse_json(read_bytes(RECORDED, LONG_LIMIT, SuiteError))["cases"]
     return {path: Measured(_tolerances(entry["tolerances"]), tuple(entry["catches"])) for path, entry in found.items()}
+
+
+def is_for(path: str, profile: str) -> bool:
+    """Tell whether a profile can compute a case, from what is recorded."""
+    return all(profile in tolerances for tolerances in recorded()[path].tolerances.values())
 
 
 def _tolerances(found: Any) -> dict[str, dict[str, Tolerance]]:
@@ -144,9 +149,8 @@ def _files(chosen: list[Case], storage: str) -> Iterator[tuple[str, bytes]]:
             for file, data in _stored(kind, arrays, storage).items():
                 yield f"{case.path}/{file}", data
         yield f"{case.path}/case.json", as_json(_described(case, storage))
-    for path in sorted({case.constants["path"] for case in chosen if "path" in case.constants}):
-        form = next(form for form in FORMS if path == path_of(model_at(path), form))
-        yield from files_of(model_at(path), form).items()
+    for files in {case.arguments["path"]: case.files for case in chosen if "path" in case.arguments}.values():
+        yield from files.items()
     for level in sorted({case.level for case in chosen}):
         lines = [f"{case.path} {case.operation.name}\n" for case in chosen if case.level == level]
         yield f"{level}.txt", "".join(lines).encode()

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from npllama.checkpoint.foreign import read_json
-from npllama.golden.conformance.cases import cases
-from npllama.golden.conformance.measuring import MARGIN, PROFILES, caught, exact, tolerances
+from npllama.golden.conformance.cases import PROFILES, cases
+from npllama.golden.conformance.measuring import MARGIN, caught, exact, tolerances
 from npllama.golden.conformance.numbers import Floats, Integers, words
 from npllama.golden.conformance.suite import RECORDED, recorded
 from npllama.golden.mistakes import MISTAKES

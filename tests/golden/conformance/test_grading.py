@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from npllama.cli import main
-from npllama.golden.conformance import check, run, run_functions
-from npllama.golden.conformance.cases import cases
-from npllama.golden.conformance.measuring import PROFILES
+from npllama.golden.conformance import check, checks, run, run_functions
+from npllama.golden.conformance.cases import PROFILES, cases
+from npllama.golden.conformance.config_files import CONSTANTS
 from npllama.golden.conformance.report import as_dict, page, text
 from npllama.golden.conformance.suite import export
 from npllama.golden.mistakes import MISTAKES
@@ -163,7 +163,7 @@ def test_all_passed_and_its_page():
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("def nothing(): pass", "defines no operation of the suite: expected embed, linear, "),
+        ("def nothing(): pass", "defines no operation of the suite: expected resolve_config, embed, linear, "),
         ("def broken(", "SyntaxError"),
         ("raise RuntimeError('no GPU')", "RuntimeError: no GPU"),
     ],
@@ -222,3 +222,55 @@ def test_a_functions_inputs_are_its_own():
 def test_the_file_is_run_as_a_script_is(tmp_path):
     (tmp_path / "mine.py").write_text(EPS_OUTSIDE + "\nclass Thing: pass\nassert __file__\n")
     assert len(run(tmp_path / "mine.py").failures) == 8
+
+
+def test_checks_are_tests_of_ones_own_suite():
+    functions = npllama_functions("float32") | {"silu": lambda x: x}
+    found = {str(check): check for check in checks({"softmax": functions["softmax"], "silu": functions["silu"]})}
+    assert set(found) == {path for path, case in cases().items() if case.operation.name in ("softmax", "silu")}
+    found["L1/softmax/large"]()
+    with pytest.raises(ValueError, match=r"L1/silu/gate: found .* it is there to catch: the formula; hint: silu is missing"):
+        found["L1/silu/gate"]()
+    with pytest.raises(ValueError, match="no function is an operation of the suite"):
+        checks({"nothing": functions["silu"]})
+    with pytest.raises(ValueError, match="profile is 'int3'"):
+        checks(functions, "int3")
+
+
+@pytest.mark.parametrize("name", ["float64", "float32"])
+def test_our_own_configuration_and_sampling_pass(name):
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    report = run_functions("npllama", npllama_functions(name), name, ["L0", "L7"])
+    assert not report.failures, text(report)
+    assert not report.missing
+
+
+def test_constants_may_be_named():
+    def resolve_config(path):
+        found = npllama_functions("float32")["resolve_config"](path)
+        return dict(zip(CONSTANTS, found, strict=True)) | {"rope_scaling": None}
+
+    report = run_functions("mine", {"resolve_config": resolve_config})
+    assert not report.failures, text(report)
+    report = run_functions("mine", {"resolve_config": lambda path: {"norm_eps": "large"}})
+    assert "it returned constants that are no numbers: could not convert" in report.failures[0].problem
+
+
+@pytest.mark.parametrize(
+    ("change", "hint"),
+    [
+        ({"norm_eps": 1e-6}, "the config's eps is not read"),  # keras-hub 0.32
+        ({"rope_theta": 10000.0, "factor": 0, "low_freq_factor": 0, "high_freq_factor": 0, "original_max_seq_len": 0}, None),
+        ({"factor": 0, "low_freq_factor": 0, "high_freq_factor": 0, "original_max_seq_len": 0}, "RoPE's scaling is missing"),
+    ],
+)
+def test_the_bugs_that_released_packages_have_are_caught(change, hint):
+    """The issue names three: CTranslate2 lost the scaling, keras-hub eps, mlx-lm θ and scaling."""
+
+    def resolve_config(path):
+        found = npllama_functions("float32")["resolve_config"](path)
+        return dict(zip(CONSTANTS, found, strict=True)) | change
+
+    failures = {result.case.path: result for result in run_functions("mine", {"resolve_config": resolve_config}).failures}
+    hints = failures["L0/resolve_config/hf_llama_3_1_new"].hints
+    assert hint is None or any(hint in line for line in hints)

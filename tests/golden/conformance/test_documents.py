@@ -1,0 +1,55 @@
+"""docs/conformance.md is true: its C program passes, and the matrix is what is measured."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from npllama.cli import main
+from npllama.golden.conformance.cases import cases
+from npllama.golden.conformance.suite import recorded
+from npllama.golden.mistakes import MISTAKES
+
+from system import ROOT
+
+PAGE = (ROOT / "docs" / "conformance.md").read_text(encoding="utf-8")
+
+
+def test_the_matrix_is_what_is_recorded():
+    spec = importlib.util.spec_from_file_location("make_conformance", ROOT / "docs" / "make_conformance.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.PAGE.read_text(encoding="utf-8") == module.text(), "run docs/make_conformance.py"
+
+
+def test_the_page_lists_the_levels():
+    rows = re.findall(r"^\| (L\d) \|", PAGE, re.MULTILINE)
+    assert rows == sorted({case.level for case in cases().values()})
+
+
+def test_only_mistakes_that_no_number_shows_are_not_caught():
+    """Each other is, by a case of its own operation at the least."""
+    caught = {name for measured in recorded().values() for name in measured.catches}
+    assert set(MISTAKES) - caught == NOT_CAUGHT, "run tests/record_conformance.py and docs/make_conformance.py"
+
+
+# Such numbers mask as -inf does, and the judge takes them for it.
+NOT_CAUGHT = {"mask_large_number", "mask_lowest_number"}
+
+
+def test_the_program_in_c(quick_conversion, tmp_path, capsys):
+    compiler = shutil.which("cc")
+    if not compiler:
+        pytest.skip("no C compiler is installed")
+    program, vectors, results = (str(tmp_path / name) for name in ("l1", "vectors", "results"))
+    options = ["-O2", "-Wall", "-Wextra", "-Werror"]
+    subprocess.run([compiler, *options, "-o", program, ROOT / "docs" / "conformance.c", "-lm"], check=True)
+    assert main(["conformance", "export", vectors, "--level", "L1"]) == 0
+    subprocess.run([program, vectors, results], check=True)
+    capsys.readouterr()
+    assert main(["conformance", "check", results, "--vectors", vectors, "--level", "L1"]) == 0
+    assert capsys.readouterr().out in PAGE
