@@ -14,7 +14,7 @@ COLOURS = {
     "torch bfloat16": "#D55E00",
     "limit": "#000000",
 }
-MARKERS = {"float32": "o", "bfloat16": "s", "int8": "^"}
+MARKERS = {"float32": "o", "bfloat16": "s", "int8": "^", "int4": "v"}
 
 
 def draw(points: Sequence[dict[str, object]], file: Path) -> None:

@@ -28,6 +28,7 @@ from .worker import PRODUCTS
 OURS, HF, LLAMA_CPP, NAIVE, LIMIT = "npllama", "Hugging Face", "llama.cpp", "naive NumPy", "limit"
 TORCH_BF16, TORCH_AVX512 = "torch bfloat16", "torch bfloat16, AVX-512 without bf16"
 INT8 = "npllama int8"
+INT4 = "npllama int4"
 READ_BYTES = PRODUCTS * LARGE[0] * LARGE[1] * 4  # by the command `bandwidth`
 LOOKUP = 8  # tokens proposed
 
@@ -211,12 +212,13 @@ def llama_3b(bench: Bench) -> list[Line]:
 
 
 def llama_8b(bench: Bench) -> list[Line]:
-    """16-bit and 8-bit storage, memory-mapped and warm, in the shapes of Llama 3 8B: four layers and the output matrix."""
+    """Packed storage, memory-mapped and warm, in the shapes of Llama 3 8B: four layers and the output matrix."""
     shape, n_few, n, prompt = bench.shape(models.LLAMA_8B), 4, 4, 64 if bench.quick else 512
-    bfloat16, int8 = (bench.model(replace(shape, n_layers=n_few), dtype) for dtype in ("bfloat16", "int8"))
+    bfloat16, int8, int4 = (bench.model(replace(shape, n_layers=n_few), dtype) for dtype in ("bfloat16", "int8", "int4"))
     kinds = {
         OURS: ("npllama", bfloat16, "stored"),
         INT8: ("npllama", int8, "stored"),
+        INT4: ("npllama", int4, "stored"),
         TORCH_BF16: ("torch", bfloat16, "stored"),
         TORCH_AVX512: ("torch", bfloat16, "stored"),
         LIMIT: ("limit", bfloat16, "stored"),
@@ -226,19 +228,21 @@ def llama_8b(bench: Bench) -> list[Line]:
         names = [name for name in workers if name != LIMIT]
         square = bench.square()
         asks = [Ask(LIMIT, "bandwidth"), *(Ask(name, command) for name in names for command in (few, one))]
-        asks += [Ask(LIMIT, square, 3), *(Ask(name, long, 3) for name in names if name != INT8)]
+        asks += [Ask(LIMIT, square, 3), *(Ask(name, long, 3) for name in names if name not in (INT8, INT4))]
         found = alternate(workers, asks, bench.rounds(5))
     limit = READ_BYTES / found[LIMIT, "bandwidth"] / models.bytes_per_token(shape, 2)
     rates = {name: n / of_all_layers(found[name, few], found[name, one], n_few, shape.n_layers) for name in names}
-    by_int8 = rates.pop(INT8)
-    names.remove(INT8)
+    narrow = {"int8": rates.pop(INT8), "int4": rates.pop(INT4)}
+    names = list(rates)
     for name, rate in rates.items():
         bench.point("size", "npllama, bfloat16" if name == OURS else name, n_parameters(shape), rate)
-    bench.point("size", "npllama, int8", n_parameters(shape), by_int8)
+    for dtype, rate in narrow.items():
+        bench.point("size", f"npllama, {dtype}", n_parameters(shape), rate)
     bench.point("size", "limit, bfloat16", n_parameters(shape), limit)
     title = f"8B ({shape.n_layers} layers from {n_few})"
     lines = compared("8b", f"decode, bfloat16, {title}", "tokens/s", rates, limit, {TORCH_BF16: 1})
-    lines.append(Line("8b", f"decode, int8, {title}", "tokens/s", by_int8, "npllama bfloat16", rates[OURS], 1.3))
+    for dtype, goal in (("int8", 1.3), ("int4", 0.8)):
+        lines.append(Line("8b", f"decode, {dtype}, {title}", "tokens/s", narrow[dtype], "npllama bfloat16", rates[OURS], goal))
     prefill = {name: prompt / found[name, long] for name in names}
     limit = prompt * sgemm_rate(square, found) / models.prefill_flops(shape, prompt, 1)
     work = f"prefill of {prompt}, bfloat16, 1 layer of 8B"

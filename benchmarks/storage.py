@@ -26,7 +26,7 @@ from npllama.generation import prefill
 from npllama_convert import sources
 from npllama_convert.conversion import Source, Tensor, write
 
-DTYPES = ("float32", "bfloat16", "float16", "int8")
+DTYPES = ("float32", "bfloat16", "float16", "int8", "int4")
 CONTEXT = 512
 PROMPT = 16  # tokens before a decode
 

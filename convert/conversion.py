@@ -66,6 +66,7 @@ class Tensor:
     rows: Callable[[int, int], np.ndarray]  # those from start to stop
     grouping: Grouping | None = None  # how it is quantised, if it is
     quantised: Callable[[int, int], Grouped] | None = None  # and those rows as they are
+    undone: str = ""  # the quantisation that npllama does not store, undone while reading
 
     @classmethod
     def of(cls, array: np.ndarray, order: np.ndarray | None = None) -> Tensor:

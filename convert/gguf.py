@@ -11,8 +11,11 @@ import importlib
 import math
 import re
 import struct
+import sys
 import tempfile
 from collections.abc import Mapping
+from enum import IntEnum
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -88,6 +91,8 @@ def read(src: Path, report: Report, choice: TokenizerChoice = OWN) -> Source:
     except ConfigError as error:
         raise CheckpointError(f"{files[0]}: {error}") from None
     tensors.pop("rope_freqs.weight", None)
+    if undone := sorted({tensor.undone for tensor in tensors.values() if tensor.undone}):
+        report(f"{', '.join(undone)}: not stored as such, dequantised to float32 by the package gguf")
     config, tensors = tie(config, match(files[0], config, NAMES, tensors, report), report)
     source = Source("gguf", config, tensors, files, generation=_sampling(files[0], metadata, report))
     if choice.file:
@@ -321,8 +326,10 @@ def _map(where: str, library: ModuleType, data: np.ndarray, shape: tuple[int, ..
         quantization = library.GGMLQuantizationType(kind)
     except ValueError:
         raise CheckpointError(f"{where} is of the unknown type {kind}, expected F32, F16, BF16, {', '.join(BLOCKS)}") from None
-    if kind not in PLAIN and quantization.name not in BLOCKS:
-        raise CheckpointError(f"{where} is {quantization.name}, expected F32, F16, BF16, {', '.join(BLOCKS)}")
+    if kind not in PLAIN and quantization.name not in BLOCKS and not _can_undo(library, quantization):
+        raise CheckpointError(
+            f"{where} is {quantization.name}, which gguf can't dequantise: expected F32, F16, BF16, {', '.join(BLOCKS)}"
+        )
     block, block_bytes = library.GGML_QUANT_SIZES[quantization]
     if 0 in shape or shape[-1] % block:
         raise CheckpointError(f"{where} is {list(shape)}, expected rows of a multiple of {block} numbers")
@@ -336,7 +343,28 @@ def _map(where: str, library: ModuleType, data: np.ndarray, shape: tuple[int, ..
     if len(shape) != 2:
         raise CheckpointError(f"{where} is {quantization.name} {list(shape)}, expected a matrix")
     by_row, name = raw.reshape(shape[0], row_bytes), quantization.name
+    if name not in BLOCKS:
+        if sys.byteorder == "big":
+            raise CheckpointError(
+                f"{where} is {name}, which the package gguf dequantises on little-endian machines only: convert it on one, the "
+                "model directory is right on any"
+            )
+        rows = partial(_dequantised, library, quantization, by_row)
+        return Tensor(shape, np.dtype(np.float32), rows, undone=name)
     return Tensor.of_grouped(shape, BLOCKS[name][0], lambda start, stop: grouped(name, by_row[start:stop], block_bytes))
+
+
+def _can_undo(library: ModuleType, quantization: IntEnum) -> bool:
+    """Tell whether the library dequantises a kind, by a block of zeros."""
+    try:
+        library.dequantize(np.zeros((1, library.GGML_QUANT_SIZES[quantization][1]), np.uint8), quantization)
+    except (NotImplementedError, KeyError):
+        return False
+    return True
+
+
+def _dequantised(library: ModuleType, quantization: IntEnum, raw: np.ndarray, start: int, stop: int) -> np.ndarray:
+    return np.asarray(library.dequantize(raw[start:stop], quantization), np.float32)
 
 
 def _import_library() -> ModuleType:

@@ -44,6 +44,7 @@ from numpy.typing import ArrayLike
 from .. import model, ops
 from ..cache import KVCache
 from ..config import Config
+from ..engine.grouped import Grouped
 from ..engine.ranks.passes import Spread
 from ..engine.weights import Weight, form_of, to_bfloat16, widen
 from ..scope import Ops, Params, Tap
@@ -222,7 +223,10 @@ class Precision:
         return made
 
     def params(self, params: Params) -> Params:
-        """The parameters in this precision, cast when they are used; packed ones that need no cast stay packed."""
+        """The parameters in this precision, cast when they are used; packed ones that need no cast stay packed.
+
+        Those in groups are widened to the numbers that they stand for, so that a quantised port differs by arithmetic alone.
+        """
         as_they_are = {
             "float32": (np.float32, np.float16, np.uint16, np.int8),
             "bfloat16": (np.uint16,),
@@ -235,7 +239,7 @@ class Precision:
             return params
 
         def cast(weight: Weight) -> Weight:
-            if weight.dtype in as_they_are.get(self.name, (np.float64,)):
+            if not isinstance(weight, Grouped) and weight.dtype in as_they_are.get(self.name, (np.float64,)):
                 return weight
             return self.round(widen(weight))
 

@@ -144,6 +144,23 @@ def test_k_quants_of_random_bits(tmp_path, kind):
         assert np.array_equal(found["blk.0.attn_v.weight"][:3].ravel(), by_hand)
 
 
+@pytest.mark.parametrize("kind", ["IQ4_XS", "IQ2_XXS", "MXFP4", "TQ2_0"])
+def test_what_is_not_in_groups_with_scales_is_dequantised_by_the_library(tmp_path, kind, monkeypatch):
+    quantization = library.GGMLQuantizationType[kind]
+    block, block_bytes = library.GGML_QUANT_SIZES[quantization]
+    params = tiny.random_params(WIDE, seed=5)
+    name, array = "blk.0.attn_v.weight", params["layers.0.attention.wv.weight"]
+    raw = np.random.RandomState(1).randint(0, 40, (len(array), array.shape[1] // block * block_bytes)).astype(np.uint8)
+    src = foreign.write_gguf(tmp_path / "m.gguf", WIDE, params, raw={name: (raw, quantization)})
+    lines = convert(src, tmp_path / "m")
+    assert f"{kind}: not stored as such, dequantised to float32 by the package gguf" in lines
+    expected = library.dequantize(raw, quantization)
+    assert np.ptp(expected) > 0
+    assert_same_bits(open_model(tmp_path / "m").params["layers.0.attention.wv.weight"], expected)
+    monkeypatch.setattr(sys, "byteorder", "big")  # the library reads in the machine's own order
+    refused(src, tmp_path / "big", rf"is {kind}, which the package gguf dequantises on little-endian machines only")
+
+
 def test_a_quantized_model_rounds_to_16_bits_on_demand(tmp_path):
     file = foreign.write_gguf(tmp_path / "m.gguf", CONFIG, PARAMS, "Q8_0")
     convert(file, tmp_path / "wide")
@@ -417,8 +434,8 @@ BAD = {
     "beyond the end": (head(1) + tensor(offset=HUGE) + bytes(1000), "128 bytes at 4,611,686,018,427,387,904, but there are"),
     "a broken block": (head(1) + tensor((33, 2), kind=2) + bytes(1000), r"x is \[2, 33\], expected rows of a multiple of 32"),
     "a type that is not read": (
-        head(1) + tensor((256, 2), kind=23) + bytes(1000),
-        "x is IQ4_XS, expected F32, F16, BF16, Q8_0",
+        head(1) + tensor((256, 2), kind=9) + bytes(1000),
+        "x is Q8_1, which gguf can't dequantise: expected F32, F16, BF16, Q8_0",
     ),
     "a type that is none": (head(1) + tensor((256, 2), kind=999) + bytes(1000), "x is of the unknown type 999, expected F32"),
     "a quantized vector": (head(1) + tensor((32,), kind=2) + bytes(1000), r"x is Q4_0 \[32\], expected a matrix$"),

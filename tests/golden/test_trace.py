@@ -12,6 +12,9 @@ import pytest
 
 from npllama import forward
 from npllama.activations import activation_shapes
+from npllama.checkpoint import load
+from npllama.engine.grouped import INT4, Grouped, Grouping
+from npllama.engine.weights import widen
 from npllama.golden.precision import Precision
 from npllama.golden.trace import (
     Recording,
@@ -26,6 +29,7 @@ from npllama.golden.trace import (
     write_trace,
 )
 
+import quantised
 import tiny
 from system import full_disk
 
@@ -38,6 +42,23 @@ def activations_of(tokens):
     activations = {}
     forward(MODEL.params, CONFIG, tokens, tap=lambda name, x: activations.setdefault(name, x.copy()))
     return activations
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_weights_are_traced_as_the_numbers_that_they_stand_for(tmp_path, bits, precision):
+    """To the bit: what a port with the same weights differs by is its arithmetic."""
+    quantised.write(tmp_path / "m", INT4 if bits == 4 else Grouping(8, 32, "float16"))
+    model = load(tmp_path / "m", "stored")
+    wide = SimpleNamespace(config=model.config, path=None, params={name: widen(x) for name, x in model.params.items()})
+    traces = [
+        write_trace(m, TOKENS, tmp_path / name, steps=2, precision=Precision(precision))
+        for name, m in (("quantised", model), ("wide", wide))
+    ]
+    assert isinstance(model.params["layers.0.attention.wq.weight"], Grouped)
+    assert traces[0].keys() == traces[1].keys()
+    for name, x in traces[1].items():
+        np.testing.assert_array_equal(traces[0][name], x, err_msg=name)
 
 
 # ---------------------------------------------------------------------------------------------------------------- in memory

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +14,7 @@ import pytest
 
 import npllama
 from npllama.checkpoint import STORAGE, demo_path, open_model
+from npllama.cli import main
 
 from system import ROOT
 from tiny import CONFIGS, random_params, random_tokens, relative_error
@@ -38,7 +40,7 @@ def test_naive_baseline_has_our_logits(shape):
 
 
 @pytest.mark.parametrize("sparse", [False, True])
-@pytest.mark.parametrize("dtype", STORAGE)
+@pytest.mark.parametrize("dtype", [*STORAGE, "int4"])
 def test_models_open_and_have_the_values_they_say(dtype, sparse, tmp_path):
     path = models.write(tmp_path / "model", models.TINY, dtype, sparse)
     model = npllama.load(path, "float32")
@@ -161,3 +163,23 @@ def test_the_ranks_together_have_every_weight(name):
     for ranks in (1, 2, 8):
         assert sum(scale.weights_of(config, ranks)) == expected + (ranks - 1) * norms
     assert sum(scale.weights_of(config, 16)) > expected + 15 * norms, "two ranks have each key/value head"
+
+
+def test_an_8b_in_q4_k_m_takes_at_most_six_gigabytes(tmp_path, capsys):
+    """In the shapes of Llama 3 8B, as llama.cpp quantises it; the files are sparse, so that they take no room here."""
+    kinds = models.q4_k_m(models.LLAMA_8B)
+    path = models.write(tmp_path / "model", models.LLAMA_8B, kinds, sparse=True)
+    shapes = npllama.parameter_shapes(models.LLAMA_8B)
+    in_gguf = sum(np.prod(shape) * (4.5 if kinds[name] != models.Q6_K else 6.5625) / 8 for name, shape in shapes.items())
+    assert 4.8e9 < in_gguf < 4.95e9  # the published file has 4.92 GB
+    assert main(["info", str(path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = re.fullmatch(r"8,030,261,248 parameters in 291 tensors, ([\d,]+) bytes, (\d\.\d\d) bits per weight", lines[1])
+    n_bytes = sum(file.stat().st_size for file in path.glob("*.npy"))
+    assert int(found[1].replace(",", "")) == n_bytes <= 6e9
+    assert float(found[2]) == round(n_bytes * 8 / 8_030_261_248, 2)
+    assert (
+        lines[2] == "stored as 4 bits in groups of 32 (193 tensors), 8 bits in groups of 16 (33 tensors), float32 (65 tensors)"
+    )
+    reference = open_model(path).params["tok_embeddings.weight"].rows(np.array([5, 128_255]))
+    assert not reference.widen().any()
