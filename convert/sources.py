@@ -9,6 +9,7 @@ from npllama.checkpoint import CheckpointError, read_json
 from npllama.checkpoint.foreign import file_size
 
 from . import gguf, hub, huggingface, llama2c, meta
+from . import lora as adapters
 from .conversion import OWN, Report, Source, TokenizerChoice, check_dtype, write
 
 EXPECTED = "a folder of Meta's or Hugging Face's, a GGUF file, a .bin or .pt of llama2.c, or hf:owner/name"
@@ -23,6 +24,7 @@ def convert(
     report: Report = print,
     tokenizer: str | Path | None = None,
     no_tokenizer: bool = False,
+    lora: str | Path | None = None,
 ) -> None:
     """Write the model directory `dst` from a checkpoint of any kind.
 
@@ -33,6 +35,7 @@ def convert(
     report       gets a line for everything inferred, left out or chosen
     tokenizer    a tokenizer.model or tokenizer.json, with the files next to it that belong to it, in place of the source's
     no_tokenizer leave it out: the model takes and gives ids
+    lora         the folder of a PEFT adapter, which is merged in
 
     Raises ValueError (CheckpointError, ConfigError, TokenizerError) with one line; nothing is left behind.
     """
@@ -41,7 +44,10 @@ def convert(
     choice = TokenizerChoice(None if tokenizer is None else Path(tokenizer), no_tokenizer)
     if choice.file:
         file_size(choice.file, CheckpointError)  # raises for what is no file
-    write(read(src, rope_factor, report, choice), dst, dtype, force, report)
+    source = read(src, rope_factor, report, choice)
+    if lora is not None:
+        source = adapters.merge(source, Path(lora), report)
+    write(source, dst, dtype, force, report)
 
 
 def read(src: str | Path, rope_factor: float | None = None, report: Report = print, choice: TokenizerChoice = OWN) -> Source:
@@ -67,7 +73,7 @@ def _kind_of_folder(src: Path) -> str:
     if "manifest.json" in names and "npllama_format" in read_json(src / "manifest.json"):
         raise CheckpointError(f"{src} is a model directory already")
     if "adapter_config.json" in names and not _has_whole_weights(src, names):
-        raise CheckpointError(f"{src} holds an adapter (LoRA), expected whole weights")
+        raise CheckpointError(f"{src} holds an adapter (LoRA), expected whole weights: convert its base with --lora {src}")
     if any(name.startswith("consolidated.") and name.endswith(".pth") for name in names):
         return "meta"
     if "params.json" in names and any(meta.WEIGHTS.fullmatch(name) for name in names) and names.isdisjoint(huggingface.WEIGHTS):

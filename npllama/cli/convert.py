@@ -26,6 +26,7 @@ def add_parser(commands: Commands) -> None:
         metavar="X",
         help="scaled RoPE's factor, where the one inferred for Meta's params.json is wrong",
     )
+    p.add_argument("--lora", metavar="DIR", help="merge a PEFT adapter (LoRA) into SRC, its base")
     tokenizer = p.add_mutually_exclusive_group()
     tokenizer.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.model or tokenizer.json, in place of SRC's own")
     tokenizer.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer out: ids in, ids out")
@@ -44,4 +45,5 @@ def run(args: argparse.Namespace) -> None:
         force=args.force,
         tokenizer=args.tokenizer,
         no_tokenizer=args.no_tokenizer,
+        lora=args.lora,
     )

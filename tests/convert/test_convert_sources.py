@@ -126,7 +126,7 @@ def test_what_is_no_source_is_one_line(tmp_path, quick_conversion):
     refused(tmp_path / "model", dst, r"model is a model directory already$")
     (src / "adapter_config.json").write_text("{}")
     (src / "model.safetensors").unlink()
-    refused(src, dst, r"src holds an adapter \(LoRA\), expected whole weights$")
+    refused(src, dst, r"src holds an adapter \(LoRA\), expected whole weights: convert its base with --lora")
     (tmp_path / "bare").mkdir()
     refused(tmp_path / "bare", dst, r"bare holds no checkpoint: expected a folder of Meta's")
 
