@@ -70,7 +70,11 @@ class Renderer:
         """
         request = marshal.dumps((template, dict(variables), (now or datetime.now()).isoformat(), self.seconds + 1))
         with self._lock:
-            kind, data = self._exchange(self._started(), request, self.seconds)
+            try:
+                kind, data = self.exchange(self._started(), request, self.seconds)
+            except BaseException:  # an interrupt: its answer would be taken for the next one's
+                self._end()
+                raise
             if kind == "ended":
                 self._end()
             if kind != "text":
@@ -101,13 +105,13 @@ class Renderer:
                 start_new_session=True,  # Ctrl-C and the end of a terminal are not for it
                 creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
             )
-            kind, data = self._exchange(self.process, b"", STARTING)
+            kind, data = self.exchange(self.process, b"", STARTING)
             if kind != "text":
                 self._end()
                 raise TemplateError(f"the process that runs chat templates can't be started: {data.decode()}")
         return self.process
 
-    def _exchange(self, process: subprocess.Popen[bytes], request: bytes, seconds: int) -> tuple[str, bytes]:
+    def exchange(self, process: subprocess.Popen[bytes], request: bytes, seconds: int) -> tuple[str, bytes]:
         """Send a request and return the answer, its kind and what it holds; `ended` where the process has ended, or must."""
         assert process.stdin is not None
         assert process.stdout is not None

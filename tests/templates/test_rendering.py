@@ -183,6 +183,24 @@ def test_ctrl_c_is_not_for_it(renderer: Renderer) -> None:
         assert os.getsid(process.pid) != os.getsid(0)
 
 
+def test_an_answer_that_nobody_waited_for_is_not_taken_for_the_next_one(
+    renderer: Renderer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = renderer.exchange
+
+    def interrupted(process: subprocess.Popen[bytes], request: bytes, seconds: int) -> tuple[str, bytes]:
+        process.stdin.write(request)
+        process.stdin.flush()
+        raise KeyboardInterrupt
+
+    renderer.render("", {})
+    monkeypatch.setattr(renderer, "exchange", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        renderer.render("stale", {})
+    monkeypatch.setattr(renderer, "exchange", real)
+    assert renderer.render("fresh", {}) == "fresh"
+
+
 def test_it_is_started_once_and_again_after_a_fork(renderer: Renderer) -> None:
     renderer.render("", {})
     before = renderer.process
