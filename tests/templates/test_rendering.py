@@ -45,6 +45,7 @@ def test_a_template_is_rendered(renderer: Renderer) -> None:
         ("{{ dict(a=1) }}{{ dict.fromkeys('b') }}", "{'a': 1}{'b': None}"),
         ("{{ (1, 2) | pprint }}{{ 'aa bb' | wordwrap(2) }}{{ lipsum(0) }}", "(1, 2)aa\nbb"),
         ("{{ bos_token }}{{ tools is none }}{{ documents is defined }}", "True" + "False"),
+        ("{% if true %}\n    {% set x = 1 %}\na{% endif %}\nb", "ab"),
         ("a\n", "a"),  # jinja2 drops the last newline
     ],
 )
@@ -115,9 +116,17 @@ def test_a_template_that_does_not_end_is_ended(template: str) -> None:
 
 
 def test_a_process_whose_parent_was_killed_ends_in_a_loop_too(tmp_path: Path) -> None:
-    code = "from npllama.templates import Renderer; r = Renderer(1); r.render('', {}); print(r.process.pid, flush=True)"
-    code += f"; r.render({LOOP!r}, {{}})"
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    code = f"""
+import marshal
+from npllama.templates import Renderer
+renderer = Renderer()
+renderer.render("", {{}})
+renderer.process.stdin.write(marshal.dumps(({LOOP!r}, {{}}, "2024-07-26", 1)))
+renderer.process.stdin.flush()
+print(renderer.process.pid, flush=True)
+input()
+"""
+    parent = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     with parent:
         child = int(parent.stdout.readline())
         parent.kill()
