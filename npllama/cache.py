@@ -139,7 +139,7 @@ class KVCache:
         if longest > self.max_seq_len:
             raise ValueError(f"{longest} tokens do not fit the model's context of {self.max_seq_len}")
         positions = np.where(is_token, counts - 1, PADDING)
-        self._counts = counts[..., -1]
+        self._counts = self._n_tokens + np.count_nonzero(is_token, axis=-1)
         self._place(T)
         self._memory.positions = _grown(self._memory.positions, self._memory.size(self._end), -1, PADDING)
         self._rows(self._memory.positions)[self._new] = positions[self._written]

@@ -154,6 +154,22 @@ def test_with_capacity_no_row_is_copied_or_moved():
     assert cache.lengths.tolist() == [0, 4, 50]
 
 
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_a_pass_of_no_tokens_changes_nothing(batch):
+    """forward() takes no such pass; exercises call the cache themselves."""
+    tokens, cache = random_tokens(CONFIG, seed=3, shape=(*batch, 5)), KVCache(CONFIG, batch)
+    for _ in range(2):
+        length = cache.length
+        assert cache.extend(np.zeros((*batch, 0), bool)).shape == (*batch, 0)
+        assert cache.update(0, *np.zeros((2, *batch, 0, CONFIG.n_kv_heads, CONFIG.head_dim), np.float32))[0].shape[-2] == length
+        cache.commit()
+        assert cache.length == length
+        forward(PARAMS, CONFIG, tokens[..., :3], cache)
+    cache.truncate(3)
+    found = forward(PARAMS, CONFIG, tokens[..., 3:], cache)
+    assert relative_error(found, forward(PARAMS, CONFIG, tokens)[..., 3:, :]) < 3e-6
+
+
 def test_bad_rows_are_refused_in_one_line():
     cache = KVCache(CONFIG, (3,))
     with pytest.raises(TypeError, match="found an index of type list, expected a row's number or a slice"):
