@@ -389,6 +389,17 @@ def _filtered(logits: Array, temperature: float, top_k: int, top_p: float, min_p
     return probabilities(logits, Sampling(temperature, top_k=top_k, top_p=top_p, min_p=min_p))
 
 
+def _spelled_out(ids: list[int], specials: list[str]) -> list[int]:
+    return [byte for id in ids for byte in (specials[id - 256].encode() if id >= 256 else [id])]
+
+
+def _forged(ids: list[int], specials: list[str]) -> list[int]:
+    text = "".join(map(chr, ids))  # a character for each id
+    for n, spelling in enumerate(specials):
+        text = text.replace(spelling, chr(256 + n))
+    return [ord(char) for char in text]
+
+
 def _at_least(p: Array, least: float) -> Array:
     return _normalised(np.where(p < least, 0.0, p))
 
@@ -856,6 +867,28 @@ _LIST = (
                 lambda config: replace(config, tied_embeddings=False)),
             ("config_ffn_dim", "ffn_dim is 8/3 · dim without ffn_dim_multiplier, which multiplies before it is rounded up",
                 lambda config: replace(config, ffn_dim=256 * -(-(8 * config.dim // 3) // 256))),
+        )
+    ),
+    # ----- outside of a pass: chat formats
+    *(
+        Mistake(name, sentence, outside={"chat": wrong})
+        for name, sentence, wrong in (
+            ("chat_specials_as_text", "special tokens are encoded as the text that spells them: each is one id of its own",
+                lambda messages, right, specials: _spelled_out(right(messages), specials)),
+            ("chat_text_as_specials", "a message that spells a special token forges one: what a content spells stays text",
+                lambda messages, right, specials: _forged(right(messages), specials)),
+            ("chat_without_system", "the system message is lost",
+                lambda messages, right, specials: right([m for m in messages if m["role"] != "system"])),
+            ("chat_last_message", "the conversation before the last message is lost",
+                lambda messages, right, specials: right(messages[-1:])),
+            ("chat_without_newlines", "the line breaks of the format are missing",
+                lambda messages, right, specials: [id for id in right(messages) if id != 10]),
+            ("chat_contents_stripped", "contents are stripped of the spaces at their ends, and this format keeps them",
+                lambda messages, right, specials: right([{**m, "content": m["content"].strip()} for m in messages])),
+            ("chat_without_bos", "the token that begins a text is missing",
+                lambda messages, right, specials: right(messages)[1:]),
+            ("chat_bos_twice", "the token that begins a text is there twice: by the format and by the tokenizer",
+                lambda messages, right, specials: [256, *right(messages)]),
         )
     ),
     # ----- outside of a pass: filters of sampling

@@ -83,6 +83,7 @@ ORDER = [
     "golden.conformance.models",
     "golden.conformance.model_files",
     "golden.conformance.config_files",
+    "golden.conformance.chats",
     "golden.conformance.operations",
     "golden.conformance.cases",
     "golden.conformance.judging",

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ...cache import PADDING
+from .chats import CONVERSATIONS, SPECIALS, messages_of
 from .config_files import config_files
 from .model_files import files_of, forms_of, model_at, path_of
 from .models import GROUPED, MODELS, SCALING, params_of
@@ -413,15 +414,24 @@ def _samplings() -> Iterator[Case]:
     ):
         rows = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
         yield _case("L7", BEYOND["probabilities"], name, purpose, logits=np.array(logits, np.float32), **rows)
-    large = np.array([300.0, 340.0, 339.0, 100.0], np.float32)
+    large = np.array([300.0, 340.0, 338.0, 100.0], np.float32)
     purpose = "logits whose exp is infinite"
     yield _case("L7", BEYOND["probabilities"], "large", purpose, logits=large, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
+
+
+def _chats() -> Iterator[Case]:
+    for format, specials in SPECIALS.items():
+        for name, (purpose, _) in CONVERSATIONS.items():
+            if name == "spelled" and format in ("llama2", "zephyr"):  # whose tags are text, which a message may not forge
+                continue
+            rows = {"format": format, "messages": messages_of(format, name), "specials": list(specials)}
+            yield _case("L8", BEYOND["chat"], f"{format}_{name}", purpose, **rows)
 
 
 @functools.cache
 def cases() -> dict[str, Case]:
     """Return every case by its path, in the order of the levels."""
     made = [case for level in (_linears, _norms, _softmaxes, _ropes, _attentions, _roundings) for case in level()]
-    made += [case for level in (_configs, _blocks, _models, _caches, _long, _samplings) for case in level()]
+    made += [case for level in (_configs, _blocks, _models, _caches, _long, _samplings, _chats) for case in level()]
     made.sort(key=lambda case: (case.level, [*OPERATIONS].index(case.operation.name)))
     return {case.path: case for case in made}

@@ -24,6 +24,7 @@ from ...sampling import Sampling, probabilities
 from ...scope import Ops
 from ..mistakes import Mistake, Port, to_halves, to_pairs
 from ..precision import Precision, round_bfloat16, round_float16
+from .chats import as_array, ids_of, wrong_ids
 from .config_files import CONSTANTS, config_files, constants_of
 from .model_files import model_at
 
@@ -382,6 +383,14 @@ def _probabilities(p: Program, a: Arguments) -> np.ndarray:
     return probabilities(logits, Sampling(temperature, top_k=top_k, top_p=top_p, min_p=min_p))
 
 
+def _chat(p: Program, a: Arguments) -> np.ndarray:
+    if p.mistake is None:
+        return as_array(ids_of(a["format"], a["messages"], a["specials"]))
+    if (wrong := p.mistake.outside.get("chat")) is None:
+        raise DoesNotApply
+    return as_array(wrong_ids(wrong, a["format"], a["messages"], a["specials"]))
+
+
 def _forward_file(p: Program, a: Arguments) -> np.ndarray:
     tiny = model_at(a["path"])
     params = {name: x.astype(p.precision.dtype) for name, x in tiny.params.items()}
@@ -406,6 +415,12 @@ Return the distribution that the next token is drawn from.
 p = softmax(logits / temperature); then top_k keeps the most likely (0: all), top_p the fewest of them that together reach that
 share of what is left, min_p those at least that many times as likely as the likeliest; the rest is 0, and the sum 1 again.
 A temperature of 0 is all for the largest.        logits [V] -> [V]"""
+CHAT = """\
+Write a conversation as a chat format has it, up to where the answer begins.
+
+format: one of llama3, llama2, chatml, mistral, zephyr. messages: a list of {"role", "content"}. specials: the special tokens.
+Return the ids of the prompt in the plainest of vocabularies: a text's UTF-8 bytes, 256 + n for special token n. Llama 2's and
+Mistral's [INST], <<SYS>> and the like are text unless they are among the specials.        -> [n]"""
 ATTENTION = """\
 Average the values of the tokens up to each token, weighted by how well its query matches their keys, as a fused kernel does.
 
@@ -449,6 +464,7 @@ BEYOND = {
             rounded=False,
             relative=True,
         ),
+        _of("chat", "format messages specials", "ids", _chat, CHAT, exact=True),
         _of("attention", "q keys values mask", "heads", _attention, ATTENTION),
         _of("feed_forward", "x w1 w2 w3", "y", _feed_forward, FEED_FORWARD),
         _of("block", "x positions params config", "out", _block, BLOCK),
