@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
+from pathlib import Path
+from typing import Any
 
 from ..chat import FORMATS, chat_format
+from ..text.conversation import Conversation
 from . import chat_loop
+from .console import read_text
 from .options import (
     Commands,
     add_command,
@@ -23,6 +26,11 @@ from .options import (
 def add_parser(commands: Commands) -> None:
     """Declare the command and its options."""
     p = add_command(commands, "chat", run, "talk with a model that was trained for it")
+    p.formatter_class = argparse.RawDescriptionHelpFormatter
+    p.epilog = f"at a terminal, and as a line of standard input:\n{chat_loop.COMMANDS}"
+    p.add_argument("question", nargs="?", help="answer this and end; - reads standard input as one question")
+    p.add_argument("--json", action="store_true", help="print an answer as one object: text, ids, why it ended, times")
+    p.add_argument("--load", metavar="FILE", help="go on with a conversation that /save has written")
     p.add_argument("--system", metavar="TEXT", help="the system prompt; empty for the template's (default: the model's own)")
     p.add_argument("--format", help=f"{', '.join(FORMATS)}, or one of the model's templates by its name (default: its own)")
     p.add_argument("-n", "--max-tokens", type=int, default=512, metavar="N", help="at most N tokens an answer (default 512)")
@@ -32,15 +40,29 @@ def add_parser(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Question and answer in turn, at a terminal or in a pipe."""
+    """Answer a question, or question and answer in turn, at a terminal or in a pipe."""
     model = load_model(args)
     required_tokenizer(model)
-    sampling = sampling_of(args, model)
-    format = chat_format(model, args.format)
-    if args.system is not None:  # an empty one is none
-        format = dataclasses.replace(format, system=None)
-    conversation = chat_loop.Conversation(model, format, args.system, sampling, args.max_tokens, args.seed, args.stop)
-    if sys.stdin.isatty():
-        chat_loop.at_a_terminal(conversation)
+    if args.load and args.system is not None:
+        raise ValueError("found --load and --system, expected one of them: a conversation has its own system prompt")
+    options: dict[str, Any] = {
+        "format": chat_format(model, args.format),
+        "sampling": sampling_of(args, model),
+        "max_tokens": args.max_tokens,
+        "seed": args.seed,
+        "stop": args.stop,
+        "logprobs": 0 if args.json else None,
+    }
+    if args.load:
+        conversation = Conversation.load(model, args.load, **options)
     else:
-        chat_loop.in_a_pipe(conversation)
+        conversation = Conversation(model, args.system, **options)
+    if args.model is None:
+        chat_loop.report("the embedded model is a small one of plays: it follows no instructions; -m MODEL takes one that does")
+    loop = chat_loop.Loop(conversation, args.json, {Path(args.load).expanduser().resolve()} if args.load else set())
+    if args.question is not None:
+        chat_loop.answer(loop, read_text("-") if args.question == "-" else args.question)
+    elif sys.stdin.isatty():
+        chat_loop.at_a_terminal(loop)
+    else:
+        chat_loop.in_a_pipe(loop)

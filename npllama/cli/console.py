@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
+import math
 import os
 import sys
 import time
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import TextIO
 
 from ..generation import Step
+from ..text.completion import Completion
 
 FORESEEN = (ValueError, OSError, ImportError, MemoryError)  # ours, the system's, a package that is missing
 
@@ -144,13 +147,23 @@ class Statistics:
         self.started = self.first = self.last = time.perf_counter()
 
     def watch(self, steps: Iterable[Step]) -> Iterator[Step]:
-        """Pass the steps on, and note when each came."""
+        """Pass the steps on, and note when each came, from the first that is asked for."""
+        self.started = time.perf_counter()
         for step in steps:
             self.last = time.perf_counter()
             if self.n_made == 0:
                 self.first = self.last
             self.n_made += 1
             yield step
+
+    def timings(self) -> dict[str, float]:
+        """Return what print() says, in seconds; the first token comes from the prefill."""
+        return {
+            "prefill_tokens": self.n_prompt,
+            "prefill_seconds": round(self.first - self.started, 6),
+            "decode_tokens": max(0, self.n_made - 1),
+            "decode_seconds": round(self.last - self.first, 6),
+        }
 
     def print(self) -> None:
         """Print one line on standard error, if anything was made."""
@@ -164,6 +177,32 @@ class Statistics:
         if self.note:
             parts.append(self.note)
         print("; ".join(parts), file=sys.stderr)
+
+
+def say_if_cut(reason: str | None, n_made: int) -> None:
+    """Say on standard error that a text didn't end by itself."""
+    if reason == "length" and n_made:
+        print(f"[cut at {n_made:,} tokens: -n]", file=sys.stderr)
+    elif reason == "context":
+        print("[context full]", file=sys.stderr)
+
+
+def as_json(done: Completion, timings: dict[str, float] | None = None) -> str:
+    """Return a completion as one line of JSON; what is no number is null."""
+
+    def entry(token: int, piece: str, logprob: float) -> dict[str, object]:
+        return {"token": token, "piece": piece, "logprob": logprob if math.isfinite(logprob) else None}
+
+    fields: dict[str, object] = {
+        "text": done.text,
+        "tokens": done.tokens,
+        "finish_reason": done.finish_reason,
+        "logprobs": [
+            {**entry(x.token, x.piece, x.logprob), "top": [entry(*other) for other in x.top]} for x in done.logprobs or []
+        ],
+        "prompt_tokens": done.prompt_tokens,
+    }
+    return json.dumps(fields | ({"timings": timings} if timings else {}), allow_nan=False)
 
 
 def rate(n: int, seconds: float) -> str:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 
-from ..generation import Step, generate_steps, stream_text
-from ..tokenizer import StreamDecoder, Tokenizer
-from .console import Statistics, write
+from ..checkpoint import Model
+from ..generation import Step, generate_steps
+from ..sampling import Sampling
+from ..text.completion import Continuation, Stream, complete
+from ..tokenizer import Tokenizer
+from .console import Statistics, as_json, read_text, say_if_cut, write
 from .options import (
     Commands,
     add_command,
@@ -26,9 +31,12 @@ from .options import (
 def add_parser(commands: Commands) -> None:
     """Declare the command and its options."""
     p = add_command(commands, "generate", run, "continue a prompt")
+    p.epilog = "Output that follows a grammar or a JSON schema isn't offered."
     p.add_argument("prompt", nargs="?", help="text; empty starts from the BOS token, - reads standard input")
     p.add_argument("--tokens", type=token_ids, metavar="1,2,3", help="a prompt of ids; ids are printed, no tokenizer is needed")
     p.add_argument("-n", "--max-tokens", type=int, default=64, metavar="N", help="at most N new tokens (default 64)")
+    p.add_argument("--prompts", metavar="FILE", help="continue each line of a file; - is standard input")
+    p.add_argument("--json", action="store_true", help="print one object: text, ids, why it ended, log-probabilities, times")
     p.add_argument("--no-echo", action="store_true", help="print the continuation without the prompt")
     p.add_argument("--special", action="store_true", help="special tokens' spelling in the prompt means the tokens")
     p.add_argument("--logprobs", type=count, metavar="K", help="a line per token: id, piece, log-probability, the K likeliest")
@@ -54,14 +62,15 @@ def count(text: str) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Print a prompt and its continuation, as it is made."""
-    if (args.prompt is None) == (args.tokens is None):
-        raise ValueError("expected a prompt, or --tokens instead of it")
-    if args.stop and (args.tokens or args.logprobs is not None):
+    if sum(given is not None for given in (args.prompt, args.tokens, args.prompts)) != 1:
+        raise ValueError("expected a prompt, or --tokens or --prompts instead of it")
+    if args.stop and not args.json and (args.tokens or args.logprobs is not None):
         raise ValueError(f"--stop ends a text, and with {'--tokens' if args.tokens else '--logprobs'} there is none")
-    if args.profile and args.processes > 1:
-        raise ValueError("--profile times the operations of one process, and there are --processes of them")
     model = load_model(args)
     sampling = sampling_of(args, model)
+    if args.prompts is not None:
+        continue_lines(args, model, sampling)
+        return
     ids = prompt_ids(args, model)
     profile = None
     if args.profile:
@@ -74,24 +83,38 @@ def run(args: argparse.Namespace) -> None:
     steps = generate_steps(model, ids, args.max_tokens, sampling, args.seed, cache=cache, lookup=args.lookup)
     statistics = Statistics(len(ids), args.note)
     steps = statistics.watch(steps)
+    made: list[int] = []
+    reason: str | None = None
     try:
         if profile:
             steps = profile.watch(steps)
-        if args.logprobs is not None:
-            print_logprobs(steps, args.logprobs, model.tokenizer)
+        if args.json:
+            stream = Stream(Continuation(model, ids, args.max_tokens, args.stop, args.logprobs or 0), steps)
+            deque(stream, maxlen=0)
+            reason, made = stream.completion.finish_reason, stream.completion.tokens
+            write(as_json(stream.completion, statistics.timings()))
+        elif args.logprobs is not None:
+            print_logprobs(noted(steps, made), args.logprobs, model.tokenizer)
         elif args.tokens is not None:
             echoed = [] if args.no_echo else ids
             write(",".join(map(str, echoed)))
-            for i, step in enumerate(steps):
+            for i, step in enumerate(noted(steps, made)):
                 write(("," if i or echoed else "") + str(step.token))
-            print()
         else:
             if not args.no_echo:
                 write(args.prompt)
-            decoder = StreamDecoder(required_tokenizer(model), ids)
-            for text in stream_text((step.token for step in steps), decoder, args.stop):
+            required_tokenizer(model)
+            stream = Stream(Continuation(model, ids, args.max_tokens, args.stop), steps)
+            for text in stream:
                 write(text)
+            reason, made = stream.completion.finish_reason, stream.completion.tokens
+        if args.json or args.logprobs is None:
             print()
+        if len(made) == args.max_tokens and reason is None:
+            reason = "length"
+        elif reason is None and len(ids) + len(made) > model.config.max_seq_len:
+            reason = "context"
+        say_if_cut(reason, len(made))
     except (KeyboardInterrupt, ValueError):
         print()
         raise
@@ -99,6 +122,40 @@ def run(args: argparse.Namespace) -> None:
         statistics.print()
         if profile:
             print(profile.text(), file=sys.stderr)
+
+
+def continue_lines(args: argparse.Namespace, model: Model, sampling: Sampling) -> None:
+    """Continue each line of a file that holds any text, several at once, and print them in order."""
+    for option, given in (("--lookup", args.lookup), ("--profile", args.profile)):
+        if given:
+            raise ValueError(f"{option} takes one prompt, and --prompts has several")
+    if args.logprobs is not None and not args.json:
+        raise ValueError("--logprobs with --prompts needs --json: an object for each line")
+    prompts = [line for line in read_text(args.prompts).splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError(f"{args.prompts} holds no text, expected a prompt on each line")
+    found = complete(
+        model,
+        prompts,
+        max_tokens=args.max_tokens,
+        **asdict(sampling),
+        seed=args.seed,
+        stop=args.stop,
+        logprobs=(args.logprobs or 0) if args.json else None,
+        special=args.special,
+    )
+    for prompt, done in zip(prompts, found, strict=True):
+        write((as_json(done) if args.json else ("" if args.no_echo else prompt) + done.text) + "\n")
+    for reason, what in (("length", f"cut at {args.max_tokens:,} tokens: -n"), ("context", "context full")):
+        if n := sum(done.finish_reason == reason for done in found):
+            print(f"[{n:,} of {len(found):,} {what}]", file=sys.stderr)
+
+
+def noted(steps: Iterable[Step], made: list[int]) -> Iterator[Step]:
+    """Pass the steps on, and note their ids."""
+    for step in steps:
+        made.append(step.token)
+        yield step
 
 
 def print_logprobs(steps: Iterable[Step], k: int, tokenizer: Tokenizer | None) -> None:

@@ -134,6 +134,13 @@ def add_sampling_options(parser: Parser) -> None:
     parser.add_argument("--top-p", type=float, metavar="X", help="default: the model's own, or 1")
     parser.add_argument("--top-k", type=int, metavar="K", default=0)
     parser.add_argument("--min-p", type=float, metavar="X", default=0.0)
+    parser.add_argument(
+        "--repetition-penalty",
+        type=float,
+        metavar="X",
+        default=1.0,
+        help="above 1 makes tokens that came before less likely, as Hugging Face defines it (default 1)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default 0)")
     parser.add_argument(
         "--stop", action="append", default=[], type=stop_text, metavar="TEXT", help="end before this text; may be repeated"
@@ -249,7 +256,7 @@ def sampling_of(args: argparse.Namespace, model: Model) -> Sampling:
         given: list[Any] = [getattr(args, name), model.generation.get(name)]
         return next((x for x in given if x is not None), otherwise)
 
-    return Sampling(choice("temperature", 0.0), args.top_k, choice("top_p", 1.0), args.min_p)
+    return Sampling(choice("temperature", 0.0), args.top_k, choice("top_p", 1.0), args.min_p, args.repetition_penalty)
 
 
 class TraceOptions(TypedDict):

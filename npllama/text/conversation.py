@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from ..checkpoint import Model
 from ..checkpoint.atomic import write_file
 from ..checkpoint.foreign import JSON_LIMIT, parse_json, read_bytes
 from ..errors import NpllamaError, shown
-from ..generation import check_counts, generate_steps
+from ..generation import Step, check_counts, generate_steps
 from ..sampling import Sampling
 from .completion import Completion, Continuation, Stream
 
@@ -32,6 +32,7 @@ class Conversation:
     format       the name of a chat format (chat.FORMATS, or a template of the model's), or one; by default the model's own
     sampling     how tokens are drawn; by default as recommended with the model, or greedily
     max_tokens   tokens of an answer, at most
+    logprobs     as in complete(), for `last`
 
     `last` is the Completion of the last answer, and `n_read` how many tokens of its prompt were computed for it. Raises
     ValueError for a model without a chat format, and for messages that the format refuses.
@@ -48,9 +49,10 @@ class Conversation:
         max_tokens: int = 512,
         seed: int = 0,
         stop: str | Sequence[str] = (),
+        logprobs: int | None = None,
     ):
         check_counts(max_tokens, seed)
-        self.model, self.max_tokens, self.seed = model, max_tokens, seed
+        self.model, self.max_tokens, self.seed, self.logprobs = model, max_tokens, seed, logprobs
         self.sampling = recommended_sampling(model) if sampling is None else sampling
         self.stop = [stop] if isinstance(stop, str) else list(stop)
         self.format = format if isinstance(format, ChatFormat) else chat_format(model, format)
@@ -79,11 +81,22 @@ class Conversation:
         max_tokens: int = 512,
         seed: int = 0,
         stop: str | Sequence[str] = (),
+        logprobs: int | None = None,
     ) -> Conversation:
         """Go on with a conversation that save() has written. Raises ConversationError for a file that holds none."""
         messages = read_messages(Path(path))
         try:
-            return cls(model, None, messages, format=format, sampling=sampling, max_tokens=max_tokens, seed=seed, stop=stop)
+            return cls(
+                model,
+                None,
+                messages,
+                format=format,
+                sampling=sampling,
+                max_tokens=max_tokens,
+                seed=seed,
+                stop=stop,
+                logprobs=logprobs,
+            )
         except ValueError as error:
             raise ConversationError(f"{path}: {error}") from None
 
@@ -95,8 +108,8 @@ class Conversation:
         """Return the answer. Raises ValueError as stream() does."""
         return "".join(self.stream(text))
 
-    def stream(self, text: str) -> Stream:
-        """Return the answer piece by piece; only what the cache lacks is computed.
+    def stream(self, text: str, watch: Callable[[Iterator[Step]], Iterator[Step]] | None = None) -> Stream:
+        """Return the answer piece by piece; only what the cache lacks is computed. `watch` passes the tokens on.
 
         Question and answer are in `messages` when the stream has ended; where it is interrupted or closed, the answer as far as
         it came. A question that can't be asked (its tags, or no room in the context) raises ValueError and leaves the
@@ -113,7 +126,7 @@ class Conversation:
         )  # the last one is always computed: its logits are the answer's first token
         self._cache.truncate(shared)
         self._held, self.n_read = ids[:shared], len(ids) - shared
-        answer = Continuation(self.model, ids, self.max_tokens, self.stop)
+        answer = Continuation(self.model, ids, self.max_tokens, self.stop, self.logprobs)
         self.last = done = answer.completion
         messages = [*self.messages, {"role": "user", "content": text}]
 
@@ -124,7 +137,7 @@ class Conversation:
         steps = generate_steps(
             self.model, ids[shared:], self.max_tokens, self.sampling, self.seed, cache=self._cache, before=ids[:shared]
         )
-        self._answer = Stream(answer, steps, keep)
+        self._answer = Stream(answer, watch(steps) if watch else steps, keep)
         return self._answer
 
     def reset(self) -> None:

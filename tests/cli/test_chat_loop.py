@@ -1,4 +1,4 @@
-"""npllama chat: what a turn computes, and the program as a person at a terminal meets it."""
+"""npllama chat as a person at a terminal meets it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ import sys
 import time
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
 
 import npllama
-from npllama.chat import ChatFormat, chat_format, encode_llama3
+from npllama import Conversation
 from npllama.cli import chat_loop
-from npllama.cli.chat_loop import Conversation
+from npllama.cli.chat_loop import Loop
 
 from system import full_disk, hear_signals
 
@@ -26,110 +25,8 @@ pty = pytest.importorskip("pty", reason="this system has no pseudo-terminals")
 
 
 @pytest.fixture
-def demo() -> npllama.Model:
-    return npllama.load()
-
-
-@pytest.fixture
-def conversation(demo) -> Conversation:
-    return Conversation(demo, chat_format(demo), "Be brief.", npllama.Sampling(), max_tokens=6)
-
-
-@pytest.fixture
-def computed(monkeypatch) -> list[int]:
-    """How many prompt tokens each answer read."""
-    lengths: list[int] = []
-    real = chat_loop.generate_steps
-
-    def watched(model, ids, *args, **options):
-        lengths.append(len(ids))
-        return real(model, ids, *args, **options)
-
-    monkeypatch.setattr(chat_loop, "generate_steps", watched)
-    return lengths
-
-
-def said(conversation: Conversation, question: str) -> str:
-    pieces: list[str] = []
-    conversation.ask(question, pieces.append)
-    return "".join(pieces)
-
-
-def fresh(conversation: Conversation, question: str, max_tokens: int = 6) -> str:
-    """The answer with nothing kept."""
-    messages = [*conversation.messages, {"role": "user", "content": question}]
-    ids = conversation.format.prompt(messages).ids
-    return conversation.model.tokenizer.decode(list(npllama.generate(conversation.model, ids, max_tokens=max_tokens)))
-
-
-def test_a_later_question_computes_only_what_is_new(conversation, computed):
-    tokenizer = conversation.model.tokenizer
-    for question in ("Who art thou? " * 5, "And I?", "What now?"):
-        expected = fresh(conversation, question)
-        assert said(conversation, question) == expected
-        assert len(conversation.held) == conversation.cache.length
-    # Of the turn before: the answer's last token, which nothing came after, and the end of the turn; then the new turn.
-    turn = len(encode_llama3(tokenizer, [{"role": "user", "content": "And I?"}])) - 1
-    assert computed[1] <= turn + 3
-    assert computed[1] < computed[0] / 2
-    assert computed[2] < computed[0] / 2
-
-
-def test_a_template_that_rewrites_earlier_turns_keeps_the_cache_right(demo, computed):
-    """DeepSeek-R1's takes out of earlier answers what was thought; this one all but their first three letters."""
-    pytest.importorskip("jinja2", reason="jinja2 is not installed")
-    template = (
-        "{{ bos_token }}{% for m in messages %}{{ m.role + ': ' + (m.content if m.role == 'user' else m.content[:3]) }}"
-        "{{ eos_token }}{% endfor %}{{ 'assistant:' }}"
-    )
-    variables = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
-    format = ChatFormat("default", demo.tokenizer, None, template, variables=variables)
-    conversation = Conversation(demo, format, None, npllama.Sampling(), max_tokens=12)
-    for question in ("Who art thou? " * 5, "And I?", "What now?"):
-        expected = fresh(conversation, question, 12)
-        assert said(conversation, question) == expected
-        assert len(expected) > 3
-        prompt = format.prompt(conversation.messages[:-1]).ids
-        assert conversation.held[: len(prompt)] == prompt
-        assert len(conversation.held) == conversation.cache.length > len(prompt)
-    assert computed[1] < computed[0]
-    assert computed[2] < computed[0]
-
-
-def test_after_a_reset_the_same_question_computes_one_token(conversation, computed):
-    first = said(conversation, "Who art thou?")
-    conversation.reset()
-    assert conversation.messages == [{"role": "system", "content": "Be brief."}]
-    assert said(conversation, "Who art thou?") == first
-    assert computed[1] == 1
-
-
-def test_an_interrupted_answer_is_kept_and_the_cache_stays_right(conversation):
-    def impatient(text: str) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        conversation.ask("Who art thou?", impatient)
-    assert len(conversation.held) == conversation.cache.length
-    assert [message["role"] for message in conversation.messages] == ["system", "user", "assistant"]
-    expected = fresh(conversation, "And I?")
-    assert said(conversation, "And I?") == expected
-
-
-def test_a_question_that_does_not_fit_leaves_the_conversation_as_it_was(conversation, computed):
-    said(conversation, "Who art thou?")
-    before = list(conversation.messages)
-    with pytest.raises(ValueError, match=r"the conversation has \d+ tokens, the model's context holds 512: /reset forgets it"):
-        conversation.ask("word " * 600, print)
-    assert conversation.messages == before
-    expected = fresh(conversation, "And I?")
-    assert said(conversation, "And I?") == expected
-
-
-def test_a_system_prompt_that_the_format_refuses_is_refused_at_once(demo, tiny_sentencepiece):
-    demo.tokenizer = tiny_sentencepiece
-    with pytest.raises(ValueError, match=r"a system message holds \[INST\]"):
-        Conversation(demo, ChatFormat("llama2", tiny_sentencepiece), "[INST]", npllama.Sampling(), max_tokens=6)
+def loop() -> Loop:
+    return Loop(Conversation(npllama.load(), "Be brief.", sampling=npllama.Sampling(), max_tokens=6))
 
 
 # -------------------------------------------------------------------------------------------------------------- at a terminal
@@ -175,21 +72,26 @@ class Terminal:
         return status
 
 
-def test_save_on_a_full_disk_keeps_the_last(conversation, tmp_path):
-    file, saved = tmp_path / "saved.json", set()
-    chat_loop.obey("save", str(file), conversation, saved)
+def test_save_on_a_full_disk_keeps_the_last(loop, tmp_path):
+    file = tmp_path / "saved.json"
+    chat_loop.obey("save", str(file), loop)
     before = file.read_bytes()
-    conversation.messages.append({"role": "user", "content": "word " * 500})
+    loop.conversation.messages.append({"role": "user", "content": "word " * 500})
     with full_disk(1000), pytest.raises(ValueError, match=r"saved\.json: File too large"):
-        chat_loop.obey("save", str(file), conversation, saved)
+        chat_loop.obey("save", str(file), loop)
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [before]
 
 
-def test_logits_that_are_nan_are_said(demo, conversation):
-    said(conversation, "Who art thou?")
-    demo.params["norm.weight"] = np.full_like(demo.params["norm.weight"], np.nan)
-    with pytest.raises(ValueError, match=r"new token 1: of 2,256 logits 2,256 are NaN"):
-        said(conversation, "And I?")
+def test_an_interrupted_answer_is_kept(loop, monkeypatch, capsys):
+    def impatient(text: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat_loop, "write", impatient)
+    with pytest.raises(KeyboardInterrupt):
+        chat_loop.answer(loop, "Who art thou?")
+    assert [message["role"] for message in loop.conversation.messages] == ["system", "user", "assistant"]
+    assert loop.conversation.messages[-1]["content"]
+    assert "cut at" not in capsys.readouterr().err
 
 
 @pytest.fixture

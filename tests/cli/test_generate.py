@@ -136,3 +136,85 @@ def test_logits_that_are_nan_end_with_2_after_the_text(capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("Who art thou?\n"))
     assert main(["chat"]) == 2
     assert "npllama chat: new token 1: of 2,256 logits" in capsys.readouterr().err
+
+
+def test_json_is_one_object(capsys):
+    assert main(["generate", "ROMEO:", "-n", "5", "--temperature", "0", "--top-p", "1", "--json", "--logprobs", "2"]) == 0
+    out, err = capsys.readouterr()
+    expected = npllama.complete(npllama.load(), "ROMEO:", max_tokens=5, logprobs=2)
+    found = json.loads(out)
+    timings = found.pop("timings")
+    assert (timings["prefill_tokens"], timings["decode_tokens"]) == (len(expected.prompt_tokens), 4)
+    assert min(timings.values()) > 0
+    logprobs = [(x["token"], x["piece"], x["logprob"], [tuple(y.values()) for y in x["top"]]) for x in found.pop("logprobs")]
+    assert logprobs == [(x.token, x.piece, x.logprob, x.top) for x in expected.logprobs]
+    assert found == {
+        "text": expected.text,
+        "tokens": expected.tokens,
+        "finish_reason": "length",
+        "prompt_tokens": expected.prompt_tokens,
+    }
+    assert "[cut at 5 tokens: -n]" in err.splitlines()
+
+
+def test_json_of_ids_needs_no_tokenizer(bare, capsys):
+    assert main(["generate", "--tokens", "1,2,3", "-m", str(bare), "-n", "4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["text"], len(found["tokens"]), found["prompt_tokens"]) == ("", 4, [1, 2, 3])
+
+
+def test_a_prompt_on_each_line_of_a_file(tmp_path, capsys):
+    prompts = ["ROMEO:", "  Once more", "KING"] * 4
+    (tmp_path / "prompts").write_text("\n\n".join(prompts) + "\n")
+    options = ["--prompts", str(tmp_path / "prompts"), "-n", "2", "--temperature", "0.9", "--top-p", "1", "--seed", "3"]
+    expected = npllama.complete(npllama.load(), prompts, max_tokens=2, temperature=0.9, seed=3, stop="\n")
+    assert main(["generate", *options, "--stop", "\n"]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [prompt + done.text for prompt, done in zip(prompts, expected, strict=True)]
+    cut = sum(done.finish_reason == "length" for done in expected)
+    assert 0 < cut < 12
+    assert f"[{cut} of 12 cut at 2 tokens: -n]" in err
+    assert main(["generate", *options, "--stop", "\n", "--json"]) == 0
+    assert [json.loads(line)["tokens"] for line in capsys.readouterr().out.splitlines()] == [done.tokens for done in expected]
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["x", "--prompts", "f"], "expected a prompt, or --tokens or --prompts instead of it"),
+        (["--prompts", "empty", "--lookup", "3"], "--lookup takes one prompt, and --prompts has several"),
+        (["--prompts", "empty", "--logprobs", "3"], "--logprobs with --prompts needs --json"),
+        (["--prompts", "empty"], "empty holds no text, expected a prompt on each line"),
+        (["x", "--repetition-penalty", "0"], "repetition_penalty is 0.0, expected more than 0"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(options, line, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").write_text("\n \n")
+    assert main(["generate", *options]) == 2
+    assert line in capsys.readouterr().err
+
+
+def test_where_a_text_was_cut_is_said(copy_of_demo, capsys):
+    values = json.loads((copy_of_demo / "config.json").read_text())
+    (copy_of_demo / "config.json").write_text(json.dumps(values | {"max_seq_len": 6}))
+    for form in ([], ["--logprobs", "1"], ["--json"]):
+        for n, expected in (("3", "[cut at 3 tokens: -n]"), ("64", "[context full]")):
+            assert main(["generate", "ROMEO:", "-m", str(copy_of_demo), "--temperature", "0", "-n", n, *form]) == 0
+            assert expected in capsys.readouterr().err.splitlines()
+    assert main(["generate", "--tokens", "1,2", "-m", str(copy_of_demo), "--temperature", "0", "-n", "3"]) == 0
+    assert "[cut at 3 tokens: -n]" in capsys.readouterr().err.splitlines()
+    assert main(["generate", "ROMEO:", "-m", str(copy_of_demo), "--temperature", "0", "--stop", "\n"]) == 0
+    assert "[" not in capsys.readouterr().err
+
+
+def test_the_repetition_penalty_reaches_the_tokens(capsys):
+    assert main(["generate", "ROMEO:", "-n", "20", "--temperature", "0", "--repetition-penalty", "1.4", "--no-echo"]) == 0
+    expected = npllama.complete(npllama.load(), "ROMEO:", max_tokens=20, repetition_penalty=1.4)
+    assert capsys.readouterr().out == expected.text + "\n"
+
+
+def test_help_says_that_grammars_are_not_offered(capsys):
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    assert "follows a grammar or a JSON schema isn't offered" in capsys.readouterr().out
