@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 
-from ..golden.precision import PRECISIONS
+from ..golden.precision import PRECISIONS, PROFILES
 from .console import in_colour, tell
 from .options import Commands, add_command
+
+MAP_HELP = "how the candidate names and lays out its activations: hf, transformerlens, ggml, mlx-lm, litgpt or a JSON file"
 
 
 def add_parser(commands: Commands) -> None:
@@ -16,13 +18,17 @@ def add_parser(commands: Commands) -> None:
     p.add_argument("reference", metavar="REFERENCE", help=activations)
     p.add_argument("candidate", metavar="CANDIDATE", help="the same")
     p.add_argument("-m", "--model", metavar="MODEL", help="measures noise and single operations (default: the reference's own)")
-    p.add_argument("--map", metavar="hf|transformerlens|ggml|FILE", help="how the candidate names and lays out its activations")
+    p.add_argument("--map", metavar="hf|ggml|...|FILE", help=MAP_HELP)
     p.add_argument(
         "--noise",
         metavar="DIR",
         help="the noise floor from a trace of the same tokens in the candidate's precision; --map is for it too",
     )
     p.add_argument("--precision", choices=PRECISIONS, help="the candidate's, if not what its files say")
+    profiles = ", ".join(PROFILES[-6:])
+    p.add_argument(
+        "--profile", metavar="P", help=f"what the candidate rounds besides (default: as its trace.json says): {profiles}"
+    )
     p.add_argument("--partial", action="store_true", help="compare what both have; else what one side lacks is a failure")
     p.add_argument("--atol", type=float, metavar="X", help="judge by |c - r| <= atol + rtol * |r| instead of the noise floor")
     p.add_argument("--rtol", type=float, metavar="X")
@@ -43,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
         model=args.model,
         noise=args.noise,
         precision=args.precision,
+        profile=args.profile,
         partial=args.partial,
         atol=args.atol,
         rtol=args.rtol,

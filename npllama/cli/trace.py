@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..checkpoint import load
-from ..golden.precision import CONVENTIONS, PRECISIONS, Precision
+from ..golden.precision import CONVENTIONS, PRECISIONS, PROFILES, Precision, profile
 from .options import (
     Commands,
     add_command,
@@ -24,8 +24,9 @@ def add_parser(commands: Commands) -> None:
     add_prompt_options(p, batch=True)
     add_model_options(p, computes=False)
     add_processes_option(p)
-    p.add_argument("--precision", choices=PRECISIONS, default="float32", help="bfloat16 and float16 are simulated")
+    p.add_argument("--precision", choices=PRECISIONS, help="default: float32; bfloat16 and float16 are simulated")
     p.add_argument("--convention", choices=CONVENTIONS, help="where 16 bits are rounded: as Meta's code or as Hugging Face's")
+    p.add_argument("--profile", metavar="P", help=f"in their place: {', '.join(PROFILES)}")
     add_trace_options(p)
 
 
@@ -33,6 +34,10 @@ def run(args: argparse.Namespace) -> None:
     """Write the activations of our own pass."""
     from ..golden.trace import write_trace
 
-    precision = Precision(args.precision, args.convention)
+    precision = Precision(args.precision or "float32", args.convention)
+    if args.profile is not None:
+        if args.precision or args.convention:
+            raise ValueError("--profile says the precision and its convention too: expected it alone")
+        precision = profile(args.profile)
     model = load(args.model)
     write_trace(model, prompt_ids(args, model), precision=precision, storage=args.format, **trace_options(args))

@@ -136,6 +136,7 @@ PARTS: dict[str, Callable[[Ops], Ops]] = {
     "float16-cache": float16_cache,
     "int8-activations": functools.partial(rounded_inputs, r=round_q8_0),
     "int8-activations-256": functools.partial(rounded_inputs, r=round_q8_k),
+    "int8-activations-sums": functools.partial(rounded_inputs, r=round_q8_0),  # for Q4_1, Q5_1: sums in float16, not simulated
     "float16-activations": functools.partial(rounded_inputs, r=lambda x: round_float16(x).astype(x.dtype)),
     "bfloat16-activations": functools.partial(rounded_inputs, r=lambda x: round_bfloat16(x).astype(x.dtype)),
 }
@@ -206,6 +207,12 @@ class Precision:
         object.__setattr__(self, "convention", (self.convention or "meta") if self.name in ROUND else None)
 
     @property
+    def profile(self) -> str:
+        """The profile that profile() would make this of."""
+        name = self.name + ("-hf" if self.convention == "hf" else "")
+        return "+".join((*(() if self.parts and name == "float32" else (name,)), *self.parts))
+
+    @property
     def dtype(self) -> np.dtype:
         """What activations are computed and kept in: float64, or float32 for all others."""
         return np.dtype(np.float64 if self.name == "float64" else np.float32)
@@ -264,7 +271,11 @@ class Precision:
         return model.forward(self.params(params), config, tokens, cache, tap, last_only, self.ops)
 
 
-INPUTS = ("-activations", "-activations-256")  # what the names of parts end in that round the inputs of the same products
+INPUTS = (
+    "-activations",
+    "-activations-256",
+    "-activations-sums",
+)  # what the names of parts end in that round the inputs of the same products
 PROFILES = (
     "float64",
     "float32",

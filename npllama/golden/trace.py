@@ -423,6 +423,7 @@ class TraceWriter:
             "selection": {key: value and list(value) for key, value in vars(self.selection).items()},
             "notes": list(notes),
             "files": self.files,
+            **({"profile": precision.profile} if precision.parts else {}),
             **more,
         }
 

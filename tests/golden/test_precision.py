@@ -199,6 +199,7 @@ def test_a_part_is_float32s_pass_with_rounded_inputs_of_products(part):
     of_8_bits = {
         "int8-activations": round_q8_0,
         "int8-activations-256": round_q8_k,
+        "int8-activations-sums": round_q8_0,
         "float16-activations": round_float16,
         "bfloat16-activations": round_bfloat16,
     }.get(part, lambda x: x)

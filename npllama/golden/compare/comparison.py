@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,14 +13,15 @@ import numpy as np
 from ...checkpoint import Model, load
 from ...config import Config
 from ..precision import PRECISIONS, Precision
+from ..precision import profile as read_profile
 from ..trace import checked_run, model_facts, run
-from .hints import hints
+from .hints import RIGHT_BY_ITSELF, hints
 from .inputs import Activations, InputError, read_activations
 from .judging import Aligned, Judged, judge, pair, problem_of, relative_error
 from .maps import LayoutError, MapError, NameMap, NeedsModel, Rule, arrange, fits, read_map
 from .metrics import Metrics, measure, unit_roundoff
 from .names import by_token, dimensions, in_order, place
-from .noise import NoiseFloor, bundled_noise, default_noise, measure_noise, noise_between
+from .noise import NoiseFloor, bundled_noise, coarsest, default_noise, measure_noise, noise_between
 
 
 @dataclass
@@ -121,6 +123,7 @@ class Comparison:
         )
 
 
+GROUPS = 8  # kinds of activations that are explained
 ABSENT = ("missing from the candidate", "not in the reference")
 
 
@@ -138,6 +141,7 @@ def compare(
     model: Model | Path | str | None = None,
     noise: NoiseFloor | Path | str | None = None,
     precision: str | None = None,
+    profile: str | None = None,
     partial: bool = False,
     atol: float | None = None,
     rtol: float | None = None,
@@ -149,6 +153,8 @@ def compare(
     noise      a trace of the same tokens as the reference's, in the candidate's precision (one of the two in float64); its
                names are ours or the candidate's
     precision  the candidate's, when it isn't what its trace.json says or, without one, what its arrays are stored in
+    profile    the candidate's precision with what it rounds besides, "int8-activations+float16-cache" (precision.py), when it
+               isn't what its trace.json says
     partial    compare what both sides have; else a name that one side lacks is a failure
     atol, rtol judge by |candidate - reference| <= atol + rtol · |reference| instead of the noise floor
 
@@ -165,6 +171,13 @@ def compare(
     if tokens is not None:
         tokens = _checked_tokens(tokens, steps, reference, candidate, config)
     name_map = read_map(names)
+    if precision and profile:
+        raise InputError(f"precision is {precision} and profile {profile}: expected one of them")
+    stored = (candidate.meta or {}).get("profile")
+    parts: tuple[str, ...] = ()
+    if (named := profile or (None if precision else stored)) is not None:
+        computed = read_profile(named)
+        precision, parts = computed.name, computed.parts
     assumed = "" if precision else candidate.mixed
     precision = precision or candidate.precision
     if precision not in PRECISIONS:
@@ -183,7 +196,7 @@ def compare(
             warnings.append(f"{side.path}: {side.skipped[0]} {text}: not compared (bfloat16: as float32)")
 
     tolerance = None if atol is None and rtol is None else (atol or 0.0, rtol or 0.0)
-    floor = _noise_floor(aligned, coarser, noise, reference, tolerance is not None, name_map)
+    floor = _noise_floor(aligned, coarser, parts, noise, reference, tolerance is not None, name_map)
     comparison = Comparison(str(reference.path), str(candidate.path), precision, floor, tolerance, rows, assumed, warnings)
     for row in rows:
         if row.name in aligned.candidate:
@@ -193,8 +206,28 @@ def compare(
     for row in rows:
         row.passed = row.problem is None and _within(row, comparison)
     if (first := comparison.first) and first.name in aligned.candidate:
-        comparison.hints = hints(first.name, aligned, floor, precision)
+        comparison.hints = _hints(comparison, first, aligned)
     return comparison
+
+
+def _hints(comparison: Comparison, first: Row, aligned: Aligned) -> list[str]:
+    """Return what explains the first failure, and each further kind of activation that is wrong by itself."""
+    found = hints(first.name, aligned, comparison.noise, comparison.precision)
+    seen = {_essence(text) for text in found}
+    kinds = {place(first.name).kind: first.name}
+    for name in comparison.wrong_by_themselves:
+        kinds.setdefault(place(name).kind, name)
+    for name in list(kinds.values())[1:GROUPS]:
+        more = hints(name, aligned, comparison.noise, comparison.precision)
+        if more and seen.isdisjoint(map(_essence, more)) and not more[0].startswith(RIGHT_BY_ITSELF):
+            found += [f"{name}: {text}" for text in more if not text.endswith("?")]
+        seen |= {_essence(text) for text in more}
+    return found
+
+
+def _essence(hint: str) -> str:
+    """Return what a hint says but for the constants in it, which are solved for from other numbers each time."""
+    return re.sub(r"(?<=^wrong )([^:]*):.*", r"\1", hint.removeprefix("or: "))
 
 
 # ------------------------------------------------------------------------------------------------------- what is compared
@@ -305,6 +338,8 @@ def _align(aligned: Aligned, candidate: Activations, name_map: NameMap, partial:
                 rows.append(Row(name, str(error)))
                 continue
             rows.append(Row(name, None if x.size else "empty"))
+            if candidate.made(own):  # as a map's rule would have made it
+                rule = replace(rule, unmasked=True)
             aligned.candidate[name], aligned.rules[name] = x, rule
     if not partial:
         rows += [Row(own, ABSENT[1]) for own in unknown]
@@ -340,6 +375,7 @@ def _meant(x: np.ndarray, found: list[tuple[str, Rule]], reference: Mapping[str,
 def _noise_floor(
     aligned: Aligned,
     precision: str,
+    parts: tuple[str, ...],
     given: NoiseFloor | Path | str | None,
     reference: Activations,
     by_tolerance: bool,
@@ -349,10 +385,12 @@ def _noise_floor(
         return given
     measured = None
     if aligned.model is not None and aligned.tokens is not None and not by_tolerance:
-        measured = measure_noise(aligned.model, aligned.tokens, aligned.steps, precision, aligned.candidate.keys())
+        names = aligned.candidate.keys()
+        measured = measure_noise(aligned.model, aligned.tokens, aligned.steps, precision, names, parts)
     if given is None:
         n_layers = 1 + max((place(name).layer or 0 for name in reference), default=0)
-        return measured or bundled_noise(reference, precision) or default_noise(precision, n_layers)
+        bundled = bundled_noise(reference, coarsest(precision, parts))
+        return measured or bundled or default_noise(precision, n_layers, parts)
     other = read_activations(given)
     if other.meta and reference.meta and any(other.meta[key] != reference.meta[key] for key in ("tokens", "steps")):
         raise InputError(f"{given}: its tokens are not the reference's")
@@ -365,7 +403,10 @@ def _noise_floor(
     if _is_the_candidate(numbers, aligned):
         raise InputError(f"{given}: equal to the candidate; a noise trace is another, right program's in the same precision")
     floor = noise_between(reference, numbers, precision, str(given))
-    return NoiseFloor(precision, floor.source, floor.accumulated, measured.local if measured else {}, floor.limits)
+    if measured is None:
+        return NoiseFloor(precision, floor.source, floor.accumulated, {}, floor.limits, parts=parts)
+    local, several = measured.local, measured.several
+    return NoiseFloor(precision, floor.source, floor.accumulated, local, floor.limits, parts=parts, several=several)
 
 
 def _is_the_candidate(noise: Mapping[str, np.ndarray], aligned: Aligned) -> bool:
@@ -433,4 +474,4 @@ def _judge_operations(model: Model, tokens: np.ndarray, aligned: Aligned, compar
             rows[name].local = local
         return c
 
-    run(model, tokens, aligned.steps, Precision("float64"), tap)
+    run(model, tokens, aligned.steps, Precision("float64", parts=comparison.noise.parts), tap)

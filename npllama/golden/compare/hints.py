@@ -2,8 +2,10 @@
 
 A mistake is a prediction: what the first wrong activation would be, computed in float64 from the candidate's own inputs (the
 reference's, where the candidate lacks them) with that mistake. A hint is given only when the prediction explains the candidate
-and the right operation doesn't: it is evidence, not a guess from the error's size. The one that is a guess, bfloat16_sized(),
-ends in a question mark. Operations between recorded activations are computed too, so that the mistakes in these are found.
+and the right operation doesn't: it is evidence, not a guess from the error's size. Where several explain it, all are given.
+The one that is a guess, bfloat16_sized(), ends in a question mark. Operations between recorded activations are computed too, so
+that the mistakes in these are found; where even the residual stream isn't recorded, as in a port that gives its logits alone,
+the model is run again with the usual ones, RERUN.
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ from ...cache import PADDING
 from ...engine.linear import Weight, widen
 from ...model import PLAIN
 from ...scope import Ops
-from ..mistakes import MISTAKES, NORMS, QUERIES, ROTATED, Mistake, Taken
-from ..precision import ROUND
+from ..mistakes import MISTAKES, NORMS, QUERIES, ROTATED, Mistake, Port, Taken
+from ..precision import ROUND, Precision
+from ..trace import run
 from .angles import turned_by, wrong_frequencies
 from .judging import Aligned, judge, pair, relative_error
 from .names import place
@@ -31,6 +34,22 @@ from .noise import NoiseFloor
 
 ROUNDED_ONCE, GATHERED = 2.0**-6, 2.0**-3  # more than the relative error of one bfloat16 operation, of some layers of them
 EXPLAINED = 1e-3  # a prediction that leaves less than this share of the error explains it
+ROUNDED_ALIKE = 0.1  # of a rounding to 8 bits, in which a number in the middle may go either way
+# The mistakes that a port is run again with when its logits are all that it gives: constants that are lost, and RoPE's layout.
+RERUN = (
+    *("eps", "no_eps", "eps_outside_root", "theta_10000", "theta_500000", "no_scaling", "scale_factor", "scaling_of_all"),
+    *("scaling_unblended", "scaling_of_new_context", "half_split", "interleaved_on_halves", "no_rope", "angles_in_bfloat16"),
+    *("position_1_late", "output_from_embedding", "last_layer_missing"),
+)
+WHAT_PARTS_ARE = {
+    "float16-cache": "keys and values are in float16",
+    "int8-activations": "what is multiplied by weights is rounded to 8 bits in blocks of 32, as llama.cpp does for Q8_0",
+    "int8-activations-256": "what is multiplied by weights is rounded to 8 bits in blocks of 256, as llama.cpp does for Q4_K",
+    "float16-activations": "what is multiplied by weights is rounded to float16",
+    "bfloat16-activations": "what is multiplied by weights is rounded to bfloat16",
+}
+
+RIGHT_BY_ITSELF = "its own operation is right"
 
 T = TypeVar("T")
 Prediction = tuple[str, "np.ndarray | None"]
@@ -93,12 +112,12 @@ class Scene:
         """Whether the candidate has this activation of the prompt, where it is right, since this is the first wrong one."""
         return self.here.step is not None and self.here._replace(step=None).sibling(self.here.kind) in self.aligned.candidate
 
-    def explains(self, prediction: np.ndarray | None, wrong: np.ndarray | None) -> bool:
-        """Whether the prediction is the candidate up to rounding, or leaves a thousandth of what the right operation leaves.
+    def explains(self, prediction: np.ndarray | None, wrong: np.ndarray | None, share: float = EXPLAINED) -> bool:
+        """Whether the prediction is the candidate up to rounding, or leaves at most a share of what the right operation leaves.
 
         One that rounding doesn't tell from the right operation's result explains nothing.
         """
-        if prediction is None or np.isnan(prediction).any() or prediction.shape != self.aligned.reference[self.name].shape:
+        if prediction is None or not (prediction < np.inf).all() or prediction.shape != self.aligned.reference[self.name].shape:
             return False
         if wrong is not None and self._agrees(*pair(self.aligned, self.name, prediction, wrong)):
             return False
@@ -108,7 +127,7 @@ class Scene:
         if wrong is None or (np.isneginf(c) != np.isneginf(r)).any():
             return False
         c, w, _ = pair(self.aligned, self.name, self.target, wrong)
-        return relative_error(c, r) < EXPLAINED * min(relative_error(c, w), 1.0)
+        return relative_error(c, r) < share * min(relative_error(c, w), 1.0)
 
     def _agrees(self, c: np.ndarray, r: np.ndarray, kept: np.ndarray) -> bool:
         if (np.isneginf(c) != np.isneginf(r)).any():
@@ -121,7 +140,7 @@ class Attempt:
 
     def __init__(self, scene: Scene, mistake: Mistake = RIGHT, frequencies: np.ndarray | None = None):
         self.scene, self.mistake = scene, mistake
-        self.ops: Ops = replace(PLAIN, **mistake.ops)
+        self.ops: Ops = replace(Precision("float64", parts=scene.noise.parts).ops or PLAIN, **mistake.ops)
         self.config = scene.config and mistake.constants(scene.config)
         self.params = mistake.params(scene.params, scene.config) if scene.params is not None and scene.config else None
         self.frequencies = frequencies
@@ -210,22 +229,25 @@ def at_hand(x: T | None) -> T:
 
 
 def hints(name: str, aligned: Aligned, noise: NoiseFloor, precision: str) -> list[str]:
-    """Return the mistakes that explain the activation, usually one or none."""
+    """Return the mistakes that explain the activation, usually one or none; of several, all but the first begin with "or: "."""
     scene = Scene(name, aligned, noise, precision)
     if scene.here.axes is None or np.isnan(scene.target).any() or np.isposinf(scene.target).any():
         return []
     attempt = Attempt(scene)
     right = attempt.compute(scene.here.kind)
     if right is not None and scene.explains(right, None):
-        return ["its own operation is right: what goes into it isn't, by a little each time or in a step that isn't recorded"]
+        return [f"{RIGHT_BY_ITSELF}: what goes into it isn't, by a little each time or in a step that isn't recorded"]
     if not scene.target.any() and np.any(scene.aligned.reference[name]):
         return ["every number is zero: was it ever written?"]
-    for predictions in (from_the_list, other_angles, other_eps):
-        for text, prediction in predictions(attempt):
-            if scene.explains(prediction, right):
-                return [text]
-    found = reduced_precision(scene, right) or bfloat16_sized(scene)
-    return [found] if found else []
+    texts = [text for text, prediction in from_the_list(attempt) if scene.explains(prediction, right)]
+    texts += [text for text, prediction in other_roundings(attempt) if scene.explains(prediction, right, ROUNDED_ALIKE)]
+    for predictions in (other_angles, other_eps) if not texts else ():
+        texts += next(([text] for text, prediction in predictions(attempt) if scene.explains(prediction, right)), [])
+    if not texts:
+        exact = scene.reference(name)
+        texts = [text for text, prediction in whole_passes(scene) if scene.explains(prediction, exact)]
+    first, *others = dict.fromkeys(texts) or [reduced_precision(scene, right) or bfloat16_sized(scene)]
+    return [first, *(f"or: {text}" for text in others)] if first else []
 
 
 def from_the_list(right: Attempt) -> Iterator[Prediction]:
@@ -233,14 +255,62 @@ def from_the_list(right: Attempt) -> Iterator[Prediction]:
     scene, computed = right.scene, list(right.computed)  # what goes into an activation comes before it, and it comes last
     near = {name: max((computed.index(kind) for kind in m.at if kind in computed), default=-1) for name, m in MISTAKES.items()}
     for mistake in sorted(MISTAKES.values(), key=lambda mistake: -near[mistake.name]):
-        if mistake.fitted or near[mistake.name] < 0:
+        if near[mistake.name] < 0 or (mistake.fitted and scene.here.kind in mistake.at):  # a constant that is solved for below
             continue
         if mistake.needs == "decode" and not scene.only_in_decode():
             continue
         if scene.config is not None and not mistake.applies(scene.config):
             continue
+        if contradicted(scene, mistake):
+            continue
         text = mistake.sentence + (row_order_note(right) if mistake.name == "rows_in_halves" else "")
         yield text, Attempt(scene, mistake).compute(scene.here.kind)
+
+
+def contradicted(scene: Scene, mistake: Mistake) -> bool:
+    """Whether a mistake in several operations would show at another one too, where the candidate is right by itself."""
+    for kind in mistake.at if len(mistake.ops) > 1 or mistake.cache else ():
+        if kind == scene.here.kind or scene.recorded(scene.sibling(kind)) is None:
+            continue
+        there = Scene(scene.sibling(kind), scene.aligned, scene.noise, scene.precision)
+        if there.explains(Attempt(there).compute(kind), Attempt(there, mistake).compute(kind)):
+            return True
+    return False
+
+
+def other_roundings(right: Attempt) -> Iterator[Prediction]:
+    """What a quantised port rounds besides, where the candidate isn't judged by its profile; logits that are centred."""
+    scene = right.scene
+    made = right.computed.get(scene.here.kind)
+    if scene.here.kind == "logits" and made is not None:
+        text = "logits are centred: each token's are less their mean, which changes no probability (TransformerLens does that)"
+        yield text, made - made.mean(axis=-1, keepdims=True)
+    for part, what in WHAT_PARTS_ARE.items() if not scene.noise.parts else ():
+        attempt = Attempt(scene)
+        attempt.ops = Precision("float64", parts=(part,)).ops or PLAIN
+        yield f"{what}: --profile {part}", attempt.compute(scene.here.kind)
+
+
+def whole_passes(scene: Scene) -> Iterator[Prediction]:
+    """The model run again with each of the usual mistakes, where what goes into the activation isn't recorded."""
+    model, tokens = scene.aligned.model, scene.aligned.tokens
+    if model is None or tokens is None or scene.here.kind == "tok_embeddings":
+        return
+    streams = [STREAM] if scene.here.layer is None else [STREAM, *(kind for kind in TABLE if TABLE[kind].in_layer)]
+    if any(scene.sibling(kind) in scene.aligned.candidate for kind in streams if kind != scene.here.kind):
+        return
+    for name in RERUN:
+        if not MISTAKES[name].applies(model.config):
+            continue
+        found: dict[str, np.ndarray] = {}
+
+        def tap(name: str, x: np.ndarray, found: dict[str, np.ndarray] = found) -> np.ndarray:
+            if name == scene.name:
+                found[name] = x
+            return x
+
+        run(model, tokens, scene.aligned.steps, Port(name, computed=Precision("float64", parts=scene.noise.parts)), tap)
+        yield f"{MISTAKES[name].sentence} (the model run again with this gives the same)", found.get(scene.name)
 
 
 def row_order_note(right: Attempt) -> str:

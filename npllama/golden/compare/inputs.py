@@ -14,7 +14,7 @@ from ...checkpoint import foreign
 from ...config import Config, ConfigError
 from ...engine.weights import native, widen
 from ...errors import NpllamaError, reason, shown
-from ..precision import CONVENTIONS, PRECISIONS, ROUND
+from ..precision import CONVENTIONS, PRECISIONS, ROUND, profile
 from ..trace import Trace, read_trace
 from .metrics import unit_roundoff
 
@@ -97,6 +97,10 @@ class Activations(Mapping[str, np.ndarray]):
         """An array's shape, from trace.json if there is one."""
         return tuple(self.meta["activations"][name]["shape"]) if self.meta else self[name].shape
 
+    def made(self, name: str) -> bool:
+        """Whether the program's capture has made the numbers, not the program."""
+        return bool(self.meta and self.meta["activations"][name].get("made"))
+
     def hash_matches(self, name: str) -> bool:
         """Whether a trace's file is the one that was written; true where there is no hash."""
         return self.trace is None or self.trace.hash_matches(name)
@@ -162,6 +166,11 @@ def _check_run(file: Path, meta: dict) -> None:
         refuse("precision", ", ".join(PRECISIONS))
     if meta["convention"] not in (None, *CONVENTIONS):
         refuse("convention", f"{', '.join(CONVENTIONS)} or null")
+    if (given := meta.get("profile")) is not None:
+        try:
+            profile(given if isinstance(given, str) else shown(given))
+        except ValueError as error:
+            raise InputError(f"{file}: {error}") from None
     rows = meta["tokens"] if isinstance(meta["tokens"], list) else []
     batch = [row if isinstance(row, list) else [row] for row in rows]
     if not rows or len({(type(row), len(ids)) for row, ids in zip(rows, batch, strict=True)}) > 1 or not _are_ids(batch, -1):

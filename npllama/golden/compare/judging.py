@@ -113,7 +113,7 @@ def judge(
     n = error.rms.shape[-1]
     inner = kept[..., -n:]
     error, size = (Norms(*(x[inner] for x in pair)) for pair in (error, size))
-    floor = noise.floor(name, size, kept, local)
+    floor = noise.floor(name, size, kept, local, one)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         ratios = np.array([np.where(e == 0, 0.0, e / f) for e, f in zip(error, floor, strict=True)])  # [2, tokens]
         norm, at = np.unravel_index(np.argmax(ratios), ratios.shape)

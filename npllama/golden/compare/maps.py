@@ -94,9 +94,32 @@ HF: Rules = {
     "model.layers.{i}.mlp.act_fn": None,  # silu(gate), before it meets up
 }
 
-# The hook points of TransformerLens's HookedTransformer (components/transformer_block.py, abstract_attention.py, rms_norm.py,
-# mlps/gated_mlp.py), for a model loaded with from_pretrained_no_processing or with folded norms alike: hook_normalized comes
-# before the norm's weight. Its rotary embedding turns halves.
+# mlx-lm names its modules as transformers does (models/llama.py). nn.RoPE is one module for queries, then keys: a recording
+# that keeps the last has the keys. Attention is fused.
+MLX_LM: Rules = {
+    **HF,
+    "model.layers.{i}.self_attn.rope": _heads("attention.k_rope", "halves", "{} T K", optional=True),
+}
+
+# The output of each module of litgpt's GPT (litgpt/model.py). Queries, keys and values are one product, and attention is fused.
+LITGPT: Rules = {
+    "transformer.wte": Rule("tok_embeddings"),
+    "transformer.h.{i}.norm_1": Rule("layers.{i}.attention_norm"),
+    "transformer.h.{i}.attn.proj": Rule("layers.{i}.attention.out"),
+    "transformer.h.{i}.norm_2": Rule("layers.{i}.ffn_norm"),
+    "transformer.h.{i}.mlp.fc_1": Rule("layers.{i}.feed_forward.gate"),
+    "transformer.h.{i}.mlp.fc_2": Rule("layers.{i}.feed_forward.up"),
+    "transformer.h.{i}.mlp.proj": Rule("layers.{i}.feed_forward.out"),
+    "transformer.h.{i}": Rule("layers.{i}.out"),
+    "transformer.ln_f": Rule("norm"),
+    "lm_head": Rule("logits", "T- V"),
+    "transformer.h.{i}.attn*": None,  # queries, keys and values in one; attention itself, which is the same as proj
+    "transformer.h.{i}.mlp": None,
+    "transformer.h.{i}.post_*": None,  # norms of other models
+}
+
+# The hook points of TransformerLens 3 and 4's TransformerBridge, which have kept the names of the class before it, for a model
+# with or without folded norms: hook_normalized comes before the norm's weight. Its rotary embedding turns halves.
 TRANSFORMERLENS: Rules = {
     "hook_embed": Rule("tok_embeddings"),
     "blocks.{i}.ln1.hook_normalized": Rule("layers.{i}.attention_norm", weight="layers.{i}.attention_norm.weight"),
@@ -169,7 +192,13 @@ GGML: Rules = {
     "*.weight": None,
 }
 
-BUILT_IN = {"hf": HF, "transformerlens": TRANSFORMERLENS, "ggml": GGML}
+BUILT_IN: dict[str, Rules] = {
+    "hf": HF,
+    "transformerlens": TRANSFORMERLENS,
+    "ggml": GGML,
+    "mlx-lm": MLX_LM,
+    "litgpt": LITGPT,
+}
 
 
 class NameMap:

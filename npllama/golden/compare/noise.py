@@ -63,7 +63,7 @@ from ...checkpoint import Model
 from ...config import Config
 from ...model import PLAIN, forward
 from ...scope import Ops, Params, Tap
-from ..precision import CONVENTIONS, Precision
+from ..precision import CONVENTIONS, PARTS, Precision
 from ..trace import Recording, run
 from .inputs import Activations
 from .metrics import unit_roundoff
@@ -79,6 +79,8 @@ class Limits(NamedTuple):
 
 LIMITS = {"float64": Limits(32, 32), "float32": Limits(32, 32), "bfloat16": Limits(16, 6), "float16": Limits(16, 6)}
 ONE_PASS = 32.0  # the first of these limits when the floor is from one pass, such as a trace's
+WITH_PARTS = 8.0  # the first of them with parts of a profile: a right program rounds nearly all numbers as npllama does
+FLIPS = 2.0  # how many numbers of a sum another program may round to 8 bits the other way
 # The floors of both norms without a model, in units of the precision's largest relative rounding error (2^-24 in float32), and
 # the share of themselves that they grow by with each layer.
 DEFAULTS = {"float64": (16, 96, 0), "float32": (16, 96, 0), "bfloat16": (3, 36, 0.25), "float16": (3, 36, 0.25)}
@@ -114,6 +116,8 @@ class NoiseFloor:
     source        where the numbers are from, for people
     limits        how many times the floor an error may be
     n_layers      of the model, where it isn't measured
+    parts         what is rounded besides (precision.PARTS)
+    several       like local, for several operations between recorded activations; local itself where it isn't given
     """
 
     def __init__(
@@ -124,14 +128,22 @@ class NoiseFloor:
         local: Mapping[str, Norms],
         limits: Limits | None = None,
         n_layers: int = 0,
+        parts: tuple[str, ...] = (),
+        several: Mapping[str, Norms] | None = None,
     ):
         self.precision, self.source, self.accumulated, self.local = precision, source, accumulated, local
-        self.limits, self.n_layers = limits or LIMITS[precision], n_layers
+        self.limits, self.n_layers, self.parts = limits or LIMITS[precision], n_layers, parts
+        self.several = local if several is None else several
 
-    def floor(self, name: str, size: Norms, kept: np.ndarray, local: bool = False) -> Norms:
+    @property
+    def title(self) -> str:
+        """What is judged by it, as a profile."""
+        return Precision(self.precision, parts=self.parts).profile
+
+    def floor(self, name: str, size: Norms, kept: np.ndarray, local: bool = False, one: bool = False) -> Norms:
         """Return the floor at each token kept, for a reference of this size there.    kept bool [..., T]; size, floor [n]"""
         u = unit_roundoff(self.precision)
-        noise = (self.local if local else self.accumulated).get(name)
+        noise = ((self.local if one else self.several) if local else self.accumulated).get(name)
         if noise is None:
             *factors, growth = DEFAULTS[self.precision]
             here = place(name)
@@ -142,10 +154,17 @@ class NoiseFloor:
         return Norms(*(np.maximum(np.maximum(n, np.median(n)), r) for n, r in zip(noise, one_rounding, strict=True)))
 
 
-def default_noise(precision: str, n_layers: int = 0) -> NoiseFloor:
+def default_noise(precision: str, n_layers: int = 0, parts: tuple[str, ...] = ()) -> NoiseFloor:
     """Return the floor without a model."""
+    precision = coarsest(precision, parts)
     source = f"default for {precision}, since no model is at hand to measure with"
     return NoiseFloor(precision, source, {}, {}, n_layers=n_layers)
+
+
+def coarsest(precision: str, parts: tuple[str, ...]) -> str:
+    """Return the precision whose noise is about as large as that of the parts: 8 bits in blocks are about a bfloat16."""
+    sizes = ["float16" if part.startswith("float16") else "bfloat16" for part in parts]
+    return max([precision, *sizes], key=unit_roundoff)
 
 
 def bundled_noise(reference: Activations, precision: str) -> NoiseFloor | None:
@@ -184,22 +203,30 @@ def noise_between(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray], prec
     return NoiseFloor(precision, source, noise, {}, one_pass(precision))
 
 
-def measure_noise(model: Model, tokens: ArrayLike, steps: list, precision: str, names: Collection[str]) -> NoiseFloor:
+def measure_noise(
+    model: Model, tokens: ArrayLike, steps: list, precision: str, names: Collection[str], parts: tuple[str, ...] = ()
+) -> NoiseFloor:
     """Measure the floor of the named activations.
 
     The tokens are computed in float64, and twice in the precision, which round at different points. For each of these two,
     another float64 pass replaces the named activations by the rounded ones, so that each shows only the rounding since the ones
     before it. The larger difference counts.
+
+    Where a profile has parts, the computation so far is off by all that they round. An operation by itself is judged by its
+    exact result with the parts, whose floor is that of the precision alone; but FLIPS of its inputs may be rounded to 8 bits
+    the other way, as happens to one that lies in the middle. Several operations round numbers that aren't recorded, so that
+    their floor is with the parts' rounding.
     """
     scale, computed = 1.0, precision
     if precision == "float64":  # there is nothing better to hold it against, but both round alike
         scale, computed = unit_roundoff("float64") / unit_roundoff("float32"), "float32"
-    ways = [Precision(computed, convention) for convention in CONVENTIONS]
+    ways = [Precision(computed, convention, parts) for convention in CONVENTIONS]
     if computed == "float32":
-        ways = [_Plain(), Precision("float32")]
+        ways = [_Plain(parts=parts), Precision("float32", parts=parts)]
     passes = [Recording() for _ in ways]
     accumulated: dict[str, Norms] = {}
     local: dict[str, Norms] = {}
+    several: dict[str, Norms] = {}
 
     def add(found: dict[str, Norms], name: str, rounded: np.ndarray, x: np.ndarray) -> None:
         new = Norms(*(scale * n for n in difference(name, rounded, x)))
@@ -222,11 +249,37 @@ def measure_noise(model: Model, tokens: ArrayLike, steps: list, precision: str, 
             add(local, name, rounded[name], x)
             return rounded[name].astype(np.float64)
 
+        def without_parts(name: str, x: np.ndarray, rounded: Recording = rounded) -> np.ndarray:
+            if name not in names:
+                return x
+            add(several, name, rounded[name], x)
+            return rounded[name].astype(np.float64)
+
         run(model, tokens, steps, way, record)
-        run(model, tokens, steps, Precision("float64"), against_operation)
+        run(model, tokens, steps, Precision("float64", parts=parts), against_operation)
+        if parts:
+            run(model, tokens, steps, Precision("float64"), without_parts)
     run(model, tokens, steps, Precision("float64"), against_whole_passes)
-    source = f"measured: npllama in {computed} against float64, the larger of two passes"
-    return NoiseFloor(precision, source, accumulated, local)
+    source = f"measured: npllama in {ways[-1].profile} against float64, the larger of two passes"
+    if not parts:
+        return NoiseFloor(precision, source, accumulated, local)
+    limits = LIMITS[precision]._replace(several=WITH_PARTS)
+    if any(part.startswith("int8") for part in parts):
+        for name in local:
+            if (n := _summed(name, model.config)) and n > 1:
+                share = FLIPS * (12 / n) ** 0.5 / limits.one  # one step of n, whose rounding errors are 1 / sqrt(12) each
+                if any(part.endswith("-sums") for part in parts):
+                    share = 1 / limits.one  # as much as all that is rounded: the sums in float16 are not simulated
+                local[name] = Norms(*(np.maximum(x, share * y) for x, y in zip(local[name], several[name], strict=True)))
+    return NoiseFloor(precision, source, accumulated, local, limits, parts=parts, several=several)
+
+
+def _summed(name: str, config: Config) -> int:
+    """Return how many products with weights each number of the activation is a sum of; 0 if it is none of weights."""
+    row = place(name).row
+    if row is None or not row.operation.startswith("linear"):
+        return 0
+    return {"attention.wo": config.n_heads * config.head_dim, "feed_forward.w2": config.ffn_dim}.get(row.weight, config.dim)
 
 
 class _Plain(Precision):
@@ -242,7 +295,10 @@ class _Plain(Precision):
         last_only: bool = False,
     ) -> np.ndarray:
         """Compute as Precision does, with operations that sum in sequence."""
-        return forward(self.params(params), config, tokens, cache, tap, last_only, _loops())
+        made = _loops()
+        for part in self.parts:
+            made = PARTS[part](made)
+        return forward(self.params(params), config, tokens, cache, tap, last_only, made)
 
 
 def _loops() -> Ops:

@@ -48,7 +48,7 @@ def judged_by(comparison: Comparison) -> str:
     noise = comparison.noise
     several, one = noise.limits
     times = f"{several:g} times" if several == one or not noise.local else f"{several:g} times, one operation by {one:g} times,"
-    rule = f"judged by {times} the noise floor of {noise.precision} ({noise.source})"
+    rule = f"judged by {times} the noise floor of {noise.title} ({noise.source})"
     return f"{rule}; errors are relative, at the worst token"
 
 
