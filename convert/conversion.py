@@ -38,6 +38,7 @@ from npllama.config import (
 )
 from npllama.engine.grouped import INT4, Grouped, Grouping
 from npllama.engine.memory import size_text
+from npllama.engine.ranks.shares import Share, parts_of
 from npllama.engine.weights import native, widen
 from npllama.errors import shown
 from npllama.tokenizer import Tokenizer, load_tokenizer
@@ -86,6 +87,23 @@ class Tensor:
         """
         grouping.check(shape)
         return cls(shape, np.dtype(np.float32), lambda start, stop: quantised(start, stop).widen(), grouping, quantised)
+
+    def part(self, rows: slice, columns: slice) -> Tensor:
+        """Return some rows and columns, quantised as they are."""
+        if rows == columns == slice(None):
+            return self
+        first, last, _ = rows.indices(self.shape[0])
+        left, right, _ = columns.indices(self.shape[-1])
+        shape = (last - first, right - left)
+
+        def read(start: int, stop: int) -> np.ndarray:
+            return self.rows(first + start, first + stop)[:, left:right]
+
+        if self.grouping is None or self.quantised is None:
+            return Tensor(shape, self.dtype, read)
+        quantised, part = self.quantised, slice(left, right)
+        grouping = quantised(first, first + 1).columns(part).grouping  # of smaller groups, where these are cut
+        return Tensor(shape, self.dtype, read, grouping, lambda a, b: quantised(first + a, first + b).columns(part))
 
     def parts(self) -> Iterator[slice]:
         """Return consecutive blocks of rows, of BLOCK_BYTES each."""
@@ -367,8 +385,15 @@ def check_dtype(dtype: str) -> None:
         raise CheckpointError(f"dtype is {dtype!r}, expected {', '.join(DTYPES)}")
 
 
-def write(source: Source, dst: str | Path, dtype: str = "auto", force: bool = False, report: Report = print) -> None:
-    """Write the model directory `dst`, whole or not at all.
+def write(
+    source: Source,
+    dst: str | Path,
+    dtype: str = "auto",
+    force: bool = False,
+    report: Report = print,
+    share: Share | None = None,
+) -> None:
+    """Write the model directory `dst`, whole or not at all; of one rank's share, if one is given.
 
     dtype   float32, float16, bfloat16, int8 or int4 (the embedding and the norms as auto), or auto for each tensor's own,
             quantised ones included
@@ -379,17 +404,21 @@ def write(source: Source, dst: str | Path, dtype: str = "auto", force: bool = Fa
     started, dst = time.monotonic(), Path(dst)
     check_dtype(dtype)
     tied = source.config.tied_embeddings
-    dtypes = {name: _storage(name, tensor, dtype, tied) for name, tensor in source.tensors.items()}
-    n_bytes = sum(checkpoint.stored_bytes(tensor.shape, dtypes[name]) for name, tensor in source.tensors.items())
+    dtypes, tensors = {name: _storage(name, tensor, dtype, tied) for name, tensor in source.tensors.items()}, source.tensors
+    if share is not None:
+        parts = parts_of(source.config, share)
+        tensors = {name: tensors[whole].part(rows, columns) for name, (whole, rows, columns) in parts.items()}
+        dtypes = {name: _storage(whole, tensors[name], dtype, tied) for name, (whole, _, _) in parts.items()}
+    n_bytes = sum(checkpoint.stored_bytes(tensor.shape, dtypes[name]) for name, tensor in tensors.items())
     if not source.tokenizer:
         report("no tokenizer: the model takes and gives token ids only")
     about: dict[str, object] = {"kind": source.kind, **source.about}
     with (
-        checkpoint.create(dst, source.config, dtypes, about, force, source.generation) as writer,
+        checkpoint.create(dst, source.config, dtypes, about, force, source.generation, share) as writer,
         _hashed(source.files) as digests,
         progress_bar(n_bytes) as writer.progress,
     ):
-        for name, tensor in source.tensors.items():
+        for name, tensor in tensors.items():
             as_it_is = tensor.grouping is not None and isinstance(dtypes[name], Grouping) and dtypes[name] != INT4
             writer.add_blocks(name, tensor.quantised_blocks() if as_it_is else tensor.blocks())
         for name, content in source.tokenizer.items():

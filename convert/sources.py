@@ -7,6 +7,7 @@ from pathlib import Path
 from npllama import checkpoint
 from npllama.checkpoint import CheckpointError, read_json
 from npllama.checkpoint.foreign import file_size
+from npllama.engine.ranks.shares import shares
 
 from . import gguf, hub, huggingface, llama2c, meta
 from . import lora as adapters
@@ -25,6 +26,7 @@ def convert(
     tokenizer: str | Path | None = None,
     no_tokenizer: bool = False,
     lora: str | Path | None = None,
+    ranks: int = 1,
 ) -> None:
     """Write the model directory `dst` from a checkpoint of any kind.
 
@@ -36,18 +38,31 @@ def convert(
     tokenizer    a tokenizer.model or tokenizer.json, with the files next to it that belong to it, in place of the source's
     no_tokenizer leave it out: the model takes and gives ids
     lora         the folder of a PEFT adapter, which is merged in
+    ranks        more than one: `dst` gets a model directory for each rank's share, rank-0-of-4 and so on
 
     Raises ValueError (CheckpointError, ConfigError, TokenizerError) with one line; nothing is left behind.
     """
     check_dtype(dtype)
-    checkpoint.check_free(dst, force)
+    if ranks < 1:
+        raise CheckpointError(f"the number of ranks is {ranks}, expected 1 or more")
+    folders = [Path(dst) / f"rank-{rank}-of-{ranks}" for rank in range(ranks)] if ranks > 1 else [Path(dst)]
+    if ranks > 1 and (Path(dst) / "manifest.json").exists():
+        raise CheckpointError(f"{dst} is a model directory, expected a folder for those of {ranks} ranks")
+    for folder in folders:
+        checkpoint.check_free(folder, force)
     choice = TokenizerChoice(None if tokenizer is None else Path(tokenizer), no_tokenizer)
     if choice.file:
         file_size(choice.file, CheckpointError)  # raises for what is no file
     source = read(src, rope_factor, report, choice)
     if lora is not None:
         source = adapters.merge(source, Path(lora), report)
-    write(source, dst, dtype, force, report)
+    if ranks == 1:
+        write(source, dst, dtype, force, report)
+        return
+    parts = shares(source.config, ranks)
+    Path(dst).mkdir(exist_ok=True)
+    for folder, share in zip(folders, parts, strict=True):
+        write(source, folder, dtype, force, report, share)
 
 
 def read(src: str | Path, rope_factor: float | None = None, report: Report = print, choice: TokenizerChoice = OWN) -> Source:

@@ -25,6 +25,7 @@ from ..engine import layout, threads
 from ..engine.grouped import Grouped, Grouping
 from ..engine.memory import address_space, available_memory, free_memory, size_text
 from ..engine.weights import Form, Int8, Weight, is_packed, native, widen
+from ..errors import shown
 from ..scope import Ops
 from . import foreign
 from .atomic import survivor
@@ -126,7 +127,7 @@ def load(path: str | Path | None = None, dtype: str = "auto", processes: int = 1
         raise ValueError(f"dtype is {dtype!r}, expected auto, stored, float32 or float64")
     if processes < 1:
         raise ValueError(f"the number of processes is {processes}, expected 1 or more")
-    model = open_model(demo_path() if path is None else path)
+    model = _open_share(demo_path() if path is None else path, 0, processes)
     dtype = _decided(dtype, model)
     if processes > 1:
         model.params = _spread(model, dtype, processes)
@@ -168,7 +169,7 @@ def _spread(model: Model, dtype: str, processes: int) -> Spread:
 
     shares.shares(model.config, processes)  # more ranks than there are heads are refused before anything is started
     threads.set_threads(threads_of_each(processes, threads.n_threads()))
-    order = {"path": str(Path(model.path or ".").resolve()), "dtype": dtype, "threads": threads.n_threads()}
+    order = {"path": _shared_path(model), "dtype": dtype, "threads": threads.n_threads()}
     group = Workers(processes, order)
     try:
         leader = Leader(_part(model, dtype, group), group)
@@ -185,10 +186,10 @@ def load_over(path: str | Path | None, dtype: str, group: World) -> Model:
     from ..engine.ranks.leading import Leader
     from ..engine.ranks.passes import Spread
 
-    model = open_model(demo_path() if path is None else path)
+    model = _open_share(demo_path() if path is None else path, group.rank, group.size)
     shares.shares(model.config, group.size)
     dtype = _decided(dtype, model)
-    group.send({"path": str(Path(model.path or ".").resolve()), "dtype": dtype})
+    group.send({"path": _shared_path(model), "dtype": dtype})
     threads.set_threads(group.threads())
     try:
         leader = Leader(_part(model, dtype, group), group)
@@ -202,7 +203,33 @@ def load_over(path: str | Path | None, dtype: str, group: World) -> Model:
 
 def load_part(path: str | Path, dtype: str, group: Group) -> Part:
     """Open a model directory as one rank of a group: its own share of the parameters, as load() has them all."""
-    return _part(open_model(path), dtype, group)
+    return _part(_open_share(path, group.rank, group.size), dtype, group)
+
+
+def _open_share(path: str | Path, rank: int, size: int) -> Model:
+    """Open a model directory, or the rank's own of those that convert --ranks has written. Raises CheckpointError for others'.
+
+    A machine needs only its own ranks' folders.
+    """
+    folder = locate(path)
+    if not (folder / "manifest.json").exists() and (others := sorted(folder.glob("rank-*-of-*"))):
+        if not (own := folder / f"rank-{rank}-of-{size}").is_dir():
+            raise CheckpointError(
+                f"{folder} holds {others[0].name}, expected {own.name}: run as many processes as it was made for"
+            )
+        folder = own
+    model = open_model(folder)
+    if (share := model.manifest.get("share")) and (share["rank"], share["size"]) != (rank, size):
+        raise CheckpointError(
+            f"{folder} is the share of rank {share['rank']} of {share['size']}, expected rank {rank} of {size}"
+        )
+    return model
+
+
+def _shared_path(model: Model) -> str:
+    """Return the path that every rank finds its share by."""
+    path = Path(model.path or ".").resolve()
+    return str(path.parent if "share" in model.manifest else path)
 
 
 def _part(model: Model, dtype: str, group: Group) -> Part:
@@ -210,7 +237,7 @@ def _part(model: Model, dtype: str, group: Group) -> Part:
     from ..engine.ranks.leading import Part
 
     share = shares.shares(model.config, group.size)[group.rank]
-    parts = shares.cut(model.params, model.config, share)
+    parts = dict(model.params) if "share" in model.manifest else shares.cut(model.params, model.config, share)
     config = replace(shares.own_config(model.config, share), tied_embeddings=False)  # the output matrix is there by itself
     name = "tok_embeddings.weight"
     embedding = parts[name]
@@ -292,7 +319,7 @@ def _open(path: Path) -> Model:
         raise CheckpointError(
             f"{path / 'config.json'}: n_layers is {config.n_layers}, manifest.json lists {len(tensors)} tensors"
         )
-    shapes = parameter_shapes(config)
+    shapes = _shapes(path, config, manifest)
     check_names(path / "manifest.json", shapes, tensors)
     for name in manifest["files"]:
         if not (path / name).is_file():
@@ -306,6 +333,18 @@ def _open(path: Path) -> Model:
     _allow_open_files(len(arrays))
     params = {name: _map_tensor(path, name, tensors[name], shape) for name, shape in shapes.items()}
     return Model(config, params, generation, path, manifest)
+
+
+def _shapes(path: Path, config: Config, manifest: Manifest) -> dict[str, tuple[int, ...]]:
+    """Return the shapes that the parameters must have, of a rank's parts where the directory holds a share."""
+    if (found := manifest.get("share")) is None:
+        return parameter_shapes(config)
+    from ..engine.ranks.shares import part_shapes, shares
+
+    rank, size = (found.get("rank"), found.get("size")) if isinstance(found, dict) else (None, None)
+    if type(rank) is not int or type(size) is not int or not 0 <= rank < size:
+        raise CheckpointError(f"{path / 'manifest.json'}: share is {shown(found)}, expected a rank below a size")
+    return part_shapes(config, shares(config, size)[rank])
 
 
 def _map_tensor(path: Path, name: str, entry: Manifest, shape: tuple[int, ...]) -> Weight:

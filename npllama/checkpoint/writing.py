@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
@@ -37,6 +37,9 @@ from .format import (
     stored_bytes,
     takes_int8,
 )
+
+if TYPE_CHECKING:
+    from ..engine.ranks.shares import Share
 
 BLOCK_BYTES = 1 << 18  # what is converted, checked, hashed and written at once: small enough for a core's cache
 WRITE_BYTES = 1 << 16  # at once: the page cache makes folios as large as a write is, and large ones can take it long to find
@@ -65,6 +68,7 @@ def create(
     source: Mapping[str, object],
     force: bool = False,
     generation: Mapping[str, object] | None = None,
+    share: Share | None = None,
 ) -> Iterator[Writer]:
     """Write a model directory that appears at `path` complete, or not at all.
 
@@ -78,11 +82,16 @@ def create(
     source      stored in the manifest; it may be filled in until the block ends
     force       replace a model directory, or an empty folder; nothing else
     generation  recommended settings: chat_format, system (the prompt), temperature, top_p
+    share       that of one rank, whose parts alone are written (shares.part_shapes)
 
     Raises CheckpointError, or another ValueError: before the first byte is written if the disk is too full for the parameters.
     """
     path = Path(path)
     shapes = parameter_shapes(config)
+    if share is not None:
+        from ..engine.ranks.shares import part_shapes
+
+        shapes = part_shapes(config, share)
     dtypes = {name: dtype[name] if isinstance(dtype, Mapping) else dtype for name in shapes}
     if unknown := {kind for kind in dtypes.values() if isinstance(kind, str)}.difference(STORAGE):
         raise CheckpointError(f"dtype is {min(unknown)!r}, expected {', '.join(STORAGE)}")
@@ -102,7 +111,7 @@ def create(
             with ThreadPoolExecutor(max_workers=1) as hashing:  # one worker: it takes the blocks in their order
                 writer = Writer(folder, path, shapes, dtypes, hashing)
                 yield writer
-                writer._finish(config, source, generation)
+                writer._finish(config, source, generation, share)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -231,7 +240,7 @@ class Writer:
             raise CheckpointError(f"{name} is there twice")
         return self._shapes[name]
 
-    def _finish(self, config: Config, source: Mapping[str, object], generation: dict[str, object]) -> None:
+    def _finish(self, config: Config, source: Mapping[str, object], generation: dict[str, object], share: Share | None) -> None:
         check_names("the model", self._shapes, self._tensors)
         self.add_file("config.json", _json({**config.to_dict(), "generation": generation}))
         weights = [t for name, t in self._tensors.items() if takes_int8(name)]  # the matrices, without the embedding
@@ -244,6 +253,8 @@ class Writer:
             "tensors": {name: self._tensors[name] for name in self._shapes},
             "files": self._files,
         }
+        if share is not None:
+            manifest["share"] = {"rank": share.rank, "size": share.size}
         if grouped:
             manifest["reading"] = {GROUPED: READING}
         with self._new("manifest.json") as file:

@@ -30,6 +30,9 @@ def add_parser(commands: Commands) -> None:
     tokenizer = p.add_mutually_exclusive_group()
     tokenizer.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.model or tokenizer.json, in place of SRC's own")
     tokenizer.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer out: ids in, ids out")
+    p.add_argument(
+        "--ranks", type=int, default=1, metavar="N", help="write N directories, each with what one of N processes needs"
+    )
     p.add_argument("--force", action="store_true", help="replace DST if it is a model directory")
 
 
@@ -46,4 +49,5 @@ def run(args: argparse.Namespace) -> None:
         tokenizer=args.tokenizer,
         no_tokenizer=args.no_tokenizer,
         lora=args.lora,
+        ranks=args.ranks,
     )

@@ -10,23 +10,21 @@ its own heads and channels, so that model.py and KVCache do with a share what th
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 
-from ...config import Config
+from ...config import Config, parameter_shapes
 from ...errors import NpllamaError
-from ..weights import Dense, Form, Shard, Weight, form_of
+from ..weights import Form, Shard, Weight, form_of
 from .groups import Group
 
-log = logging.getLogger(__name__)
-
 # Channels and rows of the vocabulary are shared in blocks of the first of these sizes that gives each rank one. llama.cpp's
-# K-quants have blocks of 256 columns, other quantised weights groups of 32; 64 numbers of 16 bits fill two cache lines.
-BLOCKS = (256, 64, 32, 1)
+# K-quants have blocks of 256 columns, other quantised weights groups of 32; 64 numbers of 16 bits fill two cache lines. A group
+# can be cut in two where that is even.
+BLOCKS = (256, 64, 32, 2, 1)
 
 
 @dataclass(frozen=True)
@@ -90,33 +88,42 @@ def own_config(config: Config, share: Share) -> Config:
     return replace(config, **counts)  # type: ignore[arg-type]  # mypy takes the counts for any of the fields
 
 
-def cut(params: Mapping[str, Weight], config: Config, share: Share) -> dict[str, Weight]:
-    """Return a rank's part of the parameters. The output matrix is under its own name, `output.weight`, also if tied."""
-    K = config.head_dim
+def parts_of(config: Config, share: Share) -> dict[str, tuple[str, slice, slice]]:
+    """Return what a rank has of each parameter: the whole one's name, its rows and its columns; slice(None) is all.
+
+    The output matrix is under its own name, `output.weight`, also where it is the embedding.
+    """
+    K, everything = config.head_dim, slice(None)
     q, kv = (slice(heads.start * K, heads.stop * K) for heads in (share.heads, share.kv_heads))
-    rows = {"wq": q, "wk": kv, "wv": kv, "w1": share.ffn, "w3": share.ffn, "output": share.vocabulary}
+    rows = {"wq": q, "wk": kv, "wv": kv, "w1": share.ffn, "w3": share.ffn}
     columns = {"wo": q, "w2": share.ffn}
-    whole = dict(params)
-    whole.setdefault("output.weight", params["tok_embeddings.weight"])
-    parts: dict[str, Weight] = {}
-    for name, weight in whole.items():
+    found = {}
+    for name in parameter_shapes(replace(config, tied_embeddings=True)):
         leaf = name.split(".")[-2]
-        if leaf in rows:
-            parts[name] = _as_given(weight, form_of(weight).rows(rows[leaf]))
-        elif leaf in columns:
-            parts[name] = _as_given(weight, _columns(form_of(weight), columns[leaf], name))
+        found[name] = (name, rows.get(leaf, everything), columns.get(leaf, everything))
+    output = "tok_embeddings.weight" if config.tied_embeddings else "output.weight"
+    return found | {"output.weight": (output, share.vocabulary, everything)}
+
+
+def part_shapes(config: Config, share: Share) -> dict[str, tuple[int, ...]]:
+    """Return the name and shape of each of a rank's parts."""
+    own = replace(own_config(config, share), tied_embeddings=False)
+    rows = {"tok_embeddings.weight": config.vocab_size, "output.weight": length(share.vocabulary)}
+    return {name: (rows.get(name, shape[0]), *shape[1:]) for name, shape in parameter_shapes(own).items()}
+
+
+def cut(params: Mapping[str, Weight], config: Config, share: Share) -> dict[str, Weight]:
+    """Return a rank's part of the parameters, as parts_of() names them."""
+    parts: dict[str, Weight] = {}
+    for name, (whole, rows, columns) in parts_of(config, share).items():
+        weight = params[whole]
+        if rows != slice(None):
+            parts[name] = _as_given(weight, form_of(weight).rows(rows))
+        elif columns != slice(None):
+            parts[name] = _as_given(weight, form_of(weight).columns(columns))
         else:
             parts[name] = weight
     return parts
-
-
-def _columns(form: Form, part: slice, name: str) -> Form:
-    """Return some columns; as float32 where they begin or end within a block of quantised numbers."""
-    try:
-        return form.columns(part)
-    except ValueError as error:
-        log.warning("a share of %s is kept in float32: %s", name, error)
-        return Dense(np.ascontiguousarray(form.widen()[:, part]))
 
 
 def _as_given(weight: Weight, part: Form) -> Weight:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from npllama import parameter_shapes
 from npllama.engine.grouped import Grouped, to_int4
 from npllama.engine.ranks import shares
-from npllama.engine.weights import Dense, Int8, to_int8
+from npllama.engine.weights import Int8, to_int8
 
 import tiny
 from thread_ranks import groups
@@ -42,7 +42,7 @@ def test_every_head_channel_and_row_is_covered_exactly_once(G, R, F, V, size, K)
         assert (own.n_heads, own.n_kv_heads) == (len(heads), len(kv_heads))
         # model.py gives each key/value head the same number of query heads, in order.
         assert [kv_heads[i // (own.n_heads // own.n_kv_heads)] for i in range(own.n_heads)] == [head // R for head in heads]
-        for block in (32, 64, 256):  # of quantised numbers
+        for block in (2, 32, 64, 256):  # of quantised numbers
             assert size * block > F or part.ffn.start % block == 0
 
 
@@ -82,18 +82,18 @@ def test_int8_columns_keep_the_scales_of_their_rows():
         np.testing.assert_array_equal(part.widen(), whole.widen()[:, share.ffn])
 
 
-@pytest.mark.parametrize(("name", "whole"), [("feed_forward.w2", True), ("attention.wo", False)])
-def test_quantised_columns_are_whole_groups_or_widened(name, whole, caplog):
-    """Three heads of 16 numbers are no whole groups of 32."""
+@pytest.mark.parametrize(("name", "group"), [("feed_forward.w2", 32), ("attention.wo", 16)])
+def test_quantised_columns_stay_quantised(name, group):
+    """Three heads of 16 numbers are no whole groups of 32: such groups are cut in two."""
     config, name = tiny.config(ffn_dim=96), f"layers.0.{name}.weight"
     params = tiny.random_params(config, 1)
     quantised = params[name] = to_int4(params[name])
     for share in shares.shares(config, 2):
         part = shares.cut(params, config, share)[name]
-        columns = share.ffn if whole else slice(share.heads.start * 16, share.heads.stop * 16)
-        assert isinstance(part, Grouped if whole else Dense)
+        columns = share.ffn if group == 32 else slice(share.heads.start * 16, share.heads.stop * 16)
+        assert isinstance(part, Grouped)
+        assert part.grouping.group == group
         np.testing.assert_array_equal(part.widen(), quantised.widen()[:, columns])
-    assert (f"a share of {name} is kept in float32" in caplog.text) != whole
 
 
 def test_a_part_alone_is_not_taken_for_the_matrix():
