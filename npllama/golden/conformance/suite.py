@@ -31,6 +31,7 @@ from .cases import PROFILES, Case, cases
 from .judging import Tolerance
 from .measuring import Measured, exact
 from .model_files import as_json
+from .models import MODELS, TinyModel
 
 FORMAT, VERSION = "npllama conformance 1", 1
 FORMATS = ("raw", "npy", "safetensors")
@@ -145,16 +146,30 @@ def _why_not_ours(path: Path) -> str | None:
 
 def _files(chosen: list[Case], storage: str) -> Iterator[tuple[str, bytes]]:
     for case in chosen:
-        for kind, arrays in (("inputs", case.arrays), ("outputs", expected(case.path).outputs)):
+        own = {name: x for name, x in case.arrays.items() if name not in _model_params(case)}
+        for kind, arrays in (("inputs", own), ("outputs", expected(case.path).outputs)):
             for file, data in _stored(kind, arrays, storage).items():
                 yield f"{case.path}/{file}", data
         yield f"{case.path}/case.json", as_json(_described(case, storage))
+    for model in {model.name: model for case in chosen if (model := _model_of(case))}.values():
+        for file, data in _stored("params", model.params, storage).items():
+            yield f"models/{model.name}/{file}", data
     for files in {case.arguments["path"]: case.files for case in chosen if "path" in case.arguments}.values():
         yield from files.items()
     for level in sorted({case.level for case in chosen}):
         lines = [f"{case.path} {case.operation.name}\n" for case in chosen if case.level == level]
         yield f"{level}.txt", "".join(lines).encode()
     yield "README.md", README.encode()
+
+
+def _model_of(case: Case) -> TinyModel | None:
+    """Return the model whose parameters are among a case's inputs; they are written once, and not for each case."""
+    return next((model for model in MODELS.values() if model.params is case.arguments.get("params")), None)
+
+
+def _model_params(case: Case) -> Mapping[str, np.ndarray]:
+    model = _model_of(case)
+    return model.params if model else {}
 
 
 def _stored(kind: str, arrays: Mapping[str, np.ndarray], storage: str) -> dict[str, bytes]:
@@ -177,13 +192,19 @@ def _described(case: Case, storage: str) -> dict[str, object]:
     def facts(kind: str, name: str, x: np.ndarray) -> dict[str, object]:
         return {"dtype": x.dtype.name, "shape": list(x.shape), "file": _file_of(kind, name, x.dtype.name, storage)}
 
+    def inputs(name: str, x: np.ndarray) -> dict[str, object]:
+        if (model := _model_of(case)) and name in model.params:
+            found = facts("params", name, x)
+            return found | {"file": f"../../../models/{model.name}/{found['file']}"}
+        return facts("inputs", name, x)
+
     return {
         "case": case.path,
         "operation": case.operation.name,
         "signature": case.operation.signature,
         "purpose": case.purpose,
         "formula": case.operation.text,
-        "inputs": {name: facts("inputs", name, x) for name, x in case.arrays.items()},
+        "inputs": {name: inputs(name, x) for name, x in case.arrays.items()},
         "constants": case.constants,
         "outputs": {
             name: facts("outputs", name, x)
@@ -291,8 +312,8 @@ README = """\
 Inputs, constants and expected outputs of every operation of a Llama model, for implementations in any language.
 
 - `L1.txt` lists the cases of level L1, one a line: the case's folder and its operation. Each level has such a file.
-- `models/` has the tiny models of L3 as files, for loaders: config.json and model.safetensors, model.gguf, params.json and
-  consolidated.00.pth.
+- `models/` has the parameters of the tiny models, which the cases of L3 to L5 share, and for loaders the same as config.json
+  and model.safetensors, model.gguf, params.json and consolidated.00.pth. A `file` in case.json is relative to the case's folder.
 - A folder holds `case.json` and its arrays. `case.json` has the formula, the shapes, the constants, for each output the
   tolerance in each profile, what the case is there to catch, and the mistakes that it does catch.
 - `x.f32` holds bare little-endian numbers in C order, float32; `.f64` float64, `.i64` int64, `.i8` int8, `.u16` the bits of

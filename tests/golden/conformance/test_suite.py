@@ -61,6 +61,15 @@ def test_a_case_is_plain_files(folder):
     assert first == ["L1/embed/rows", "embed"]
 
 
+def test_every_input_is_where_case_json_says(folder):
+    for path, case in cases().items():
+        content = json.loads((folder / path / "case.json").read_text(encoding="utf-8"))
+        assert content["inputs"].keys() == case.arrays.keys()
+        for name, facts in content["inputs"].items():
+            found = (folder / path / facts["file"]).resolve().read_bytes()
+            assert found == case.arrays[name].astype(case.arrays[name].dtype.newbyteorder("<")).tobytes()
+
+
 def test_npy_files_open_in_numpy(tmp_path):
     export(tmp_path / "v", ["L1"], "npy")
     for case in (case for case in cases().values() if case.level == "L1"):
