@@ -78,7 +78,7 @@ def read(src: Path, report: Report, choice: TokenizerChoice = OWN) -> Source:
 
     Raises CheckpointError, a ValueError, with one line.
     """
-    files = _find_files(src)
+    files = find_files(src)
     metadata, tensors = open_file(files[0])
     for file in files[1:]:
         more = open_file(file)[1]
@@ -214,7 +214,7 @@ def _add_tokenizer(source: Source, metadata: Mapping[str, object], report: Repor
 # --------------------------------------------------------------------------------------------------------------------- files
 
 
-def _find_files(src: Path) -> list[Path]:
+def find_files(src: Path) -> list[Path]:
     """Find the files of one model, in order, from its folder or any of them."""
     if src.is_dir():
         models = {SHARD.sub(r"\1-00001-of-\3.gguf", path.name) for path in src.glob("*.gguf")}

@@ -8,7 +8,9 @@ to it, as engine/grouped.py lists them.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -36,6 +38,7 @@ MANIFEST_SECTIONS: dict[str, dict[str, type]] = {
     "files": {"bytes": int, "sha256": str},
 }
 PART_KEYS: dict[str, type] = {"file": str, "bytes": int, "sha256": str}  # of a tensor's further arrays
+CHECKPOINT_ENDINGS = (".gguf", ".safetensors", ".pth", ".pt", ".bin")
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 
 Storage = str | Grouping  # how a tensor is stored: a dtype's name, or in groups
@@ -91,10 +94,28 @@ def read_json(path: Path) -> dict[str, object]:
 def no_directory(path: Path) -> CheckpointError:
     """Return the error for a path that is no folder, or nothing at all."""
     expected = "expected a model directory"
+    if line := convert_line(path):
+        return CheckpointError(f"{path} is a checkpoint, {expected}: {line}")
     if path.exists():
         return CheckpointError(f"{path}: a file, {expected} (npllama convert makes one of a checkpoint)")
     names = ", and no name that `npllama models` lists" if NAME.fullmatch(str(path)) else ""
     return CheckpointError(f"{path}: not found{names}, {expected}")
+
+
+def convert_line(path: Path) -> str | None:
+    """Return the command that makes a model directory of a checkpoint, as it can be typed; None for what looks like none."""
+    target = path.resolve().with_suffix("").name
+    if path.is_dir():
+        with contextlib.suppress(OSError):
+            names = {entry.name for entry in path.iterdir()}
+            if not any(name.endswith(CHECKPOINT_ENDINGS) for name in names):
+                return None
+        target = path.resolve().name
+    elif not (path.is_file() and path.name.endswith(CHECKPOINT_ENDINGS)):
+        return None
+    if Path(target or "model").exists() or not target:
+        target = f"{target or 'model'}-npllama"
+    return shlex.join(["npllama", "convert", str(path), target])
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -102,6 +123,8 @@ def read_manifest(path: Path) -> Manifest:
     file = path / "manifest.json"
     if not path.is_dir():
         raise no_directory(path)
+    if not file.exists() and (line := convert_line(path)):
+        raise CheckpointError(f"{path} is a checkpoint, expected a model directory: {line}")
     if not file.exists():
         raise CheckpointError(f"{path} is not a model directory: it has no manifest.json (npllama convert makes one)")
     manifest = read_json(file)

@@ -42,6 +42,7 @@ from . import (
     walkthrough,
     walkthrough_tokenizer,
 )
+from . import run as run_command
 from .console import error_text, flush_output, open_streams, say_error
 from .options import Parser
 
@@ -52,6 +53,7 @@ COMMANDS = (  # in the order of --help
         models,
         generate,
         chat,
+        run_command,
         logits,
         trace,
         capture,

@@ -13,7 +13,9 @@ from . import chat_loop
 from .console import read_text
 from .options import (
     Commands,
+    Parser,
     add_command,
+    add_compute_options,
     add_model_options,
     add_processes_option,
     add_sampling_options,
@@ -26,6 +28,12 @@ from .options import (
 def add_parser(commands: Commands) -> None:
     """Declare the command and its options."""
     p = add_command(commands, "chat", run, "talk with a model that was trained for it")
+    add_model_options(p, computes=False)
+    add_options(p)
+
+
+def add_options(p: Parser) -> None:
+    """Declare how the model is talked with, which npllama run shares."""
     p.formatter_class = argparse.RawDescriptionHelpFormatter
     p.epilog = f"at a terminal, and as a line of standard input:\n{chat_loop.COMMANDS}"
     p.add_argument("question", nargs="?", help="answer this and end; - reads standard input as one question")
@@ -34,7 +42,7 @@ def add_parser(commands: Commands) -> None:
     p.add_argument("--system", metavar="TEXT", help="the system prompt; empty for the template's (default: the model's own)")
     p.add_argument("--format", help=f"{', '.join(FORMATS)}, or one of the model's templates by its name (default: its own)")
     p.add_argument("-n", "--max-tokens", type=int, default=512, metavar="N", help="at most N tokens an answer (default 512)")
-    add_model_options(p)
+    add_compute_options(p)
     add_processes_option(p)
     add_sampling_options(p)
 

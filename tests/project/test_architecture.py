@@ -125,6 +125,7 @@ ORDER = [
     "cli.models",
     "cli.generate",
     "cli.chat",
+    "cli.run",
     "cli.logits",
     "cli.trace",
     "cli.capture",
@@ -145,7 +146,7 @@ ORDER = [
     "__init__",
     "__main__",
 ]
-CONVERTER_USERS = {"cli.convert", "cli.fetch", "cli.models", "cli.capture"}
+CONVERTER_USERS = {"cli.convert", "cli.fetch", "cli.models", "cli.capture", "cli.run"}
 HEAVY = {
     "torch",
     "jinja2",
