@@ -30,3 +30,18 @@ True
 | conversation.py | a chat, whose cache is kept from turn to turn; saved and loaded as JSON |
 | batching.py | several texts decoded together, each of which joins and leaves by itself |
 """
+
+from .batching import Batch
+from .completion import Completion, Continuation, Stream, TokenLogprobs, complete
+from .conversation import Conversation, ConversationError
+
+__all__ = [
+    "Batch",
+    "Completion",
+    "Continuation",
+    "Conversation",
+    "ConversationError",
+    "Stream",
+    "TokenLogprobs",
+    "complete",
+]

@@ -49,6 +49,7 @@ class Comparison:
     assumed: str = ""  # why this precision, where the candidate's files are of several
     warnings: list[str] = field(default_factory=list)
     hints: list[str] = field(default_factory=list)
+    map_title: str = ""  # of the map that was given
 
     @property
     def equal(self) -> bool:
@@ -95,6 +96,9 @@ class Comparison:
             theirs, ours = ([r.name for r in self.rows if r.problem == absent] for absent in ABSENT)
             if theirs and ours and len(theirs) + len(ours) == len(self.rows):
                 names = f"{theirs[0]} in the reference, {ours[0]} in the candidate"
+                if self.map_title:
+                    wrong = f"the map {self.map_title} gives no name of the reference"
+                    return f"nothing to compare: {wrong} ({names}): is it another's?"
                 return f"different: no name in common ({names}): is a --map missing?"
             others = sum(r.problem == row.problem for r in self.rows) - 1
             sentence = f"incomplete: {row.name} is {row.problem}" + (f", and {others} more" if others else "")
@@ -198,6 +202,7 @@ def compare(
     tolerance = None if atol is None and rtol is None else (atol or 0.0, rtol or 0.0)
     floor = _noise_floor(aligned, coarser, parts, noise, reference, tolerance is not None, name_map)
     comparison = Comparison(str(reference.path), str(candidate.path), precision, floor, tolerance, rows, assumed, warnings)
+    comparison.map_title = name_map.title if names is not None else ""
     for row in rows:
         if row.name in aligned.candidate:
             _judge_row(row, aligned, comparison)

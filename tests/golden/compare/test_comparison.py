@@ -240,6 +240,15 @@ def test_other_names_ask_for_a_map(traces, arrays, tmp_path, capsys):
     assert (status, out.splitlines()[0]) == (1, f"different: no name in common ({names}): is a --map missing?")
 
 
+def test_a_wrong_map_is_said_and_not_that_the_numbers_differ(traces, arrays, tmp_path, capsys):
+    path = save_npz(tmp_path, {name: arrays[name] for name in ("logits", "norm")})
+    status, out, _ = run(capsys, traces / "reference", path, "--map", "hf")
+    first = out.splitlines()[0]
+    assert status == 1
+    assert first.startswith("nothing to compare: the map hf gives no name of the reference (")
+    assert first.endswith("): is it another's?")
+
+
 def test_an_unmatched_name_is_listed_too(traces, arrays, tmp_path):
     unmatched(arrays)
     found = compare(traces / "reference", save_npz(tmp_path, arrays))
