@@ -413,7 +413,7 @@ class SentencePieceTokenizer(Tokenizer):
         # Whether the model puts a blank before every text when encoding, which is then dropped where a text opens.
         self._adds_blank = self._pieces[processor.encode("a")[0]].startswith("▁")
         self._blank_each, self._without_blank = True, processor
-        if added and beside.is_hugging_face and self._adds_blank:
+        if beside.is_hugging_face and self._adds_blank:
             self._blank_each = beside.is_legacy
             self._without_blank = sentencepiece.SentencePieceProcessor(model_proto=data + NO_DUMMY_PREFIX)
 

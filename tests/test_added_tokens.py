@@ -71,6 +71,21 @@ def test_what_a_message_spells_stays_text_and_leaves_the_rest_as_it_is(ours_and_
     assert (inside[0], inside.count(331), inside[-1]) == (331, 1, 330)
 
 
+@pytest.mark.parametrize("legacy", [True, False, None])
+def test_the_ids_are_hugging_face_s_where_nothing_is_added_too(legacy, tiny_sentencepiece_file, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    pytest.importorskip("google.protobuf", reason="protobuf is not installed")
+    file = write(
+        tmp_path / "src", tiny_sentencepiece_file, {"eos_token": "</s>"} | ({} if legacy is None else {"legacy": legacy})
+    )
+    (file.parent / "config.json").write_text('{"model_type": "llama"}')
+    ours, theirs = load_tokenizer(file), transformers.AutoTokenizer.from_pretrained(file.parent)
+    for text in ("<s>Once</s>\nupon<s> a  time</s>", " Once", "Once upon", "\n a", "a</s>", " ", ""):
+        expected = theirs.encode(text, add_special_tokens=False)
+        assert ours.encode(text, special=True) == expected
+        assert ours.encode_parts(ours.split_special(text)) == expected
+
+
 def test_sizes_and_ends_are_hugging_face_s(ours_and_theirs):
     ours, theirs = ours_and_theirs
     assert ours.vocab_size == len(theirs) == 334
