@@ -19,6 +19,7 @@ from npllama.checkpoint import demo_path, open_model
 from npllama.checkpoint.store import locate
 from npllama.engine.layout import new_bytes
 from npllama.engine.memory import available_memory
+from npllama.engine.threads import available_cpus
 from npllama.evaluate.profile import LARGE
 
 from . import conversion, models
@@ -249,6 +250,25 @@ def llama_8b(bench: Bench) -> list[Line]:
     return lines + compared("8b", work, "tokens/s", prefill, limit, {TORCH_BF16: 4})
 
 
+def processes(bench: Bench) -> list[Line]:
+    """Threads of one process against a process for each processor: four layers of 8B's widths and the output matrix."""
+    shape, n = replace(bench.shape(models.LLAMA_8B), n_layers=4), 4
+    n_ranks = min(available_cpus(), shape.n_heads)
+    if n_ranks < 2:
+        print("processes: left out, there is one processor")
+        return []
+    paths = {dtype: bench.model(shape, dtype) for dtype in ("bfloat16", "int8")}
+    kinds = {(dtype, kind): (kind, path, "stored") for dtype, path in paths.items() for kind in ("npllama", "processes")}
+    with bench.workers({" ".join(key): value for key, value in kinds.items()}) as workers:
+        found = alternate(workers, [Ask(name, f"decode {n}") for name in workers], bench.rounds(5))
+    lines = []
+    for dtype in paths:
+        rates = [n / found[f"{dtype} {kind}", f"decode {n}"] for kind in ("processes", "npllama")]
+        work = f"decode, {dtype}, 4 layers of 8B, {n_ranks} processes"
+        lines.append(Line("processes", work, "tokens/s", rates[0], "one process's threads", rates[1], 1.45))
+    return lines
+
+
 def whole_8b(bench: Bench) -> list[Line]:
     """All 16 GB, warm: in sparse files, whose zeros the system keeps in memory as it does any file's content."""
     shape = bench.shape(models.LLAMA_8B)
@@ -462,6 +482,7 @@ ROWS: dict[str, Callable[[Bench], list[Line]]] = {
     "widening": widening,
     "3b": llama_3b,
     "8b": llama_8b,
+    "processes": processes,
     "opening": opening,
     "cold": cold,
     "8b-whole": whole_8b,

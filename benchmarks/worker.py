@@ -1,6 +1,6 @@
 """One implementation in a process of its own, so that its memory and its threads are its own: reads commands, answers in JSON.
 
-    python -m benchmarks.worker npllama|naive|torch|limit MODEL_DIRECTORY DTYPE
+    python -m benchmarks.worker npllama|processes|naive|torch|limit MODEL_DIRECTORY DTYPE
 
 DTYPE is float32 (weights are widened) or stored. It answers `{"seconds": ...}` when the first logits are computed, then a line
 for each line on standard input: a command and its numbers.
@@ -29,6 +29,8 @@ from dataclasses import replace
 import numpy as np
 
 import npllama
+from npllama.checkpoint import open_model
+from npllama.engine.threads import available_cpus
 from npllama.evaluate.profile import LARGE
 from npllama.generation import prefill
 
@@ -156,7 +158,16 @@ def torch_model(path: str, dtype: str) -> object:
     return HuggingFace(path, dtype)
 
 
-KINDS = {"npllama": Npllama, "naive": Naive, "limit": Limit, "torch": torch_model}
+class Processes(Npllama):
+    """One for each processor."""
+
+    def __init__(self, path: str, dtype: str):
+        self.path, self.dtype = path, dtype
+        self.config = open_model(path).config
+        self.model = npllama.load(path, dtype, processes=min(available_cpus(), self.config.n_heads))
+
+
+KINDS = {"npllama": Npllama, "processes": Processes, "naive": Naive, "limit": Limit, "torch": torch_model}
 
 
 def peak_memory() -> int | None:

@@ -149,6 +149,11 @@ def test_tied_models_have_no_output_matrix(tmp_path):
     assert model.params["tok_embeddings.weight"].dtype == np.uint16  # no embedding is int8
 
 
+def test_a_worker_of_several_processes_answers():
+    with Worker("processes", str(demo_path()), "stored") as worker:
+        assert worker.ask("decode 2")["seconds"] > 0
+
+
 def test_the_table_of_several_machines_is_the_script_s():
     document = scale.DOCUMENT.read_text(encoding="utf-8")
     assert scale.BEGIN + "\n" + scale.table() + "\n" + scale.END in document
