@@ -16,7 +16,7 @@ REASONS = sorted(
     {
         re.sub(r"\{.*?\}", "name", reason)
         for path in (ROOT / "tests").rglob("*.py")
-        for reason in re.findall(r'(?:reason=|pytest\.skip\()f?"([^"]+)"', path.read_text(encoding="utf-8"))
+        for reason in re.findall(r'(?:\breason=|pytest\.skip\()f?"([^"]+)"', path.read_text(encoding="utf-8"))
     }
 )
 # No command provides another system.

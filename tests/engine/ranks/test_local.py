@@ -92,7 +92,9 @@ def workers_of(pid: int) -> list[int]:
     return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no /proc: a process's children can't be found")
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self/task").exists(), reason="this system has no /proc to find a process's children in"
+)
 
 # ------------------------------------------------------------------------------------------------------------ what they compute
 
