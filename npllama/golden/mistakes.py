@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -867,6 +868,25 @@ _LIST = (
                 lambda config: replace(config, tied_embeddings=False)),
             ("config_ffn_dim", "ffn_dim is 8/3 · dim without ffn_dim_multiplier, which multiplies before it is rounded up",
                 lambda config: replace(config, ffn_dim=256 * -(-(8 * config.dim // 3) // 256))),
+        )
+    ),
+    # ----- outside of a pass: tokenizers
+    *(
+        Mistake(name, sentence, outside={"encode": wrong})
+        for name, sentence, wrong in (
+            ("encode_bos", "the token that begins a text is in front: it is no part of the text",
+                lambda text, encode, bos: [bos, *encode(text)]),
+            ("encode_normalised", "the text is normalised first (NFKC): no tokenizer of Llama does that",
+                lambda text, encode, bos: encode(unicodedata.normalize("NFKC", text))),
+            ("encode_stripped", "spaces at the text's ends are stripped", lambda text, encode, bos: encode(text.strip())),
+            ("encode_newlines", "line breaks are all made newlines, as a file that is read as text has them",
+                lambda text, encode, bos: encode(text.replace("\r\n", "\n").replace("\r", "\n"))),
+            ("encode_words", "words are split at spaces, and encoded each with one space in front",
+                lambda text, encode, bos: [id for word in text.split() for id in encode(" " + word)]),
+            ("encode_specials", "special tokens that the text spells are ids: they are text unless asked for",
+                lambda text, encode, bos: encode(text, special=True)),
+            ("encode_ascii", "characters beyond ASCII are replaced by question marks",
+                lambda text, encode, bos: encode(text.encode("ascii", "replace").decode())),
         )
     ),
     # ----- outside of a pass: chat formats

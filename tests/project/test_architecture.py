@@ -84,6 +84,7 @@ ORDER = [
     "golden.conformance.model_files",
     "golden.conformance.config_files",
     "golden.conformance.chats",
+    "golden.conformance.texts",
     "golden.conformance.operations",
     "golden.conformance.cases",
     "golden.conformance.judging",
@@ -214,7 +215,13 @@ def test_nothing_heavy_at_the_top_and_no_torch_anywhere(name):
 TESTS = [path for path in sorted((ROOT / "tests").rglob("*.py")) if "ports" not in path.relative_to(ROOT).parts]
 HELPERS = {path.stem for path in TESTS if path.parent.name == "helpers"}
 # Beside them, in tests/ itself, stand the programs that a developer runs.
-PROGRAMS = {"make_goldens.py", "record_conformance.py", "fetch_llama3_tokenizer.py", "mutation.py"}
+PROGRAMS = {
+    "make_goldens.py",
+    "record_conformance.py",
+    "record_tokenizer_vectors.py",
+    "fetch_llama3_tokenizer.py",
+    "mutation.py",
+}
 
 
 def imported_names(path: Path) -> set[str]:

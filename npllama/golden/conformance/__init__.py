@@ -6,6 +6,7 @@
 | arrays.py | arrays as bytes |
 | models.py, model_files.py | the tiny models, and their files for loaders |
 | config_files.py | files that state constants |
+| texts.py | texts and their ids in published tokenizers; recorded_ids.json has them |
 | chats.py | conversations in the formats of chats |
 | operations.py | what a port's functions are called, take and return |
 | cases.py | the cases: inputs that tell right from wrong |

@@ -22,6 +22,7 @@ from .model_files import files_of, forms_of, model_at, path_of
 from .models import GROUPED, MODELS, SCALING, params_of
 from .numbers import Floats, Integers
 from .operations import BEYOND, L1, OPERATIONS, Operation, Outputs, Program
+from .texts import TEXTS, TOKENIZERS
 
 # A profile of the suite, and the precisions that a port of it may follow.
 PROFILES: dict[str, tuple[str, ...]] = {
@@ -419,6 +420,12 @@ def _samplings() -> Iterator[Case]:
     yield _case("L7", BEYOND["probabilities"], "large", purpose, logits=large, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
 
 
+def _tokenizers() -> Iterator[Case]:
+    for tokenizer, (_, sha256) in TOKENIZERS.items():
+        for name, (purpose, text) in TEXTS.items():
+            yield _case("L6", BEYOND["encode"], f"{tokenizer}_{name}", purpose, tokenizer=sha256, text=text)
+
+
 def _chats() -> Iterator[Case]:
     for format, specials in SPECIALS.items():
         for name, (purpose, _) in CONVERSATIONS.items():
@@ -432,6 +439,8 @@ def _chats() -> Iterator[Case]:
 def cases() -> dict[str, Case]:
     """Return every case by its path, in the order of the levels."""
     made = [case for level in (_linears, _norms, _softmaxes, _ropes, _attentions, _roundings) for case in level()]
-    made += [case for level in (_configs, _blocks, _models, _caches, _long, _samplings, _chats) for case in level()]
+    made += [
+        case for level in (_configs, _blocks, _models, _caches, _long, _tokenizers, _samplings, _chats) for case in level()
+    ]
     made.sort(key=lambda case: (case.level, [*OPERATIONS].index(case.operation.name)))
     return {case.path: case for case in made}

@@ -27,6 +27,7 @@ from ..precision import Precision, round_bfloat16, round_float16
 from .chats import as_array, ids_of, wrong_ids
 from .config_files import CONSTANTS, config_files, constants_of
 from .model_files import model_at
+from .texts import TEXTS, TOKENIZERS, ids
 
 Arguments = Mapping[str, Any]  # arrays and constants by name
 Outputs = dict[str, np.ndarray]
@@ -391,6 +392,15 @@ def _chat(p: Program, a: Arguments) -> np.ndarray:
     return as_array(wrong_ids(wrong, a["format"], a["messages"], a["specials"]))
 
 
+def _encode(p: Program, a: Arguments) -> np.ndarray:
+    tokenizer = next(name for name, (_, sha256) in TOKENIZERS.items() if sha256 == a["tokenizer"])
+    text = next(name for name, (_, text) in TEXTS.items() if text == a["text"])
+    found = ids(tokenizer, text, p.mistake.name if p.mistake else "right")
+    if found is None:
+        raise DoesNotApply
+    return found
+
+
 def _forward_file(p: Program, a: Arguments) -> np.ndarray:
     tiny = model_at(a["path"])
     params = {name: x.astype(p.precision.dtype) for name, x in tiny.params.items()}
@@ -415,6 +425,10 @@ Return the distribution that the next token is drawn from.
 p = softmax(logits / temperature); then top_k keeps the most likely (0: all), top_p the fewest of them that together reach that
 share of what is left, min_p those at least that many times as likely as the likeliest; the rest is 0, and the sum 1 again.
 A temperature of 0 is all for the largest.        logits [V] -> [V]"""
+ENCODE = """\
+Return the ids of a text in a published tokenizer, without the token that begins or ends a text.
+
+tokenizer: the sha256 of its file. Raise NotImplementedError for one that you don't have.        -> [n]"""
 CHAT = """\
 Write a conversation as a chat format has it, up to where the answer begins.
 
@@ -464,6 +478,7 @@ BEYOND = {
             rounded=False,
             relative=True,
         ),
+        _of("encode", "tokenizer text", "ids", _encode, ENCODE, exact=True),
         _of("chat", "format messages specials", "ids", _chat, CHAT, exact=True),
         _of("attention", "q keys values mask", "heads", _attention, ATTENTION),
         _of("feed_forward", "x w1 w2 w3", "y", _feed_forward, FEED_FORWARD),

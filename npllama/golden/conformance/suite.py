@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.resources
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -79,7 +80,7 @@ class Expected:
 @functools.cache
 def recorded() -> dict[str, Measured]:
     """Return what is recorded of each case."""
-    found: Any = parse_json(read_bytes(RECORDED, LONG_LIMIT, SuiteError))["cases"]
+    found: Any = parse_json((importlib.resources.files(__package__) / RECORDED.name).read_bytes())["cases"]  # also in a zip
     return {path: Measured(_tolerances(entry["tolerances"]), tuple(entry["catches"])) for path, entry in found.items()}
 
 
@@ -313,7 +314,7 @@ Inputs, constants and expected outputs of every operation of a Llama model, for 
 
 - `L1.txt` lists the cases of level L1, one a line: the case's folder and its operation. Each level has such a file.
 - `models/` has the parameters of the tiny models, which the cases of L3 to L5 share, and for loaders the same as config.json
-  and model.safetensors, model.gguf, params.json and consolidated.00.pth. A `file` in case.json is relative to the case's folder.
+  and model.safetensors, model.gguf, params.json and consolidated.00.pth. A `file` in case.json is relative to its folder.
 - A folder holds `case.json` and its arrays. `case.json` has the formula, the shapes, the constants, for each output the
   tolerance in each profile, what the case is there to catch, and the mistakes that it does catch.
 - `x.f32` holds bare little-endian numbers in C order, float32; `.f64` float64, `.i64` int64, `.i8` int8, `.u16` the bits of
