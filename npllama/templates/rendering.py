@@ -236,7 +236,8 @@ def template_variables(folder: Path) -> dict[str, str]:
     paths = [folder / name for name in ("tokenizer_config.json", "special_tokens_map.json")]
     config, beside = (read_json(path) if path.is_file() else {} for path in paths)
     values = config if "added_tokens_decoder" in config else {**config, **beside}
-    if str(config.get("tokenizer_class") or "Llama").startswith(("Llama", "CodeLlama")):
+    # A config without a class is made of a GGUF file's metadata, which name all that there is.
+    if str(config.get("tokenizer_class") if config else "Llama").startswith(("Llama", "CodeLlama")):
         values = {**LLAMA_S_TOKENS, **values}
     tokens = {name: values.get(name) for name in NAMED_TOKENS}
     texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}

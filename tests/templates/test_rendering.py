@@ -265,6 +265,7 @@ def test_templates_of_a_model_directory(tmp_path: Path) -> None:
             None,
             {"bos_token": "<b>"},
         ),
+        ('{"add_bos_token": false, "eos_token": "<e>"}', None, {"eos_token": "<e>"}),
         ('{"tokenizer_class": "LlamaTokenizer", "bos_token": null}', None, {"eos_token": "</s>", "unk_token": "<unk>"}),
         (
             '{"tokenizer_class": "X", "bos_token": "a"}',
