@@ -56,7 +56,7 @@ def world() -> World | None:
             "expected pip install 'npllama[mpi]'"
         ) from None
     if MPI.COMM_WORLD.Get_size() != told[1]:
-        library = " ".join(MPI.Get_library_version().split("\n")[0].split())[:40]
+        library = " ".join(MPI.Get_library_version().split("\n")[0].partition(",")[0].split())[:40]
         raise NpllamaError(
             f"mpiexec started {told[1]} processes, but by mpi4py each is alone: expected the mpiexec of its library, {library}"
         )

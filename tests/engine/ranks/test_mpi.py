@@ -51,6 +51,19 @@ def test_the_text_is_one_process_s_and_printed_once(mpiexec, size):
     assert found.stderr.rstrip().endswith(f"; {size} processes")
 
 
+def test_open_mpi():
+    """mpi4py takes the library whose mpiexec has started it."""
+    if importlib.util.find_spec("mpi4py") is None:
+        pytest.skip("mpi4py is not installed: pip install '.[mpi]'")
+    if (found := shutil.which("mpiexec.openmpi")) is None:
+        pytest.skip("Open MPI is not installed: apt-get install openmpi-bin")
+    for size in ("2", "4"):
+        done = run(found, "--allow-run-as-root", "--oversubscribe", "-n", size, *GENERATE)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == run(*GENERATE).stdout
+        assert f"; {size} processes" in done.stderr
+
+
 def test_a_command_that_one_rank_does_is_done_once(mpiexec):
     found = run(mpiexec, "-n", "2", *COMMAND, "tokenize", "Once")
     assert (found.returncode, found.stderr) == (0, "")
@@ -149,7 +162,7 @@ def hear_signals() -> None:
 
 def test_an_mpiexec_of_another_mpi_is_refused(mpiexec):
     """Each of its processes would be alone, and compute everything."""
-    told = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}
+    told = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2", "MPI4PY_MPIABI": "mpich"}  # even if Open MPI is there
     found = run(*GENERATE, **told)
     assert (found.returncode, found.stdout) == (2, "")
     [line] = found.stderr.splitlines()
