@@ -148,6 +148,11 @@ TRANSFORMERLENS: Rules = {
     "blocks.{i}.ln2.hook_scale": None,
     "blocks.{i}.attn.hook_result": None,
     "ln_final.hook_scale": None,
+    "*hook_in": None,  # what goes into a bridged module and comes out of it, which the names above call by what it is
+    "*hook_out": None,
+    "*hook_cos": None,
+    "*hook_sin": None,
+    "hook_unembed": None,  # the same as what the model returns
 }
 
 # The names that llama.cpp's callback gives its tensors (src/models/llama.cpp; build_attn and build_ffn in src/llama-graph.cpp),

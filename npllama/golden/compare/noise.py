@@ -34,6 +34,16 @@ tests/golden/compare/test_worked_example.py measure again, on SmolLM2-135M where
 | the same on the embedded model, 400 tokens | 3.3 | 1.1 | 2.0 |
 | the limits in 16 bits | 16 | 6 | 16 |
 
+Quantised programs, judged by their profile (tests/convert/test_capture_llamacpp.py, a tiny model in every kind of weights):
+
+| program | accumulated | local, one operation | local, several |
+|---|---|---|---|
+| llama.cpp, F32, F16 and BF16 weights | 1.6 | 3.4 | |
+| llama.cpp, Q8_0, Q4_0 and Q5_0 weights, float32 and float16 cache | 1.7 | 2.6; 19 where a number was rounded the other way | |
+| llama.cpp, Q4_1 and Q5_1 weights, whose sums are rounded too | 2.3 | 18 | |
+| llama.cpp with flash attention | 3.9 | | 4.1 |
+| the limits with parts | 8 | 32 | 8 |
+
 Judged by one pass, torch is up to 33 accumulated in bfloat16 and 16 in float32, both at 300 tokens, and 2.4 by one operation. A
 floor that comes from one pass, of a trace or a golden bundle, therefore has the limit ONE_PASS, and can still be wrong at one
 token in many: a model is better. Mistakes in 16 bits, on the other hand (SmolLM2 and tiny models, accumulated): those of

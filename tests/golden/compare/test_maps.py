@@ -98,6 +98,7 @@ def transformerlens(model, ours) -> dict[str, np.ndarray]:
     found |= {theirs: ours[name] for theirs, name in names.items()}
     found |= {theirs: halves(ours[name]) for theirs, name in turned.items()}
     found |= {theirs: ours[name] / model.params[f"{name}.weight"] for theirs, name in normed.items()}
+    found |= {"blocks.1.attn.q.hook_out": np.ones((T, 6, 16), np.float32), "hook_unembed": ours["logits"]}
     found |= {"blocks.0.hook_resid_pre": ours["tok_embeddings"], "blocks.0.ln1.hook_scale": np.ones((T, 1), np.float32)}
     return {name: x[None] for name, x in found.items()}
 
