@@ -160,11 +160,11 @@ def test_memory_is_measured_where_the_system_holds_no_limit(renderer: Renderer) 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="this system may not limit a process")
-def test_whatever_gets_past_the_sandbox_opens_no_file_and_starts_no_process(tmp_path: Path) -> None:
+def test_whatever_gets_past_the_sandbox_opens_no_file_or_socket_and_runs_no_program(tmp_path: Path) -> None:
     """The limits alone, as if a template had reached Python."""
     (tmp_path / "secret").write_text("secret")
     code = f"""
-import os, subprocess
+import os, socket, subprocess
 from npllama.templates import child
 child.compiler()
 child.limit(1 << 30)
@@ -172,16 +172,18 @@ for attempt in (
     lambda: open({str(tmp_path / "secret")!r}),
     lambda: open({str(tmp_path / "new")!r}, "w"),
     lambda: subprocess.run(["true"]),
+    lambda: socket.socket(),
     lambda: bytearray(2 << 30),
 ):
     try:
         attempt()
     except (OSError, MemoryError) as error:
         print(type(error).__name__)
+print(os.system("true") == 0)  # no program finds its libraries
 print(dict(os.environ))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["OSError", "OSError", "OSError", "MemoryError", "{}"]
+    assert done.stdout.split() == ["OSError"] * 4 + ["MemoryError", "False", "{}"]
     assert not (tmp_path / "new").exists()
 
 
