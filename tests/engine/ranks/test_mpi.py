@@ -162,15 +162,16 @@ def hear_signals() -> None:
 
 def test_an_mpiexec_of_another_mpi_is_refused(mpiexec):
     """Each of its processes would be alone, and compute everything."""
-    told = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2", "MPI4PY_MPIABI": "mpich"}  # even if Open MPI is there
+    told = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}
     found = run(*GENERATE, **told)
     assert (found.returncode, found.stdout) == (2, "")
-    [line] = found.stderr.splitlines()
+    line = found.stderr.splitlines()[-1]  # Open MPI, where it is there too, may print lines of its own before
     assert line.startswith(
         "npllama: mpiexec started 2 processes, but by mpi4py each is alone: expected the mpiexec of its library, "
     )
     other = run(*GENERATE, **{**told, "OMPI_COMM_WORLD_RANK": "1"})
-    assert (other.returncode, other.stdout, other.stderr) == (2, "", "")
+    assert (other.returncode, other.stdout) == (2, "")
+    assert "npllama" not in other.stderr
 
 
 @pytest.mark.parametrize(
