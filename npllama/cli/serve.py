@@ -1,0 +1,125 @@
+"""npllama serve: an HTTP server with OpenAI's API."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import sys
+
+import numpy as np
+
+from ..chat import FORMATS, ChatError, ChatFormat, chat_format
+from ..checkpoint import Model
+from ..engine.memory import available_memory
+from .options import Commands, add_command, add_model_options, add_processes_option, load_model
+
+GRACE = 9  # seconds that running requests get to finish after SIGTERM: ten with what else the end takes
+
+
+def add_parser(commands: Commands) -> None:
+    """Declare the command and its options."""
+    p = add_command(commands, "serve", run, "answer HTTP requests in OpenAI's API")
+    add_model_options(p)
+    add_processes_option(p)
+    p.add_argument("--host", default="127.0.0.1", help="the address to listen on (default 127.0.0.1: this machine alone)")
+    p.add_argument("--port", type=int, default=8080, help="0 takes a free one (default 8080)")
+    p.add_argument("--name", help="the model's name in the API (default: its directory's)")
+    p.add_argument("--format", help=f"the chat format: {', '.join(FORMATS)}, or one of the model's templates by its name")
+    p.add_argument(
+        "--rows", type=int, metavar="N", help="texts decoded together (default: 8, or as many as half of the memory holds)"
+    )
+    p.add_argument(
+        "--queue", type=int, default=64, metavar="N", help="texts that may wait; more are refused with 429 (default 64)"
+    )
+    p.add_argument("--context", type=int, metavar="N", help="tokens of a prompt and its answer together (default: the model's)")
+    p.add_argument("--max-body", type=int, default=1 << 20, metavar="BYTES", help="of a request (default 1048576)")
+    p.add_argument(
+        "--time-limit", type=float, default=600, metavar="S", help="seconds for a request, waiting included (default 600)"
+    )
+    p.add_argument("--api-key", metavar="KEY", help="ask clients for it (default: $NPLLAMA_API_KEY, or none)")
+    p.add_argument("--allow-origin", action="append", default=[], metavar="URL", help="web pages that may use the server")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Serve until SIGTERM or Ctrl-C."""
+    try:
+        import uvicorn
+
+        from ..serve.app import LOOPBACK, Settings, make_app
+        from ..serve.worker import Worker
+    except ImportError as error:
+        raise ImportError(f"npllama serve needs {error.name}: pip install 'npllama[serve]'") from None
+    for option, value in (("--queue", args.queue + 1), ("--max-body", args.max_body), ("--time-limit", args.time_limit)):
+        if not value > 0:
+            raise ValueError(f"{option} is out of range")
+    key = args.api_key if args.api_key is not None else os.environ.get("NPLLAMA_API_KEY")
+    if key == "":
+        raise ValueError("--api-key is empty")
+    listening = listen(args.host, args.port)
+    with listening:
+        model = load_model(args)
+        context = min(args.context or model.config.max_seq_len, model.config.max_seq_len)
+        rows = args.rows if args.rows is not None else rows_for(model, context)
+        if context < 1 or rows < 1:
+            raise ValueError(f"--context is {context} and --rows {rows}, expected 1 or more")
+        host, port = listening.getsockname()[:2]
+        settings = Settings(
+            args.name or (model.path.resolve().name if model.path else "npllama"),
+            context,
+            args.max_body,
+            args.time_limit,
+            key,
+            tuple(args.allow_origin),
+            LOOPBACK if host in LOOPBACK else None,
+        )
+        worker = Worker(model, rows, args.queue)
+        app = make_app(model, worker, chat_format_or_reason(model, args.format), settings)
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE, server_header=False, lifespan="on"
+        )
+        address = f"[{host}]" if ":" in host else host
+        print(f"{settings.name} at http://{address}:{port}/v1 ({rows} rows, context {context:,})", file=sys.stderr, flush=True)
+        # uvicorn finishes what runs, then raises the signal again: for SIGTERM that is the end with status 0.
+        before = signal.signal(signal.SIGTERM, lambda number, frame: None)
+        try:
+            uvicorn.Server(config).run([listening])
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            worker.close()
+            worker.join(1)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens, before the model is opened. Raises ValueError for an address that can't be had."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listening = socket.socket(family, kind)
+        try:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind(address)
+            listening.listen(128)
+        except BaseException:
+            listening.close()
+            raise
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"can't listen on {host} port {port}: {getattr(error, 'strerror', None) or error}") from None
+    return listening
+
+
+def chat_format_or_reason(model: Model, name: str | None) -> ChatFormat | ChatError:
+    """Return the model's chat format, or why it has none: it then serves texts alone. Raises ChatError for a bad `name`."""
+    try:
+        return chat_format(model, name)
+    except ChatError as error:
+        if name is not None:
+            raise
+        return error
+
+
+def rows_for(model: Model, context: int) -> int:
+    """Return how many full rows half of the free memory holds, 1 to 8."""
+    config = model.config
+    size = 2 * config.n_layers * config.n_kv_heads * config.head_dim * context * np.dtype(np.float32).itemsize
+    return int(min(8, max(1, available_memory() // 2 // size)))

@@ -1,0 +1,425 @@
+"""The routes: OpenAI's API, llama.cpp's /tokenize, /detokenize and /health, and a page to try a model on."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from ..chat import ChatError, ChatFormat
+from ..checkpoint import Model
+from ..errors import printable, shown
+from ..generation import check_prompt
+from ..text.completion import Continuation, TokenLogprobs
+from .replies import FINISH, LegacyLogprobs, Reply, chat_logprobs, usage_of
+from .requests import BadRequest, ChatRequest, CompletionRequest, Fields, Generation, chat_request, completion_request, is_bool
+from .worker import Closed, Full, Job, Worker
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+PAGE = Path(__file__).with_name("page.html")
+# The page loads nothing, and talks to this server alone.
+POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; frame-ancestors 'none'"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the server allows.
+
+    most_bytes     of a request's body
+    most_seconds   for one request, waiting included
+    context        tokens of a prompt and its continuation together
+    api_key        every route but / and /health asks for it, as `Authorization: Bearer KEY`; None: no key
+    origins        web pages of these origins may use the server (CORS); empty: none but its own
+    hosts          names by which clients may call the server; None: any. A page elsewhere can point a name at this machine
+    """
+
+    name: str
+    context: int
+    most_bytes: int = 1 << 20
+    most_seconds: float = 600.0
+    api_key: str | None = None
+    origins: tuple[str, ...] = ()
+    hosts: tuple[str, ...] | None = LOOPBACK
+
+
+def make_app(model: Model, worker: Worker, format: ChatFormat | ChatError, settings: Settings) -> Starlette:
+    """Return the ASGI application; it closes the worker when it ends."""
+    api = _API(model, worker, format, settings)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        yield
+        worker.close()
+
+    middleware = [Middleware(Guard, settings=settings)]
+    if settings.origins:
+        allowed = {"allow_methods": ["GET", "POST"], "allow_headers": ["Authorization", "Content-Type"]}
+        middleware.insert(0, Middleware(CORSMiddleware, allow_origins=list(settings.origins), **allowed))
+    routes = [
+        Route("/", api.page),
+        Route("/health", api.health),
+        Route("/v1/models", api.models),
+        Route("/v1/models/{name:path}", api.model),
+        Route("/v1/completions", api.completions, methods=["POST"]),
+        Route("/v1/chat/completions", api.chat, methods=["POST"]),
+        Route("/tokenize", api.tokenize, methods=["POST"]),
+        Route("/detokenize", api.detokenize, methods=["POST"]),
+    ]
+    handlers: dict[Any, Any] = {
+        BadRequest: lambda request, error: failure(str(error), error.status, error.param, error.code),
+        Full: lambda request, error: failure(str(error), 429, code="queue_full", headers={"Retry-After": "1"}),
+        Closed: lambda request, error: failure(str(error), 503),
+        HTTPException: lambda request, error: failure(error.detail, error.status_code, headers=error.headers),
+        Exception: lambda request, error: failure("an unforeseen error; the server's standard error has it", 500),
+    }
+    return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers, lifespan=lifespan)
+
+
+def failure(message: str, status: int, param: str | None = None, code: str | None = None, headers: Any = None) -> JSONResponse:
+    """Return an error as OpenAI's clients read it."""
+    return JSONResponse({"error": error_of(message, status, param, code)}, status, headers)
+
+
+def error_of(message: str, status: int, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """Return the object that says what is wrong."""
+    kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error", 404: "not_found_error"}
+    kind = "server_error" if status >= 500 else kinds.get(status, "invalid_request_error")
+    return {"message": printable(message), "type": kind, "param": param, "code": code}
+
+
+class Guard:
+    """Refuses what comes by another host's name, without the key, or with a body that is no JSON.
+
+    A page of another origin can send a form here, but neither JSON nor the key: a browser asks before, and is not allowed.
+    """
+
+    def __init__(self, app: ASGIApp, settings: Settings):
+        self._app, self._settings = app, settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer with an error, or pass the request on."""
+        refused = self._refused(Request(scope)) if scope["type"] == "http" else None
+        await (refused or self._app)(scope, receive, send)
+
+    def _refused(self, request: Request) -> Response | None:
+        settings = self._settings
+        host = (
+            request.headers.get("host", "").rpartition("]")[0].lstrip("[") or request.headers.get("host", "").partition(":")[0]
+        )
+        if settings.hosts is not None and host not in settings.hosts:
+            return failure(f"the host is {shown(host)}, expected {' or '.join(settings.hosts)}", 403)
+        if settings.api_key is not None and request.url.path not in ("/", "/health"):
+            given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
+            if not hmac.compare_digest(given, settings.api_key.encode()):
+                return failure("the API key is missing or wrong", 401, code="invalid_api_key")
+        if request.method == "POST":
+            kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+            if kind != "application/json":
+                return failure(f"the content type is {shown(kind)}, expected application/json", 415)
+        return None
+
+
+class _API:
+    def __init__(self, model: Model, worker: Worker, format: ChatFormat | ChatError, settings: Settings):
+        self._model, self._worker, self._format, self._settings = model, worker, format, settings
+        self._started = int(time.time())
+
+    # ------------------------------------------------------------------------------------------------------------- small ones
+
+    async def page(self, request: Request) -> Response:
+        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers={"Content-Security-Policy": POLICY})
+
+    async def health(self, request: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._about()]})
+
+    async def model(self, request: Request) -> Response:
+        self._check_name(request.path_params["name"])
+        return JSONResponse(self._about())
+
+    async def tokenize(self, request: Request) -> Response:
+        """llama.cpp's: {"content": ..., "add_special": false, "parse_special": true, "with_pieces": false}."""
+        fields = Fields(await self._json(request))
+        content = fields.take("content", lambda x: isinstance(x, str), "a text", "")
+        bos, special, pieces = (
+            bool(fields.take(name, is_bool, "true or false", default))
+            for name, default in (("add_special", False), ("parse_special", True), ("with_pieces", False))
+        )
+        fields.refuse_others()
+        tokenizer = self._tokenizer()
+        ids = await run_in_threadpool(tokenizer.encode, content, bos=bos, special=special)
+        return JSONResponse({"tokens": [{"id": id, "piece": tokenizer.piece(id)} for id in ids] if pieces else ids})
+
+    async def detokenize(self, request: Request) -> Response:
+        fields = Fields(await self._json(request))
+        ids = fields.take("tokens", lambda x: isinstance(x, list) and all(type(id) is int for id in x), "a list of ids", [])
+        fields.refuse_others()
+        try:
+            return JSONResponse({"content": self._tokenizer().decode(ids)})
+        except ValueError as error:
+            raise BadRequest(str(error), "tokens") from None
+
+    # ------------------------------------------------------------------------------------------------------------ completions
+
+    async def completions(self, request: Request) -> Response:
+        asked = completion_request(await self._json(request), self._model.generation)
+        self._check_name(asked.model)
+        prompts = [await run_in_threadpool(self._ids, prompt) for prompt in asked.prompts]
+        run = self._start(asked, prompts, asked.logprobs if asked.echo else None)
+        shape = _CompletionShape(self._model, self._settings.name, asked, run.jobs)
+        return await self._answer(request, asked, run, prompts, shape)
+
+    async def chat(self, request: Request) -> Response:
+        asked = chat_request(await self._json(request), self._model.generation)
+        self._check_name(asked.model)
+        if isinstance(self._format, ChatError):
+            raise BadRequest(str(self._format), "messages")
+        try:
+            prompt = await run_in_threadpool(self._format.prompt, asked.messages)
+        except ValueError as error:
+            raise BadRequest(str(error), "messages") from None
+        run = self._start(asked, [prompt.ids])
+        shape = _ChatShape(self._model, self._settings.name, asked, run.jobs)
+        return await self._answer(request, asked, run, [prompt.ids], shape)
+
+    def _ids(self, prompt: str | list[int]) -> list[int]:
+        if not isinstance(prompt, str):
+            return prompt
+        return self._tokenizer().encode(prompt, bos=True)
+
+    def _start(self, asked: Generation, prompts: Sequence[list[int]], echo_logprobs: int | None = None) -> _Run:
+        """Queue a text for each choice. Raises BadRequest for a prompt that can't be continued."""
+        if asked.stop and self._model.tokenizer is None:
+            raise BadRequest("the model has no tokenizer, so there is no text that a stop string could end", "stop")
+        run = _Run(self._settings.most_seconds, told_always=asked.stream)
+        for ids in prompts:
+            try:
+                check_prompt(ids, self._model)
+            except ValueError as error:
+                raise BadRequest(str(error), "prompt") from None
+            room = self._settings.context - len(ids)
+            if room < 0:
+                found = f"the prompt has {len(ids):,} tokens, the context holds {self._settings.context:,}"
+                raise BadRequest(found, "prompt", "context_length_exceeded")
+            most = room + 1 if asked.max_tokens is None else asked.max_tokens
+            within = min(most, room + 1)
+            for i in range(asked.n):
+                continuation = Continuation(self._model, ids, within, asked.stop, asked.logprobs)
+                seed = (asked.seed, i) if asked.n > 1 else (asked.seed,)
+                run.add(Job(continuation, asked.sampling, seed, lambda text: None, within, echo_logprobs))
+        self._worker.submit(run.jobs)
+        return run
+
+    async def _answer(
+        self, request: Request, asked: Generation, run: _Run, prompts: Sequence[list[int]], shape: _Shape
+    ) -> Response:
+        if asked.stream:
+            events = self._events(asked, run, prompts, shape)
+            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        try:
+            await run.wait(request.is_disconnected)
+        finally:
+            self._worker.cancel(run.jobs)
+        choices = [shape.choice(i, job) for i, job in enumerate(run.jobs)]
+        return JSONResponse(shape.reply.whole(choices, self._usage(prompts, run)))
+
+    async def _events(self, asked: Generation, run: _Run, prompts: Sequence[list[int]], shape: _Shape) -> AsyncIterator[bytes]:
+        """Yield server-sent events; whoever stops reading stops the computing."""
+        try:
+            for event in shape.opening():
+                yield _event(shape.reply.event([event]))
+            async for i, text, n_tokens, ended in run.pieces():
+                if (choice := shape.piece(i, run.jobs[i], text, n_tokens, ended)) is not None:
+                    yield _event(shape.reply.event([choice]))
+            if asked.include_usage:
+                yield _event(shape.reply.event([], self._usage(prompts, run)))
+            yield b"data: [DONE]\n\n"
+        except BadRequest as error:
+            yield _event({"error": error_of(str(error), error.status, error.param, error.code)})
+        finally:
+            self._worker.cancel(run.jobs)
+
+    # --------------------------------------------------------------------------------------------------------------- helpers
+
+    def _usage(self, prompts: Sequence[list[int]], run: _Run) -> dict[str, int]:
+        return usage_of(prompts, [job.continuation.completion for job in run.jobs])
+
+    def _about(self) -> dict[str, Any]:
+        return {"id": self._settings.name, "object": "model", "created": self._started, "owned_by": "npllama"}
+
+    def _check_name(self, name: str | None) -> None:
+        if name not in (None, self._settings.name):
+            message = f"the model {shown(name)} is not here, expected {self._settings.name}"
+            raise BadRequest(message, "model", "model_not_found", 404)
+
+    def _tokenizer(self) -> Any:
+        if self._model.tokenizer is None:
+            raise BadRequest("the model has no tokenizer, so it takes token ids and no text")
+        return self._model.tokenizer
+
+    async def _json(self, request: Request) -> object:
+        """Read the body, as far as the limit."""
+        data = bytearray()
+        async for part in request.stream():
+            data += part
+            if len(data) > self._settings.most_bytes:
+                raise BadRequest(f"the body is longer than {self._settings.most_bytes:,} bytes", status=413)
+        try:
+            return json.loads(data)
+        except (ValueError, RecursionError):
+            raise BadRequest("the body is not JSON") from None
+
+
+def _event(value: object) -> bytes:
+    return f"data: {json.dumps(value)}\n\n".encode()
+
+
+class _Run:
+    """The texts of one request, and what the worker tells of them."""
+
+    def __init__(self, seconds: float, told_always: bool):
+        self.jobs: list[Job] = []
+        self._loop, self._until, self._always = asyncio.get_running_loop(), time.monotonic() + seconds, told_always
+        self._seconds = seconds
+        self._told: asyncio.Queue[tuple[int, str, int, bool]] = asyncio.Queue()
+
+    def add(self, job: Job) -> None:
+        """Add a text before it is submitted."""
+        i = len(self.jobs)
+
+        def tell(text: str) -> None:  # on the worker's thread
+            if job.ended or self._always:
+                with contextlib.suppress(RuntimeError):  # the loop has ended
+                    done = job.continuation.completion
+                    self._loop.call_soon_threadsafe(self._told.put_nowait, (i, text, len(done.tokens), job.ended))
+
+        job.tell = tell
+        self.jobs.append(job)
+
+    async def pieces(self, gone: Callable[[], Awaitable[bool]] | None = None) -> AsyncIterator[tuple[int, str, int, bool]]:
+        """Yield what is told, until all texts have ended. Raises BadRequest at a text's error, and when time is up."""
+        left = len(self.jobs)
+        while left:
+            try:
+                told = await asyncio.wait_for(self._told.get(), min(0.5, max(0.01, self._until - time.monotonic())))
+            except (TimeoutError, asyncio.TimeoutError):
+                if time.monotonic() >= self._until:
+                    raise BadRequest(f"the answer took longer than {self._seconds:g} seconds", status=504) from None
+                if gone is not None and await gone():
+                    raise BadRequest("the client has gone", status=499) from None
+                continue
+            if (error := self.jobs[told[0]].error) is not None:
+                raise BadRequest(str(error), status=500)
+            left -= told[3]
+            yield told
+
+    async def wait(self, gone: Callable[[], Awaitable[bool]]) -> None:
+        """Wait until all texts have ended. Raises as pieces() does, and when the client has gone."""
+        async for _ in self.pieces(gone):
+            pass
+
+
+class _Shape:
+    """What choices look like: whole, and piece by piece."""
+
+    def __init__(self, model: Model, name: str, asked: Generation, jobs: Sequence[Job], chat: bool):
+        self._tokenizer, self._jobs, self._logprobs = model.tokenizer, jobs, asked.logprobs
+        self.reply = Reply(name, chat)
+        self._sent = [0] * len(jobs)  # tokens whose log-probabilities have been sent
+
+    def opening(self) -> list[dict[str, Any]]:
+        """Return the choices of a stream's first events."""
+        return []
+
+    def choice(self, i: int, job: Job) -> dict[str, Any]:
+        """Return a choice as a whole."""
+        done = job.continuation.completion
+        return {
+            "index": i,
+            **self._content(i, job, done.text, len(done.tokens), True),
+            "finish_reason": FINISH[done.finish_reason],
+        }
+
+    def piece(self, i: int, job: Job, text: str, n_tokens: int, ended: bool) -> dict[str, Any] | None:
+        """Return a choice of a stream's event, or None where there is nothing to send."""
+        if not text and not ended and (self._logprobs is None or n_tokens == self._sent[i]):
+            return None
+        content = self._content(i, job, text, n_tokens, False)
+        return {"index": i, **content, "finish_reason": FINISH[job.continuation.completion.finish_reason] if ended else None}
+
+    def _content(self, i: int, job: Job, text: str, n_tokens: int, whole: bool) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class _CompletionShape(_Shape):
+    def __init__(self, model: Model, name: str, asked: CompletionRequest, jobs: Sequence[Job]):
+        super().__init__(model, name, asked, jobs, chat=False)
+        self._echo = asked.echo
+        self._opened: set[int] = set()  # choices of which something has been sent
+        given = [prompt for prompt in asked.prompts for _ in range(asked.n)]
+        self._prompts = [self._text(prompt) for prompt in given]
+        self._lists = [self._list(job, text) for job, text in zip(jobs, self._prompts, strict=True)]
+
+    def _list(self, job: Job, prompt: str) -> LegacyLogprobs:
+        ids = job.continuation.completion.prompt_tokens
+        if not self._echo or self._tokenizer is None:
+            return LegacyLogprobs(self._tokenizer, 0, ids)
+        # The BOS token in front of a text is no part of it: its offset is the text's beginning.
+        return LegacyLogprobs(self._tokenizer, len(prompt) - len(self._tokenizer.decode(ids)))
+
+    def _text(self, prompt: str | list[int]) -> str:
+        if isinstance(prompt, str):
+            return prompt
+        return self._tokenizer.decode(prompt) if self._tokenizer else ""
+
+    def _content(self, i: int, job: Job, text: str, n_tokens: int, whole: bool) -> dict[str, Any]:
+        done, echoed = job.continuation.completion, self._echo and i not in self._opened
+        content: dict[str, Any] = {"text": self._prompts[i] + text if echoed else text, "logprobs": None}
+        if self._logprobs is not None:
+            ids = done.tokens[self._sent[i] : n_tokens]
+            entries: list[TokenLogprobs | None] = [*(done.logprobs or [])[self._sent[i] : n_tokens]]
+            if echoed:
+                ids, entries = done.prompt_tokens + ids, [*job.prompt_logprobs, *entries]
+            content["logprobs"] = self._lists[i].take(ids, entries)
+        self._sent[i] = n_tokens
+        self._opened.add(i)
+        return content
+
+
+class _ChatShape(_Shape):
+    def __init__(self, model: Model, name: str, asked: ChatRequest, jobs: Sequence[Job]):
+        super().__init__(model, name, asked, jobs, chat=True)
+
+    def opening(self) -> list[dict[str, Any]]:
+        delta = {"role": "assistant", "content": ""}
+        return [{"index": i, "delta": delta, "logprobs": None, "finish_reason": None} for i in range(len(self._jobs))]
+
+    def _content(self, i: int, job: Job, text: str, n_tokens: int, whole: bool) -> dict[str, Any]:
+        content: dict[str, Any]
+        if whole:
+            content = {"message": {"role": "assistant", "content": text, "refusal": None}, "logprobs": None}
+        else:
+            content = {"delta": {"content": text} if text else {}, "logprobs": None}
+        if self._logprobs is not None and self._tokenizer is not None:
+            entries = (job.continuation.completion.logprobs or [])[self._sent[i] : n_tokens]
+            content["logprobs"] = chat_logprobs(self._tokenizer, entries)
+        self._sent[i] = n_tokens
+        return content
