@@ -93,6 +93,8 @@ def run(args: argparse.Namespace) -> None:
 
 def listen(host: str, port: int) -> socket.socket:
     """Return a socket that listens, before the model is opened. Raises ValueError for an address that can't be had."""
+    if not 0 <= port < 1 << 16:
+        raise ValueError(f"--port is {port}, expected 0 to 65535")
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listening = socket.socket(family, kind)

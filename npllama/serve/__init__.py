@@ -1,6 +1,6 @@
 """An HTTP server with OpenAI's API, for one model and many clients.
 
-    npllama serve -m MODEL        # pip install 'npllama[serve]'
+    npllama serve -m MODEL        # with starlette and uvicorn: pip install 'npllama[serve]'
 
 | file | what it does |
 |---|---|

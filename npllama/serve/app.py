@@ -23,8 +23,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..chat import ChatError, ChatFormat
-from ..checkpoint import Model
-from ..errors import printable, shown
+from ..checkpoint import Model, foreign
+from ..errors import printable, reason, shown
 from ..generation import check_prompt
 from ..text.completion import Continuation, TokenLogprobs
 from .replies import FINISH, LegacyLogprobs, Reply, chat_logprobs, usage_of
@@ -283,9 +283,11 @@ class _API:
             if len(data) > self._settings.most_bytes:
                 raise BadRequest(f"the body is longer than {self._settings.most_bytes:,} bytes", status=413)
         try:
-            return json.loads(data)
-        except (ValueError, RecursionError):
-            raise BadRequest("the body is not JSON") from None
+            return foreign.parse_json(bytes(data))
+        except ValueError as error:
+            raise BadRequest(f"the body is not JSON that can be read: {reason(error)}") from None
+        except TypeError as error:
+            raise BadRequest(f"the body is {error}, expected a JSON object") from None
 
 
 def _event(value: object) -> bytes:

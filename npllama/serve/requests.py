@@ -163,7 +163,8 @@ class Fields:
             neutral = NEUTRAL.get(name)
             if neutral is None:
                 raise BadRequest(f"the parameter {shown(name)} is not supported", name, "unsupported_parameter")
-            if ANY not in neutral and not any(type(value) in (type(x), int, float) and value == x for x in neutral):
+            alike = (x for x in neutral if type(value) is type(x) or {type(value), type(x)} == {int, float})
+            if ANY not in neutral and value not in alike:
                 raise BadRequest(f"{name} is {shown(value)}, which is not supported", name, "unsupported_value")
 
 

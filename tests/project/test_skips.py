@@ -21,7 +21,7 @@ REASONS = sorted(
 )
 # No command provides another system.
 OF_THE_SYSTEM = re.compile(
-    r"system|POSIX|signals|streams|pipes|this Python|/dev/|/proc/|mount|big-endian|virtual environment|FIFO|root"
+    r"system|POSIX|signals|streams|pipes|this Python|/dev/|/proc|mount|big-endian|virtual environment|FIFO|root"
 )
 
 
