@@ -77,7 +77,13 @@ def run(args: argparse.Namespace) -> None:
         worker = Worker(model, rows, args.queue)
         app = make_app(model, worker, chat_format_or_reason(model, args.format), settings)
         config = uvicorn.Config(
-            app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE, server_header=False, lifespan="on"
+            app,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=GRACE,
+            timeout_keep_alive=75,  # uvicorn's five seconds end connections that clients are about to use again
+            server_header=False,
+            lifespan="on",
         )
         address = f"[{host}]" if ":" in host else host
         print(f"{settings.name} at http://{address}:{port}/v1 ({rows} rows, context {context:,})", file=sys.stderr, flush=True)

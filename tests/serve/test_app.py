@@ -71,7 +71,8 @@ def served(model, rows=4, most=64, **settings):
     worker = Worker(model, rows, most)
     chosen = Settings("demo", **{"context": model.config.max_seq_len, **settings})
     app = make_app(model, worker, chat_format(model), chosen)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="on", timeout_graceful_shutdown=5))
+    timeouts = {"timeout_graceful_shutdown": 5, "timeout_keep_alive": 75}
+    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="on", **timeouts))
     listening = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()
