@@ -366,14 +366,12 @@ def place(mutant: Mutant) -> tuple[str, int, str]:
     return mutant.module, mutant.line, mutant.change
 
 
-def tested_before(out: Path, results: dict) -> dict[tuple[str, int, str], Mutant]:
-    """Return the mutants that an earlier run of the same draw of the same code and tests has tested."""
-    if not out.exists():
-        return {}
-    earlier = json.loads(out.read_text(encoding="utf-8"))
+def earlier_results(out: Path, results: dict) -> dict:
+    """Return the results that an earlier run of the same draw of the same code and tests has left; none are empty."""
+    earlier = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
     if any(earlier.get(key) != results[key] for key in ("command", "versions", "digest")):
-        return {}
-    return {place(mutant): mutant for mutant in (Mutant(**m) for m in earlier["mutants"])}
+        return {"seconds": {}, "mutants": []}
+    return earlier
 
 
 def git_revision() -> str:
@@ -415,11 +413,12 @@ def main() -> int:
         results["digest"] = digest(tree)
         drawn = dict(enumerate(draw(tree, modules, args.seed, args.n)))
         results["drawn"] = len(drawn)
-        known = tested_before(args.out, results)
+        earlier = earlier_results(args.out, results)
+        known = {place(mutant): mutant for mutant in (Mutant(**m) for m in earlier["mutants"])}
         done = {number: known[key] for number, (_, mutant, _) in drawn.items() if (key := place(mutant)) in known}
         processor = {}
         for module in modules:
-            processor[module] = right_code(tree, module)
+            processor[module] = earlier["seconds"].get(module.path) or right_code(tree, module)
             print(f"{processor[module]:.1f} s of the processor: {module.path}", flush=True)
         results["seconds"] = {module.path: round(took, 1) for module, took in processor.items()}
         lock = threading.Lock()

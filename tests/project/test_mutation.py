@@ -167,14 +167,15 @@ def test_explanations_stay_with_their_change():
 
 
 def test_a_draw_goes_on_where_it_was_until_the_tests_change(tmp_path):
-    mutant = {"module": "npllama/a.py", "line": 3, "change": "x → y", "outcome": "failed", "seconds": 1.0}
+    none = {"seconds": {}, "mutants": []}
     results = {"command": "mutation.py --seed 1 --n 2", "versions": ["NumPy 2"], "digest": "abc"}
     out = tmp_path / "out.json"
-    assert mutation.tested_before(out, results) == {}
-    mutation.write(out, results | {"mutants": [mutant]})
-    assert mutation.tested_before(out, results) == {("npllama/a.py", 3, "x → y"): mutation.Mutant(**mutant)}
+    assert mutation.earlier_results(out, results) == none
+    found = results | {"seconds": {"npllama/a.py": 1.5}, "mutants": [{"module": "npllama/a.py", "line": 3}]}
+    mutation.write(out, found)
+    assert mutation.earlier_results(out, results) == found
     for key in results:
-        assert mutation.tested_before(out, results | {key: "other"}) == {}
+        assert mutation.earlier_results(out, results | {key: "other"}) == none
 
 
 def test_the_digest_is_of_the_code_and_the_tests(tree):
