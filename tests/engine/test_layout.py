@@ -219,7 +219,7 @@ def test_the_system_is_told_how_mapped_weights_will_be_read(tmp_path, fits, monk
         x.base._mmap = Mapping(name, x.nbytes, told)
     n_bytes = sum(x.nbytes for x in model.params.values())
     monkeypatch.setattr(reading, "free_memory", lambda: n_bytes - (not fits))
-    reading.read_ahead(model)
+    reading.read_ahead(model.params)
     for thread in threading.enumerate():
         if thread.name == "npllama-read-ahead":
             thread.join()
