@@ -49,8 +49,8 @@ def run(args: argparse.Namespace) -> None:
 
         from ..serve.app import LOOPBACK, Settings, make_app
         from ..serve.worker import Worker
-    except ImportError as error:
-        raise ImportError(f"npllama serve needs {error.name}: pip install 'npllama[serve]'") from None
+    except ImportError:
+        raise ImportError("npllama serve needs starlette and uvicorn: pip install 'npllama[serve]'") from None
     for option, value in (("--queue", args.queue + 1), ("--max-body", args.max_body), ("--time-limit", args.time_limit)):
         if not value > 0:
             raise ValueError(f"{option} is out of range")
