@@ -46,6 +46,8 @@ def world() -> World | None:
     """
     if (told := launched()) is None:
         return None
+    if "OMPI_COMM_WORLD_SIZE" in os.environ and not {"MPI4PY_MPIABI", "MPI4PY_LIBMPI"} & os.environ.keys():
+        os.environ["MPI4PY_MPIABI"] = "openmpi"  # mpi4py's wheels would take an MPICH first, if that is installed
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # "suspicious MPI execution environment": said below
