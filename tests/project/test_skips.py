@@ -37,7 +37,7 @@ def test_causes_are_counted_with_the_most_frequent_first():
 
 @pytest.mark.parametrize("reason", REASONS)
 def test_every_cause_but_the_system_has_its_command(reason):
-    says_it = re.search(r"npllama golden|npllama fetch|pip install", reason)
+    says_it = re.search(r"npllama golden|npllama fetch|pip install|apt-get install", reason)
     assert command_for(reason) or says_it or OF_THE_SYSTEM.search(reason)
 
 
