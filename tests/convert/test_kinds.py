@@ -19,6 +19,7 @@ from npllama.checkpoint import open_model
 import foreign
 import tiny
 from foreign import assert_same, convert, refused
+from vocabularies import metadata_of_json
 
 
 @pytest.fixture(autouse=True)
@@ -398,3 +399,31 @@ def test_another_tokenizer_or_none(tmp_path, tiny_llama2_json_file, tiny_sentenc
         assert open_model(tmp_path / f"none{i}").tokenizer is None
         refused(src, tmp_path / "m", "nowhere is missing$", tokenizer=tmp_path / "nowhere")
         refused(src, tmp_path / "m", "is it another model's", tokenizer=tiny_chatml_file)
+
+
+# ------------------------------------------------------------------------------------------------------ recommendations
+
+
+def test_what_can_t_be_followed_never_fails_a_conversion(tmp_path, tiny_llama2_json_file):
+    src = write(tmp_path / "src", 330, tiny_llama2_json_file)
+    values = {"temperature": "0.7", "top_p": 1.5, "eos_token_id": [-1, 330, 9], "bos_token_id": True}
+    (src / "generation_config.json").write_text(json.dumps(values))
+    lines = convert(src, tmp_path / "m")
+    for said in ("temperature is '0.7'", "top_p is 1.5", "eos_token_id is -1", "eos_token_id is 330", "bos_token_id is True"):
+        assert any(line.startswith(f"{src / 'generation_config.json'}: {said}") and line.endswith("left out") for line in lines)
+    model = open_model(tmp_path / "m")
+    assert (model.generation["temperature"], model.generation["top_p"]) == (None, None)
+    assert model.tokenizer.stop_ids == {2, 9}
+    assert list(generate(load(tmp_path / "m"), [1, 5], max_tokens=2))
+
+
+def test_ids_of_a_gguf_vocabulary_that_it_has_not_are_left_out(tmp_path, tiny_chatml_file):
+    metadata = metadata_of_json(tiny_chatml_file, "smollm", bos_token_id=10**6, eos_token_id=10**6)
+    n = len(metadata["tokenizer.ggml.tokens"])
+    config = tiny.config(n_layers=1, vocab_size=n)
+    keys = {name.replace(".", "__"): value for name, value in metadata.items()}
+    path = foreign.write_gguf(tmp_path / "x.gguf", config, tiny.random_params(config, seed=5), **keys)
+    lines = convert(path, tmp_path / "m")
+    for name in ("bos", "eos"):
+        assert f"{path}: tokenizer.ggml.{name}_token_id is 1000000, expected 0 to {n - 1}: left out" in lines
+    assert open_model(tmp_path / "m").tokenizer.vocab_size == n
