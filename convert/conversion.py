@@ -419,14 +419,20 @@ def write(
         progress_bar(n_bytes) as writer.progress,
     ):
         for name, tensor in tensors.items():
-            as_it_is = tensor.grouping is not None and isinstance(dtypes[name], Grouping) and dtypes[name] != INT4
-            writer.add_blocks(name, tensor.quantised_blocks() if as_it_is else tensor.blocks())
+            writer.add_blocks(name, tensor.quantised_blocks() if _is_stored_as(tensor, dtypes[name]) else tensor.blocks())
         for name, content in source.tokenizer.items():
             writer.add_file(name, content)
         about["files"] = digests()
     kinds = {f"{kind.bits} bits in groups" if isinstance(kind, Grouping) else kind for kind in dtypes.values()}
     used, size = " and ".join(sorted(kinds)), size_text(n_bytes)
     report(f"{dst}: {n_parameters(source.config):,} parameters, {used}, {size}, {time.monotonic() - started:.1f} s")
+
+
+def _is_stored_as(tensor: Tensor, storage: Storage) -> bool:
+    """Tell whether a tensor is quantised as it will be stored; the order of a file's axes doesn't count."""
+    if tensor.grouping is None or not isinstance(storage, Grouping):
+        return False
+    return dataclasses.replace(tensor.grouping, rows_first=False) == dataclasses.replace(storage, rows_first=False)
 
 
 def _storage(name: str, tensor: Tensor, dtype: str, tied: bool) -> Storage:

@@ -16,7 +16,7 @@ import numpy as np
 
 from npllama import checkpoint
 from npllama.checkpoint import CheckpointError, read_json
-from npllama.checkpoint.foreign import read_safetensors
+from npllama.checkpoint.foreign import SAFETENSORS_DTYPES, read_safetensors
 from npllama.config import Config, ConfigError, LinearRopeScaling, RopeScaling
 
 from . import torch_file
@@ -37,6 +37,7 @@ from .conversion import (
     within_window,
     without_wrappers,
 )
+from .quantised_folders import INTEGERS, Quantised, open_quantised, reader_of
 from .templates import add_templates, templates_of_folder
 
 NAMES = {
@@ -58,6 +59,8 @@ FOREIGN_KEY = re.compile(
     r"moe.*|.*experts.*|vision_.*|audio_.*|quantization.*|compression_config|use_qk_norm"
     r"|.*softcapping|no_rope_layer.*|attention_chunk_size|(embedding|residual|attention)_multiplier|logit_scale|logits_scaling"
 )
+Dtypes = Mapping[str, np.dtype]  # of safetensors
+QUANTISED = ("quantization", "quantization_config")  # quantised_folders.py reads them
 # A folder's weights: one file, or the index of several; in the order of preference.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 SHARD = re.compile(r"(model|pytorch_model|ft-model)-(\d{5})-of-(\d{5})(\.safetensors|\.bin)")
@@ -71,27 +74,32 @@ def read(src: Path, report: Report, choice: TokenizerChoice = OWN) -> Source:
     values = read_json(config_file)
     try:
         refuse(values)
+        dtypes = SAFETENSORS_DTYPES | (INTEGERS if reader_of(values)[0] else {})  # whole numbers are those of quantised ones
         index = next((src / name for name in WEIGHTS if (src / name).is_file()), None)
         if index is None:
             index = src
-            weights, found = _open_shards(src, report)
+            weights, found = _open_shards(src, dtypes, report)
         else:
-            weights, found = _open_weights(index, report)
+            weights, found = _open_weights(index, dtypes, report)
         tied = "lm_head.weight" not in found
         if tied and values.get("tie_word_embeddings") is False:
             raise CheckpointError(f"{index}: lm_head.weight is missing, but config.json says tie_word_embeddings: false")
         config = resolve(values, tied, report)
     except ConfigError as error:
         raise CheckpointError(f"{config_file}: {error}") from None
-    arrays = match(index, config, NAMES, found, report)
+    orders = {
+        "q_proj.weight": interleaved_order(config.n_heads, config.head_dim),
+        "k_proj.weight": interleaved_order(config.n_kv_heads, config.head_dim),
+    }
+    try:
+        arrays = open_quantised(index, values, found)
+    except ConfigError as error:
+        raise CheckpointError(f"{config_file}: {error}") from None
+    wrapped = {name: None if x is None else _tensor(x, orders.get(name[-13:])) for name, x in arrays.items()}
+    tensors = match(index, config, NAMES, wrapped, report)
     for key in ("attention_bias", "mlp_bias"):
         if values.get(key) and not any(name.endswith(".bias") for name in found):
             raise CheckpointError(f"{index}: there are no biases, but config.json says {key}: true")
-    orders = {
-        "wq.weight": interleaved_order(config.n_heads, config.head_dim),
-        "wk.weight": interleaved_order(config.n_kv_heads, config.head_dim),
-    }
-    tensors = {name: Tensor.of(array, orders.get(name[-9:])) for name, array in arrays.items()}
     config, tensors = tie(config, tensors, report)
     if values.get("tie_word_embeddings") is True and not config.tied_embeddings:
         raise CheckpointError(f"{index}: lm_head.weight differs from the embedding, but config.json says they are tied")
@@ -119,10 +127,8 @@ def refuse(values: Mapping[str, object]) -> None:
     """Raise ConfigError, by name, for a config.json of anything but a plain Llama."""
     if (kind := values.get("model_type")) not in MODEL_TYPES:
         raise ConfigError(f"model_type is {kind!r:.80}, expected {' or '.join(MODEL_TYPES)}")
-    if isinstance(quantized := values.get("quantization_config"), Mapping):
-        method = quantized.get("quant_method", "an unnamed method")
-        raise ConfigError(f"the weights are quantized by {method!s:.80}, expected float32, float16 or bfloat16")
-    refuse_foreign(values, FOREIGN_KEY)
+    reader_of(values)
+    refuse_foreign({key: value for key, value in values.items() if key not in QUANTISED}, FOREIGN_KEY)
     if (act := values.get("hidden_act", "silu")) != "silu":
         raise ConfigError(f"hidden_act is {act!r:.80}, expected 'silu'")
     layers = values.get("layer_types") or []
@@ -200,10 +206,10 @@ def interleaved_order(n_heads: int, head_dim: int) -> np.ndarray:
     return halves.swapaxes(1, 2).reshape(-1)
 
 
-def _open_weights(index: Path, report: Report) -> tuple[list[Path], Mapping[str, np.ndarray | None]]:
+def _open_weights(index: Path, dtypes: Dtypes, report: Report) -> tuple[list[Path], Mapping[str, np.ndarray | None]]:
     """Return the files that hold weights, and every tensor in them by name, mapped; None for what is no parameter."""
     if index.suffix != ".json":
-        return [index], _open_file(index, report)
+        return [index], _open_file(index, dtypes, report)
     where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or not where:
         raise CheckpointError(f"{index}: weight_map is {type(where).__name__}, expected tensors' files by name")
@@ -213,14 +219,14 @@ def _open_weights(index: Path, report: Report) -> tuple[list[Path], Mapping[str,
     files = sorted(set(where.values()))
     if missing := [file for file in files if not (index.parent / file).is_file()]:
         raise CheckpointError(f"{index}: {missing[0]!r:.80} is missing" + f" and {len(missing) - 1} more" * (len(missing) > 1))
-    opened = {file: _open_file(index.parent / file, report) for file in files}
+    opened = {file: _open_file(index.parent / file, dtypes, report) for file in files}
     for name, file in where.items():
         if name not in opened[file]:
             raise CheckpointError(f"{index}: {name!r:.80} should be in {file}, which does not hold it")
     return [index, *(index.parent / file for file in files)], {name: opened[file][name] for name, file in where.items()}
 
 
-def _open_shards(src: Path, report: Report) -> tuple[list[Path], Mapping[str, np.ndarray | None]]:
+def _open_shards(src: Path, dtypes: Dtypes, report: Report) -> tuple[list[Path], Mapping[str, np.ndarray | None]]:
     """Return what _open_weights() does for shards that no index names: all of one model, and no tensor in two of them."""
     files = find_shards(src)
     if not files:
@@ -228,7 +234,7 @@ def _open_shards(src: Path, report: Report) -> tuple[list[Path], Mapping[str, np
     report(f"no index: the weights are those of {', '.join(file.name for file in files)}")
     found: dict[str, np.ndarray | None] = {}
     for file in files:
-        tensors = _open_file(file, report)
+        tensors = _open_file(file, dtypes, report)
         if twice := sorted(found.keys() & tensors.keys()):
             raise CheckpointError(f"{file}: {twice[0]} is in another file already")
         found |= tensors
@@ -256,7 +262,17 @@ def find_shards(src: Path) -> list[Path]:
     return []
 
 
-def _open_file(path: Path, report: Report) -> Mapping[str, np.ndarray | None]:
+def _tensor(found: np.ndarray | Quantised, order: np.ndarray | None) -> Tensor:
+    """Return a parameter, its rows in another order if one is given."""
+    if isinstance(found, np.ndarray):
+        return Tensor.of(np.atleast_1d(found), order)
+    rows = found.rows
+    if order is None:
+        return Tensor.of_grouped(found.shape, found.grouping, lambda start, stop: rows(slice(start, stop)))
+    return Tensor.of_grouped(found.shape, found.grouping, lambda start, stop: rows(order[start:stop]))
+
+
+def _open_file(path: Path, dtypes: Dtypes, report: Report) -> Mapping[str, np.ndarray | None]:
     if path.suffix == ".safetensors":
-        return without_wrappers(path, read_safetensors(path, CheckpointError))
+        return without_wrappers(path, read_safetensors(path, CheckpointError, dtypes=dtypes))
     return torch_file.arrays(path, torch_file.load(path, report))

@@ -252,8 +252,10 @@ def _map(path: Path, shape: tuple[int, ...], dtype: np.dtype, offset: int, order
 # ----------------------------------------------------------------------------------------------------------------- safetensors
 
 
-def read_safetensors(path: Path, error: Error, header_limit: int = JSON_LIMIT) -> dict[str, np.ndarray]:
-    """Map every tensor of a .safetensors file, by name; bfloat16 as its bits in uint16.
+def read_safetensors(
+    path: Path, error: Error, header_limit: int = JSON_LIMIT, dtypes: Mapping[str, np.dtype] = SAFETENSORS_DTYPES
+) -> dict[str, np.ndarray]:
+    """Map every tensor of a .safetensors file, by name; bfloat16 as its bits in uint16. Only those in `dtypes` are read.
 
     The format: eight bytes of length, a JSON header, then the numbers, where no two tensors may overlap (its own README).
     """
@@ -275,7 +277,7 @@ def read_safetensors(path: Path, error: Error, header_limit: int = JSON_LIMIT) -
     header.pop("__metadata__", None)
     data, tensors, places = np.asarray(data), {}, []
     for name, entry in header.items():
-        tensors[name], begin, end = _tensor(f"{where}: {printable(name[:80])}", entry, data, error)
+        tensors[name], begin, end = _tensor(f"{where}: {printable(name[:80])}", entry, data, error, dtypes)
         if end > begin:
             places.append((begin, end, name))
     places.sort()
@@ -285,14 +287,16 @@ def read_safetensors(path: Path, error: Error, header_limit: int = JSON_LIMIT) -
     return tensors
 
 
-def _tensor(where: str, entry: object, data: np.ndarray, error: Error) -> tuple[np.ndarray, int, int]:
+def _tensor(
+    where: str, entry: object, data: np.ndarray, error: Error, dtypes: Mapping[str, np.dtype]
+) -> tuple[np.ndarray, int, int]:
     """Return a tensor of the file's data, and where it begins and ends."""
     stated: Mapping[str, object] = entry if isinstance(entry, Mapping) else {}
     shape, offsets, kind = stated.get("shape"), stated.get("data_offsets"), stated.get("dtype")
     if not is_shape(shape) or not is_shape(offsets):
         raise error(f"{where} has shape {shown(shape)} at {shown(offsets)}, expected whole numbers")
-    if (dtype := SAFETENSORS_DTYPES.get(kind if isinstance(kind, str) else "")) is None:
-        raise error(f"{where} is {shown(kind)}, expected {', '.join(SAFETENSORS_DTYPES)}")
+    if (dtype := dtypes.get(kind if isinstance(kind, str) else "")) is None:
+        raise error(f"{where} is {shown(kind)}, expected {', '.join(dtypes)}")
     if len(offsets) != 2 or not offsets[1] <= len(data) or offsets[1] - offsets[0] != math.prod(shape) * dtype.itemsize:
         raise error(f"{where} {shape} {kind} is said to be at {offsets} of {len(data):,} bytes")
     try:

@@ -18,7 +18,7 @@ from npllama_convert import gguf as reader
 from npllama_convert import sources
 
 import tiny
-from tiny import relative_error
+from tiny import relative_error, uniform
 
 library = pytest.importorskip("gguf", reason="gguf is not installed")
 foreign = pytest.importorskip("foreign", reason="ml_dtypes is not installed", exc_type=ImportError)
@@ -142,6 +142,20 @@ def test_k_quants_of_random_bits(tmp_path, kind):
         blocks = raw["blk.0.attn_v.weight"][:3].reshape(-1, block_bytes)
         by_hand = np.concatenate([q6_k_by_hand(block.tobytes()) for block in blocks])
         assert np.array_equal(found["blk.0.attn_v.weight"][:3].ravel(), by_hand)
+
+
+def test_q4_1_is_kept_though_int4_has_its_form(tmp_path):
+    """Any whole numbers and scales, also where 16 values of our own choice would be others."""
+    params, name = tiny.random_params(WIDE, seed=5), "blk.0.attn_v.weight"
+    blocks = np.random.RandomState(3).randint(0, 256, (len(params["layers.0.attention.wv.weight"]), 8, 20)).astype(np.uint8)
+    blocks[..., :4] = uniform(4, (*blocks.shape[:2], 2), std=0.02).astype(np.float16).view(np.uint8)
+    blocks[:, 3, 4:] = 0x77  # a group of one value alone
+    raw, kind = blocks.reshape(len(blocks), -1), library.GGMLQuantizationType.Q4_1
+    src = foreign.write_gguf(tmp_path / "m.gguf", WIDE, params, raw={name: (raw, kind)})
+    for dtype in ("auto", "int4"):
+        convert(src, tmp_path / dtype, dtype=dtype)
+        weight = open_model(tmp_path / dtype).params["layers.0.attention.wv.weight"]
+        assert_same_bits(widen(weight), library.dequantize(raw, kind))
 
 
 @pytest.mark.parametrize("kind", ["IQ4_XS", "IQ2_XXS", "MXFP4", "TQ2_0"])
