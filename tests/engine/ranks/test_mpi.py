@@ -134,8 +134,10 @@ def test_a_rank_that_fails_ends_all(mpiexec, change, error):
     found = run(mpiexec, "-n", "2", sys.executable, "-c", FAILS.format(change=change))
     assert found.returncode == 2 if error else found.returncode
     assert found.stderr.splitlines() == ([error] if error else [])
-    if error:
-        assert not shared_memory() - before
+    left = shared_memory() - before
+    for name in left:  # by MPICH, of a rank that was killed
+        Path("/dev/shm", name).unlink()
+    assert not error or not left
 
 
 def test_ctrl_c_ends_all_with_130(mpiexec):
