@@ -316,7 +316,7 @@ def page(results: dict, explained: dict[str, str]) -> str:
         "# Mutants",
         "",
         "A mutant is the numeric core with one small change, such as `<` for `<=`, `-` for `+`, one more in a number, or an",
-        "argument left out. It is killed when a test fails. [`mutation.py`](../tests/helpers/mutation.py) draws mutants at",
+        "argument left out. It is killed when a test fails. [A script](../tests/helpers/mutation.py) draws mutants at",
         "random from a recorded seed, by mutmut's operators, and runs a few seconds of its module's tests on each, in a copy",
         "of the tree. It wrote this page.",
         "",
