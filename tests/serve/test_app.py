@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import http.client
 import json
 import re
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -28,9 +23,7 @@ openai = pytest.importorskip("openai", reason="openai is not installed")
 uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed")
 pytest.importorskip("starlette", reason="starlette is not installed")
 
-from npllama.serve.app import Settings, make_app  # noqa: E402
-from npllama.serve.worker import Worker  # noqa: E402
-
+from serving import served  # noqa: E402
 from system import hear_signals  # noqa: E402
 
 PROMPT = "ROMEO:"
@@ -39,50 +32,6 @@ PROMPT = "ROMEO:"
 @pytest.fixture(scope="module")
 def model():
     return npllama.load()
-
-
-@dataclasses.dataclass
-class Served:
-    port: int
-    worker: Worker
-    key: str | None
-
-    @property
-    def client(self):
-        url = f"http://127.0.0.1:{self.port}/v1"
-        return openai.OpenAI(base_url=url, api_key=self.key or "none", max_retries=0, timeout=60)
-
-    def raw(self, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, dict, bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        with contextlib.closing(connection):
-            names = {name.replace("_", "-"): value for name, value in headers.items()}
-            connection.request(method, path, body, {"Content-Type": "application/json", **names})
-            reply = connection.getresponse()
-            return reply.status, {name.lower(): value for name, value in reply.getheaders()}, reply.read()
-
-    def post(self, path: str, value: object, **headers: str) -> tuple[int, dict]:
-        status, _, data = self.raw("POST", path, json.dumps(value).encode(), **headers)
-        return status, json.loads(data)
-
-
-@contextlib.contextmanager
-def served(model, rows=4, most=64, **settings):
-    """Serve on a free port from threads of this process."""
-    worker = Worker(model, rows, most)
-    chosen = Settings("demo", **{"context": model.config.max_seq_len, **settings})
-    app = make_app(model, worker, chat_format(model), chosen)
-    timeouts = {"timeout_graceful_shutdown": 5, "timeout_keep_alive": 75}
-    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="on", **timeouts))
-    listening = socket.create_server(("127.0.0.1", 0))
-    thread = threading.Thread(target=server.run, args=([listening],))
-    thread.start()
-    try:
-        yield Served(listening.getsockname()[1], worker, chosen.api_key)
-    finally:
-        server.should_exit = True
-        thread.join()
-        listening.close()
-        assert worker.join(10)
 
 
 @pytest.fixture(scope="module")
