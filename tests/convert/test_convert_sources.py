@@ -434,3 +434,12 @@ def test_without_the_package_the_line_says_what_to_install(tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ValueError, match=r"pip install 'npllama\[convert\]'$"):
         sources.read("hf:owner/name")
+
+
+def test_matrices_of_two_dtypes_are_tied_if_every_block_is_equal(quick_conversion):
+    x = np.arange(4000, dtype=np.float32).reshape(100, 40) % 256
+    for row in (None, 0, 99):
+        other = x.astype(np.float16)
+        if row is not None:
+            other[row, -1] += 1
+        assert conversion.Tensor.of(x).same_values(conversion.Tensor.of(other)) == (row is None)
