@@ -23,6 +23,8 @@ openai = pytest.importorskip("openai", reason="openai is not installed")
 uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed")
 pytest.importorskip("starlette", reason="starlette is not installed")
 
+from npllama.serve.worker import Worker  # noqa: E402
+
 from serving import served  # noqa: E402
 from system import hear_signals  # noqa: E402
 
@@ -239,6 +241,10 @@ def wait_until(condition, seconds=60):
         time.sleep(0.02)
 
 
+def wait_until_idle(worker: Worker) -> None:
+    wait_until(lambda: worker.idle)
+
+
 def test_a_full_queue_is_429_and_one_that_goes_makes_room(model):
     with served(model, rows=1, most=1) as narrow, narrow.client as client:
         arguments = {"model": "demo", "temperature": 0, "max_tokens": 100, "stream": True}
@@ -250,21 +256,21 @@ def test_a_full_queue_is_429_and_one_that_goes_makes_room(model):
         assert caught.value.response.headers["retry-after"] == "1"
         first.close()  # disconnects: its row is the second's now
         assert len(list(second)) > 5
-        wait_until(lambda: narrow.worker.idle)
+        wait_until_idle(narrow.worker)
 
 
 def test_a_client_that_goes_while_it_waits_is_noticed(model):
     with served(model, rows=1) as narrow, narrow.client as client:
         with pytest.raises(openai.APITimeoutError):
             client.with_options(timeout=0.3).completions.create(model="demo", prompt="O", max_tokens=500, temperature=2)
-        wait_until(lambda: narrow.worker.idle)
+        wait_until_idle(narrow.worker)
 
 
 def test_the_time_limit(model):
     with served(model, most_seconds=0.05) as hasty, hasty.client as client:
         with pytest.raises(openai.InternalServerError, match=r"longer than 0\.05 seconds"):
             client.completions.create(model="demo", prompt="O " * 200, max_tokens=300)
-        wait_until(lambda: hasty.worker.idle)
+        wait_until_idle(hasty.worker)
 
 
 def test_a_failing_pass_ends_its_texts_and_not_the_server(client, monkeypatch):
