@@ -23,6 +23,7 @@ from npllama.engine.ranks.groups import RankError
 
 import tiny
 from commands import COMMAND
+from system import hear_signals
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="not a POSIX system: ranks can't be processes")
 CLOSE = {"rtol": 0, "atol": 1e-5}
@@ -283,7 +284,9 @@ while True:
 def generating():
     """A process that generates with two processes until it is ended, and its other rank's id."""
     code = [sys.executable, "-c", ENDLESS]
-    process = subprocess.Popen(code, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        code, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=hear_signals
+    )
     for _ in range(3):
         process.stdout.readline()
     yield process, *workers_of(process.pid)
@@ -334,11 +337,6 @@ def test_ctrl_c_ends_the_command_with_130():
     assert process.returncode == 130
     assert "Traceback" not in error
     assert gone(workers)
-
-
-def hear_signals() -> None:
-    """What runs in the background may have been told not to."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def test_the_command_gives_the_text_of_one_process():

@@ -17,6 +17,7 @@ from npllama.engine.ranks import mpi
 from npllama.errors import NpllamaError
 
 from commands import COMMAND
+from system import hear_signals
 
 GENERATE = [*COMMAND, "generate", "Once", "-n", "30"]
 WITHIN = 120  # seconds after which something hangs
@@ -152,11 +153,6 @@ def test_ctrl_c_ends_all_with_130(mpiexec):
     assert process.returncode == 130
     assert "Traceback" not in error
     assert not shared_memory() - before
-
-
-def hear_signals() -> None:
-    """What runs in the background may have been told not to."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # ------------------------------------------------------------------------------------------------------------- what is there
