@@ -449,7 +449,7 @@ def _storage(name: str, tensor: Tensor, dtype: str, tied: bool) -> Storage:
     for storage, stored in checkpoint.STORAGE.items():
         if tensor.dtype == stored:
             return storage
-    raise CheckpointError(f"{name} is {tensor.dtype}, which is not stored: choose a --dtype")
+    raise CheckpointError(f"{name} is {tensor.undone or tensor.dtype}, which is not stored: choose a --dtype")
 
 
 @contextlib.contextmanager

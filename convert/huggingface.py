@@ -37,7 +37,7 @@ from .conversion import (
     within_window,
     without_wrappers,
 )
-from .quantised_folders import INTEGERS, Quantised, open_quantised, reader_of
+from .quantised_folders import INTEGERS, Quantised, Undone, open_quantised, reader_of
 from .templates import add_templates, templates_of_folder
 
 NAMES = {
@@ -81,7 +81,8 @@ def read(src: Path, report: Report, choice: TokenizerChoice = OWN) -> Source:
             weights, found = _open_shards(src, dtypes, report)
         else:
             weights, found = _open_weights(index, dtypes, report)
-        tied = "lm_head.weight" not in found
+        arrays = open_quantised(index, values, found)
+        tied = "lm_head.weight" not in arrays
         if tied and values.get("tie_word_embeddings") is False:
             raise CheckpointError(f"{index}: lm_head.weight is missing, but config.json says tie_word_embeddings: false")
         config = resolve(values, tied, report)
@@ -91,10 +92,6 @@ def read(src: Path, report: Report, choice: TokenizerChoice = OWN) -> Source:
         "q_proj.weight": interleaved_order(config.n_heads, config.head_dim),
         "k_proj.weight": interleaved_order(config.n_kv_heads, config.head_dim),
     }
-    try:
-        arrays = open_quantised(index, values, found)
-    except ConfigError as error:
-        raise CheckpointError(f"{config_file}: {error}") from None
     wrapped = {name: None if x is None else _tensor(x, orders.get(name[-13:])) for name, x in arrays.items()}
     tensors = match(index, config, NAMES, wrapped, report)
     for key in ("attention_bias", "mlp_bias"):
@@ -262,10 +259,14 @@ def find_shards(src: Path) -> list[Path]:
     return []
 
 
-def _tensor(found: np.ndarray | Quantised, order: np.ndarray | None) -> Tensor:
+def _tensor(found: np.ndarray | Quantised | Undone, order: np.ndarray | None) -> Tensor:
     """Return a parameter, its rows in another order if one is given."""
     if isinstance(found, np.ndarray):
         return Tensor.of(np.atleast_1d(found), order)
+    if isinstance(found, Undone):
+        numbers, all_rows = found.rows, np.arange(found.shape[0]) if order is None else order
+        double = np.dtype(np.float64)  # which is no storage: a --dtype must be chosen
+        return Tensor(found.shape, double, lambda start, stop: numbers(all_rows[start:stop]), undone=found.what)
     rows = found.rows
     if order is None:
         return Tensor.of_grouped(found.shape, found.grouping, lambda start, stop: rows(slice(start, stop)))

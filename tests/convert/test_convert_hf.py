@@ -270,6 +270,14 @@ def test_a_tokenizer_twice_as_large_as_the_vocabulary_is_refused(tmp_path, tiny_
 # ---------------------------------------------------------------------------------------------------------------- each its line
 
 
+def gptq(**changes: object) -> dict[str, object]:
+    return {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128} | changes}
+
+
+def awq(**changes: object) -> dict[str, object]:
+    return {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128} | changes}
+
+
 FOREIGN = {
     "Qwen": ({"model_type": "qwen2"}, r"model_type is 'qwen2', expected llama or mistral$"),
     "Gemma": ({"model_type": "gemma"}, r"model_type is 'gemma', expected"),
@@ -281,12 +289,22 @@ FOREIGN = {
     "no type": ({"model_type": None}, r"model_type is None, expected"),
     "experts": ({"num_local_experts": 8}, r"num_local_experts is 8: an architecture that npllama does not compute$"),
     "layers of kinds": ({"layer_types": ["full_attention", "sliding_attention"]}, r"layer_types has layers other than"),
-    "GPTQ": (
-        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-        r"the weights are quantized by gptq, expected float32",
+    "bitsandbytes": (
+        {"quantization_config": {"quant_method": "bitsandbytes"}},
+        r"the weights are quantized by bitsandbytes, expected float32, .* GPTQ or AWQ$",
     ),
-    "AWQ": ({"quantization_config": {"quant_method": "awq"}}, r"quantized by awq"),
-    "bitsandbytes": ({"quantization_config": {"quant_method": "bitsandbytes"}}, r"quantized by bitsandbytes"),
+    "GPTQ of 3 bits": (gptq(bits=3), r"quantization_config: bits is 3, expected 4 or 8$"),
+    "GPTQ of 2 bits": (gptq(bits=2), r"bits is 2, expected 4 or 8$"),
+    "GPTQ, marlin": (gptq(is_marlin_format=True), r"checkpoint_format is 'marlin', expected gptq or gptq_v2$"),
+    "GPTQ, bitblas": (gptq(checkpoint_format="bitblas"), r"checkpoint_format is 'bitblas', expected gptq or gptq_v2$"),
+    "GPTQ, words of 16": (gptq(pack_dtype="int16"), r"pack_dtype is 'int16', expected int32$"),
+    "GPTQ, no groups": (gptq(group_size=None), r"group_size is None, expected a number of columns, or -1$"),
+    "AWQ, gemv": (awq(version="GEMV"), r"version is 'gemv', expected gemm$"),
+    "AWQ, gemv_fast": (awq(version="gemv_fast"), r"version is 'gemv_fast', expected gemm$"),
+    "AWQ, marlin": (awq(version="marlin"), r"version is 'marlin', expected gemm$"),
+    "AWQ, llm-awq": (awq(backend="llm-awq"), r"version is 'llm-awq', expected gemm$"),
+    "AWQ of 8 bits": (awq(bits=8), r"bits is 8, expected 4$"),
+    "AWQ, symmetric": (awq(zero_point=False), r"zero_point is False, expected True$"),
     "compressed": ({"compression_config": {"format": "int"}}, r"compression_config is .*: an architecture"),
     "another gate": ({"hidden_act": "gelu"}, r"hidden_act is 'gelu', expected 'silu'$"),
     "half rotation": ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor is 0\.5, expected 1"),
