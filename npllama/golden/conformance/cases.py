@@ -90,7 +90,7 @@ class Case:
                 little = x.astype(x.dtype.newbyteorder("<"))
                 digest.update(f"{name} {x.dtype.name} {list(x.shape)}\n".encode() + little.tobytes())
             else:
-                digest.update(f"{name} {x!r}\n".encode())
+                digest.update(f"{name} {x!a}\n".encode())  # ASCII: what repr() escapes depends on the version of Unicode
         return digest.hexdigest()
 
 
