@@ -125,7 +125,7 @@ class Worker:
     def _run(self) -> None:
         while self._next():
             try:
-                made = self._batch.step()
+                made = self._batch.advance()
             except Exception as error:  # memory, say: it is the end of these texts, and not of the server
                 self._fail(error)
                 continue

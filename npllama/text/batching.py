@@ -18,9 +18,14 @@ import numpy as np
 
 from ..cache import KVCache
 from ..checkpoint import Model
+from ..errors import NpllamaError
 from ..generation import PREFILL_CHUNK, Step, check_counts, check_prompt, check_room, draw
 from ..model import forward
 from ..sampling import LogitsError, Sampling
+
+
+class Stalled(NpllamaError):
+    """Texts are there, and no step can continue any of them."""
 
 
 @dataclass
@@ -109,6 +114,24 @@ class Batch:
             text.ids.append(id)
             text.made, text.logits = text.made + 1, None
         return made
+
+    def advance(self) -> list[tuple[int, Step | LogitsError]]:
+        """Return what step() makes, for a loop that ends when all texts have left: such a loop must not turn for ever.
+
+        Raises Stalled where the step neither made a token nor read any of a prompt.
+        """
+        before = self._n_read
+        made = self.step()
+        if made or self._n_read > before:
+            return made
+        rows = [row for row, text in enumerate(self._texts) if text is not None]
+        full = [row for row in rows if self._is_full(row)]
+        found = f"a step made no token and read none: {len(rows)} texts have not left, {len(full)} of them with a full context"
+        raise Stalled(f"{found} of {self.model.config.max_seq_len:,} tokens")
+
+    @property
+    def _n_read(self) -> int:
+        return sum(text.read for text in self._texts if text is not None)
 
     def _decode(self) -> None:
         """Make one pass over the last token of each text that is being continued."""

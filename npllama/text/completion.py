@@ -286,7 +286,7 @@ def _complete_together(model: Model, texts: Sequence[Continuation], sampling: Sa
         while waiting and batch.free:
             i, text = waiting.popleft()
             rows[batch.join(text.completion.prompt_tokens, sampling, [seed, i])] = text
-        for row, step in batch.step():
+        for row, step in batch.advance():
             if isinstance(step, LogitsError):
                 raise step
             rows[row].push(step)

@@ -9,7 +9,7 @@ import pytest
 
 from npllama import Model, Sampling, forward, generate_steps
 from npllama.sampling import LogitsError
-from npllama.text.batching import Batch
+from npllama.text.batching import Batch, Stalled
 
 from tiny import CONFIGS, random_params, random_tokens, relative_error
 
@@ -90,6 +90,21 @@ def test_a_full_context_ends_a_text_and_no_other():
     batch.leave(other)
     assert not batch.busy
     assert batch.step() == []
+
+
+def test_a_batch_that_can_not_go_on_says_so():
+    model = dataclasses.replace(MODEL, config=dataclasses.replace(CONFIG, max_seq_len=20))
+    batch = Batch(model, 2, chunk=6)
+    full, other = batch.join(PROMPTS[3]), batch.join([5])
+    # A chunk that is read is progress, and so is the other's token.
+    rows = [[row for row, _ in batch.advance()] for _ in range(9)]
+    assert sum(row.count(full) for row in rows) == 4
+    batch.leave(other)
+    with pytest.raises(Stalled, match="1 texts have not left, 1 of them with a full context of 20 tokens"):
+        batch.advance()
+    batch.leave(full)
+    batch.join(PROMPTS[1][:13])
+    assert [len(batch.advance()) for _ in range(4)] == [0, 0, 1, 1]
 
 
 def test_what_can_not_join_is_refused_in_one_line():

@@ -10,6 +10,7 @@ import pytest
 import npllama
 from npllama import Completion, Model, complete, forward, generate
 from npllama.sampling import log_probabilities
+from npllama.text.batching import Batch, Stalled
 
 from tiny import CONFIGS, random_params
 
@@ -84,6 +85,13 @@ def test_a_batch_is_each_prompt_alone(model):
     assert len({c.text for c in drawn}) == 3  # each has a stream of its own
     assert drawn == complete(model, [PROMPT] * 3, max_tokens=9, temperature=1.0, seed=4)
     assert [c.text for c in complete(model, [[1, 2], np.array([3])], max_tokens=0)] == ["", ""]
+
+
+def test_a_batch_that_makes_nothing_is_an_error_and_no_loop_for_ever(monkeypatch):
+    model = Model(CONFIGS["grouped"], random_params(CONFIGS["grouped"], seed=1))
+    monkeypatch.setattr(Batch, "step", lambda batch: [])
+    with pytest.raises(Stalled, match="2 texts have not left, 0 of them with a full context"):
+        complete(model, [[1, 2], [3]])
 
 
 def test_a_stream_never_breaks_a_character_and_holds_back_what_may_stop_it(model):
