@@ -20,7 +20,7 @@ from system import ROOT
 from tiny import CONFIGS, random_params, random_tokens, relative_error
 
 sys.path.append(str(ROOT))
-from benchmarks import models, naive, scale, storage
+from benchmarks import models, naive, scale, serving, storage
 from benchmarks.__main__ import table
 from benchmarks.processes import Ask, Worker, alternate
 from benchmarks.rows import Line, of_all_layers
@@ -132,6 +132,56 @@ def test_storage_refuses_what_it_can_not_measure_before_it_begins(args, line, ca
     assert storage.main([str(arg) for arg in args]) == 2
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith(f"benchmarks.storage: {line}")
+
+
+def test_clients_of_a_server_get_their_tokens(tmp_path):
+    pytest.importorskip("uvicorn", reason="uvicorn is not installed")
+    pytest.importorskip("starlette", reason="starlette is not installed")
+    target = tmp_path / "found.json"
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.serving",
+        "--clients",
+        "1,3",
+        "--tokens",
+        "5",
+        "--rounds",
+        "2",
+        "--json",
+        str(target),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(target.read_text())
+    assert found["machine"]["cpu"] in done.stdout
+    answers = {n: [answer for round in of for answer in round["answers"]] for n, of in found["rounds"].items()}
+    assert {n: [answer["tokens"] for answer in of] for n, of in answers.items()} == {"1": [5] * 2, "3": [5] * 6}
+    assert all(0 < a["first"] < round["seconds"] for of in found["rounds"].values() for round in of for a in round["answers"])
+    assert [line["theirs"] is None for line in found["lines"]] == [True] * 3 + [False] * 3
+    assert "were not made" not in done.stdout
+
+
+def test_clients_are_compared_by_the_medians_of_all_their_tokens():
+    def rounds(n, *seconds):
+        return [serving.Round([serving.Answer(10, 0.25, 0.125)] * n, s) for s in seconds]
+
+    found = {1: rounds(1, 1, 2, 9), 8: rounds(8, 4, 5, 5)}
+    lines = {line.work: line for line in serving.lines_of("smollm2-135m", found)}
+    rate = lines["smollm2-135m, 8 clients: all tokens"]
+    assert (rate.ours, rate.theirs, rate.wanted, rate.met) == (16, 5, 2.5, True)
+    assert lines["smollm2-135m, 1 client: all tokens"].theirs is None
+    assert serving.lines_of("demo", found)[3].met is None
+
+
+def test_serving_says_in_one_line_what_is_wrong(tmp_path, capfd, monkeypatch):
+    pytest.importorskip("uvicorn", reason="uvicorn is not installed")
+    monkeypatch.setattr(serving, "prepare_environment", lambda n_threads: None)  # this process's is not to change
+    assert serving.main(["-m", str(tmp_path / "nowhere"), "--json", str(tmp_path / "x.json")]) == 2
+    assert capfd.readouterr().err.splitlines()[-1] == "benchmarks.serving: npllama serve ended with status 2"
+    for argv in (["--clients", "8,0"], ["--clients", "1,1"], ["--tokens", "0"], ["--json", str(tmp_path / "no" / "where")]):
+        with pytest.raises(SystemExit):
+            serving.main(argv)
 
 
 def test_a_folder_that_is_missing_is_found_before_anything_is_measured(tmp_path):
