@@ -17,7 +17,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -278,10 +278,13 @@ class _API:
     async def _json(self, request: Request) -> object:
         """Read the body, as far as the limit."""
         data = bytearray()
-        async for part in request.stream():
-            data += part
-            if len(data) > self._settings.most_bytes:
-                raise BadRequest(f"the body is longer than {self._settings.most_bytes:,} bytes", status=413)
+        try:
+            async for part in request.stream():
+                data += part
+                if len(data) > self._settings.most_bytes:
+                    raise BadRequest(f"the body is longer than {self._settings.most_bytes:,} bytes", status=413)
+        except ClientDisconnect:  # within its request: nobody reads this answer, and nobody is to read a traceback
+            raise BadRequest("the client has gone", status=499) from None
         try:
             return foreign.parse_json(bytes(data))
         except ValueError as error:

@@ -114,8 +114,9 @@ def _generation(
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
     if "" in stop or len(stop) > MOST_STOPS:
         raise BadRequest(f"stop is {shown(stop)}: expected at most {MOST_STOPS} texts, none of them empty", "stop")
+    recommended = {name: value for name, value in recommended.items() if value is not None}
     sampling = {
-        # What is not given is the model's recommendation, or else OpenAI's default.
+        # What is not given is the model's recommendation, or else, where that is None, OpenAI's default.
         "temperature": fields.take("temperature", number(0, 100), "0 to 100", recommended.get("temperature", 1.0)),
         "top_p": fields.take("top_p", number(0, 1), "more than 0, at most 1", recommended.get("top_p", 1.0)),
         "top_k": fields.take("top_k", whole(0), "0 (all) or more", 0),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -328,6 +329,19 @@ def test_sigterm_finishes_what_runs(process):
     assert server.wait(10) == 0
     assert len(errors.read_text().splitlines()) == 1
     assert "secret" not in errors.read_text()
+
+
+def test_a_client_that_goes_within_its_request_leaves_no_traceback(process):
+    server, port, errors = process
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+        connection.sendall(head)
+        time.sleep(0.2)
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client:
+        assert client.models.list().data
+    server.send_signal(signal.SIGTERM)
+    assert server.wait(10) == 0
+    assert len(errors.read_text().splitlines()) == 1
 
 
 def test_ctrl_c_is_130(process):

@@ -10,6 +10,7 @@ from npllama.serve.requests import BadRequest, chat_request, completion_request
 
 def test_what_is_left_out_is_the_models_recommendation_or_openais_default():
     assert completion_request({"prompt": "x"}, {}).sampling == Sampling(1.0)
+    assert completion_request({"prompt": "x"}, {"temperature": None, "top_p": None}).sampling == Sampling(1.0)
     assert completion_request({"prompt": "x"}, {"temperature": 0.6, "top_p": 0.9}).sampling == Sampling(0.6, 0, 0.9)
     asked = completion_request({"prompt": "x", "temperature": 0, "top_k": 3, "min_p": 0.1}, {"temperature": 0.6})
     assert asked.sampling == Sampling(0, 3, 1.0, 0.1)
