@@ -183,7 +183,7 @@ class _API:
         asked = completion_request(await self._json(request), self._model.generation)
         self._check_name(asked.model)
         prompts = [await run_in_threadpool(self._ids, prompt) for prompt in asked.prompts]
-        run = self._start(asked, prompts, asked.logprobs if asked.echo else None)
+        run = self._start(asked, prompts, asked.logprobs if asked.echo else None, asked.logprobs)
         shape = _CompletionShape(self._model, self._settings.name, asked, run.jobs)
         return await self._answer(request, asked, run, prompts, shape)
 
@@ -205,7 +205,13 @@ class _API:
             return prompt
         return self._tokenizer().encode(prompt, bos=True)
 
-    def _start(self, asked: Generation, prompts: Sequence[list[int]], echo_logprobs: int | None = None) -> _Run:
+    def _start(
+        self,
+        asked: Generation,
+        prompts: Sequence[list[int]],
+        echo_logprobs: int | None = None,
+        stop_alternatives: int | None = None,
+    ) -> _Run:
         """Queue a text for each choice. Raises BadRequest for a prompt that can't be continued."""
         if asked.stop and self._model.tokenizer is None:
             raise BadRequest("the model has no tokenizer, so there is no text that a stop string could end", "stop")
@@ -224,7 +230,8 @@ class _API:
             for i in range(asked.n):
                 continuation = Continuation(self._model, ids, within, asked.stop, asked.logprobs)
                 seed = (asked.seed, i) if asked.n > 1 else (asked.seed,)
-                run.add(Job(continuation, asked.sampling, seed, lambda text: None, within, echo_logprobs))
+                logprobs = (echo_logprobs, stop_alternatives)
+                run.add(Job(continuation, asked.sampling, seed, lambda text: None, within, *logprobs))
         self._worker.submit(run.jobs)
         return run
 
@@ -359,7 +366,7 @@ class _Shape:
         done = job.continuation.completion
         return {
             "index": i,
-            **self._content(i, job, done.text, len(done.tokens), True),
+            **self._content(i, job, done.text, len(done.tokens), True, True),
             "finish_reason": FINISH[done.finish_reason],
         }
 
@@ -367,10 +374,10 @@ class _Shape:
         """Return a choice of a stream's event, or None where there is nothing to send."""
         if not text and not ended and (self._logprobs is None or n_tokens == self._sent[i]):
             return None
-        content = self._content(i, job, text, n_tokens, False)
+        content = self._content(i, job, text, n_tokens, False, ended)
         return {"index": i, **content, "finish_reason": FINISH[job.continuation.completion.finish_reason] if ended else None}
 
-    def _content(self, i: int, job: Job, text: str, n_tokens: int, whole: bool) -> dict[str, Any]:
+    def _content(self, i: int, job: Job, text: str, n_tokens: int, whole: bool, ended: bool) -> dict[str, Any]:
         raise NotImplementedError
 
 
@@ -395,12 +402,15 @@ class _CompletionShape(_Shape):
             return prompt
         return self._tokenizer.decode(prompt) if self._tokenizer else ""
 
-    def _content(self, i: int, job: Job, text: str, n_tokens: int, whole: bool) -> dict[str, Any]:
+    def _content(self, i: int, job: Job, text: str, n_tokens: int, whole: bool, ended: bool) -> dict[str, Any]:
         done, echoed = job.continuation.completion, self._echo and i not in self._opened
         content: dict[str, Any] = {"text": self._prompts[i] + text if echoed else text, "logprobs": None}
         if self._logprobs is not None:
             ids = done.tokens[self._sent[i] : n_tokens]
             entries: list[TokenLogprobs | None] = [*(done.logprobs or [])[self._sent[i] : n_tokens]]
+            if ended and job.stop_logprobs is not None:
+                # As OpenAI and vLLM have it: whoever counts tokens from the end (lm-eval) finds as many as were made.
+                ids, entries = [*ids, job.stop_logprobs.token], [*entries, job.stop_logprobs]
             if echoed:
                 ids, entries = done.prompt_tokens + ids, [*job.prompt_logprobs, *entries]
             content["logprobs"] = self._lists[i].take(ids, entries)
@@ -417,7 +427,7 @@ class _ChatShape(_Shape):
         delta = {"role": "assistant", "content": ""}
         return [{"index": i, "delta": delta, "logprobs": None, "finish_reason": None} for i in range(len(self._jobs))]
 
-    def _content(self, i: int, job: Job, text: str, n_tokens: int, whole: bool) -> dict[str, Any]:
+    def _content(self, i: int, job: Job, text: str, n_tokens: int, whole: bool, ended: bool) -> dict[str, Any]:
         content: dict[str, Any]
         if whole:
             content = {"message": {"role": "assistant", "content": text, "refusal": None}, "logprobs": None}

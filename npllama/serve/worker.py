@@ -30,6 +30,7 @@ class Job:
     """One text to be made. The worker's thread calls `tell` with each piece that is certain, and at the end.
 
     prompt_logprobs  one for each of the prompt's tokens, None for the first, if echo_logprobs asks for so many alternatives
+    stop_logprobs    that of the stop id that ended the text, if stop_alternatives asks for so many
     error            why it ended without a finish reason
     """
 
@@ -39,7 +40,9 @@ class Job:
     tell: Callable[[str], object]
     max_tokens: int
     echo_logprobs: int | None = None
+    stop_alternatives: int | None = None
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    stop_logprobs: TokenLogprobs | None = None
     error: Exception | None = None
     cancelled: bool = False
 
@@ -164,10 +167,18 @@ class Worker:
         if isinstance(step, LogitsError):
             job.error = step
         else:
-            text = job.continuation.push(step) if job.max_tokens else job.continuation.end()
+            text = self._push(job, step) if job.max_tokens else job.continuation.end()
         if job.ended:
             self._leave(row)
         job.tell(text)
+
+    def _push(self, job: Job, step: Step) -> str:
+        done = job.continuation.completion
+        before = len(done.tokens)
+        text = job.continuation.push(step)
+        if job.stop_alternatives is not None and len(done.tokens) == before:
+            job.stop_logprobs = alternatives(self.model, step.token, step.logits, job.stop_alternatives)
+        return text
 
     def _leave(self, row: int) -> None:
         del self._running[row]

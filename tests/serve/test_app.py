@@ -18,7 +18,7 @@ import npllama
 from npllama.chat import chat_format
 from npllama.cli import main
 from npllama.sampling import log_probabilities
-from npllama.text import batching
+from npllama.text import batching, completion
 
 openai = pytest.importorskip("openai", reason="openai is not installed")
 uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed")
@@ -114,6 +114,23 @@ def test_echo_and_log_probabilities_are_those_of_the_logits(stream, client, mode
     offsets = [x for part in parts for x in part.logprobs.text_offset]
     assert (tokens[0], offsets[0]) == ("<|begin_of_text|>", 0)
     assert all(whole[offset:].startswith(token) for offset, token in zip(offsets[1:], tokens[1:], strict=True))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_stop_id_that_ends_a_text_has_its_log_probability(stream, client, model, monkeypatch):
+    """As OpenAI has it: lm-eval cuts the last token off, and would cut one of the prompt's where it is not there."""
+    made = npllama.complete(model, PROMPT, max_tokens=9, logprobs=2)
+    at = next(i for i in range(3, 9) if made.tokens[i] not in made.tokens[:i])
+    monkeypatch.setattr(completion, "stop_ids_of", lambda model, ids: {made.tokens[at]})
+    arguments = {"model": "demo", "prompt": PROMPT, "max_tokens": 9, "temperature": 0, "logprobs": 2, "echo": True}
+    if stream:
+        parts = [event.choices[0] for event in client.completions.create(**arguments, stream=True)]
+    else:
+        parts = [client.completions.create(**arguments).choices[0]]
+    assert "".join(part.text for part in parts) == PROMPT + model.tokenizer.decode(made.tokens[:at])
+    assert parts[-1].finish_reason == "stop"
+    found = [x for part in parts for x in part.logprobs.token_logprobs][len(made.prompt_tokens) :]
+    np.testing.assert_allclose(found, [entry.logprob for entry in made.logprobs[: at + 1]], atol=2e-5)
 
 
 def test_no_new_tokens_but_the_prompts_log_probabilities(client):
