@@ -11,7 +11,7 @@ import threading
 
 import uvicorn
 
-from npllama.chat import chat_format
+from npllama.cli.serve import chat_format_or_reason
 from npllama.serve.app import Settings, make_app
 from npllama.serve.worker import Worker
 
@@ -47,7 +47,7 @@ def served(model, rows=4, most=64, **settings):
     """Serve on a free port from threads of this process."""
     worker = Worker(model, rows, most)
     chosen = Settings("demo", **{"context": model.config.max_seq_len, **settings})
-    app = make_app(model, worker, chat_format(model), chosen)
+    app = make_app(model, worker, chat_format_or_reason(model, None), chosen)
     timeouts = {"timeout_graceful_shutdown": 5, "timeout_keep_alive": 75}
     server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="on", **timeouts))
     listening = socket.create_server(("127.0.0.1", 0))

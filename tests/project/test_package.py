@@ -68,7 +68,7 @@ def setup() -> configparser.ConfigParser:
 
 
 EXTRAS = {name: lines.split("\n") for name, lines in setup()["options.extras_require"].items()}
-WHAT_A_PERSON_WANTS = {"convert", "torch", "learn", "mpi", "serve", "test", "dev", "docs", "all"}
+WHAT_A_PERSON_WANTS = {"convert", "torch", "learn", "mpi", "serve", "test", "dev", "judges", "docs", "all"}
 OLD = {"hf", "gguf", "sentencepiece", "safetensors", "fetch", "remote", "fast", "plot", "explain", "notebook", "test-torch"}
 
 
