@@ -133,7 +133,7 @@ def llm(tmp_path):
 
         def run(*arguments: str) -> str:
             environment = {**os.environ, "LLM_USER_PATH": str(tmp_path)}
-            command = [sys.executable, "-m", "llm", *arguments, "-o", "temperature", "0", "-o", "max_tokens", "9"]
+            command = [sys.executable, "-m", "llm", *arguments, "-o", "temperature", "0", "-o", "max_tokens", "30"]
             done = subprocess.run(command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL)
             assert done.returncode == 0, done.stderr
             return done.stdout.removesuffix("\n")
@@ -145,7 +145,9 @@ def llm(tmp_path):
 def test_llm_chats_and_completes(llm):
     """Simon Willison's command for language models: texts, and a conversation of which it keeps the beginning."""
     model = npllama.load()
-    chat = npllama.Conversation(model, sampling=npllama.Sampling(), max_tokens=9)
-    assert llm("-m", "here-text", "ROMEO:") == npllama.complete(model, "ROMEO:", max_tokens=9).text
+    chat, other = (npllama.Conversation(model, sampling=npllama.Sampling(), max_tokens=30) for _ in range(2))
+    assert llm("-m", "here-text", "ROMEO:") == npllama.complete(model, "ROMEO:", max_tokens=30).text
     assert llm("-m", "here", "Good morrow") == chat.say("Good morrow")
-    assert llm("-c", "--no-stream", "And good night") == chat.say("And good night")
+    second = chat.say("What said he?")
+    assert second != other.say("What said he?")
+    assert llm("-c", "--no-stream", "What said he?") == second
