@@ -180,6 +180,15 @@ def test_minus_infinity_rules_a_token_out(temperature):
 
 
 @pytest.mark.torch
+def test_a_repetition_penalty_by_its_definition():
+    """Keskar et al. 2019 (arXiv:1909.05858), as Hugging Face has it: what is negative is multiplied, once for each id."""
+    logits = np.array([3.0, -2.0, 1.0, 0.0], np.float32)
+    assert penalised(logits, [0, 1, 0], 2.0).tolist() == [1.5, -4.0, 1.0, 0.0]
+    assert penalised(logits, [0], 1.0) is logits
+    assert penalised(logits, [], 2.0) is logits
+    assert logits.tolist() == [3.0, -2.0, 1.0, 0.0]
+
+
 @pytest.mark.parametrize("penalty", [0.5, 1.0, 1.3])
 def test_repetition_penalty_against_transformers(penalty):
     import torch

@@ -77,8 +77,8 @@ CORE = (
     Module("convert/huggingface.py", "convert/test_convert_hf", "interleaved or bit_for_bit", ("interleaved_order",)),
     Module(
         "convert/conversion.py",
-        "convert/test_convert_hf convert/test_convert_meta convert/test_convert_sources",
-        "interleaved or tied or as_fit or mapped_tensor or bit_for_bit and (grouped or odd)",
+        "convert/test_conversion convert/test_convert_hf convert/test_convert_meta convert/test_convert_sources",
+        "test_conversion or interleaved or tied or as_fit or mapped_tensor or bit_for_bit and (grouped or odd)",
         ("Tensor", "same_bits", "tie"),
     ),
     Module(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -103,3 +105,20 @@ def test_a_part_alone_is_not_taken_for_the_matrix():
     for read in (lambda: shard.widen(), lambda: shard.rows(slice(1)), lambda: shard.columns(slice(1))):
         with pytest.raises(ValueError, match="a rank has only its own part of this matrix"):
             read()
+
+
+@pytest.mark.parametrize("axis", [-1, -2, -3])
+def test_parts_are_gathered_along_their_axis(axis):
+    """One of them is empty, and one rank holds a part that another has too."""
+    whole = tiny.uniform(3, (4, 5, 6))
+    n, everyone = whole.shape[axis], groups(3)
+    ends, own = [0, 2, 2, n], [None, None, slice(1, None)]
+
+    def gathered(rank):
+        start, stop = ends[rank], ends[rank + 1]
+        x = shares.along(whole, axis, slice(start - (own[rank] is not None), stop))
+        return shares.gathered(x, axis, everyone[rank], own[rank], np.diff(ends).tolist())
+
+    with ThreadPoolExecutor(3) as pool:
+        for found in pool.map(gathered, range(3)):
+            assert found.tobytes() == whole.tobytes()

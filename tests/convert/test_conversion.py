@@ -1,0 +1,47 @@
+"""A tensor of a source, and its parts; the readers' tests have what is made of whole checkpoints."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from npllama.engine.grouped import to_int4
+from npllama.engine.weights import widen
+from npllama_convert.conversion import Tensor
+
+from tiny import uniform
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return to_int4(uniform(5, (12, 128)))
+
+
+@pytest.fixture
+def tensor(whole):
+    return Tensor.of_grouped((12, 128), whole.grouping, lambda start, stop: whole.rows(slice(start, stop)))
+
+
+def test_the_rows_of_a_quantised_tensor_are_its_numbers(tensor, whole):
+    assert tensor.rows(3, 7).tobytes() == widen(whole)[3:7].tobytes()
+    assert tensor.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns"), [((0, 12), (32, 96)), ((5, 9), (0, 128)), ((5, 9), (48, 80)), ((11, 12), (64, 128))]
+)
+def test_a_part_of_a_quantised_tensor_is_quantised_as_it_was(rows, columns, tensor, whole):
+    part = tensor.part(slice(*rows), slice(*columns))
+    expected = widen(whole)[slice(*rows), slice(*columns)]
+    n = len(expected)
+    assert part.shape == expected.shape
+    assert part.rows(0, n).tobytes() == expected.tobytes()
+    assert part.rows(n - 1, n).tobytes() == expected[n - 1 :].tobytes()
+    assert part.quantised(0, n).grouping == part.grouping
+    assert part.grouping.bits == 4
+    for start in range(n):
+        assert widen(part.quantised(start, n)).tobytes() == expected[start:].tobytes()
+
+
+def test_all_rows_and_columns_are_the_tensor_itself(tensor):
+    assert tensor.part(slice(None), slice(None)) is tensor
