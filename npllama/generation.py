@@ -10,7 +10,7 @@ import numpy as np
 from .cache import KVCache
 from .checkpoint import Model
 from .model import check_tokens, forward
-from .sampling import LogitsError, Sampling, log_probabilities, sample
+from .sampling import LogitsError, Sampling, likeliest, log_probabilities, sample
 from .tokenizer import StreamDecoder
 
 PREFILL_CHUNK = 512  # tokens a pass: the scores of a long prompt are never in memory whole
@@ -31,7 +31,7 @@ class Step:
     def top(self, k: int) -> list[tuple[int, float]]:
         """The k most likely tokens with their log-probabilities, the most likely first."""
         logprobs = log_probabilities(self.logits)
-        return [(int(i), float(logprobs[i])) for i in np.argsort(-logprobs, kind="stable")[:k]]
+        return [(int(i), float(logprobs[i])) for i in likeliest(logprobs, k)]
 
 
 def generate(

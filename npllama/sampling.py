@@ -98,6 +98,15 @@ def checked(logits: np.ndarray) -> np.ndarray:
     return logits
 
 
+def likeliest(values: np.ndarray, k: int) -> np.ndarray:
+    """Return the places of the k largest values, the largest first, of equals the first first.    [V] -> int [k]"""
+    if not 0 < k < len(values):
+        return np.argsort(-values, kind="stable")[:k]
+    least = np.partition(values, -k)[-k]  # sorting a whole vocabulary takes several times as long
+    places = np.flatnonzero(values >= least)
+    return places[np.argsort(-values[places], kind="stable")[:k]]
+
+
 def log_probabilities(logits: np.ndarray) -> np.ndarray:
     """The natural logarithms of the model's own distribution, unsampled, in float64.    [..., V] -> [..., V]"""
     shifted = logits.astype(np.float64) - np.max(logits, axis=-1, keepdims=True)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from npllama.sampling import LogitsError, Sampling, log_probabilities, penalised, probabilities, sample
+from npllama.sampling import LogitsError, Sampling, likeliest, log_probabilities, penalised, probabilities, sample
 
 P = np.array([0.1, 0.4, 0.05, 0.3, 0.15])
 LOGITS = np.log(P) + 3
@@ -204,3 +204,11 @@ def test_repetition_penalty_against_transformers(penalty):
         assert found.dtype == np.float32
         np.testing.assert_array_equal(found, expected)
         assert sample(logits, Sampling(repetition_penalty=penalty), rng, before) == expected.argmax()
+
+
+@pytest.mark.parametrize("k", [0, 1, 2, 5, 19, 20, 50])
+def test_the_likeliest_are_those_of_a_stable_sort(k):
+    """Of equals, which 16-bit logits have many of, the first come first."""
+    rng = np.random.default_rng(4)
+    for values in (rng.standard_normal(20), rng.integers(0, 4, 20).astype(float), np.full(20, -np.inf), np.zeros(20)):
+        assert likeliest(values, k).tolist() == np.argsort(-values, kind="stable")[:k].tolist()

@@ -55,15 +55,18 @@ def run(args: argparse.Namespace) -> None:
         if not value > 0:
             raise ValueError(f"{option} is out of range")
     key = args.api_key if args.api_key is not None else os.environ.get("NPLLAMA_API_KEY")
-    if key == "":
-        raise ValueError("--api-key is empty")
+    if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key != ""):
+        raise ValueError("the API key is empty or has other characters than ASCII's: no client could send it")
     listening = listen(args.host, args.port)
     with listening:
         model = load_model(args)
-        context = min(args.context or model.config.max_seq_len, model.config.max_seq_len)
+        context = model.config.max_seq_len if args.context is None else args.context
+        if not 0 < context <= model.config.max_seq_len:
+            raise ValueError(f"--context is {context}, expected 1 to the model's {model.config.max_seq_len}")
         rows = args.rows if args.rows is not None else rows_for(model, context)
-        if context < 1 or rows < 1:
-            raise ValueError(f"--context is {context} and --rows {rows}, expected 1 or more")
+        if rows < 1:
+            raise ValueError(f"--rows is {rows}, expected 1 or more")
+        format = chat_format_or_reason(model, args.format)
         host, port = listening.getsockname()[:2]
         settings = Settings(
             args.name or (model.path.resolve().name if model.path else "npllama"),
@@ -75,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
             LOOPBACK if host in LOOPBACK else None,
         )
         worker = Worker(model, rows, args.queue)
-        app = make_app(model, worker, chat_format_or_reason(model, args.format), settings)
+        app = make_app(model, worker, format, settings)
         config = uvicorn.Config(
             app,
             log_level="warning",

@@ -12,7 +12,7 @@ import numpy as np
 from ..checkpoint import Model
 from ..errors import NpllamaError, reason
 from ..generation import Step
-from ..sampling import LogitsError, Sampling, log_probabilities
+from ..sampling import LogitsError, Sampling
 from ..text.batching import Batch
 from ..text.completion import Continuation, TokenLogprobs
 
@@ -58,20 +58,7 @@ class Job:
             entries.append(None)
         # One row at a time: a chunk's log-probabilities in float64 would be as large as its logits twice over.
         for row in logits[: len(ids) - len(entries)]:
-            entries.append(alternatives(model, ids[len(entries)], row, self.echo_logprobs or 0))
-
-
-def alternatives(model: Model, token: int, logits: np.ndarray, k: int) -> TokenLogprobs:
-    """Return a token's log-probability under the logits that stand before it, and the k likeliest there."""
-    logprobs, tokenizer = log_probabilities(logits), model.tokenizer
-    likeliest = np.argpartition(-logprobs, k - 1)[:k] if 0 < k < len(logprobs) else np.arange(len(logprobs))[: k or 0]
-    likeliest = likeliest[np.lexsort((likeliest, -logprobs[likeliest]))]
-
-    def piece(id: int) -> str:
-        return tokenizer.piece(id) if tokenizer else ""
-
-    top = [(int(id), piece(int(id)), float(logprobs[id])) for id in likeliest]
-    return TokenLogprobs(token, piece(token), float(logprobs[token]), top)
+            entries.append(TokenLogprobs.of(model.tokenizer, Step(ids[len(entries)], row), self.echo_logprobs or 0))
 
 
 class Worker:
@@ -128,12 +115,10 @@ class Worker:
     def _run(self) -> None:
         while self._next():
             try:
-                made = self._batch.advance()
+                for row, step in self._batch.advance():
+                    self._take(row, step)
             except Exception as error:  # memory, say: it is the end of these texts, and not of the server
                 self._fail(error)
-                continue
-            for row, step in made:
-                self._take(row, step)
 
     def _next(self) -> bool:
         """Wait for something to compute, let texts join and leave; False at the end."""
@@ -177,7 +162,7 @@ class Worker:
         before = len(done.tokens)
         text = job.continuation.push(step)
         if job.stop_alternatives is not None and len(done.tokens) == before:
-            job.stop_logprobs = alternatives(self.model, step.token, step.logits, job.stop_alternatives)
+            job.stop_logprobs = TokenLogprobs.of(self.model.tokenizer, step, job.stop_alternatives)
         return text
 
     def _leave(self, row: int) -> None:

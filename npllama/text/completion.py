@@ -34,6 +34,15 @@ class TokenLogprobs:
     logprob: float  # natural logarithm
     top: list[tuple[int, str, float]]  # id, piece, log-probability; the likeliest first
 
+    @classmethod
+    def of(cls, tokenizer: Tokenizer | None, step: Step, k: int) -> TokenLogprobs:
+        """Return a step's token and the k likeliest in its place."""
+
+        def piece(id: int) -> str:
+            return tokenizer.piece(id) if tokenizer else ""
+
+        return cls(step.token, piece(step.token), step.logprob, [(id, piece(id), logprob) for id, logprob in step.top(k)])
+
 
 @dataclass
 class Completion:
@@ -95,7 +104,7 @@ class Continuation:
             return self.end("stop")
         done.tokens.append(step.token)
         if done.logprobs is not None:
-            done.logprobs.append(self._logprobs(step))
+            done.logprobs.append(TokenLogprobs.of(self._tokenizer, step, self._k or 0))
         text = self._stream.push(step.token) if self._stream else ""
         done.text += text
         if self._stream and self._stream.ended:
@@ -116,13 +125,6 @@ class Continuation:
         stopped = self._stream is not None and self._stream.ended
         self.completion.finish_reason = "stop" if stopped else reason
         return text
-
-    def _logprobs(self, step: Step) -> TokenLogprobs:
-        def piece(id: int) -> str:
-            return self._tokenizer.piece(id) if self._tokenizer else ""
-
-        top = [(id, piece(id), logprob) for id, logprob in step.top(self._k or 0)]
-        return TokenLogprobs(step.token, piece(step.token), step.logprob, top)
 
 
 class Stream(Iterator[str]):

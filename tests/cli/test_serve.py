@@ -14,8 +14,11 @@ from commands import fails
         (["--host", "192.0.2.1"], "can't listen on 192.0.2.1 port 8080: Cannot assign requested address"),
         (["--queue", "-1"], "--queue is out of range"),
         (["--time-limit", "nan"], "--time-limit is out of range"),
-        (["--api-key", ""], "--api-key is empty"),
-        (["--port", "0", "--rows", "0"], "--context is 512 and --rows 0, expected 1 or more"),
+        (["--api-key", ""], "the API key is empty"),
+        (["--api-key", "clé"], "has other characters than ASCII's"),
+        (["--port", "0", "--rows", "0"], "--rows is 0, expected 1 or more"),
+        (["--port", "0", "--context", "0"], "--context is 0, expected 1 to the model's 512"),
+        (["--port", "0", "--context", "513"], "--context is 513, expected 1 to the model's 512"),
         (["--port", "0", "--format", "none"], "the chat format is 'none', expected"),
     ],
 )

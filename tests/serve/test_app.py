@@ -299,6 +299,14 @@ def test_a_failing_pass_ends_its_texts_and_not_the_server(client, monkeypatch):
     assert client.completions.create(model="demo", prompt="x", max_tokens=1).choices
 
 
+def test_an_error_outside_of_a_pass_ends_its_texts_and_not_the_server(client, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(completion.Continuation, "push", lambda *args: 1 / 0)
+        with pytest.raises(openai.InternalServerError, match="ZeroDivisionError"):
+            client.completions.create(model="demo", prompt="x")
+    assert client.completions.create(model="demo", prompt="x", max_tokens=1).choices
+
+
 def test_tokens_as_llama_cpp_has_them(server, model):
     ids = model.tokenizer.encode("Good morrow")
     assert server.post("/tokenize", {"content": "Good morrow"}) == (200, {"tokens": ids})

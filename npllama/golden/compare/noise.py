@@ -306,13 +306,15 @@ class _Plain(Precision):
         last_only: bool = False,
     ) -> np.ndarray:
         """Compute as Precision does, with operations that sum in sequence."""
-        made = _loops()
+        made = in_sequence(PLAIN)
         for part in self.parts:
             made = PARTS[part](made)
         return forward(self.params(params), config, tokens, cache, tap, last_only, made)
 
 
-def _loops() -> Ops:
+def in_sequence(made: Ops) -> Ops:
+    """Sum in RMSNorm and softmax one number after the other, as a plain loop does."""
+
     def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
         mean_square = np.cumsum(x * x, axis=-1)[..., -1:] / np.asarray(x.shape[-1], x.dtype)
         return x / np.sqrt(mean_square + eps) * weight
@@ -321,4 +323,4 @@ def _loops() -> Ops:
         y = np.exp(x - np.max(x, axis=-1, keepdims=True))
         return y / np.cumsum(y, axis=-1)[..., -1:]
 
-    return replace(PLAIN, rms_norm=rms_norm, softmax=softmax)
+    return replace(made, rms_norm=rms_norm, softmax=softmax)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 from ...checkpoint.atomic import write_file
@@ -56,11 +57,15 @@ def _plain(part: Metrics | Judged | None) -> dict[str, object] | None:
 
 def write_report(comparison: Comparison, path: Path | str) -> None:
     """Write x.json or x.html. Raises ValueError for another ending, or when the file can't be written."""
-    path = Path(path)
+    write_as_its_name_says(Path(path), lambda: as_dict(comparison), lambda: page(comparison))
+
+
+def write_as_its_name_says(path: Path, values: Callable[[], object], page: Callable[[], str]) -> None:
+    """Write x.json of the values or x.html of the page. Raises ValueError for another ending, or when it can't be written."""
     if path.suffix == ".json":
-        content = json.dumps(as_dict(comparison), indent=1, allow_nan=False) + "\n"
+        content = json.dumps(values(), indent=1, allow_nan=False) + "\n"
     elif path.suffix == ".html":
-        content = page(comparison)
+        content = page()
     else:
         raise ValueError(f"{path}: expected a report that ends in .json or .html")
     write_file(path, content.encode())

@@ -22,6 +22,7 @@ import numpy as np
 from ... import model
 from ...engine.weights import Weight, widen
 from ...scope import Ops
+from ..compare import noise
 from ..compare.metrics import unit_roundoff
 from ..compare.noise import LIMITS
 from ..mistakes import MISTAKES, Mistake
@@ -37,15 +38,7 @@ EXACT = Program(Precision("float64"))
 
 
 def in_sequence(made: Ops) -> Ops:
-    """Sum one number after the other, as a plain loop does."""
-
-    def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
-        mean_square = np.cumsum(x * x, axis=-1)[..., -1:] / np.asarray(x.shape[-1], x.dtype)
-        return x / np.sqrt(mean_square + eps) * weight
-
-    def softmax(x: np.ndarray) -> np.ndarray:
-        y = np.exp(x - np.max(x, axis=-1, keepdims=True))
-        return y / np.cumsum(y, axis=-1)[..., -1:]
+    """Sum one number after the other in every operation, as a plain loop does."""
 
     def linear(x: np.ndarray, weight: Weight) -> np.ndarray:
         return np.cumsum(x[..., None, :] * widen(weight), axis=-1, dtype=x.dtype)[..., -1]
@@ -60,9 +53,7 @@ def in_sequence(made: Ops) -> Ops:
         return np.cumsum(weights[..., None] * values[..., None, :, :], axis=-2)[..., -1, :].swapaxes(-2, -3)
 
     return replace(
-        made,
-        rms_norm=rms_norm,
-        softmax=softmax,
+        noise.in_sequence(made),
         linear=linear,
         linears=lambda x, *weights: [linear(x, weight) for weight in weights],
         attention_scores=attention_scores,

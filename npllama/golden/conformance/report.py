@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import html
-import json
 from pathlib import Path
 
-from ...checkpoint.atomic import write_file
-from ...errors import NpllamaError
+from ..compare.report import write_as_its_name_says
 from .grading import Report, Result
 from .suite import VERSION
 
@@ -80,11 +78,4 @@ def page(report: Report) -> str:
 
 def write_report(report: Report, path: Path | str) -> None:
     """Write x.json or x.html. Raises ValueError for another ending, or when the file can't be written."""
-    path = Path(path)
-    if path.suffix == ".json":
-        content = json.dumps(as_dict(report), indent=1, ensure_ascii=False) + "\n"
-    elif path.suffix == ".html":
-        content = page(report)
-    else:
-        raise NpllamaError(f"{path}: expected a report that ends in .json or .html")
-    write_file(path, content.encode())
+    write_as_its_name_says(Path(path), lambda: as_dict(report), lambda: page(report))
