@@ -179,17 +179,21 @@ def load_model(args: argparse.Namespace) -> Model:
         threads.set_threads(args.threads)
     threads.n_threads()  # a bad NPLLAMA_NUM_THREADS is refused before anything is read
     with collected_log() as log:
-        processes, group = getattr(args, "processes", 1), mpi.world() if hasattr(args, "processes") else None
-        if group is None:
-            model = load(args.model, args.dtype, processes)
-        elif processes == 1:
-            model, processes = load_over(args.model, args.dtype, group), group.size
-        else:
-            raise ValueError(f"mpiexec has started {group.size} processes: expected no --processes")
+        model, processes = load_over_processes(args, args.dtype)
     if log.warnings:  # it will be slower than one might expect: say so before
         print(f"{args.model or model.path}: {'; '.join(log.warnings)}", file=sys.stderr)
     args.note = "; ".join([*log.information, *([f"{processes} processes"] if processes > 1 else [])])
     return model
+
+
+def load_over_processes(args: argparse.Namespace, dtype: str) -> tuple[Model, int]:
+    """Open the model of -m over --processes, or over those that mpiexec has started, and return their number too."""
+    processes, group = getattr(args, "processes", 1), mpi.world() if hasattr(args, "processes") else None
+    if group is None:
+        return load(args.model, dtype, processes), processes
+    if processes > 1:
+        raise ValueError(f"mpiexec has started {group.size} processes: expected no --processes")
+    return load_over(args.model, dtype, group), group.size
 
 
 def stored_tensors(model: Model) -> list[dict[str, Any]]:

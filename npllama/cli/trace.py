@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-from ..checkpoint import load
 from ..golden.precision import CONVENTIONS, PRECISIONS, PROFILES, Precision, profile
 from .options import (
     Commands,
@@ -13,6 +12,7 @@ from .options import (
     add_processes_option,
     add_prompt_options,
     add_trace_options,
+    load_over_processes,
     prompt_ids,
     trace_options,
 )
@@ -39,5 +39,5 @@ def run(args: argparse.Namespace) -> None:
         if args.precision or args.convention:
             raise ValueError("--profile says the precision and its convention too: expected it alone")
         precision = profile(args.profile)
-    model = load(args.model)
+    model, _ = load_over_processes(args, "auto")
     write_trace(model, prompt_ids(args, model), precision=precision, storage=args.format, **trace_options(args))

@@ -14,10 +14,11 @@ import pytest
 import npllama
 from npllama import checkpoint
 from npllama.checkpoint import reading
-from npllama.cli import main
+from npllama.cli import main, options
 from npllama.engine import threads
 
 from commands import COMMAND, fails, run
+from system import ROOT
 from tiny import CONFIGS, random_params
 
 ID_COMMANDS = {
@@ -130,3 +131,35 @@ def test_weights_that_stay_as_stored_are_said_before_the_text(capsys, monkeypatc
     monkeypatch.setattr(reading, "available_memory", lambda: 1 << 40)
     assert main(["generate", "x", "-n", "1"]) == 0
     assert "weights widened to float32" in capsys.readouterr().err
+
+
+# What each command needs besides, to come as far as to its model.
+WITH_PROCESSES = {
+    "generate": ["x"],
+    "chat": [],
+    "serve": ["--port", "0"],
+    "logits": ["--tokens", "1,2", "--out", "logits.npy"],
+    "trace": ["--tokens", "1,2", "--out", "trace"],
+    "perplexity": ["text.txt"],
+}
+
+
+def test_every_command_with_processes_is_tried():
+    found = {path.stem for path in (ROOT / "npllama" / "cli").glob("*.py") if "add_processes_option(p)" in path.read_text()}
+    assert found == WITH_PROCESSES.keys()
+
+
+@pytest.mark.parametrize("command", WITH_PROCESSES)
+def test_processes_reach_the_model(command, monkeypatch, tmp_path, capsys):
+    if command == "serve":
+        pytest.importorskip("uvicorn", reason="uvicorn is not installed")
+        pytest.importorskip("starlette", reason="starlette is not installed")
+
+    def load(path, dtype, processes):
+        raise ValueError(f"the model was to have {processes} processes")
+
+    monkeypatch.setattr(options, "load", load)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("some text")
+    line = fails(capsys, command, *WITH_PROCESSES[command], "--processes", "3")
+    assert line == f"npllama {command}: the model was to have 3 processes"

@@ -16,7 +16,7 @@ STYLE = """
 body { margin: 0 auto; max-width: 1100px; padding: 1.5rem; font: 15px/1.5 system-ui, sans-serif }
 h1 { font-size: 1.3rem } h2 { font-size: 1rem; margin: 1.5rem 0 .3rem } .bad { color: var(--bad) } .good { color: var(--good) }
 .soft { color: var(--soft) } table { border-collapse: collapse; width: 100% }
-td { border-bottom: 1px solid var(--line); padding: .2rem .6rem; vertical-align: top }
+td { border-bottom: 1px solid var(--line); padding: .2rem .6rem; vertical-align: top; overflow-wrap: anywhere }
 """
 
 
