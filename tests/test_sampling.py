@@ -179,7 +179,6 @@ def test_minus_infinity_rules_a_token_out(temperature):
     assert drawn == ({1, 3} if temperature else {1})
 
 
-@pytest.mark.torch
 def test_a_repetition_penalty_by_its_definition():
     """Keskar et al. 2019 (arXiv:1909.05858), as Hugging Face has it: what is negative is multiplied, once for each id."""
     logits = np.array([3.0, -2.0, 1.0, 0.0], np.float32)
@@ -189,6 +188,7 @@ def test_a_repetition_penalty_by_its_definition():
     assert logits.tolist() == [3.0, -2.0, 1.0, 0.0]
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("penalty", [0.5, 1.0, 1.3])
 def test_repetition_penalty_against_transformers(penalty):
     import torch

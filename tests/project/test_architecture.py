@@ -375,3 +375,17 @@ def test_torch_is_really_absent():
     """CI's first environment sets NPLLAMA_WITHOUT_TORCH, so that what passes there has passed without torch."""
     with pytest.raises(ModuleNotFoundError, match="No module named 'torch'"):
         import torch  # noqa: F401
+
+
+def test_a_test_that_imports_torch_is_marked():
+    """Without the marker it fails where torch is absent, instead of being skipped."""
+    for path in TESTS:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if any("mark.torch" in ast.unparse(node) for node in tree.body if isinstance(node, ast.Assign)):
+            continue  # pytestmark
+        for test in (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")):
+            imported = [node for node in ast.walk(test) if isinstance(node, ast.Import | ast.ImportFrom)]
+            names = {getattr(node, "module", None) or node.names[0].name for node in imported}
+            says_so = any(words in ast.unparse(test) for words in ("importorskip('torch'", "pytest.raises(ModuleNotFoundError"))
+            if any(name.split(".")[0] == "torch" for name in names) and not says_so:
+                assert any("mark.torch" in ast.unparse(mark) for mark in test.decorator_list), f"{path}: {test.name}"
