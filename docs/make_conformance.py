@@ -1,4 +1,4 @@
-"""Make docs/conformance-matrix.md from what is recorded: `python docs/make_conformance.py`."""
+"""Write docs/conformance-matrix.md from the recorded measurements: `python docs/make_conformance.py`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ PAGE = Path(__file__).with_name("conformance-matrix.md")
 HEAD = """\
 # Conformance: which case catches which mistake
 
-Made by `python docs/make_conformance.py` from what is measured in float32, where a mistake counts as caught when it is further
-off than twice the tolerance. [conformance.md](conformance.md) says what the vectors are and how to use them.
+Made by `python docs/make_conformance.py` from measurements in float32. A mistake counts as caught if its result differs from
+the right one by more than twice the tolerance. [conformance.md](conformance.md) explains the vectors and their use.
 
 """
 
@@ -34,7 +34,7 @@ def text() -> str:
         by_level = itertools.groupby(caught[name], lambda path: path.partition("/")[0])
         count = ", ".join(f"{level}: {len(list(paths))}" for level, paths in by_level)
         lines.append(f"| `{name}` | {_cell(MISTAKES[name].sentence)} | `{caught[name][0]}` ({count}) |")
-    lines += ["", "## The cases", "", "| case | what it is there to catch | mistakes |", "|---|---|---|"]
+    lines += ["", "## The cases", "", "| case | purpose | mistakes |", "|---|---|---|"]
     for path, case in cases().items():
         names = recorded()[path].catches
         shown = ", ".join(f"`{name}`" for name in names[:6]) + f" and {len(names) - 6} more" * (len(names) > 6)
