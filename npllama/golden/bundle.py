@@ -1,7 +1,7 @@
 """Golden bundles: what a model must compute for some tokens, and how far rounding alone may take another implementation.
 
 A bundle is a trace directory (trace.py) of a float64 pass, with the logits in float64 and the other activations rounded to
-float32, and beside each activation's other facts its noise floor:
+float32, and in each activation's entry its noise floor:
 
     "noise"  {"float32": {"rms": ..., "max": ...}, "bfloat16": {"rms": ..., "max": ...}}
 
@@ -94,7 +94,7 @@ def default_tokens(config: Config) -> list[int]:
 def measure_noise(
     model: Model, tokens: ArrayLike, steps: int | ArrayLike, precision: Precision, exact: dict[str, np.ndarray]
 ) -> dict[str, dict[str, float]]:
-    """How far a pass in a precision is from the exact activations: name -> {"rms", "max"} of the differences.
+    """Measure how far a pass in a precision is from the exact activations: name -> {"rms", "max"} of the differences.
 
     An equal -inf (masked scores) is left out.
     """

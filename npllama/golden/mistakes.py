@@ -1,4 +1,4 @@
-"""The usual mistakes of ports of Llama: one list, from which wrong programs are made and wrong numbers are recognised.
+"""List the usual mistakes of ports of Llama, to make wrong programs from and to recognise wrong numbers by.
 
 A mistake replaces one part of a right pass. `Port("half_split")` computes with it, as traces and tests need; compare's hints
 apply it to a candidate's own numbers and see whether it predicts the candidate's result; the exercises recognise a student's
@@ -31,7 +31,7 @@ from .precision import ROUND, LazyParams, Precision, Round, round_bfloat16, roun
 
 
 class Seen(Protocol):
-    """The activations of the same layer and pass that are known, by their names in the table."""
+    """Give the activations of the same layer and pass that are known, by their names in the table."""
 
     def __call__(self, name: str, /) -> Array:
         """Return an activation of this pass; STREAM is the residual stream that the layer gets."""
@@ -42,7 +42,7 @@ class Seen(Protocol):
 
 @dataclass(frozen=True)
 class Mistake:
-    """One mistake: how it is called, where it shows, and what it changes.
+    """Describe one mistake: its name, where it shows, and what it changes.
 
     name         for code
     sentence     for people: what is wrong and what is right
@@ -100,7 +100,7 @@ _Stores = dict[tuple[int, str], Array]  # (layer, "k" or "v") -> its slots
 
 
 class _Cache:
-    """A cache that keeps keys and values by a wrong cache_update(); what positions its slots hold is right."""
+    """Cache that keeps keys and values by a wrong cache_update(); the positions of its slots are right."""
 
     def __init__(self, right: KVCache, update: Callable[[Array, int, Array], Array], stores: _Stores):
         self._right, self._update, self._stores = right, update, stores
@@ -118,7 +118,7 @@ class _Cache:
 
 
 class _Seen:
-    """The activations of one pass by their full names, seen from one of them; and those of the passes before it."""
+    """Look up the activations of one pass, by names relative to one of them, and those of the passes before it."""
 
     def __init__(self, passes: list[dict[str, Array]], name: str):
         self._passes = passes
@@ -137,10 +137,10 @@ class _Seen:
 
 
 class Port(Precision):
-    """The forward pass of a port that makes mistakes, in float32; for use wherever a Precision is.
+    """Run the forward pass of a port that makes mistakes, in float32; use it wherever a Precision is expected.
 
     Port("half_split", "transposed"), by their names in MISTAKES; further operations as keywords, such as rope=mine
-    computed  what it really computes in: by default float32, or what a mistake says
+    computed  the precision that it computes in: by default float32, or that of a mistake
     """
 
     mistakes: list[Mistake]
@@ -378,7 +378,7 @@ def _chosen(p: Array, top_p: float, cut: Callable[[Array, float], Array]) -> Arr
 
 
 def _beyond(p: Array, top_p: float) -> Array:
-    """Where more likely ones reach top_p already: the right cut."""
+    """Return where more likely tokens reach top_p already: the right cut."""
     return np.cumsum(p) - p >= top_p
 
 
@@ -412,7 +412,7 @@ def _write(store: Array, at: int, new: Array) -> None:
 
 
 def _written(at: Callable[[int], int], end: Callable[[int, int], int | None]) -> Callable[[Array, int, Array], Array]:
-    """A cache_update that writes to slot at(length) and returns the slots before end(length, T)."""
+    """Return a cache_update that writes to slot at(length) and returns the slots before end(length, T)."""
 
     def update(store: Array, length: int, new: Array) -> Array:
         _write(store, at(length), new)

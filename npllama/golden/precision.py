@@ -1,4 +1,4 @@
-"""The forward pass in other precisions: float64 as the gold, float32, and simulated bfloat16 and float16.
+"""Run the forward pass in other precisions: float64 as the gold, float32, and simulated bfloat16 and float16.
 
 A simulated 16-bit value is a float32 number that the 16-bit format has too. Every operation computes in float32 on such numbers
 and rounds its result to the nearest, ties to even, as torch's eager mode does on the CPU: each torch operation that returns a
@@ -27,9 +27,10 @@ which changes no value.
 The last rounding of each operation is where every activation passes, at the tap; only what is rounded inside an operation needs
 operations of its own.
 
-A profile is a precision with what a quantised port rounds besides, PARTS, as llama.cpp does it on a CPU: `profile("float32")`,
-`profile("bfloat16-hf")`, `profile("int8-activations+float16-cache")`. Parts round the inputs of products, which no tap shows.
-They are the same numbers in float64 and float32, so that a float64 pass with the parts is the exact result of the profile.
+A profile is a precision with the further roundings of a quantised port, PARTS, as llama.cpp does them on a CPU:
+`profile("float32")`, `profile("bfloat16-hf")`, `profile("int8-activations+float16-cache")`. Parts round the inputs of products,
+which no tap shows. They are the same numbers in float64 and float32, so that a float64 pass with the parts is the exact result
+of the profile.
 """
 
 from __future__ import annotations
@@ -56,12 +57,12 @@ Round = Callable[[np.ndarray], np.ndarray]
 
 
 def round_bfloat16(x: np.ndarray) -> np.ndarray:
-    """The nearest bfloat16 to each float32, ties to even, as float32; what lies beyond the largest becomes infinite."""
+    """Round each float32 to the nearest bfloat16, ties to even, as float32; beyond the largest it becomes infinite."""
     return widen(to_bfloat16(x))
 
 
 def round_float16(x: np.ndarray) -> np.ndarray:
-    """The nearest IEEE half-precision number to each float32, ties to even, as float32; beyond 65504 it becomes infinite."""
+    """Round each float32 to the nearest IEEE half-precision number, ties to even, as float32; beyond 65504 it is infinite."""
     with np.errstate(over="ignore", under="ignore"):
         return np.asarray(x, np.float32).astype(np.float16).astype(np.float32)
 
@@ -188,9 +189,9 @@ class LazyParams(Mapping[str, Weight]):
 
 @dataclass(frozen=True)
 class Precision:
-    """One way to compute: a name of PRECISIONS and, where that has 16 bits, a name of CONVENTIONS for the rounding points.
+    """Describe one way to compute: a name of PRECISIONS and, for 16 bits, a name of CONVENTIONS for the rounding points.
 
-    Names of PARTS say what is rounded besides. Raises ValueError for other names.
+    `parts` are names of PARTS: the roundings added to these. Raises ValueError for other names.
     """
 
     name: str = "float32"
@@ -208,29 +209,29 @@ class Precision:
 
     @property
     def profile(self) -> str:
-        """The profile that profile() would make this of."""
+        """Return the profile from which profile() would make this precision."""
         name = self.name + ("-hf" if self.convention == "hf" else "")
         return "+".join((*(() if self.parts and name == "float32" else (name,)), *self.parts))
 
     @property
     def dtype(self) -> np.dtype:
-        """What activations are computed and kept in: float64, or float32 for all others."""
+        """Return the dtype of activations: float64 for the precision float64, else float32."""
         return np.dtype(np.float64 if self.name == "float64" else np.float32)
 
     def round(self, x: np.ndarray) -> np.ndarray:
-        """The nearest numbers that this precision has, in its dtype."""
+        """Round to the nearest numbers of this precision, in its dtype."""
         return ROUND.get(self.name, lambda x: x)(np.asarray(x).astype(self.dtype, copy=False))
 
     @functools.cached_property
     def ops(self) -> Ops | None:
-        """The operations with the roundings inside them, for 16 bits and with parts; None for forward()'s own."""
+        """Return the operations with the roundings inside them, for 16 bits and with parts; None for forward()'s own."""
         made = rounding_ops(ROUND[self.name], self.convention or "meta") if self.name in ROUND else None
         for part in self.parts:
             made = PARTS[part](made or model.PLAIN)
         return made
 
     def params(self, params: Params) -> Params:
-        """The parameters in this precision, cast when they are used; packed ones that need no cast stay packed.
+        """Return the parameters in this precision, cast when they are used; packed ones that need no cast stay packed.
 
         Those in groups are widened to the numbers that they stand for, so that a quantised port differs by arithmetic alone.
         """

@@ -1,4 +1,4 @@
-"""Named activations of a forward pass: in memory, as a directory on disk, or replaced on the way.
+"""Record the named activations of a forward pass in memory or in a trace directory, or replace them as it runs.
 
 A trace directory, format "npllama trace 1":
 
@@ -12,7 +12,7 @@ A trace directory, format "npllama trace 1":
 
 An activation's name is its file's path without the suffix, with `/` on every system: `layers.0.attention.q_rope`,
 `step.1/logits`. Shapes are forward()'s own: [T, D] for one sequence, [B, T, D] for a batch; in a step T is 1, and scores are
-[H, 1, S]. Queries and keys are in Meta's order (RoPE turns adjacent pairs), masked scores are -inf, whoever wrote the trace.
+[H, 1, S]. Queries and keys are in Meta's order (RoPE rotates adjacent pairs), masked scores are -inf, whoever wrote the trace.
 
 Files are `.npy` (C order, little-endian) of float32, or of float64 when that was computed; simulated or real 16-bit values are
 stored as the float32 numbers they are. In the raw storage they are `.f32`: the bare little-endian float32 numbers in C order.
@@ -31,7 +31,7 @@ trace.json, all keys always there unless it is said:
     selection    {"taps": [GLOB ...] or null, "layers": [int ...] or null}, null for everything
     notes        sentences for people, such as how names or layouts were converted
     files        other files in the directory: the README.md and the weights of a golden bundle
-    profile      optional: what the program is known to round besides, as precision.profile() reads it
+    profile      optional: the roundings that the program adds to its precision, in the syntax of precision.profile()
     runtime      optional: how a captured program was set, {"flash_attention": "off", "cache": "f16", ...}
     weights      only where they are: name -> {"file", "shape", "sha256"}, float32 in .npy
     activations  name -> {"file", "dtype", "shape", "sha256" (of the file's bytes),
@@ -39,7 +39,7 @@ trace.json, all keys always there unless it is said:
                           "n_nan", "n_inf", "n_neg_inf"}, in the order of their computation; and "noise" in a golden bundle,
                           "made" where not the program but its capture has made the numbers, and how
 
-A trace is written under a temporary name beside its target and renamed when complete: what opens is whole.
+A trace is written under a temporary name next to its target and renamed when complete: a trace that opens is complete.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class Trace(Mapping[str, np.ndarray]):
         return len(self.meta["activations"])
 
     def hash_matches(self, name: str) -> bool:
-        """Whether the activation's file is the one whose sha256 trace.json has."""
+        """Return whether the activation's file matches its sha256 in trace.json."""
         entry = self.meta["activations"][name]
         file = self.path / entry["file"]
         foreign.file_size(file, TraceError)
@@ -133,7 +133,7 @@ class Trace(Mapping[str, np.ndarray]):
 
 
 def read_trace(path: Path | str) -> Trace:
-    """Open a trace directory. Raises TraceError when its trace.json is missing or not as this module's docstring has it."""
+    """Open a trace directory. Raises TraceError when its trace.json is missing or differs from this module's docstring."""
     path = Path(path)
     file = path / "trace.json"
     meta = foreign.read_json(file, TraceError, foreign.LONG_LIMIT)
@@ -170,7 +170,7 @@ FLOAT32 = Precision("float32")
 
 @dataclass(frozen=True)
 class Selection:
-    """Which activations to keep: those whose name, without `step.N/`, fits one of `taps` and whose layer is one of `layers`.
+    """Select the activations whose name, without `step.N/`, fits one of `taps` and whose layer is one of `layers`.
 
     None keeps all. `layers` leaves what belongs to no layer (tok_embeddings, norm, logits) to `taps`.
     """
@@ -244,7 +244,7 @@ def run(
 
 
 def checked_run(config: Config, tokens: ArrayLike, steps: int | ArrayLike) -> tuple[np.ndarray, np.ndarray | None]:
-    """The prompt's ids, and those to feed in the steps if they are given: [steps, ..., 1]. For the arguments of run().
+    """Return the prompt's ids, and those to feed in the steps if they are given: [steps, ..., 1]. For the arguments of run().
 
     Raises ValueError unless the model can take them all.
     """
@@ -266,7 +266,7 @@ def checked_run(config: Config, tokens: ArrayLike, steps: int | ArrayLike) -> tu
 
 
 def n_steps_of(steps: int | ArrayLike) -> int:
-    """How many decode steps run() takes for its argument of that name; TraceError if it is neither a number nor ids."""
+    """Return how many decode steps run() takes for its argument of that name; TraceError if it is neither a number nor ids."""
     ids = np.asarray(steps)
     if (ids.dtype.kind not in "iu" and ids.size) or (ids.ndim == 0 and ids < 0):
         raise TraceError(f"steps is {steps!r}, expected how many or the token ids")
@@ -274,7 +274,7 @@ def n_steps_of(steps: int | ArrayLike) -> int:
 
 
 def patched(patch: Patch, tap: Tap | None = None) -> Tap:
-    """A tap that puts other activations in the place of computed ones, and shows `tap` what goes on.
+    """Return a tap that replaces computed activations by others, and passes the result to `tap`.
 
     patch  name -> the array to use instead, or a function of the computed one that returns it
 
@@ -294,7 +294,7 @@ def patched(patch: Patch, tap: Tap | None = None) -> Tap:
 
 
 class Recording(dict[str, np.ndarray]):
-    """A tap that keeps a copy of each chosen activation: name -> array.
+    """Tap that keeps a copy of each chosen activation: name -> array.
 
     recording = Recording(Selection(taps=("*.q_rope",)))
     npllama.forward(model.params, model.config, tokens, tap=recording)
@@ -340,7 +340,7 @@ def record(
 
 
 class TraceWriter:
-    """A tap that writes each chosen activation to disk as it comes. Made by new_trace()."""
+    """Tap that writes each chosen activation to disk as it comes. Made by new_trace()."""
 
     def __init__(self, folder: Path, target: Path, selection: Selection, storage: str):
         self.folder, self.target = folder, target  # where it is made, and what it will be
@@ -387,7 +387,7 @@ class TraceWriter:
         self.weights[name] = {"file": file, "shape": list(x.shape), "sha256": sha256(self.folder / file)}
 
     def add_text(self, file: str, text: str) -> None:
-        """Write a text for people beside the activations."""
+        """Write a text file next to the activations."""
         self._write_text(file, text)
         self.files.append(file)
 
@@ -439,7 +439,7 @@ class TraceWriter:
 
 
 def statistics(x: np.ndarray) -> dict[str, float | int | None]:
-    """What trace.json says of an array's numbers: of the finite ones, and how many are not."""
+    """Return an array's statistics for trace.json: of its finite numbers, and how many are not finite."""
     finite = x[np.isfinite(x)].astype(np.float64)
     found: dict[str, float | int | None] = {"min": None, "max": None, "mean": None, "rms": None}
     if finite.size:
@@ -451,7 +451,7 @@ def statistics(x: np.ndarray) -> dict[str, float | int | None]:
 
 
 def _why_not_ours(path: Path) -> str | None:
-    """What speaks against deleting the folder as a trace."""
+    """Return why the folder must not be deleted as a trace; None if it may be."""
     try:
         meta = read_trace(path).meta
     except TraceError as error:
@@ -493,7 +493,7 @@ def trace_size(
     selection: Selection = EVERYTHING,
     storage: str = "npy",
 ) -> tuple[int, int]:
-    """How many activations a trace will have, and how many bytes its files will take, trace.json aside; from shapes alone."""
+    """Return how many activations a trace will have and the bytes of their files, without trace.json, from shapes alone."""
     *batch, T = np.shape(tokens)
     itemsize = 8 if precision.name == "float64" and storage == "npy" else 4
     header = 128 if storage == "npy" else 0
@@ -508,7 +508,7 @@ def trace_size(
 
 
 def model_facts(model: Model) -> dict[str, object]:
-    """The "model" of trace.json."""
+    """Return the "model" entry of trace.json."""
     path = getattr(model, "path", None)
     manifest = Path(path) / "manifest.json" if path is not None else None
     return {

@@ -1,4 +1,4 @@
-"""The list of mistakes: each changes a right pass, first where it says, and compare names it by its sentence."""
+"""Check that each mistake changes a right pass, first where it says, and that compare names it by its sentence."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ EQUAL_TO_COMPARE = ("mask_large_number", "mask_lowest_number")  # such numbers m
 
 @functools.cache
 def model_for(name: str) -> Model:
-    """A tiny model in which the mistake can show."""
+    """Return a tiny model in which the mistake can show."""
     mistake = MISTAKES[name]
     others = ({}, {"n_kv_heads": 6}, {"rope_theta": 20000.0}, {"head_dim": 8})
     model = next(m for m in (broken_ports.tiny_model(**changes) for changes in others) if mistake.applies(m.config))
@@ -70,7 +70,7 @@ def model_for(name: str) -> Model:
 
 
 def tokens_for(name: str) -> tuple[np.ndarray, list]:
-    """A prompt with steps after it; a batch whose second row is padded, for what needs padding."""
+    """Return a prompt and steps; a batch whose second row is padded, for what needs padding."""
     tokens = tiny.random_tokens(broken_ports.CONFIG, 2, (2, 12))
     tokens[1, :4] = -1
     steps = [] if name in ("mask_axes_exchanged", "scores_transposed") else STEPS  # where T is not S their shapes don't fit
@@ -83,7 +83,7 @@ def right_and_wrong(name: str) -> tuple[dict, dict]:
 
 
 def differs(found: np.ndarray, expected: np.ndarray) -> bool:
-    """Whether two float32 arrays are further apart than rounding takes any activation of a tiny model, a hundredfold."""
+    """Return whether two float32 arrays are further apart than rounding takes any activation of a tiny model, a hundredfold."""
     if not np.array_equal(np.isfinite(found), np.isfinite(expected)):
         return True
     both = np.isfinite(expected)
@@ -170,7 +170,7 @@ def test_a_weight_taken_for_another_is_that_alone():
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    """A float64 trace of a mistake's model and tokens, and the noise floor there; the same for many mistakes."""
+    """Write a float64 trace of a mistake's model and tokens, and the noise floor there; the same for many mistakes."""
 
     @functools.cache
     def made(needs: str, config: Config, name: str):
@@ -207,7 +207,7 @@ def test_compare_names_it(name, reference, tmp_path):
 
 
 def fused(unrecorded, arrays):
-    """What a fused kernel leaves."""
+    """Keep the activations that a port with fused kernels records."""
     return {n: x for n, x in arrays.items() if place(n).kind.removeprefix("attention.") not in unrecorded}
 
 

@@ -1,4 +1,4 @@
-"""Simulated precisions, held against the formats themselves and, operation by operation, against torch on the CPU."""
+"""Compare simulated precisions with the formats themselves and, operation by operation, against torch on the CPU."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_cosines_are_rounded_in_hugging_face_s_way_alone(convention, rounded):
 @pytest.mark.parametrize("name", ["float64", "float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("storage", ["float32", "float64", "float16", "uint16"])
 def test_parameters_are_rounded_once_whatever_they_are_stored_in(name, storage):
-    """The same numbers, few enough bits for every format, in each storage."""
+    """Store the same numbers, few enough bits for every format, in each storage."""
     rounded = {key: round_float16(round_bfloat16(x)) for key, x in PARAMS.items()}
 
     def pack(x):
@@ -154,11 +154,11 @@ def test_names_other_than_those_offered_are_refused():
     assert Precision("float16").convention == "meta"
 
 
-# ------------------------------------------------------------------------------------------- what quantised ports round besides
+# --------------------------------------------------------------------------------- the further roundings of quantised ports
 
 
 def test_8_bits_are_those_of_the_gguf_package():
-    """An implementation of Q8_0 by llama.cpp's authors; they round ties away from zero, which no random number meets."""
+    """Compare with Q8_0 by llama.cpp's authors, who round ties away from zero, which no random number meets."""
     gguf = pytest.importorskip("gguf", reason="gguf is not installed")
     x = tiny.uniform(4, (5, 8, 96)) * np.float32(30)
     x[0, 0, :32] = 0
@@ -264,7 +264,7 @@ def torch_model(config, params, convention):
 
 
 def unit_in_the_last_place(x: np.ndarray, name: str) -> np.ndarray:
-    """The distance of the format's numbers in the binade of |x|."""
+    """Return the distance of the format's numbers in the binade of |x|."""
     significant_bits = {"bfloat16": 8, "float16": 11}[name]
     return np.ldexp(1.0, np.frexp(x)[1] - significant_bits)
 
@@ -272,7 +272,7 @@ def unit_in_the_last_place(x: np.ndarray, name: str) -> np.ndarray:
 @pytest.mark.torch
 @pytest.mark.parametrize(("dtype", "convention", "case"), CASE_PARAMETERS)
 def test_each_operation_on_torchs_own_inputs_is_torchs(tmp_path, record_property, dtype, convention, case):
-    """The tap gives torch's activation in the place of ours, so that every operation starts from torch's own.
+    """Replace our activations by torch's in the tap, so that every operation starts from torch's own.
 
     99.9 % of the elements of each are the same bits and the others within one unit in the last place of their row's largest. In
     float16 a matrix product's order of summation shows more often, because the float32 it is summed in has only 13 bits more:

@@ -73,7 +73,7 @@ def test_every_activation_has_its_name_and_shape(shape):
 
 
 def test_a_recording_is_safe_from_work_in_place():
-    """What the pass does to an activation after the tap must not reach the recording."""
+    """Check that a change of an activation after the tap doesn't reach the recording."""
 
     def spoil(name, x):
         recording(name, x)

@@ -1,4 +1,4 @@
-"""`npllama compare`: hold a port's activations against trusted ones, and name the first operation that is wrong.
+"""`npllama compare`: compare a port's activations with trusted ones, and name the first operation that is wrong.
 
 | file | what it does |
 |---|---|
@@ -7,8 +7,8 @@
 | inputs.py | reads what a port wrote, in whatever container |
 | maps.py | other programs' names and layouts |
 | noise.py | how far rounding alone goes, and how far is too far |
-| judging.py | two arrays of one activation, held against each other |
-| angles.py | what angles a candidate's RoPE rotated by, and from which constants |
+| judging.py | compares two arrays of one activation |
+| angles.py | finds the angles of a candidate's RoPE and their constants |
 | hints.py | known mistakes, tried on the candidate's numbers |
 | comparison.py | compare() itself |
 | text.py, html.py, report.py | what the terminal shows, the page, JSON |

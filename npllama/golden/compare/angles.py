@@ -1,4 +1,4 @@
-"""What angles a candidate's RoPE has rotated by, and which constants they come from."""
+"""Find the angles by which a candidate's RoPE rotated, and the constants that give them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ... import ops
 from ...config import Config, LinearRopeScaling, RopeScaling
 
 
-def turned_by(before: np.ndarray, after: np.ndarray, positions: np.ndarray) -> np.ndarray | None:
-    """The angle per position of each pair, from one token to the next; None for a single token.    [T, heads, K] -> [K/2]
+def angles_between(before: np.ndarray, after: np.ndarray, positions: np.ndarray) -> np.ndarray | None:
+    """Find the angle per position of each pair, from one token to the next; None for a single token.    [T, heads, K] -> [K/2]
 
     The sum over heads of after · conj(before) has the phase m·θ_j at position m, whatever the first position is.
     """
@@ -34,7 +34,7 @@ def turned_by(before: np.ndarray, after: np.ndarray, positions: np.ndarray) -> n
 def wrong_frequencies(
     found: np.ndarray, expected: np.ndarray, config: Config | None, positions: np.ndarray
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Where the angles per position that a candidate rotated by could be from, each with those that this would give."""
+    """Yield explanations of a candidate's angles per position, each with the angles that it would give."""
     K = 2 * len(found)
     scaling = config.rope_scaling if config else None
     meant = config.rope_theta if config else fitted_theta(expected, None)
@@ -59,12 +59,12 @@ def wrong_frequencies(
 
 
 def fits(made: np.ndarray, frequencies: np.ndarray, positions: np.ndarray) -> bool:
-    """Whether two sets of angles per position are the same up to rounding at the furthest position."""
+    """Return whether two sets of angles per position are the same up to rounding at the furthest position."""
     return bool(np.max(np.abs(made - frequencies)) * max(1, positions.max()) < 1e-3)
 
 
 def scale_factor(found: np.ndarray, unscaled: np.ndarray, scaling: RopeScaling) -> float | None:
-    """What the pairs that Llama 3.1's scaling divides by its factor were divided by; None if no pair is so slow."""
+    """Find the factor that Llama 3.1's scaling divided its slow pairs by; None if no pair is so slow."""
     slow = np.flatnonzero(2 * math.pi / unscaled > scaling.original_max_seq_len / scaling.low_freq_factor)
     if not slow.size or found[slow[0]] <= 0:
         return None
@@ -72,7 +72,7 @@ def scale_factor(found: np.ndarray, unscaled: np.ndarray, scaling: RopeScaling) 
 
 
 def fitted_theta(frequencies: np.ndarray, scaling: RopeScaling | LinearRopeScaling | None) -> float:
-    """The θ whose frequencies come closest: least squares in the angle per position, so that fast pairs count most."""
+    """Find the θ whose frequencies come closest: least squares in the angle per position, so that fast pairs count most."""
 
     def miss(log_theta: float) -> float:
         made = ops.rope_frequencies(2 * len(frequencies), math.exp(log_theta), scaling, np.float64)
@@ -86,6 +86,6 @@ def fitted_theta(frequencies: np.ndarray, scaling: RopeScaling | LinearRopeScali
 
 
 def rounded(x: float) -> str:
-    """Four digits of a number, without an exponent: 500000, 1e-05 stays."""
+    """Format four digits of a number, without an exponent: 500000; 1e-05 keeps it."""
     short = float(f"{x:.4g}")
     return f"{short:.0f}" if short == round(short) and abs(short) < 1e15 else f"{short:g}"

@@ -26,10 +26,10 @@ from .noise import NoiseFloor, bundled_noise, coarsest, default_noise, measure_n
 
 @dataclass
 class Row:
-    """The findings on one activation."""
+    """Findings on one activation."""
 
     name: str
-    problem: str | None = None  # what makes it fail besides its error: missing, NaN, another shape ...
+    problem: str | None = None  # why it fails, other than its error: missing, NaN, another shape ...
     metrics: Metrics | None = None
     judged: Judged | None = None  # of the whole computation so far
     local: Judged | None = None  # of the operation alone, given the candidate's own inputs
@@ -38,7 +38,7 @@ class Row:
 
 @dataclass
 class Comparison:
-    """The outcome of compare()."""
+    """Result of compare()."""
 
     reference: str
     candidate: str
@@ -53,7 +53,7 @@ class Comparison:
 
     @property
     def equal(self) -> bool:
-        """Whether nothing failed."""
+        """Return whether nothing failed."""
         return all(row.passed for row in self.rows)
 
     @property
@@ -63,29 +63,29 @@ class Comparison:
 
     @property
     def first(self) -> Row | None:
-        """The first row that failed; one that both sides have, if there is any such."""
+        """Return the first row that failed; one that both sides have, if there is any such."""
         failed = [row for row in self.rows if not row.passed]
         return next((row for row in failed if row.metrics or row.problem not in ABSENT), failed[0] if failed else None)
 
     @property
     def missing(self) -> list[Row]:
-        """What only one side has."""
+        """Return the rows that only one side has."""
         return [row for row in self.rows if row.problem in ABSENT]
 
     def is_culprit(self, row: Row) -> bool:
-        """Whether a failed row is wrong by itself, as far as is known, and doesn't only follow from those before it."""
+        """Return whether a failed row is wrong by itself, as far as is known, and doesn't only follow from those before it."""
         if row.passed or row.problem in ABSENT:
             return False
         return row is self.first or bool(row.local and not row.local.passed)
 
     @property
     def wrong_by_themselves(self) -> list[str]:
-        """The activations whose operation is wrong even on the candidate's own inputs."""
+        """Return the activations whose operation is wrong even on the candidate's own inputs."""
         return [row.name for row in self.rows if row.local and not row.local.passed]
 
     @property
     def verdict(self) -> str:
-        """One sentence, and the precision that is meant if the candidate doesn't say."""
+        """Return one sentence, with the assumed precision if the candidate doesn't state it."""
         return self._verdict() + (f"; judged as {self.precision}: {self.assumed}" if self.assumed else "")
 
     def _verdict(self) -> str:
@@ -157,7 +157,7 @@ def compare(
     noise      a trace of the same tokens as the reference's, in the candidate's precision (one of the two in float64); its
                names are ours or the candidate's
     precision  the candidate's, when it isn't what its trace.json says or, without one, what its arrays are stored in
-    profile    the candidate's precision with what it rounds besides, "int8-activations+float16-cache" (precision.py), when it
+    profile    the candidate's precision with its further roundings, "int8-activations+float16-cache" (precision.py), when it
                isn't what its trace.json says
     partial    compare what both sides have; else a name that one side lacks is a failure
     atol, rtol judge by |candidate - reference| <= atol + rtol · |reference| instead of the noise floor
@@ -415,7 +415,7 @@ def _noise_floor(
 
 
 def _is_the_candidate(noise: Mapping[str, np.ndarray], aligned: Aligned) -> bool:
-    """Whether each number of the noise trace is the candidate's, so that any mistake would count as noise."""
+    """Return whether each number of the noise trace is the candidate's, so that any mistake would count as noise."""
     shared = [name for name in noise if name in aligned.candidate]
     pairs = [(noise[name], aligned.candidate[name], aligned.reference[name]) for name in shared]
     same = all(np.array_equal(x, c, equal_nan=True) for x, c, _ in pairs)

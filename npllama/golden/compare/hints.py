@@ -1,4 +1,4 @@
-"""What may have gone wrong: the list of mistakes, each tried on the candidate's own numbers.
+"""Explain a wrong activation: try each of the list of mistakes on the candidate's own numbers.
 
 A mistake is a prediction: what the first wrong activation would be, computed in float64 from the candidate's own inputs (the
 reference's, where the candidate lacks them) with that mistake. A hint is given only when the prediction explains the candidate
@@ -27,7 +27,7 @@ from ...scope import Ops
 from ..mistakes import MISTAKES, NORMS, QUERIES, ROTATED, Mistake, Port, Taken
 from ..precision import ROUND, Precision
 from ..trace import run
-from .angles import turned_by, wrong_frequencies
+from .angles import angles_between, wrong_frequencies
 from .judging import Aligned, judge, pair, relative_error
 from .names import place
 from .noise import NoiseFloor
@@ -57,7 +57,7 @@ RIGHT = Mistake("", "")  # changes nothing
 
 
 class Scene:
-    """The first wrong activation, with what is known of its surroundings."""
+    """Hold the first wrong activation, with what is known of its surroundings."""
 
     def __init__(self, name: str, aligned: Aligned, noise: NoiseFloor, precision: str):
         self.name, self.here, self.aligned, self.noise, self.precision = name, place(name), aligned, noise, precision
@@ -72,30 +72,30 @@ class Scene:
         return self.here.sibling(kind)
 
     def recorded(self, name: str) -> np.ndarray | None:
-        """An activation of the candidate in float64; None if it has none, or a shortened one, or one that its map has made."""
+        """Return the candidate's activation in float64; None if it is missing, shortened or computed by its map."""
         x, rule = self.aligned.candidate.get(name), self.aligned.rules.get(name)
         made = rule and (rule.scale or rule.unmasked)
         whole = x is not None and not made and x.shape == self.aligned.reference[name].shape
         return np.asarray(x, np.float64) if whole else None
 
     def reference(self, name: str) -> np.ndarray | None:
-        """An activation of the reference in float64, if it has it."""
+        """Return an activation of the reference in float64, if it has it."""
         return np.asarray(self.aligned.reference[name], np.float64) if name in self.aligned.reference else None
 
     def earlier(self, kind: str) -> list[np.ndarray | None]:
-        """What was kept in the cache by the passes before this one, the candidate's if it has it."""
+        """Return what earlier passes kept in the cache: the candidate's own, or else the reference's."""
         steps = [] if self.here.step is None else [None, *range(self.here.step)]
         names = [self.here._replace(step=step).sibling(kind) for step in steps]
         return [self.reference(name) if (x := self.recorded(name)) is None else x for name in names]
 
     def tokens(self) -> np.ndarray | None:
-        """The ids of this pass, where they are known."""
+        """Return the ids of this pass, where they are known."""
         if self.here.step is None or self.aligned.tokens is None:
             return self.aligned.tokens
         return np.reshape(self.aligned.steps[self.here.step], (*self.aligned.tokens.shape[:-1], 1))
 
     def positions(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of this pass's tokens and of all slots so far.    int [..., T], int [..., S]"""
+        """Return the positions of this pass's tokens and of all slots so far.    int [..., T], int [..., S]"""
         if self.aligned.tokens is None:
             x = self.aligned.reference[self.name]
             axes = at_hand(self.here.axes)
@@ -109,11 +109,11 @@ class Scene:
         return (slots if self.here.step is None else slots[..., -1:]), slots
 
     def only_in_decode(self) -> bool:
-        """Whether the candidate has this activation of the prompt, where it is right, since this is the first wrong one."""
+        """Return whether the candidate has this activation of the prompt, where it is right: this is the first wrong one."""
         return self.here.step is not None and self.here._replace(step=None).sibling(self.here.kind) in self.aligned.candidate
 
     def explains(self, prediction: np.ndarray | None, wrong: np.ndarray | None, share: float = EXPLAINED) -> bool:
-        """Whether the prediction is the candidate up to rounding, or leaves at most a share of what the right operation leaves.
+        """Return whether the prediction is the candidate up to rounding, or leaves at most `share` of the right one's error.
 
         One that rounding doesn't tell from the right operation's result explains nothing.
         """
@@ -136,7 +136,7 @@ class Scene:
 
 
 class Attempt:
-    """Activations as they would be with one mistake, or none, each from what of its inputs the candidate has recorded."""
+    """Compute activations with one mistake, or none, each from the inputs of it that the candidate recorded."""
 
     def __init__(self, scene: Scene, mistake: Mistake = RIGHT, frequencies: np.ndarray | None = None):
         self.scene, self.mistake = scene, mistake
@@ -197,7 +197,7 @@ class Attempt:
         return kept
 
     def expected_frequencies(self) -> np.ndarray:
-        """The config's, or those that the reference's own queries were rotated by."""
+        """Return the config's frequencies, or those that rotated the reference's own queries."""
         if self.frequencies is not None:
             return self.frequencies
         if (config := self.config) is not None:
@@ -205,10 +205,10 @@ class Attempt:
         if self.ops.rope_frequencies is not PLAIN.rope_frequencies:
             return at_hand(None)
         q, rotated = (at_hand(self.scene.reference(self.scene.sibling(kind))) for kind in ("attention.q", "attention.q_rope"))
-        return at_hand(turned_by(q, rotated, self.scene.positions()[0]))
+        return at_hand(angles_between(q, rotated, self.scene.positions()[0]))
 
     def weight(self, row: Activation) -> Weight:
-        """The weight, that of a norm from the reference's numbers when there is no model."""
+        """Return the weight; without a model, a norm's weight from the reference's numbers."""
         scene = self.scene
         if self.params is not None:
             weight = self.params[row.parameter(at_hand(scene.config), scene.here.layer)]
@@ -268,7 +268,7 @@ def from_the_list(right: Attempt) -> Iterator[Prediction]:
 
 
 def contradicted(scene: Scene, mistake: Mistake) -> bool:
-    """Whether a mistake in several operations would show at another one too, where the candidate is right by itself."""
+    """Return whether a mistake in several operations would show at another one too, where the candidate is right by itself."""
     for kind in mistake.at if len(mistake.ops) > 1 or mistake.cache else ():
         if kind == scene.here.kind or scene.recorded(scene.sibling(kind)) is None:
             continue
@@ -279,7 +279,7 @@ def contradicted(scene: Scene, mistake: Mistake) -> bool:
 
 
 def other_roundings(right: Attempt) -> Iterator[Prediction]:
-    """What a quantised port rounds besides, where the candidate isn't judged by its profile; logits that are centred."""
+    """Yield the further roundings of quantised ports, where no profile was given; and centred logits."""
     scene = right.scene
     made = right.computed.get(scene.here.kind)
     if scene.here.kind == "logits" and made is not None:
@@ -292,7 +292,7 @@ def other_roundings(right: Attempt) -> Iterator[Prediction]:
 
 
 def whole_passes(scene: Scene) -> Iterator[Prediction]:
-    """The model run again with each of the usual mistakes, where what goes into the activation isn't recorded."""
+    """Run the model again with each of the usual mistakes, where the activation's inputs aren't recorded."""
     model, tokens = scene.aligned.model, scene.aligned.tokens
     if model is None or tokens is None or scene.here.kind == "tok_embeddings":
         return
@@ -314,7 +314,7 @@ def whole_passes(scene: Scene) -> Iterator[Prediction]:
 
 
 def row_order_note(right: Attempt) -> str:
-    """What the candidate's own rotation says of Hugging Face's order of rows: whether the whole is right in its own layout."""
+    """Say whether Hugging Face's order of rows is right in the candidate's own layout, from its own rotation."""
     scene, kind = right.scene, right.scene.here.kind
     rotated = scene.recorded(f"{scene.name}_rope")
     if kind in QUERIES and rotated is not None:
@@ -328,18 +328,18 @@ def row_order_note(right: Attempt) -> str:
 
 
 def other_angles(right: Attempt) -> Iterator[Prediction]:
-    """RoPE by other angles, as the candidate's own queries or keys show them."""
+    """Rotate by other angles, found in the candidate's own queries or keys."""
     scene, kind = right.scene, right.scene.here.kind
     if kind not in ROTATED or (made := right.computed[kind]) is None or made.shape != scene.target.shape:
         return
     x, expected, (positions, _) = right(kind.removesuffix("_rope")), right.expected_frequencies(), scene.positions()
-    if (found := turned_by(x, scene.target, positions)) is not None:
+    if (found := angles_between(x, scene.target, positions)) is not None:
         for text, frequencies in wrong_frequencies(found, expected, scene.config, positions):
             yield text, Attempt(scene, frequencies=frequencies).compute(kind)
 
 
 def other_eps(right: Attempt) -> Iterator[Prediction]:
-    """A norm by another eps, solved for from each token's scale."""
+    """Compute the norm with another eps, solved for from each token's scale."""
     scene, kind = right.scene, right.scene.here.kind
     if kind not in NORMS or (made := right.computed[kind]) is None or made.shape != scene.target.shape:
         return
@@ -357,7 +357,7 @@ def other_eps(right: Attempt) -> Iterator[Prediction]:
 
 
 def reduced_precision(scene: Scene, right: np.ndarray | None) -> str | None:
-    """Whether every number of the candidate, but not of the reference, is one of a 16-bit format, and about the right one.
+    """Check whether the candidate's numbers, but not the reference's, all belong to a 16-bit format, and are about right.
 
     Rounding is the cause only where nothing else is wrong: ones, zeros and a bfloat16 model's untouched embeddings are numbers
     of 16 bits, too. About right is what one operation on the candidate's own inputs makes, or, where it isn't known, what
@@ -385,7 +385,7 @@ def reduced_precision(scene: Scene, right: np.ndarray | None) -> str | None:
 
 
 def bfloat16_sized(scene: Scene) -> str | None:
-    """Whether the error looks like bfloat16's rounding: of its size, and unrelated to the reference's numbers."""
+    """Check whether the error looks like bfloat16's rounding: of its size, and unrelated to the reference's numbers."""
     if scene.precision in ROUND:
         return None
     c, r, _ = pair(scene.aligned, scene.name, scene.target, scene.aligned.reference[scene.name])

@@ -1,4 +1,4 @@
-"""A comparison as one page that a person can send to a colleague: no file beside it, no request to the network."""
+"""Write a comparison as one self-contained page: no other files, no request to the network."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ HEADINGS = {
 
 
 def page(comparison: Comparison) -> str:
-    """The whole page."""
+    """Return the whole page."""
     parts = [f'<h1 class="{"good" if comparison.equal else "bad"}">{_text(comparison.verdict)}</h1>']
     parts += [f"<p><b>Hint:</b> {_text(hint)}</p>" for hint in comparison.hints]
     if culprits := in_layers(comparison.wrong_by_themselves):
@@ -83,7 +83,7 @@ def _text(value: object) -> str:
 
 
 def _by_layer(rows: Iterable[Row]) -> list[tuple[str, list[tuple[Row, Judged]]]]:
-    """A panel for each layer; what comes before the first is in its panel, what comes after the last in that one's."""
+    """Group the rows into a panel for each layer; rows before the first layer join it, rows after the last join that one."""
     panels: dict[str, list[tuple[Row, Judged]]] = {}
     title, pass_before = "", None
     for row in rows:
@@ -98,7 +98,7 @@ def _by_layer(rows: Iterable[Row]) -> list[tuple[str, list[tuple[Row, Judged]]]]
 
 
 def _panel(title: str, rows: list[tuple[Row, Judged]], comparison: Comparison) -> str:
-    """A picture of one layer: a logarithmic axis upwards, the activations in their order to the right."""
+    """Draw one layer: errors on a logarithmic vertical axis, activations in order from left to right."""
     values = [v for row, judged in rows for j in (judged, row.local) if j for v in (j.error, j.floor, j.limit * j.floor)]
     values = [v for v in values if v > 0 and math.isfinite(v)] or [1e-8, 1.0]
     low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)) + 1e-9)
@@ -129,8 +129,8 @@ def _panel(title: str, rows: list[tuple[Row, Judged]], comparison: Comparison) -
             out.append(f'<circle class="{ring}" cx="{x(i)}" cy="{y(row.local.error)}" r="4.5"/>')
         out.append(f'<circle class="dot{bad}" cx="{x(i)}" cy="{y(judged.error)}" r="2.8"><title>{_text(tip)}</title></circle>')
         name = place(row.name).kind
-        turned = f'transform="translate({x(i) + 3},{TOP + HEIGHT + 10}) rotate(-60)"'
-        out.append(f'<text class="name{bad}" text-anchor="end" {turned}>{_text(name)}</text>')
+        rotated = f'transform="translate({x(i) + 3},{TOP + HEIGHT + 10}) rotate(-60)"'
+        out.append(f'<text class="name{bad}" text-anchor="end" {rotated}>{_text(name)}</text>')
     failed = sum(not row.passed for row, _ in rows)
     state = f'<span class="bad">{failed} different</span>' if failed else '<span class="good">within the limit</span>'
     size = f"0 0 {LEFT + WIDTH + 6} {TOP + HEIGHT + BOTTOM}"

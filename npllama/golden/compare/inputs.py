@@ -1,4 +1,4 @@
-"""Activations from whatever a port could write: a trace directory, .npz, .safetensors, a folder of .npy or of raw .f32."""
+"""Read activations from whatever a port could write: a trace directory, .npz, .safetensors, a folder of .npy or of raw .f32."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LONGEST_NAME = 200  # of an activation; those of forward() have at most 40 chara
 
 
 class InputError(NpllamaError):
-    """What was given can't be read as activations."""
+    """Raised for an input that can't be read as activations."""
 
 
 class Activations(Mapping[str, np.ndarray]):
@@ -67,7 +67,7 @@ class Activations(Mapping[str, np.ndarray]):
 
     @functools.cached_property
     def _types(self) -> Counter[str]:
-        """How many arrays are stored in each precision; none when trace.json says which they were computed in."""
+        """Count how many arrays are stored in each precision; none when trace.json says which they were computed in."""
         if self.meta:
             return Counter()
         types = {2: "float16", 4: "float32"}
@@ -88,21 +88,21 @@ class Activations(Mapping[str, np.ndarray]):
 
     @property
     def mixed(self) -> str:
-        """What else is stored, for people: "1 of 105 activations is stored as float16", or nothing."""
+        """Describe the arrays of other precisions: "1 of 105 activations is stored as float16", or nothing."""
         others = {name: n for name, n in self._types.items() if name != self.precision}
         counts = [f"{n} {'is' if n == 1 else 'are'} stored as {name}" for name, n in others.items()]
         return f"of {len(self)} activations {' and '.join(counts)}" if counts else ""
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """An array's shape, from trace.json if there is one."""
+        """Return an array's shape, from trace.json if there is one."""
         return tuple(self.meta["activations"][name]["shape"]) if self.meta else self[name].shape
 
     def made(self, name: str) -> bool:
-        """Whether the program's capture has made the numbers, not the program."""
+        """Return whether the capture computed the numbers, not the program itself."""
         return bool(self.meta and self.meta["activations"][name].get("made"))
 
     def hash_matches(self, name: str) -> bool:
-        """Whether a trace's file is the one that was written; true where there is no hash."""
+        """Return whether a trace's file matches its sha256; true where there is no hash."""
         return self.trace is None or self.trace.hash_matches(name)
 
 
@@ -200,7 +200,7 @@ def _check_run(file: Path, meta: dict) -> None:
 
 
 def _is_noise(noise: object, shape: list[int]) -> bool:
-    """Whether this is what a golden bundle says of an activation: {"float32": {"rms": number, "max": number}, ...}."""
+    """Return whether this is a golden bundle's noise entry: {"float32": {"rms": number, "max": number}, ...}."""
     precisions = noise.values() if isinstance(noise, dict) else [None]
     numbers = [norms.get(norm) if isinstance(norms, dict) else None for norms in precisions for norm in ("rms", "max")]
     return all((type(x) is int or type(x) is float) and 0 <= x < math.inf for x in numbers)

@@ -20,24 +20,24 @@ MASKED_BELOW = 104.0
 
 @dataclass(frozen=True)
 class Judged:
-    """The error at the worst token and norm: the one where it is most times the floor."""
+    """Error at the worst token and norm: the one with the largest multiple of the floor."""
 
     error: float  # relative to the reference's root mean square at that token
     floor: float  # likewise
     ratio: float  # error / floor
     limit: float  # what the ratio may be
     norm: str  # "rms" or "max", as noise.py has them
-    token: int  # counted along the reference's tokens, batch rows one after the other
+    token: int  # counted along the reference's tokens, the rows of a batch in sequence
 
     @property
     def passed(self) -> bool:
-        """Whether it is within the limit."""
+        """Return whether it is within the limit."""
         return self.ratio <= self.limit
 
 
 @dataclass
 class Aligned:
-    """Everything that is compared, in the reference's layout; hints work on it."""
+    """Hold everything that is compared, in the reference's layout; hints work on it."""
 
     reference: Mapping[str, np.ndarray]
     candidate: dict[str, np.ndarray]  # canonical name -> array; T may be shorter

@@ -1,4 +1,4 @@
-"""What other programs call the activations, and how they lay them out.
+"""Map the names and layouts that other programs give the activations to ours.
 
 A map is {pattern: rule}. In a pattern `{i}` stands for the layer and `*` for any text; a `step.N/` in front is kept. The first
 pattern that fits a name counts. A rule is null for a known name that has no counterpart here, else a canonical name, or an
@@ -6,9 +6,9 @@ object with `name` and any of
 
     axes       the candidate's axes in the dimension key, in its order: "H T K" for heads first, "T H*K" for joined heads,
                "S+" for an axis that may be longer than S (the rest is cut off), "T-" for one that may be the last tokens only,
-               "a | b" for one or the other; axes of one may be missing, or be there besides. Without it: as forward() has them,
+               "a | b" for one or the other; axes of size 1 may be missing or added. Without it: as forward() has them,
                and only a batch axis of one in front is dropped.
-    pairs      "halves" when RoPE turns x[j] with x[j + K/2] (Hugging Face), "adjacent" (the default) for x[2j] with x[2j + 1]
+    pairs      "halves" when RoPE rotates x[j] with x[j + K/2] (Hugging Face), "adjacent" (the default) for x[2j] with x[2j + 1]
     scale      "1/sqrt(K)": the candidate's numbers lack this factor
     unmasked   true: the candidate's scores come before its mask; hidden ones are left out of the comparison
     weight     a parameter, such as "layers.{i}.ffn_norm.weight", that the candidate's numbers lack as a factor; needs the model
@@ -51,7 +51,7 @@ class NeedsModel(NpllamaError):
 
 @dataclass(frozen=True)
 class Rule:
-    """One candidate name's counterpart and layout; see the module's docstring."""
+    """Give one candidate name's counterpart and layout; see the module's docstring."""
 
     name: str
     axes: str = ""
@@ -72,7 +72,7 @@ def _heads(name: str, pairs: str = "adjacent", axes: str = "T {}*K | T {} K", op
 
 # The output of each module of transformers' LlamaForCausalLM (models/llama/modeling_llama.py), as a forward hook sees it.
 # RoPE, the scores, the weights, the heads and the residual after attention are not modules: `npllama capture` records them too.
-# The rows of q_proj and k_proj are permuted so that RoPE turns halves.
+# The rows of q_proj and k_proj are permuted so that RoPE rotates halves.
 HF: Rules = {
     "model.embed_tokens": Rule("tok_embeddings"),
     "model.layers.{i}.input_layernorm": Rule("layers.{i}.attention_norm"),
@@ -119,7 +119,7 @@ LITGPT: Rules = {
 }
 
 # The hook points of TransformerLens 3 and 4's TransformerBridge, which have kept the names of the class before it, for a model
-# with or without folded norms: hook_normalized comes before the norm's weight. Its rotary embedding turns halves.
+# with or without folded norms: hook_normalized comes before the norm's weight. Its rotary embedding rotates halves.
 TRANSFORMERLENS: Rules = {
     "hook_embed": Rule("tok_embeddings"),
     "blocks.{i}.ln1.hook_normalized": Rule("layers.{i}.attention_norm", weight="layers.{i}.attention_norm.weight"),
@@ -233,11 +233,11 @@ class NameMap:
         return name
 
     def reaches(self, name: str) -> bool:
-        """Whether some candidate name would stand for this canonical name."""
+        """Return whether some candidate name would stand for this canonical name."""
         return bool(self._reached(name))
 
     def needs(self, name: str) -> bool:
-        """Whether a candidate must have this canonical name, by a rule that isn't optional."""
+        """Return whether a candidate must have this canonical name, by a rule that isn't optional."""
         return not all(self._reached(name))
 
     def _reached(self, name: str) -> list[bool]:
@@ -250,13 +250,13 @@ def _several(rule: Rule | tuple[Rule, ...] | None) -> tuple[Rule, ...]:
 
 
 class Unmapped(NameMap):
-    """The candidate uses our own names and layouts."""
+    """Map for a candidate with our own names and layouts."""
 
     def __init__(self) -> None:
         super().__init__("", {})
 
     def find_all(self, name: str) -> list[tuple[str, Rule]]:
-        """Itself."""
+        """Return the name itself."""
         return [(name, Rule(name))]
 
     def _reached(self, name: str) -> list[bool]:
@@ -268,7 +268,7 @@ def _regex(pattern: str) -> re.Pattern[str]:
 
 
 def read_map(given: str | None) -> NameMap:
-    """A built-in map by its name, or a JSON file of the user's. Raises MapError."""
+    """Return a built-in map by its name, or read one from a JSON file. Raises MapError."""
     if given is None:
         return Unmapped()
     if given in BUILT_IN:
@@ -288,7 +288,7 @@ def read_map(given: str | None) -> NameMap:
     return NameMap(given, rules)
 
 
-AXES = re.compile(r"T-|[A-Z](\*[A-Z])*\+?")  # one of the candidate's axes, as the module's docstring has it
+AXES = re.compile(r"T-|[A-Z](\*[A-Z])*\+?")  # one of the candidate's axes, in the syntax of the module's docstring
 
 
 def _one_rule(file: str, pattern: str, rule: object) -> Rule:
@@ -317,7 +317,7 @@ def _one_rule(file: str, pattern: str, rule: object) -> Rule:
 def arrange(
     x: np.ndarray, name: str, rule: Rule, reference: np.ndarray, head_dim: int | None, params: Params | None
 ) -> np.ndarray:
-    """A candidate's array in our layout: the axes of `reference`, T perhaps shortened to the last tokens.
+    """Rearrange a candidate's array to our layout: the axes of `reference`, T perhaps shortened to the last tokens.
 
     Raises LayoutError when its shape is none that the rule allows, NeedsModel when the rule needs a parameter and has none,
     MapError when the model has no such parameter.
@@ -348,7 +348,7 @@ def arrange(
 
 
 def _factor(name: str, params: Params, size: int) -> np.ndarray:
-    """A parameter that numbers along the last axis are multiplied by; MapError if the model has none of that name and size."""
+    """Return a parameter to multiply the last axis by; MapError if the model has none of that name and size."""
     if name not in params:
         close = difflib.get_close_matches(name, list(params), 1)
         raise MapError(f"weight is {name}, which the model doesn't have" + (f"; {close[0]} it has" if close else ""))
@@ -359,7 +359,7 @@ def _factor(name: str, params: Params, size: int) -> np.ndarray:
 
 
 def fits(shape: tuple[int, ...], name: str, rule: Rule, reference: tuple[int, ...]) -> bool:
-    """Whether a candidate's array of this shape can be what the rule says, for a reference of that shape."""
+    """Return whether a candidate's array of this shape fits the rule, for a reference of that shape."""
     axes = place(name).axes
     if axes is None or not len(axes) <= len(reference) <= len(axes) + 1:
         return False
@@ -419,6 +419,6 @@ def _size(token: str, sizes: dict[str, int]) -> int:
 
 
 def _fits(found: int, token: str, sizes: dict[str, int]) -> bool:
-    """Whether an axis of this size can be what the token says."""
+    """Return whether an axis of this size fits the token."""
     expected = _size(token, sizes)
     return found == expected or (token.endswith("+") and found > expected) or (token.endswith("-") and 0 < found < expected)

@@ -1,4 +1,4 @@
-"""How far two arrays are apart, in numbers that papers and test suites use. All are computed in float64."""
+"""Measure how far two arrays are apart, in numbers that papers and test suites use. All are computed in float64."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TOP = 5
 
 @dataclass(frozen=True)
 class Metrics:
-    """The distance of a candidate c from a reference r, over the elements that are finite in both."""
+    """Distance of a candidate c from a reference r, over the elements that are finite in both."""
 
     max_abs: float  # max |c - r|
     max_rel: float  # max |c - r| / |r|; where r is 0, 0 if c is too, else infinite
@@ -28,12 +28,12 @@ class Metrics:
 
 
 def unit_roundoff(precision: str) -> float:
-    """The largest relative error of rounding to nearest: 2^-24 in float32."""
+    """Return the largest relative error of rounding to nearest: 2^-24 in float32."""
     return 2.0 ** -FORMATS[precision][0]
 
 
 def ulp(x: np.ndarray, precision: str) -> np.ndarray:
-    """The unit in the last place of each number in a precision: the gap from |x| up to the next larger number.
+    """Return the unit in the last place of each number in a precision: the gap from |x| up to the next larger number.
 
     Numbers below the smallest normal one share its gap, as subnormals do.    float64, any shape
     """

@@ -1,4 +1,4 @@
-"""The names of activations in a comparison: read, put in the order of computation, and cut into tokens."""
+"""Parse the names of activations, order them as they are computed, and cut arrays into tokens."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ORDER = {kind: i for i, kind in enumerate(TABLE)}
 
 
 class Place(NamedTuple):
-    """Where in the computation a name stands: `step.1/layers.3.attention.q` is step 1, layer 3, kind attention.q."""
+    """Place of a name in the computation: `step.1/layers.3.attention.q` is step 1, layer 3, kind attention.q."""
 
     step: int | None  # None in the prompt
     layer: int | None  # None before and after the layers
@@ -29,21 +29,21 @@ class Place(NamedTuple):
 
     @property
     def row(self) -> Activation | None:
-        """Its row of the activation table; None for a name that is not one of forward()'s."""
+        """Return its row of the activation table; None for a name that is not one of forward()'s."""
         row = TABLE.get(self.kind)
         return row if row is not None and row.in_layer == (self.layer is not None) else None
 
     @property
     def axes(self) -> str | None:
-        """The axes of one sequence's array; None for a name that is not one of forward()'s."""
+        """Return the axes of one sequence's array; None for a name that is not one of forward()'s."""
         return self.row.axes if self.row else None
 
     def sibling(self, kind: str) -> str:
-        """The name of another activation of the same step, and of the same layer if it is one of a layer's."""
+        """Return the name of another activation of the same step, and of the same layer if it is one of a layer's."""
         return self.prefix + TABLE[kind].full_name(self.layer)
 
     def inputs(self, n_layers: int) -> list[str]:
-        """The names of the activations that this one is computed from, those of earlier passes in the cache included."""
+        """Return the names of the activations that this one is computed from, those of earlier passes in the cache included."""
         if self.row is None:
             return []
         stream = self.prefix + stream_before(n_layers if self.layer is None else self.layer)
@@ -63,7 +63,7 @@ def place(name: str) -> Place:
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Names in the order of their computation; those that aren't forward()'s come last, as they came."""
+    """Sort names in the order of their computation; those that aren't forward()'s come last, in their own order."""
 
     def key(name: str) -> tuple[float, ...]:
         step, layer, kind = here = place(name)
@@ -76,7 +76,7 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def dimensions(arrays: Mapping[str, np.ndarray]) -> dict[str, int]:
-    """The size of each dimension, from the shapes of a prompt's activations.    name -> array; T and S are left out"""
+    """Find the size of each dimension from the shapes of a prompt's activations.    name -> array; T and S are left out"""
     sizes: dict[str, int] = {}
     for name, x in arrays.items():
         axes = place(name).axes
@@ -86,7 +86,7 @@ def dimensions(arrays: Mapping[str, np.ndarray]) -> dict[str, int]:
 
 
 def by_token(name: str, x: np.ndarray) -> np.ndarray:
-    """One row per token, everything else in it: the unit in which errors are measured.    [..., T, numbers]
+    """Reshape to one row per token: the unit in which errors are measured.    [..., T, numbers]
 
     An array whose name or shape isn't forward()'s is one row.
     """

@@ -1,4 +1,4 @@
-"""How far rounding alone takes each activation: the measure against which a candidate's error is judged.
+"""Measure how far rounding alone takes each activation: the noise floor by which a candidate's error is judged.
 
 The error of an activation is measured token by token, so that the one token whose values are a thousand times the others' (the
 first, in most trained models) hides nothing. Two norms of the difference d of a token's numbers are taken: the root of the mean
@@ -82,7 +82,7 @@ from .names import by_token, place
 
 
 class Limits(NamedTuple):
-    """How many times its floor an error may be."""
+    """Limits of an error, in multiples of its floor."""
 
     several: float  # of the computation so far, or of several operations between two recorded activations
     one: float  # of one operation, given the candidate's own inputs
@@ -98,7 +98,7 @@ DEFAULTS = {"float64": (16, 96, 0), "float32": (16, 96, 0), "bfloat16": (3, 36, 
 
 
 class Norms(NamedTuple):
-    """The two norms of each token's numbers, or of their difference.    each float64 [..., T]"""
+    """Two norms of each token's numbers, or of their difference.    each float64 [..., T]"""
 
     rms: np.ndarray
     max: np.ndarray
@@ -120,14 +120,14 @@ def difference(name: str, a: np.ndarray, b: np.ndarray) -> Norms:
 
 
 class NoiseFloor:
-    """What rounding does to each activation in a precision: measured where a name is known, else by DEFAULTS.
+    """Hold what rounding does to each activation in a precision: measured where a name is known, else by DEFAULTS.
 
     accumulated   name -> the difference of two whole passes
     local         name -> the difference when an operation gets the same inputs in both precisions
     source        where the numbers are from, for people
     limits        how many times the floor an error may be
     n_layers      of the model, where it isn't measured
-    parts         what is rounded besides (precision.PARTS)
+    parts         the further roundings of a profile (precision.PARTS)
     several       like local, for several operations between recorded activations; local itself where it isn't given
     """
 
@@ -148,7 +148,7 @@ class NoiseFloor:
 
     @property
     def title(self) -> str:
-        """What is judged by it, as a profile."""
+        """Return the profile that is judged by it."""
         return Precision(self.precision, parts=self.parts).profile
 
     def floor(self, name: str, size: Norms, kept: np.ndarray, local: bool = False, one: bool = False) -> Norms:
@@ -168,7 +168,7 @@ class NoiseFloor:
 def default_noise(precision: str, n_layers: int = 0, parts: tuple[str, ...] = ()) -> NoiseFloor:
     """Return the floor without a model."""
     precision = coarsest(precision, parts)
-    source = f"default for {precision}, since no model is at hand to measure with"
+    source = f"default for {precision}, since there is no model to measure with"
     return NoiseFloor(precision, source, {}, {}, n_layers=n_layers)
 
 

@@ -1,4 +1,4 @@
-"""A comparison as a file: JSON for machines, or a page."""
+"""Write a comparison to a file: JSON for machines, or a page."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FORMAT = "npllama comparison 1"
 
 
 def as_dict(comparison: Comparison) -> dict[str, object]:
-    """Everything, for JSON. A number that is not finite is the string "inf", "-inf" or "nan"."""
+    """Return everything, for JSON. A number that is not finite is the string "inf", "-inf" or "nan"."""
     first = comparison.first
     return {
         "format": FORMAT,

@@ -1,4 +1,4 @@
-"""A comparison as a person reads it in a terminal."""
+"""Format a comparison for a terminal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RED, GREEN, BOLD, PLAIN = "\033[31m", "\033[32m", "\033[1m", "\033[0m"
 
 
 def text(comparison: Comparison, everything: bool = False, colour: bool = False) -> str:
-    """The verdict in the first line, what is known of its cause, and a table: around the first failure, or of everything."""
+    """Return the verdict, what is known of its cause, and a table: around the first failure, or of everything."""
 
     def paint(code: str, s: str) -> str:
         return f"{code}{s}{PLAIN}" if colour else s
@@ -42,7 +42,7 @@ def logits_lines(comparison: Comparison) -> list[str]:
 
 
 def judged_by(comparison: Comparison) -> str:
-    """The rule, in a line."""
+    """Describe the rule of judgement in a line."""
     if comparison.tolerance is not None:
         return f"judged by |candidate - reference| <= {comparison.tolerance[0]:g} + {comparison.tolerance[1]:g} * |reference|"
     noise = comparison.noise
@@ -53,7 +53,7 @@ def judged_by(comparison: Comparison) -> str:
 
 
 def in_layers(names: list[str]) -> str:
-    """Names with their layers drawn together: "attention.q_rope, attention.k_rope in layers 0-3"."""
+    """Join names, with the layers of each: "attention.q_rope, attention.k_rope in layers 0-3"."""
     layers: dict[str, list[int]] = {}
     for name in names:
         here = place(name)
@@ -100,12 +100,12 @@ def shown_rows(comparison: Comparison, everything: bool) -> list[int | None]:
 
 
 def ratio(row: Row) -> float:
-    """How many times the floor, at most, by either judgement."""
+    """Return the larger multiple of the floor of the two judgements."""
     return max((judged.ratio for judged in (row.judged, row.local) if judged), default=math.inf)
 
 
 def table(comparison: Comparison, everything: bool, paint: Callable[[str, str], str]) -> list[str]:
-    """The rows in aligned columns."""
+    """Return the rows in aligned columns."""
     shown = shown_rows(comparison, everything)
     rows = [cells(comparison.rows[i], comparison) if i is not None else None for i in shown]
     widths = [max(len(row[i]) for row in [COLUMNS, *filter(None, rows)]) for i in range(len(COLUMNS))]
@@ -128,21 +128,21 @@ def table(comparison: Comparison, everything: bool, paint: Callable[[str, str], 
 
 
 def counts(comparison: Comparison) -> str:
-    """How many activations there are, differ, and are on one side only: "105 activations, 3 different, 20 missing"."""
+    """Count the activations, those that differ, and those on one side only: "105 activations, 3 different, 20 missing"."""
     missing = len(comparison.missing)
     different = sum(not row.passed for row in comparison.rows) - missing
     return f"{len(comparison.rows)} activations, {different} different" + (f", {missing} missing" if missing else "")
 
 
 def status(row: Row, comparison: Comparison) -> str:
-    """One row's last column."""
+    """Return one row's last column."""
     if row.passed or row.problem:
         return row.problem or "ok"
     return "wrong by itself" if row.local and comparison.is_culprit(row) else "different"
 
 
 def cells(row: Row, comparison: Comparison) -> tuple[str, ...]:
-    """One row's columns."""
+    """Return one row's columns."""
     m, judged = row.metrics, row.judged
     if m is None or judged is None:
         return (row.name, *[""] * (len(COLUMNS) - 2), status(row, comparison))

@@ -4,13 +4,13 @@
 |---|---|
 | numbers.py | inputs that are the same bytes on every machine |
 | arrays.py | arrays as bytes |
-| models.py, model_files.py | the tiny models, and their files for loaders |
+| models.py, model_files.py | the tiny models, and files of them for loaders |
 | config_files.py | files that state constants |
 | texts.py | texts and their ids in published tokenizers; recorded_ids.json has them |
 | chats.py | conversations in the formats of chats |
 | operations.py | what a port's functions are called, take and return |
 | cases.py | the cases: inputs that tell right from wrong |
-| judging.py | one array held against the expected one |
+| judging.py | compares one array with the expected one |
 | measuring.py | tolerances, and which mistakes a case catches |
 | suite.py | the suite as files; recorded.json has what measuring.py found |
 | grading.py | a port's results, from its files or its functions |

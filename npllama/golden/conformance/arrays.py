@@ -1,4 +1,4 @@
-"""Arrays as bytes: bare numbers, .npy and .safetensors, each the same bytes on every machine."""
+"""Convert arrays to bytes: bare numbers, .npy and .safetensors, each the same bytes on every machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def npy(x: np.ndarray) -> bytes:
 
 
 def safetensors(arrays: Mapping[str, np.ndarray]) -> bytes:
-    """Return a .safetensors file; what is uint16 is bfloat16."""
+    """Return a .safetensors file; uint16 arrays hold bfloat16."""
     header: dict[str, object] = {}
     data, at = [], 0
     for name, x in arrays.items():

@@ -1,4 +1,4 @@
-"""The cases: inputs chosen so that right and wrong programs differ.
+"""List the cases: inputs chosen so that right and wrong programs differ.
 
 Sizes are such that no two that may be mistaken for each other are equal: K² is not D, H/G is not G. Inputs are exact in every
 precision (numbers.py) but where a purpose says otherwise.
@@ -39,7 +39,7 @@ ALL: tuple[str, ...] = ()
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One call of an operation.
+    """Describe one call of an operation.
 
     level, operation, name   its path: L1/rms_norm/small_rows
     purpose                  what it is there to catch
@@ -56,18 +56,18 @@ class Case:
 
     @property
     def path(self) -> str:
-        """Where its files are, in the suite and among a port's results."""
+        """Return the path of its files, in the suite and among a port's results."""
         return f"{self.level}/{self.operation.name}/{self.name}"
 
     @functools.cached_property
     def arrays(self) -> dict[str, np.ndarray]:
-        """The arguments that are arrays, and the parameters by their own names."""
+        """Return the arguments that are arrays, and the parameters by their own names."""
         found = {name: x for name, x in self.arguments.items() if isinstance(x, np.ndarray)}
         return found | self.arguments.get("params", {})
 
     @property
     def constants(self) -> dict[str, Any]:
-        """The others, which JSON has a form for."""
+        """Return the other arguments, which JSON can hold."""
         return {name: x for name, x in self.arguments.items() if name not in self.arrays and name != "params"}
 
     def run(self, program: Program) -> Outputs:
@@ -76,7 +76,7 @@ class Case:
 
     @property
     def files(self) -> dict[str, bytes]:
-        """The files that its argument `path` names, by their paths in the suite."""
+        """Return the files that its argument `path` names, by their paths in the suite."""
         path = self.arguments.get("path", "")
         if path in config_files():
             return {path: config_files()[path].data}

@@ -1,4 +1,4 @@
-"""Level L8: conversations as a chat format writes them, with special tokens told from text that spells one.
+"""Level L8: write conversations in chat formats, with special tokens distinguished from text that spells one.
 
 The vocabulary is as plain as can be, so that no tokenizer is tested here: a text is its UTF-8 bytes, and the special token n of
 the list that a case gives is 256 + n.
@@ -35,7 +35,7 @@ CONVERSATIONS: dict[str, tuple[str, tuple[Mapping[str, str], ...]]] = {
 
 
 class _Bytes:
-    """A tokenizer whose ids are bytes, and those of the special tokens after them."""
+    """Tokenizer whose ids are bytes, followed by those of the special tokens."""
 
     def __init__(self, specials: Sequence[str], bos: bool):
         self.special_tokens = {spelling: 256 + n for n, spelling in enumerate(specials)}

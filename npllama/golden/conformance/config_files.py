@@ -31,14 +31,14 @@ def constants_of(config: Config) -> np.ndarray:
 
 
 def vector_of(found: Mapping[str, Any]) -> np.ndarray:
-    """Return the vector of constants by name; a scaling may stand in `rope_scaling`."""
+    """Return the vector from a mapping of names to constants; those of a scaling may be under `rope_scaling`."""
     scaling = found.get("rope_scaling") or {}
     return np.array([float(scaling.get(name, found.get(name, 0))) for name in CONSTANTS])
 
 
 @dataclass(frozen=True, eq=False)
 class ConfigFile:
-    """A file that states constants.
+    """Describe a file that states constants.
 
     path     in the suite
     purpose  what it is there to catch
@@ -55,7 +55,7 @@ class ConfigFile:
 
     @property
     def known(self) -> np.ndarray:
-        """1 for each constant that it states, NaN for the others.    [14]"""
+        """Return 1 for each constant that it states, NaN for the others.    [14]"""
         return np.array([math.nan if name in self.unsaid else 1.0 for name in CONSTANTS])
 
 

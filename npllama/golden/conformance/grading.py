@@ -1,4 +1,4 @@
-"""A port's results, case by case: what passed, what failed and why, and what was not there."""
+"""Grade a port's results case by case: passed, failed and why, or not run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MOST_HINTS = 3
 
 @dataclass(frozen=True)
 class Result:
-    """The result of one case: passed, failed with a problem, or not run, with neither."""
+    """Result of one case: passed, failed with a problem, or not run, with neither."""
 
     case: Expected
     passed: bool
@@ -34,13 +34,13 @@ class Result:
 
     @property
     def failed(self) -> bool:
-        """Whether there was a result, and it was wrong."""
+        """Return whether there was a result, and it was wrong."""
         return self.problem is not None
 
 
 @dataclass
 class Report:
-    """The results of one port in one profile."""
+    """Results of one port in one profile."""
 
     port: str
     profile: str
@@ -48,17 +48,17 @@ class Report:
 
     @property
     def failures(self) -> list[Result]:
-        """Those that failed."""
+        """Return the results that failed."""
         return [result for result in self.results if result.failed]
 
     @property
     def missing(self) -> list[str]:
-        """The operations of which some case was not run."""
+        """Return the operations of which some case was not run."""
         return list(dict.fromkeys(r.case.operation for r in self.results if not r.passed and not r.failed))
 
     @property
     def exit_status(self) -> int:
-        """0 for all passed, 1 for some failed."""
+        """Return 0 if all passed, 1 if some failed."""
         return 1 if self.failures else 0
 
     def of_level(self, level: str) -> list[Result]:
@@ -67,12 +67,12 @@ class Report:
 
     @property
     def levels(self) -> list[str]:
-        """The levels that there are results of, or could be."""
+        """Return the levels of the cases that were graded."""
         return list(dict.fromkeys(result.case.level for result in self.results))
 
     @property
     def verdict(self) -> str:
-        """The levels passed, in one line."""
+        """Return the levels passed, in one line."""
         passed, rest = [], []
         for level in self.levels:
             results = self.of_level(level)
@@ -133,7 +133,7 @@ def run(file: Path | str, profile: str = "float32", levels: Collection[str] | No
 
 @dataclass(frozen=True)
 class Check:
-    """One case as a test: call it, and it raises ValueError with what is wrong."""
+    """Test one case: calling it raises ValueError with what is wrong."""
 
     path: str
     functions: Mapping[str, Callable[..., Any]]

@@ -1,4 +1,4 @@
-"""One array of a port against the expected one: right within the tolerance, or what is wrong in a line."""
+"""Compare an array of a port with the expected one: within the tolerance, or a line that says what is wrong."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..compare.judging import MASKED_BELOW
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far an array's numbers may be from the expected ones.
+    """Limit how far an array's numbers may be from the expected ones.
 
     max       of any number
     rms       the root of the mean square of all
@@ -25,7 +25,7 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class Difference:
-    """The distance of two arrays in both norms, and the place of the largest difference."""
+    """Distance of two arrays in both norms, and the place of the largest difference."""
 
     max: float
     rms: float

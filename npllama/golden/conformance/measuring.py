@@ -1,7 +1,7 @@
-"""What the suite records of each case: its tolerances, and which mistakes it catches.
+"""Measure what the suite records of each case: its tolerances, and which mistakes it catches.
 
 A case is computed exactly, in float64, and in each profile in several ways that are all right: with sums in two orders, one
-number after the other and as BLAS does it, and with the roundings of either convention. The largest distance from the exact
+number at a time and as BLAS does it, and with the roundings of either convention. The largest distance from the exact
 numbers, or one rounding of the largest number if that is more, is the noise floor. The operation's own condition is how far the
 exact numbers move when each input does by one rounding in float32, in which all profiles but float64 sum. The tolerance is the
 condition plus the floor times the limit that `npllama compare` has for one operation of that precision or for several:
@@ -66,7 +66,7 @@ class InSequence(Precision):
 
     @functools.cached_property
     def ops(self) -> Ops:
-        """The operations."""
+        """Return the operations."""
         made = in_sequence(model.PLAIN)
         for part in self.parts:
             made = PARTS[part](made)
@@ -98,7 +98,7 @@ def moved(case: Case, unit: float, text: str) -> Case:
 
 @dataclass(frozen=True)
 class Measured:
-    """What is recorded of a case: output -> profile -> tolerance, and the names of the mistakes that it catches in float32."""
+    """Hold a case's recorded facts: output -> profile -> tolerance, and the names of the mistakes it catches in float32."""
 
     tolerances: dict[str, dict[str, Tolerance]]
     catches: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""The tiny models in the forms that loaders read, each the same bytes on every machine, written without torch.
+"""Write the tiny models in the forms that loaders read, each the same bytes on every machine, written without torch.
 
 | form | files | weights | rows of wq and wk |
 |---|---|---|---|
@@ -234,7 +234,7 @@ def torch_zip(tensors: Mapping[str, np.ndarray]) -> bytes:
         def add(name: str, data: bytes) -> None:
             info = zipfile.ZipInfo(f"archive/{name}", (1980, 1, 1, 0, 0, 0))
             info.create_system = 3  # as on Unix, wherever it is written
-            # The data begins at a multiple of 64 bytes, as torch has it; the local header is 30 bytes, its name and this.
+            # The data begins at a multiple of 64 bytes, as torch writes it; before it are 30 bytes, the name and this.
             padding = -(file.tell() + 30 + len(info.filename) + 4) % 64
             info.extra = b"FB" + struct.pack("<H", padding) + b"Z" * padding
             archive.writestr(info, data)

@@ -1,4 +1,4 @@
-"""The tiny models of levels L2 to L5: random weights, exact in bfloat16, and constants that show when they are wrong."""
+"""Make the tiny models of levels L2 to L5: random weights, exact in bfloat16, and constants that show when they are wrong."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ GROUPED = Config(
 
 @dataclass(frozen=True, eq=False)
 class TinyModel:
-    """A model of the suite.
+    """Describe a model of the suite.
 
     name     of its folder
     purpose  what it is there to catch
@@ -41,7 +41,7 @@ class TinyModel:
 
     @functools.cached_property
     def params(self) -> dict[str, np.ndarray]:
-        """Its parameters in Meta's names and layout.    float32"""
+        """Return its parameters in Meta's names and layout.    float32"""
         return params_of(self.config, f"models/{self.name}")
 
 

@@ -1,4 +1,4 @@
-"""Numbers that are the same bytes on every machine: no library's random streams, no function that machines round differently.
+"""Draw numbers that are the same bytes on every machine, without a library's random stream or a function that rounds.
 
 The generator is splitmix64 (Steele, Lea & Flood 2014, doi:10.1145/2660193.2660195), whose n-th output depends on n and the seed
 alone; the seed is the first eight bytes of a text's sha256, little-endian. A float is an odd integer times a power of two.
@@ -25,7 +25,7 @@ def words(text: str, n: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Floats:
-    """Floats to be drawn: odd integers of `bits` bits and a sign, times a power of two, below 2^(exponent + 1) in magnitude.
+    """Describe floats to draw: odd integers of `bits` bits and a sign, times a power of two, below 2^(exponent + 1).
 
     With 8 bits, each is a number that float32, float16 and bfloat16 have, so that no precision rounds the inputs.
     """
@@ -45,7 +45,7 @@ class Floats:
 
 @dataclass(frozen=True)
 class Integers:
-    """Integers to be drawn, from `low` up to but without `high`."""
+    """Describe integers to draw, from `low` up to but without `high`."""
 
     shape: tuple[int, ...]
     low: int

@@ -1,4 +1,4 @@
-"""The operations of the suite: what a port's function is called, takes and returns, and how npllama computes it.
+"""Define the operations of the suite: a port's function's name, arguments and results, and npllama's own.
 
 A `Program` computes: in a precision, and with a mistake where a wrong result is wanted.
 """
@@ -51,24 +51,24 @@ BASE = Config(
 
 
 class DoesNotApply(NpllamaError):
-    """The mistake is none that this case could show."""
+    """Raised when the case can't show the mistake."""
 
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """Something that computes the operations: npllama in a precision, or the same with one mistake."""
+    """Compute the operations as npllama does in a precision, or with one mistake."""
 
     precision: Precision
     mistake: Mistake | None = None
 
     @functools.cached_property
     def ops(self) -> Ops:
-        """Its operations, the mistaken ones among them."""
+        """Return its operations, the mistaken ones among them."""
         made = self.precision.ops or model.PLAIN
         return replace(made, **self.mistake.ops) if self.mistake else made
 
     def constants(self, **stated: Any) -> Config:
-        """Return the constants as it has them, for those that the case states."""
+        """Return the constants that it computes with, given those that the case states."""
         config = replace(BASE, **stated)
         if self.mistake is None:
             return config
@@ -80,7 +80,7 @@ class Program:
             raise DoesNotApply from error
 
     def weight(self, weight: np.ndarray) -> Weight:
-        """Return a weight matrix as it has it."""
+        """Return the weight matrix that it computes with."""
         if self.mistake is None or self.mistake.parameters is None:
             return weight
         try:
@@ -97,7 +97,7 @@ class Program:
         positions: np.ndarray | None = None,
         activation: str = "logits",
     ) -> np.ndarray:
-        """Return an activation of forward passes with one cache, one behind the other; NaN where a token is padding.
+        """Return an activation of successive forward passes with one cache, concatenated; NaN where a token is padding.
 
         kept       how many slots of the cache are kept before each pass; None for all
         positions  of the tokens, in place of those from 0 on; for a single pass
@@ -131,7 +131,7 @@ class Program:
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation.
+    """Describe one operation.
 
     arguments  of the function, in its order
     outputs    what it returns, a tuple where there are several
@@ -153,7 +153,7 @@ class Operation:
 
     @property
     def signature(self) -> str:
-        """As a port's function has it."""
+        """Return the signature of a port's function."""
         return f"{self.name}({', '.join(self.arguments)}) -> {', '.join(self.outputs)}"
 
     def inputs(self, arguments: Arguments, precision: Precision) -> list[Any]:
@@ -222,7 +222,7 @@ def _rms_norm(p: Program, a: Arguments) -> np.ndarray:
 
 
 def _wrong(p: Program, name: str, right: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
-    """Return a function that is no operation of a pass, as the program has it."""
+    """Return the program's version of a function that is not an operation of a pass."""
     return p.mistake.outside.get(name, right) if p.mistake else right
 
 
@@ -430,7 +430,7 @@ Return the ids of a text in a published tokenizer, without the token that begins
 
 tokenizer: the sha256 of its file. Raise NotImplementedError for one that you don't have.        -> [n]"""
 CHAT = """\
-Write a conversation as a chat format has it, up to where the answer begins.
+Write a conversation in a chat format, up to where the answer begins.
 
 format: one of llama3, llama2, chatml, mistral, zephyr. messages: a list of {"role", "content"}. specials: the special tokens.
 Return the ids of the prompt in the plainest of vocabularies: a text's UTF-8 bytes, 256 + n for special token n. Llama 2's and
@@ -463,7 +463,7 @@ Return the logits of tokens at given positions, each of which sees itself and th
 
 tokens, positions [T] -> [T, V]"""
 FORWARD_PASSES = """\
-Return the logits of several forward passes, one behind the other along T, that share a cache of keys and values.
+Return the logits of several forward passes, concatenated along T, that share a cache of keys and values.
 
 passes: a list of token ids [..., T]; an id of -1 is padding, whose logits may be anything, and which shifts no position.
 kept: for each pass the number of slots (padding counts) to which the cache is cut back before it; null, or none, keeps all.

@@ -1,4 +1,4 @@
-"""A report as text, JSON or a page."""
+"""Format a report as text, JSON or a page."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _word(result: Result) -> str:
 
 
 def page(report: Report) -> str:
-    """Return one page, without a file beside it or a request to the network."""
+    """Return one self-contained page: no other files, no request to the network."""
     e = html.escape
     parts = [f'<h1 class="{"bad" if report.failures else "good"}">{e(report.verdict)}</h1>']
     parts.append(f'<p class="soft">{e(report.port)}, conformance suite version {VERSION}</p>')

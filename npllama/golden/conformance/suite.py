@@ -1,4 +1,4 @@
-"""The suite as files: one folder per case, plain arrays, and a case.json that says all there is to know."""
+"""Write and read the suite as files: a folder per case with plain arrays and a case.json that describes them."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ RAW = {  # dtype -> how the file of bare numbers ends
 
 
 class SuiteError(NpllamaError):
-    """The suite's files, or a port's results, can't be used."""
+    """Raised for files of the suite, or results of a port, that can't be used."""
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What a port's results of one case are held against.
+    """Hold what a port's results of one case are compared with.
 
     outputs     name -> float64
     tolerances  output -> profile -> tolerance
@@ -69,7 +69,7 @@ class Expected:
 
     @property
     def level(self) -> str:
-        """L1 of L1/rms_norm/unit."""
+        """Return the level: L1 of L1/rms_norm/unit."""
         return self.path.partition("/")[0]
 
     def is_for(self, profile: str) -> bool:
@@ -245,7 +245,7 @@ def _read_contents(folder: Path) -> dict[str, Any]:
 
 
 def read_suite(folder: Path | str, levels: Collection[str] | None = None) -> list[Expected]:
-    """Read an exported suite; every file is held against its sha256. Raises SuiteError."""
+    """Read an exported suite, and verify the sha256 of every file. Raises SuiteError."""
     folder = Path(folder)
     contents = _read_contents(folder)
     paths, files = contents.get("cases"), contents.get("files")

@@ -1,4 +1,4 @@
-"""Level L6: texts and their ids in published tokenizers, which are known by the sha256 of their file.
+"""Level L6: give texts and their ids in published tokenizers, which are identified by the sha256 of their file.
 
 The ids are recorded by tests/record_tokenizer_vectors.py with the publishers' own libraries, sentencepiece and tiktoken: a
 tokenizer of a hundred thousand tokens is no part of the suite. So are the wrong ids of each mistake.

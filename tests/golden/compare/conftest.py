@@ -1,4 +1,4 @@
-"""A reference, candidates, and what the tests of compare() spoil."""
+"""Make a reference and candidates for the tests of compare()."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def traces(model, tmp_path_factory):
-    """A float64 reference, a float32 candidate and a raw one, of a prompt and a step."""
+    """Write a float64 reference, a float32 candidate and a raw one, of a prompt and a step."""
     folder = tmp_path_factory.mktemp("traces")
     write_trace(model, TOKENS, folder / "reference", 1, Precision("float64"))
     steps = json.loads((folder / "reference" / "trace.json").read_text())["steps"]
@@ -32,6 +32,6 @@ def traces(model, tmp_path_factory):
 
 @pytest.fixture
 def arrays(traces):
-    """The candidate's activations, to be spoiled."""
+    """Read the candidate's activations, for a test to change."""
     files = (traces / "mine").rglob("*.npy")
     return {file.relative_to(traces / "mine").as_posix()[:-4]: np.load(file) for file in files}

@@ -49,7 +49,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def reference(model, tmp_path_factory):
-    """A float64 trace of a prompt and one decode step."""
+    """Write a float64 trace of a prompt and one decode step."""
     return write_trace(model, TOKENS, tmp_path_factory.mktemp("compare") / "reference", 1, Precision("float64")).path
 
 
@@ -75,7 +75,7 @@ def test_the_mistake_is_named_and_no_other(bug, model, reference, tmp_path):
 
 @pytest.mark.parametrize("bug", EXPECTED)
 def test_most_need_no_model(bug, model, reference, tmp_path):
-    """From trace.json's constants and the activations alone; weights that are wrong show only beside the right ones."""
+    """Find them from trace.json's constants and the activations alone; wrong weights show only against the right ones."""
     where, words, needs_model = EXPECTED[bug]
     found = compare(reference, trace_of(bug, model, reference, tmp_path / "mine"))
     assert found.verdict.startswith(f"first divergence: {where} ("), found.verdict
@@ -129,7 +129,7 @@ def test_found_in_the_weights_when_the_scores_are_not_recorded(bug, model, refer
 
 @pytest.fixture(scope="module")
 def bare_reference(reference, tmp_path_factory):
-    """The same numbers without trace.json: no constants are known."""
+    """Save the same numbers without trace.json: no constants are known."""
     file = tmp_path_factory.mktemp("bare") / "reference.npz"
     np.savez(file, **{name: np.array(x) for name, x in read_trace(reference).items()})
     return file
@@ -165,15 +165,15 @@ def test_mistakes_in_linear_scaling(scaling, hint, tmp_path):
     assert compare(reference, mine, model=model).hints == [hint]
 
 
-def half_split_rows_turned_adjacently(model):
-    """Hugging Face's rows in wq and wk, but RoPE as Meta's code has it; recorded in adjacent pairs, as a right map has it."""
+def half_split_rows_rotated_adjacently(model):
+    """Hugging Face's rows in wq and wk, but Meta's RoPE; recorded in adjacent pairs, as a right map writes them."""
     arrays = record(model, TOKENS, precision=Port("rows_in_halves"))
-    turned = [name for name in arrays if name.endswith(("q", "k", "q_rope", "k_rope"))]
-    return {**arrays, **{name: to_pairs(arrays[name]) for name in turned}}
+    rotated = [name for name in arrays if name.endswith(("q", "k", "q_rope", "k_rope"))]
+    return {**arrays, **{name: to_pairs(arrays[name]) for name in rotated}}
 
 
-def test_adjacent_pairs_turned_in_hugging_faces_rows(model, reference, tmp_path):
-    np.savez(tmp_path / "mine.npz", **half_split_rows_turned_adjacently(model))
+def test_adjacent_pairs_rotated_in_hugging_faces_rows(model, reference, tmp_path):
+    np.savez(tmp_path / "mine.npz", **half_split_rows_rotated_adjacently(model))
     found = compare(reference, tmp_path / "mine.npz", model=model, partial=True)
     assert found.first.name == "layers.0.attention.q_rope"
     assert found.hints[0].startswith("interleaved RoPE on rows in Hugging Face's order")
@@ -373,7 +373,7 @@ def test_an_error_below_the_accumulated_noise_is_found_by_the_operation_alone(mo
 
 
 def kept(path, out, *parts, leave=()):
-    """A trace's activations as an .npz: those whose names end in one of `parts`, or all that don't end in one of `leave`."""
+    """Save a trace's activations as an .npz: those whose names end in one of `parts`, or in none of `leave`."""
     found = {name: np.array(x) for name, x in read_trace(path).items() if not name.endswith(tuple(leave) or "\0")}
     np.savez(out, **{name: x for name, x in found.items() if name.endswith(parts or "")})
     return out

@@ -1,4 +1,4 @@
-"""How far is too far: tolerances, masks, parts of a trace, and whose noise counts."""
+"""Test the judgement: tolerances, masks, parts of a trace, and whose noise counts."""
 
 from __future__ import annotations
 

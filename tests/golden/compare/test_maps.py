@@ -83,7 +83,7 @@ def transformerlens(model, ours) -> dict[str, np.ndarray]:
             "blocks.{i}.hook_resid_post": "layers.{i}.out",
         }
     )
-    turned = layerwise(
+    rotated = layerwise(
         {
             "blocks.{i}.attn.hook_q": "layers.{i}.attention.q",
             "blocks.{i}.attn.hook_k": "layers.{i}.attention.k",
@@ -96,7 +96,7 @@ def transformerlens(model, ours) -> dict[str, np.ndarray]:
     ) | {"ln_final.hook_normalized": "norm"}
     found = {"hook_embed": ours["tok_embeddings"], "logits": ours["logits"]}
     found |= {theirs: ours[name] for theirs, name in names.items()}
-    found |= {theirs: halves(ours[name]) for theirs, name in turned.items()}
+    found |= {theirs: halves(ours[name]) for theirs, name in rotated.items()}
     found |= {theirs: ours[name] / model.params[f"{name}.weight"] for theirs, name in normed.items()}
     found |= {"blocks.1.attn.q.hook_out": np.ones((T, 6, 16), np.float32), "hook_unembed": ours["logits"]}
     found |= {"blocks.0.hook_resid_pre": ours["tok_embeddings"], "blocks.0.ln1.hook_scale": np.ones((T, 1), np.float32)}

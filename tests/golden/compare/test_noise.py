@@ -1,4 +1,4 @@
-"""The threshold is measured: right programs that round otherwise stay well below it, and floors are what they say."""
+"""Check that right programs that round differently stay well below the limits, and that floors are what they say."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ F4 = np.float32
 
 
 def plain_sum(terms):
-    """Float32 numbers added one after the other, along the first axis, as a loop in C does."""
+    """Add float32 numbers in sequence along the first axis, as a loop in C does."""
     total = np.zeros(terms.shape[1:], F4)
     for term in terms:
         total = total + term
@@ -75,7 +75,7 @@ LOOPS = {
 
 
 def worst(comparison):
-    """The largest ratios, accumulated and local."""
+    """Return the largest ratios, accumulated and local."""
     return [max(getattr(row, which).ratio for row in comparison.rows) for which in ("judged", "local")]
 
 
@@ -114,12 +114,12 @@ def test_torch_is_well_within_the_limit(name, tmp_path):
 
 
 def truncate_bfloat16(x):
-    """The upper half of each float32, cut off instead of rounded."""
+    """Cut each float32 to its upper half instead of rounding."""
     return (np.ascontiguousarray(x, F4).view(np.uint32) & np.uint32(0xFFFF0000)).view(F4)
 
 
 class SixteenBits(Precision):
-    """A port in bfloat16 that rounds as it likes: `inside` by a convention or not at all, `left` activations not at all."""
+    """Port in bfloat16 that rounds elsewhere: `inside` operations by a convention or not at all, `left` activations never."""
 
     def __init__(self, rounded=round_bfloat16, inside=None, left=(), **replaced):
         super().__init__("bfloat16")
@@ -145,13 +145,13 @@ RIGHT = {
 
 
 def without_trace_json(model, tokens, precision, file):
-    """Bare arrays: compare() is told only that they are bfloat16."""
+    """Compare bare arrays: compare() knows only that they are bfloat16."""
     np.savez(file, **record(model, tokens, precision=precision))
     return file
 
 
 def ratios(found):
-    """The worst of the whole computation, and of one operation."""
+    """Return the worst ratio of the whole computation, and of one operation."""
     accumulated, local = worst(found)
     print(f"{accumulated:.1f} accumulated, {local:.1f} local, of {found.noise.limits}")
     return accumulated, local

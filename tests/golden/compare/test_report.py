@@ -1,4 +1,4 @@
-"""What compare shows: the terminal's table, the page, the report for machines."""
+"""Test what compare shows: the terminal's table, the page, the report for machines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page in a real browser: at 1,280 pixels a row is seen to its last column."""
+"""Open the page in a real browser: at 1,280 pixels the last column is visible."""
 
 from __future__ import annotations
 

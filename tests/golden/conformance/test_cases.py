@@ -1,4 +1,4 @@
-"""The cases: inputs of equal bytes everywhere, each of which catches a mistake, and no mistake that none catches."""
+"""Check the cases: inputs are the same bytes everywhere, each case catches a mistake, and some case each mistake."""
 
 from __future__ import annotations
 

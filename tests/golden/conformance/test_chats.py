@@ -1,4 +1,4 @@
-"""Chat formats as their publishers write them, spelled out."""
+"""Compare the chat formats with their publishers' own, spelled out."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SPACES = {
 
 
 def spelled(path: str) -> str:
-    """The text of a case's ids."""
+    """Return the text of a case's ids."""
     case, pieces = cases()[path], []
     for id in exact(case)["ids"].astype(int).tolist():
         pieces.append(case.arguments["specials"][id - 256].encode() if id >= 256 else bytes([id]))

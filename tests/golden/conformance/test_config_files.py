@@ -1,4 +1,4 @@
-"""Files that state constants: what each leaves unsaid is left out, and the rest is the model's."""
+"""Check the files that state constants: what each leaves out is not judged, and the rest is the model's."""
 
 from __future__ import annotations
 

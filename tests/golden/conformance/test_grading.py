@@ -1,4 +1,4 @@
-"""What a port is told: the levels passed, and for each failure the operation, the case, its purpose and the mistake."""
+"""Check the verdict on a port: the levels passed, and for each failure the operation, case, purpose and mistake."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_our_own_layers_and_models_pass_in_every_precision(name, precision):
 @pytest.mark.torch
 @pytest.mark.parametrize("name", ["float32", "bfloat16"])
 def test_hugging_face_passes(name):
-    """Its blocks, its models and its own cache, from our parameters and from the suite's files."""
+    """Run its blocks, its models and its own cache, from our parameters and from the suite's files."""
     import hf_conformance
     import torch
 
@@ -113,7 +113,7 @@ def test_a_wrong_function_is_named_with_its_mistake(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["rms_norm", "swiglu", "attention_heads", "causal_mask"])
 def test_each_mistake_of_an_operation_is_named(name):
-    """Where several predict the same numbers, all of them are."""
+    """Check that where several predict the same numbers, all of them are named."""
     for mistake in (m for m in MISTAKES.values() if list(m.ops) == [name] and not m.needs):
         wrong = mistake.ops[name]
         if name == "causal_mask":

@@ -1,4 +1,4 @@
-"""One array against the expected one: both norms, infinities, masks, and what any number is right for."""
+"""Compare one array with the expected one: both norms, infinities, masks, and what any number is right for."""
 
 from __future__ import annotations
 

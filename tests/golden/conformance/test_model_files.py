@@ -1,4 +1,4 @@
-"""The tiny models as files: the same bytes everywhere, and read by those whose formats they are."""
+"""Check the tiny models as files: the same bytes everywhere, and read by the libraries of their formats."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_safetensors_is_read_by_the_package():
 
 
 def test_constants_show_when_they_are_wrong():
-    """A large eps, an output matrix of its own, both scalings, and a tied one."""
+    """Check for a large eps, an output matrix of its own, both scalings, and a tied one."""
     configs = [model.config for model in MODELS.values()]
     assert all(config.norm_eps > 0.1 for config in configs)
     assert [config.tied_embeddings for config in configs].count(True) == 1

@@ -1,4 +1,4 @@
-"""The suite as files: complete, the same bytes each time, small, and refused when a byte is another."""
+"""Check the suite as files: complete, the same bytes each time, small, and refused when a byte changed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recorded ids of published tokenizers: npllama's own tokenizer finds the same, where their files are at hand."""
+"""Check that npllama's own tokenizer finds the recorded ids of published tokenizers, where their files are."""
 
 from __future__ import annotations
 
