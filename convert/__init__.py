@@ -1,1 +1,1 @@
-"""The frontier: everything that knows a foreign format or torch. Installed as npllama_convert; npllama never imports it."""
+"""Read foreign checkpoint formats and torch models. Installed as npllama_convert; only the command line imports it."""

@@ -1,9 +1,9 @@
-"""Activations of a torch model, written as a trace directory under npllama's names.
+"""Record a torch model's activations as a trace directory, under npllama's names.
 
-Two kinds of model are known by their structure: Hugging Face's (LlamaForCausalLM and those built alike) and Meta's reference
-Transformer (llama3/model.py of llama-models). Modules are hooked; of the functional parts, the rotary function is wrapped in
-its module and the softmax is seen by a torch function mode, both only while the model runs. Nothing is computed again: what is
-written is what the model's own operations returned, in any torch dtype.
+Two kinds of models are recognised by their structure: Hugging Face's (LlamaForCausalLM and those built alike) and Meta's
+reference Transformer (llama3/model.py of llama-models). Modules are hooked. The rotary function is wrapped in its module, and a
+torch function mode intercepts the softmax; both are undone after the run. Nothing is recomputed: the trace holds what the
+model's own operations returned, in any torch dtype.
 
 Hugging Face's queries and keys are reordered from halves, (x[j], x[j + K/2]), to adjacent pairs, which is exact; scores that
 its mask pushed to the lowest finite number are written as -inf. trace.json says so.
@@ -53,7 +53,7 @@ IN, OUT = "input", "output"
 
 @dataclass(frozen=True)
 class Layout:
-    """How one family of torch models names its parts."""
+    """Name the parts of one family of torch models."""
 
     source: str
     convention: str
@@ -263,7 +263,7 @@ def _hf_config(model: torch.nn.Module) -> Config:
 
 def _meta_config(model: torch.nn.Module) -> Config:
     c, layer = model.params, model.layers[0]
-    # apply_scaling in llama3/model.py has these four written into it.
+    # apply_scaling in llama3/model.py hard-codes these four.
     scaling = RopeScaling(8.0, 1.0, 4.0, 8192) if getattr(c, "use_scaled_rope", False) else None
     return Config(
         dim=c.dim,
@@ -286,7 +286,7 @@ def _meta_config(model: torch.nn.Module) -> Config:
 
 @dataclass
 class _Watch:
-    """The state that the hooks share: where activations go, and the current layer and pass."""
+    """Share state among the hooks: where activations go, the current layer and the current pass."""
 
     config: Config
     layout: Layout
@@ -321,7 +321,7 @@ class _Watch:
         import torch
 
         name = f"layers.{self.layer}.attention."
-        pushed_down = scores <= torch.finfo(dtype).min / 2  # no score is so low but by the mask
+        pushed_down = scores <= torch.finfo(dtype).min / 2  # only the mask makes a score that low
         self(name + "scores", scores.masked_fill(pushed_down, -math.inf))
         self(name + "weights", weights.to(dtype))
 
@@ -341,7 +341,7 @@ def _run(
     device = next(model.parameters()).device
     batch = torch.as_tensor(np.atleast_2d(tokens).astype(np.int64), device=device)
     watch = _Watch(config, layout, tap, squeeze=tokens.ndim == 1)
-    # transformers 5.24 calls it cache, where it is given and where it comes back.
+    # transformers 5.24 renames past_key_values to cache, as an argument and in the result.
     cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     logits: Any = None  # of the pass before
     fed: list[list[int]] = []
@@ -407,7 +407,7 @@ def _rotary_wrapped(attention: torch.nn.Module, layout: Layout, watch: _Watch) -
     names = inspect.unwrap(type(attention).forward).__globals__
     original = names.get(layout.rotary)
     if original is None:
-        raise TraceError(f"the module of {type(attention).__name__} has no function {layout.rotary}, expected to turn q and k")
+        raise TraceError(f"the module of {type(attention).__name__} has no function {layout.rotary}, expected to rotate q, k")
 
     def rotary(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         result = original(*args, **kwargs)
@@ -425,7 +425,7 @@ def _rotary_wrapped(attention: torch.nn.Module, layout: Layout, watch: _Watch) -
 
 @contextlib.contextmanager
 def _eager(model: torch.nn.Module) -> Iterator[None]:
-    """Run Hugging Face's attention op by op, and the model without dropout, as long as the block lasts."""
+    """Run Hugging Face's attention in eager mode and the model without dropout within a `with` block."""
     config: Any = getattr(model, "config", None)
     before, training = getattr(config, "_attn_implementation", None), model.training
     model.eval()
@@ -441,7 +441,7 @@ def _eager(model: torch.nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _softmax_seen(dtype: torch.dtype, watch: _Watch) -> Iterator[None]:
-    """Show the watch every softmax that an attention module takes, under whichever of torch's names."""
+    """Pass on every softmax of an attention module, under any of torch's names for it."""
     import torch
     from torch.overrides import TorchFunctionMode
 

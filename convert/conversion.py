@@ -1,7 +1,7 @@
-"""Shared by all readers: a checkpoint as tensors that come in blocks of rows, and write(), which makes a model of it.
+"""Represent a checkpoint as tensors read in blocks of rows, and write it as a model directory. All readers share this module.
 
 A reader opens its files, refuses what isn't a plain Llama before it touches a weight, and returns a Source. write() streams
-that: everything is mapped, nothing read whole.
+it: files are memory-mapped and never read whole.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ Shaped = TypeVar("Shaped", np.ndarray, "Tensor")
 T = TypeVar("T")
 LLAMA3_CONTEXT = 8192  # what Llama 3 was trained on, before its frequencies were scaled
 
-BESIDE_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")  # BOS and EOS by name
+COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")  # BOS and EOS by name
 
 # What a checkpoint holds besides parameters: rotary tables and caches that some releases saved along.
 NOT_A_PARAMETER = re.compile(r"(.*\.)?(rope\.freqs|freqs_cis|freqs_cos|freqs_sin|cache_k|cache_v|rotary_emb\.inv_freq)")
@@ -60,18 +60,18 @@ WRAPPERS = re.compile(r"^(_orig_mod\.|module\.)+")
 
 @dataclass(frozen=True)
 class Tensor:
-    """A whole parameter of which only blocks of rows ever are in memory."""
+    """Hold a parameter's shape and dtype, and read it in blocks of rows: it is never in memory whole."""
 
     shape: tuple[int, ...]
     dtype: np.dtype  # uint16 is bfloat16
-    rows: Callable[[int, int], np.ndarray]  # those from start to stop
+    rows: Callable[[int, int], np.ndarray]  # rows start to stop
     grouping: Grouping | None = None  # how it is quantised, if it is
-    quantised: Callable[[int, int], Grouped] | None = None  # and those rows as they are
+    quantised: Callable[[int, int], Grouped] | None = None  # the same rows, still quantised
     undone: str = ""  # the quantisation that npllama does not store, undone while reading
 
     @classmethod
     def of(cls, array: np.ndarray, order: np.ndarray | None = None) -> Tensor:
-        """Wrap a (mapped) array, its rows in another order if one is given; rows are read in this machine's byte order."""
+        """Wrap a (mapped) array, its rows reordered if an order is given; rows are read in native byte order."""
         dtype = array.dtype.newbyteorder("=")
         if order is None:
             return cls(array.shape, dtype, lambda start, stop: native(array[start:stop]))
@@ -79,7 +79,7 @@ class Tensor:
 
     @classmethod
     def of_grouped(cls, shape: tuple[int, ...], grouping: Grouping, quantised: Callable[[int, int], Grouped]) -> Tensor:
-        """Hand over a matrix that the source has quantised in groups; --dtype auto stores it as it is.
+        """Wrap a matrix that the source has quantised in groups; --dtype auto stores it unchanged.
 
         quantised   gives the rows from start to stop, made by Grouped.of(grouping, q, scale, unit)
 
@@ -89,7 +89,7 @@ class Tensor:
         return cls(shape, np.dtype(np.float32), lambda start, stop: quantised(start, stop).widen(), grouping, quantised)
 
     def part(self, rows: slice, columns: slice) -> Tensor:
-        """Return some rows and columns, quantised as they are."""
+        """Return some rows and columns, still quantised."""
         if rows == columns == slice(None):
             return self
         first, last, _ = rows.indices(self.shape[0])
@@ -106,7 +106,7 @@ class Tensor:
         return Tensor(shape, self.dtype, read, grouping, lambda a, b: quantised(first + a, first + b).columns(part))
 
     def parts(self) -> Iterator[slice]:
-        """Return consecutive blocks of rows, of BLOCK_BYTES each."""
+        """Return the ranges of consecutive blocks of rows, each of at most BLOCK_BYTES or a single row."""
         row_bytes = self.dtype.itemsize * math.prod(self.shape[1:])
         step = max(1, writing.BLOCK_BYTES // max(1, row_bytes))
         return (slice(start, min(start + step, self.shape[0])) for start in range(0, self.shape[0], step))
@@ -143,12 +143,12 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
 
 @dataclass
 class Source:
-    """A checkpoint as its reader found it, with no weight read yet."""
+    """Describe a checkpoint; no weight is read yet."""
 
     kind: str
     config: Config
     tensors: dict[str, Tensor]  # in Meta's layout, named as in parameter_shapes(config)
-    files: list[Path]  # whose sha256 goes into the manifest
+    files: list[Path]  # their sha256 goes into the manifest
     tokenizer: dict[str, Path | bytes] = field(default_factory=dict)  # its file, those that belong to it, chat templates
     generation: dict[str, object] = field(default_factory=dict)  # recommended chat_format, system, temperature, top_p
     about: dict[str, object] = field(default_factory=dict)  # more for the manifest
@@ -176,7 +176,7 @@ def _name(tensor: Tensor) -> str:
 
 
 def without_wrappers(where: object, found: Mapping[str, T]) -> dict[str, T]:
-    """Take away the prefixes of what a model was wrapped in while it was trained: torch.compile and data parallelism."""
+    """Remove the name prefixes that torch.compile and data parallelism add during training."""
     names = {name: WRAPPERS.sub("", name) for name in found}
     if len(set(names.values())) < len(names):
         raise CheckpointError(f"{where}: names differ by the prefixes module. and _orig_mod. alone, expected each tensor once")
@@ -184,7 +184,7 @@ def without_wrappers(where: object, found: Mapping[str, T]) -> dict[str, T]:
 
 
 def without_biases(where: object, found: Mapping[str, Shaped | None], report: Report) -> dict[str, Shaped | None]:
-    """Leave out biases that are zero, with which a model computes the same as without. CheckpointError names another."""
+    """Leave out biases that are zero, since they change no result. Raises CheckpointError for any other bias."""
     biases = {name: tensor for name, tensor in found.items() if name.endswith(".bias") and tensor is not None}
     for name, tensor in sorted(biases.items()):
         if any(widen(native(block)).any() for block in (tensor.blocks() if isinstance(tensor, Tensor) else [tensor])):
@@ -195,7 +195,7 @@ def without_biases(where: object, found: Mapping[str, Shaped | None], report: Re
 
 
 def report_left_out(names: Iterable[str], report: Report) -> None:
-    """Say what is there but isn't a parameter."""
+    """Report the tensors that are not parameters."""
     if left_out := {re.sub(r"\d+", "N", name, count=1) for name in names}:
         report(f"left out, not parameters: {', '.join(sorted(left_out))}")
 
@@ -209,7 +209,7 @@ def match(
 
     Raises CheckpointError for a tensor that is missing, unexpected or of another shape.
     """
-    if config.n_layers > len(found):  # before parameter_shapes makes as many names as the file pleases
+    if config.n_layers > len(found):  # checked before parameter_shapes makes a name per announced layer
         raise CheckpointError(f"{where}: {config.n_layers} layers are announced, but there are only {len(found)} tensors")
     shapes = parameter_shapes(config)
     theirs = {name: _renamed(name, names) for name in shapes}
@@ -271,7 +271,7 @@ def refuse_foreign(known: Mapping[str, object], pattern: re.Pattern[str]) -> Non
 
 
 def within_window(known: Mapping[str, object], key: str, context: int, report: Report) -> int:
-    """Return the context in which a sliding window of the attention, if there is one, can't act: every key is within it."""
+    """Return the context length, cut to the attention's sliding window if there is one: then every key is within the window."""
     window = known.get(key)
     if window is None or window in (False, 0, -1) or known.get("use_sliding_window") is False:
         return context
@@ -284,7 +284,7 @@ def within_window(known: Mapping[str, object], key: str, context: int, report: R
 
 
 def llama3_scaling(factor: float) -> RopeScaling:
-    """Return the scaled RoPE of Llama 3.1 and later, which differ in the factor alone."""
+    """Return the RoPE scaling of Llama 3.1 and later models, which differ only in the factor."""
     return RopeScaling(factor, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=LLAMA3_CONTEXT)
 
 
@@ -327,7 +327,7 @@ def recommended(where: object, values: Mapping[str, object], report: Report) -> 
 
 @dataclass(frozen=True)
 class TokenizerChoice:
-    """Which tokenizer a model gets: the source's own, another file, or none."""
+    """Choose the tokenizer that a model gets: the source's own, another file, or none."""
 
     file: Path | None = None
     leave_out: bool = False
@@ -341,25 +341,25 @@ OWN = TokenizerChoice()
 
 
 def add_tokenizer(source: Source, file: Path, report: Report) -> Tokenizer | None:
-    """Add a tokenizer's file and those that belong to it, and return the tokenizer; None where its package is missing."""
+    """Add a tokenizer's file and its companion files; return the tokenizer, or None where its package is missing."""
     with open(file, "rb") as opened:
         name = "tokenizer.json" if opened.read(1) == b"{" else "tokenizer.model"
-    names = BESIDE_TOKENIZER if name == "tokenizer.json" else (*BESIDE_TOKENIZER, "added_tokens.json")
-    beside = [path for path in map(file.with_name, names) if path.is_file()]
-    source.tokenizer = {name: file, **{path.name: path for path in beside}, **source.tokenizer}
-    source.files += [file, *beside]
+    names = COMPANIONS if name == "tokenizer.json" else (*COMPANIONS, "added_tokens.json")
+    companions = [path for path in map(file.with_name, names) if path.is_file()]
+    source.tokenizer = {name: file, **{path.name: path for path in companions}, **source.tokenizer}
+    source.files += [file, *companions]
     return check_tokenizer(file, source.config, report)
 
 
 def check_tokenizer(path: Path, config: Config, report: Report) -> Tokenizer | None:
-    """Hold the tokenizer's size against the vocabulary, and return the tokenizer; None where its package is missing."""
+    """Check the tokenizer's size against the vocabulary; return the tokenizer, or None where its package is missing."""
     with open(path, "rb") as file:
         needs = {b"\n": "sentencepiece", b"{": "tokenizers"}.get(file.read(1))
     if needs and importlib.util.find_spec(needs) is None:
         report(f"{path.name} is not checked: the package {needs} is not installed")
         return None
     tokenizer = load_tokenizer(path)
-    if tokenizer.vocab_size > 2 * config.vocab_size:  # no padding, and no token that somebody added
+    if tokenizer.vocab_size > 2 * config.vocab_size:  # more than padding or added tokens explain
         raise CheckpointError(
             f"{path} has {tokenizer.vocab_size} tokens, but the model's vocabulary {config.vocab_size}: is it another model's?"
         )
@@ -380,7 +380,7 @@ DTYPES = ("auto", *checkpoint.STORAGE, "int4")
 
 
 def check_dtype(dtype: str) -> None:
-    """Raise CheckpointError for a --dtype that isn't one."""
+    """Raise CheckpointError for an unknown --dtype."""
     if dtype not in DTYPES:
         raise CheckpointError(f"dtype is {dtype!r}, expected {', '.join(DTYPES)}")
 
@@ -393,7 +393,7 @@ def write(
     report: Report = print,
     share: Share | None = None,
 ) -> None:
-    """Write the model directory `dst`, whole or not at all; of one rank's share, if one is given.
+    """Write the model directory `dst` atomically; only one rank's share, if one is given.
 
     dtype   float32, float16, bfloat16, int8 or int4 (the embedding and the norms as auto), or auto for each tensor's own,
             quantised ones included
@@ -429,7 +429,7 @@ def write(
 
 
 def _is_stored_as(tensor: Tensor, storage: Storage) -> bool:
-    """Tell whether a tensor is quantised as it will be stored; the order of a file's axes doesn't count."""
+    """Tell whether a tensor is quantised in the form in which it will be stored, whatever the order of the file's axes."""
     if tensor.grouping is None or not isinstance(storage, Grouping):
         return False
     return dataclasses.replace(tensor.grouping, rows_first=False) == dataclasses.replace(storage, rows_first=False)
@@ -454,7 +454,7 @@ def _storage(name: str, tensor: Tensor, dtype: str, tied: bool) -> Storage:
 
 @contextlib.contextmanager
 def _hashed(files: Iterable[Path]) -> Iterator[Callable[[], dict[str, object]]]:
-    """Hash files on a second thread during the conversion; the function it gives waits for the results."""
+    """Hash files on a second thread during the conversion; the function that it yields waits for the results."""
     results: dict[str, object] = {}
     failures: list[Exception] = []
     stop = threading.Event()
@@ -483,7 +483,7 @@ def _hashed(files: Iterable[Path]) -> Iterator[Callable[[], dict[str, object]]]:
 
 @contextlib.contextmanager
 def progress_bar(total: int, doing: str | None = None) -> Iterator[Callable[[int], object] | None]:
-    """Give a function that moves a progress bar by the bytes just done; None where standard error is no terminal."""
+    """Yield a function that advances a progress bar by a number of bytes; None where standard error is no terminal."""
     if not sys.stderr.isatty():
         yield None
         return

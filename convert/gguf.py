@@ -1,7 +1,7 @@
-"""llama.cpp's GGUF files, versions 2 and 3, whole or split. Without torch. gguf_blocks.py takes quantised blocks apart.
+"""Read llama.cpp's GGUF files, versions 2 and 3, whole or split, without torch. gguf_blocks.py unpacks quantised blocks.
 
-The header is read here, every count held against the bytes there are: the package's own reader believes what the file says.
-Queries and keys are interleaved already. Scaled RoPE stands in the tensor rope_freqs.weight, as one divisor per pair.
+The header is parsed here, and every count is checked against the file's size: the package gguf trusts the file.
+Queries and keys are interleaved already. RoPE scaling is the tensor rope_freqs.weight: one divisor per pair.
 Source: the GGUF specification (ggml, docs/gguf.md).
 """
 
@@ -107,7 +107,7 @@ def read(src: Path, report: Report, choice: TokenizerChoice = OWN) -> Source:
 
 
 def refuse(metadata: Mapping[str, object]) -> None:
-    """Raise ConfigError, by name, for the metadata of anything but a plain Llama."""
+    """Raise ConfigError, which names the key, for the metadata of anything but a plain Llama."""
     if (architecture := metadata.get("general.architecture")) != "llama":
         raise ConfigError(f"general.architecture is {architecture!r:.80}, expected 'llama'")
     refuse_foreign(metadata, FOREIGN_KEY)
@@ -153,7 +153,7 @@ def resolve(metadata: Mapping[str, object], tensors: Mapping[str, Tensor], repor
 def scaling_of(
     known: Mapping[str, object], head_dim: int, rope_theta: float, divisors: Tensor | None
 ) -> RopeScaling | LinearRopeScaling | None:
-    """Return the scaling of RoPE that a file's metadata and its divisors of the frequencies amount to."""
+    """Return the RoPE scaling that a file's metadata and its frequency divisors state."""
     kind = known.get("rope.scaling.type", "linear" if "rope.scale_linear" in known else "none")
     if kind not in ("none", "linear"):
         raise ConfigError(f"llama.rope.scaling.type is {kind!r:.80}, expected none or linear")
@@ -187,7 +187,7 @@ def _sampling(path: Path, metadata: Mapping[str, object], report: Report) -> dic
 
 
 def _add_tokenizer(source: Source, metadata: Mapping[str, object], report: Report) -> None:
-    """Rebuild the tokenizer's file from the vocabulary; one of a kind npllama doesn't know leaves the model with ids alone."""
+    """Rebuild the tokenizer's file from the vocabulary; with an unknown kind, the model has token ids only."""
     if "tokenizer.ggml.model" not in metadata:
         return
     values = {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in metadata.items()}
@@ -232,7 +232,7 @@ def find_files(src: Path) -> list[Path]:
 
 
 class _Header:
-    """Reads a header's values one after the other, and no byte that isn't there."""
+    """Read a header's values one after the other, never past the end of the file."""
 
     def __init__(self, path: Path):
         if not path.stat().st_size:
@@ -241,7 +241,7 @@ class _Header:
         self.data = self.file[:HEADER_LIMIT].data
 
     def take(self, n: int) -> int:
-        """Move on by n bytes and return where they begin."""
+        """Advance by n bytes and return the offset at which they begin."""
         start, left = self.at, len(self.data) - self.at
         if n > left:
             why = "cut off" if len(self.file) <= HEADER_LIMIT else f"longer than {HEADER_LIMIT:,} bytes"
@@ -250,7 +250,7 @@ class _Header:
         return start
 
     def number(self, code: str) -> int | float | bool:
-        """Return a scalar; a float32 as the shortest decimal that it is nearest to: 1e-05, not 9.999999747378752e-06."""
+        """Return a scalar; a float32 as the shortest decimal that rounds to it: 1e-05, not 9.999999747378752e-06."""
         value = struct.unpack_from("<" + code, self.data, self.take(struct.calcsize("<" + code)))[0]
         return float(str(np.float32(value))) if code == "f" else value
 
@@ -311,7 +311,7 @@ def open_file(path: Path) -> tuple[dict[str, object], dict[str, Tensor]]:
         n_dims = header.whole("I")
         if not 1 <= n_dims <= 4:
             raise CheckpointError(f"{path}: tensor {name[:80]} has {n_dims} dimensions, expected 1 to 4")
-        shape = tuple(header.whole("Q") for _ in range(n_dims))[::-1]  # GGUF has the innermost first
+        shape = tuple(header.whole("Q") for _ in range(n_dims))[::-1]  # GGUF lists the innermost axis first
         entries[name] = shape, header.whole("I"), header.whole("Q")
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or not 0 < alignment <= 1 << 20:

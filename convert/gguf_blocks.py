@@ -1,7 +1,7 @@
-"""The blocks of quantised GGUF tensors, taken apart into whole numbers, scales and units, exactly as ggml-quants.c reads them.
+"""Unpack the blocks of quantised GGUF tensors into integers, scales and units, exactly as ggml-quants.c does.
 
 Each function takes the bytes of some rows, [n, blocks, bytes of a block], and returns q [n, in] with scale and unit as
-Grouped.of() wants them. Numbers of 2 and 3 bits are stored in 4, those of 5 and 6 bits in 8.
+Grouped.of() takes them. Numbers of 2 and 3 bits are stored in 4, those of 5 and 6 bits in 8.
 Source: ggml, src/ggml-common.h (block_q4_0 and so on).
 """
 
@@ -17,23 +17,23 @@ Parts = tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]  # q [n, blocks, g
 
 
 def _half(blocks: np.ndarray, at: int) -> np.ndarray:
-    """Return the float16 at a place of every block.    -> [n, blocks, 1]"""
+    """Return the float16 at an offset of every block.    -> [n, blocks, 1]"""
     return np.ascontiguousarray(blocks[..., at : at + 2]).view("<f2")
 
 
 def _crumbs(x: np.ndarray, bits: int) -> np.ndarray:
-    """Take bytes apart into numbers of so many bits, the lowest first.    [..., b] -> [..., 8 / bits, b]"""
+    """Unpack bytes into integers of so many bits, lowest bits first.    [..., b] -> [..., 8 / bits, b]"""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
     return x[..., None, :] >> shifts & np.uint8((1 << bits) - 1)
 
 
 def _nibbles(x: np.ndarray) -> np.ndarray:
-    """Take 16 bytes apart into 32 numbers, the lower halves first.    [n, blocks, 16] -> [n, blocks, 32]"""
+    """Unpack 16 bytes into 32 integers of 4 bits, lower halves first.    [n, blocks, 16] -> [n, blocks, 32]"""
     return _crumbs(x, 4).reshape(*x.shape[:2], -1)
 
 
 def _high_bits(x: np.ndarray) -> np.ndarray:
-    """Take 4 bytes apart into 32 bits.    [n, blocks, 4] -> [n, blocks, 32]"""
+    """Unpack 4 bytes into 32 bits.    [n, blocks, 4] -> [n, blocks, 32]"""
     return np.unpackbits(x, axis=-1, bitorder="little")
 
 
@@ -62,7 +62,7 @@ def _q5_1(b: np.ndarray) -> Parts:
 
 
 def _of_32(x: np.ndarray, bits: int) -> np.ndarray:
-    """Take K-quants apart: of each 32 bytes the lowest bits, then the next.    [n, blocks, b] -> [n, blocks, 8b / bits]"""
+    """Unpack K-quants: of each 32 bytes the lowest bits, then the next.    [n, blocks, b] -> [n, blocks, 8b / bits]"""
     return _crumbs(x.reshape(*x.shape[:2], -1, 32), bits).reshape(*x.shape[:2], -1)
 
 
@@ -79,7 +79,7 @@ def _q3_k(b: np.ndarray) -> Parts:
 
 
 def _six_bits(x: np.ndarray) -> list[np.ndarray]:
-    """Take 12 bytes apart into 8 scales and 8 offsets of 6 bits: four of each are whole, above them bits of the others."""
+    """Unpack 12 bytes into 8 scales and 8 offsets of 6 bits: four of each are whole, the others' upper bits above them."""
     d, m, md = x[..., :4], x[..., 4:8], x[..., 8:]
     scales = np.concatenate([d & 63, md & 15 | d >> 2 & 48], axis=-1)
     return [scales, np.concatenate([m & 63, md >> 4 | m >> 2 & 48], axis=-1)]
@@ -96,7 +96,7 @@ def _q5_k(b: np.ndarray) -> Parts:
 
 def _q6_k(b: np.ndarray) -> Parts:
     n, blocks, _ = b.shape
-    low = _crumbs(b[..., :128].reshape(n, blocks, 2, 64), 4).reshape(n, blocks, -1)  # of each 64 bytes in turn
+    low = _crumbs(b[..., :128].reshape(n, blocks, 2, 64), 4).reshape(n, blocks, -1)  # 64 bytes at a time
     q = low | _of_32(b[..., 128:192], 2) << 4
     return _signed(q, 32), [b[..., 192:208].view(np.int8)], [_half(b, 208)]
 
@@ -116,7 +116,7 @@ BLOCKS: dict[str, tuple[Grouping, Callable[[np.ndarray], Parts]]] = {
 
 
 def grouped(kind: str, raw: np.ndarray, block_bytes: int) -> Grouped:
-    """Return some rows of a tensor of one of the kinds in BLOCKS, as they are quantised.    raw uint8 [n, bytes of a row]"""
+    """Return some rows of a tensor of one of the kinds in BLOCKS, still quantised.    raw uint8 [n, bytes of a row]"""
     grouping, take_apart = BLOCKS[kind]
     q, scales, units = take_apart(np.ascontiguousarray(raw).reshape(len(raw), -1, block_bytes))
     unit = np.stack(units).reshape(len(units), len(raw), -1) if units else None

@@ -1,4 +1,4 @@
-"""The vocabulary inside a GGUF file, as the files of a tokenizer that npllama loads. Takes metadata, never touches a file.
+"""Make tokenizer files that npllama loads from the vocabulary in a GGUF file's metadata.
 
 Metadata are plain Python values by their GGUF name: `tokenizer.ggml.model`, `.tokens`, `.scores`, `.token_type`, `.merges`,
 `.pre`, `.bos_token_id`... What they mean is llama.cpp's src/llama-vocab.cpp and the GGUF specification (ggml, docs/gguf.md).
@@ -59,7 +59,7 @@ def _class(ranges: str) -> str:
     return "[" + re.sub(r"[0-9a-f]+", r"\\x{\g<0>}", ranges).replace(" ", "") + "]"
 
 
-# As llama.cpp splits: the published class of signs has U+3000 too, which llama.cpp takes for a blank before it looks.
+# As llama.cpp splits: the published character class of signs has U+3000 too, which llama.cpp treats as a space first.
 _DEEPSEEK = _split(
     r"[\r\n]",
     r"\s?" + _class(_LETTERS) + "+",
@@ -86,7 +86,7 @@ PRE_TOKENIZERS = {
     "starcoder": _DIGITS,
     "tekken": _TEKKEN,
 }
-# These look a whole word up before they merge, and put BOS in front where add_bos_token is left out.
+# These look up a whole word before they merge, and prepend BOS where add_bos_token is left out.
 WHOLE_WORDS = {"falcon3", "llama-bpe", "llama-v3", "llama3", "tekken"}
 
 
@@ -104,7 +104,7 @@ def tokenizer_file(metadata: Metadata) -> tuple[str, bytes]:
 
 
 def tokenizer_config(metadata: Metadata) -> bytes:
-    """Return tokenizer_config.json, for what the tokenizer's file can't hold: BOS, whether it is added, and the ends."""
+    """Return tokenizer_config.json, for what the tokenizer's file can't hold: BOS, whether it is added, and the stop tokens."""
     tokens = _tokens(metadata)
     values: dict[str, object] = {"add_bos_token": _adds_bos(metadata)}
     for name in ("bos", "eos", "eot", "eom"):
@@ -181,8 +181,8 @@ def _sentencepiece(metadata: Metadata) -> bytes:
     scores = _list(metadata, "scores", float, len(tokens))
     bos, eos = _id_or(1, metadata, "bos", len(tokens)), _id_or(2, metadata, "eos", len(tokens))
     for id in _added(metadata, len(tokens)):
-        types[id] = UNUSED  # SentencePiece would find them after it has put a blank in front of a text, llama.cpp before
-    types[bos] = types[eos] = CONTROL  # SentencePiece knows no others
+        types[id] = UNUSED  # SentencePiece would find them after it has prepended a space to the text, llama.cpp before
+    types[bos] = types[eos] = CONTROL  # SentencePiece has no other control tokens
     if (n := types.count(BYTE)) not in (0, 256):
         raise ValueError(f"tokenizer.ggml.token_type has {n} bytes, expected 256 or none")
     if (n := types.count(UNKNOWN)) != 1:
@@ -203,13 +203,13 @@ def _sentencepiece(metadata: Metadata) -> bytes:
         _field(1, b"identity"),
         _field(3, int(_flag(metadata, "add_space_prefix", True))),
         _field(4, int(_flag(metadata, "remove_extra_whitespaces", False))),
-        _field(5, 1),  # a blank is ▁
+        _field(5, 1),  # a space is ▁
     ]
     return b"".join([*pieces, _field(2, b"".join(trainer)), _field(3, b"".join(normalizer))])
 
 
 def _added(metadata: Metadata, n: int) -> list[int]:
-    """Return the tokens that are looked for in a text before the rest of it is split: those that somebody defined."""
+    """Return the user-defined tokens, which are matched in a text before the rest of it is split."""
     ends = (_id_or(1, metadata, "bos", n), _id_or(2, metadata, "eos", n))
     return [id for id, kind in enumerate(_types(metadata, n)) if kind == USER_DEFINED and id not in ends]
 
@@ -240,7 +240,7 @@ def _types(metadata: Metadata, n: int) -> list[int]:
 
 
 def _list(metadata: Metadata, name: str, kind: type, n: int | None = None) -> list:
-    """Return a copy of a list of n values, or of one at least, all of one kind (a whole number is a float too)."""
+    """Return a copy of a list of n values, or of at least one, all of one type (an int counts as a float)."""
     values = metadata.get(f"tokenizer.ggml.{name}")
     kinds = (int, float) if kind is float else (kind,)
     if not isinstance(values, list) or not values or not all(type(value) in kinds for value in values):

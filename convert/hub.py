@@ -1,7 +1,7 @@
-"""A repository of the Hugging Face hub by name: hf:owner/name[@revision][/original].
+"""Fetch a repository of the Hugging Face hub by its name: hf:owner/name[@revision][/original].
 
-The package huggingface_hub does the work, with its cache (HF_HOME), its token (HF_TOKEN, `hf auth login`), its server
-(HF_ENDPOINT) and its progress bars. What says that a model is no plain Llama comes first, the weights only after that.
+The package huggingface_hub downloads, with its cache (HF_HOME), its token (HF_TOKEN, `hf auth login`), its server
+(HF_ENDPOINT) and its progress bars. The files that show whether a model is a plain Llama are fetched before its weights.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from npllama.checkpoint import CheckpointError, read_json
 from npllama.config import ConfigError
 
 from . import huggingface
-from .conversion import BESIDE_TOKENIZER, Report
+from .conversion import COMPANIONS, Report
 
 PREFIX = "hf:"
 NAME = re.compile(r"hf:([\w.-]+/[\w.-]+?)(?:@([\w./-]+?))?(/original)?")
 ORIGINAL = ["original/params.json", "original/tokenizer.model", "original/consolidated.*.pth"]  # Meta's own files
-DESCRIPTION = [*huggingface.TOKENIZERS, *BESIDE_TOKENIZER, "added_tokens.json", "chat_template.jinja", "config.json"]
+DESCRIPTION = [*huggingface.TOKENIZERS, *COMPANIONS, "added_tokens.json", "chat_template.jinja", "config.json"]
 DESCRIPTION += [name for name in huggingface.WEIGHTS if name.endswith(".json")]
 WEIGHTS = [
     ["model.safetensors", "model-*.safetensors"],
     ["pytorch_model.bin", "pytorch_model-*.bin"],
-]  # the first that is there
+]  # the first that exists
 
 
 def download(name: str, report: Report) -> tuple[Path, dict[str, object]]:

@@ -1,9 +1,9 @@
-"""Hugging Face's folders: config.json, model.safetensors or its shards, tokenizer.json. pytorch_model.bin alone needs torch.
+"""Read Hugging Face folders: config.json, model.safetensors or its shards, tokenizer.json. Only pytorch_model.bin needs torch.
 
-safetensors files are mapped by NumPy alone (npllama.foreign), which reads bfloat16 as the bits it is.
+safetensors files are mapped with NumPy alone (npllama.checkpoint.foreign), bfloat16 as its raw 16 bits.
 
-Hugging Face's attention rotates x[j] with x[j + K/2], Meta's x[2j] with x[2j+1]: the rows of its wq and wk stand in another
-order, head by head, and are put back here.
+Hugging Face's attention rotates x[j] with x[j + K/2], Meta's x[2j] with x[2j+1]: the rows of its wq and wk are permuted
+within each head, and restored here.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ QUANTISED = ("quantization", "quantization_config")  # quantised_folders.py read
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 SHARD = re.compile(r"(model|pytorch_model|ft-model)-(\d{5})-of-(\d{5})(\.safetensors|\.bin)")
 TORCHTUNE = re.compile(r"hf_model_(\d{4})_(\d+)\.pt")  # its number and its epoch
-TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # the first knows the tokens that were added to the second
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # the first has the tokens that were added to the second
 
 
 def read(src: Path, report: Report, choice: TokenizerChoice = OWN) -> Source:
@@ -121,7 +121,7 @@ def read(src: Path, report: Report, choice: TokenizerChoice = OWN) -> Source:
 
 
 def refuse(values: Mapping[str, object]) -> None:
-    """Raise ConfigError, by name, for a config.json of anything but a plain Llama."""
+    """Raise ConfigError, which names the key, for a config.json of anything but a plain Llama."""
     if (kind := values.get("model_type")) not in MODEL_TYPES:
         raise ConfigError(f"model_type is {kind!r:.80}, expected {' or '.join(MODEL_TYPES)}")
     reader_of(values)
@@ -260,12 +260,12 @@ def find_shards(src: Path) -> list[Path]:
 
 
 def _tensor(found: np.ndarray | Quantised | Undone, order: np.ndarray | None) -> Tensor:
-    """Return a parameter, its rows in another order if one is given."""
+    """Return a parameter, its rows reordered if an order is given."""
     if isinstance(found, np.ndarray):
         return Tensor.of(np.atleast_1d(found), order)
     if isinstance(found, Undone):
         numbers, all_rows = found.rows, np.arange(found.shape[0]) if order is None else order
-        double = np.dtype(np.float64)  # which is no storage: a --dtype must be chosen
+        double = np.dtype(np.float64)  # not a storage dtype: a --dtype must be chosen
         return Tensor(found.shape, double, lambda start, stop: numbers(all_rows[start:stop]), undone=found.what)
     rows = found.rows
     if order is None:

@@ -1,9 +1,9 @@
-"""karpathy/llama2.c's models: `.bin` of versions 0 and 1 without torch, and the training checkpoint `.pt` with it.
+"""Read karpathy/llama2.c's models: `.bin` of versions 0 and 1 without torch, the training checkpoint `.pt` with it.
 
-A .bin of version 0 has no magic number. It is seven whole numbers and float32 alone, so its size tells whether it is one:
+A .bin of version 0 has no magic number. It holds seven integers, then float32 numbers, so its size is what identifies it:
     dim, hidden_dim, n_layers, n_heads, n_kv_heads, ±vocab_size, max_seq_len
     embedding, attention norms of all layers, wq of all layers, wk, wv, wo, feed-forward norms, w1, w2, w3, last norm,
-    cosines and sines of every position's angles (tables that are computed afresh), and the output matrix if vocab_size < 0.
+    cosines and sines of every position's angles (tables, which npllama recomputes), and the output matrix if vocab_size < 0.
 Sources: llama2.c, export.py (legacy_export, version1_export) and run.c (memory_map_weights).
 """
 
@@ -40,7 +40,7 @@ def read(src: Path, report: Report, choice: TokenizerChoice = OWN) -> Source:
         start = file.read(HEADER.size)
     if start[:4] == NEWER_MAGIC:
         source = _read_newer(src, start, report)
-    elif start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":  # a zip, or a bare pickle
+    elif start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":  # a zip file, or a bare pickle
         source = _read_pt(src, report)
     else:
         source = _read_bin(src, start, report)
@@ -147,7 +147,7 @@ def _read_pt(src: Path, report: Report) -> Source:
         raise CheckpointError(
             f"{src} has no model_args and model: expected llama2.c's .pt, or the folder of another checkpoint"
         )
-    # A pickle may hold anything, also lists that share their parts: only what a JSON file could say of a model is looked at.
+    # A pickle may hold anything, including lists that share their parts: only what a JSON file could state is read.
     params = {
         key if isinstance(key, str) else shown(key): value if isinstance(value, PLAIN) else shown(value)
         for key, value in params.items()

@@ -1,10 +1,10 @@
-"""Activations of llama.cpp, written as a trace directory under npllama's names.
+"""Record llama.cpp's activations as a trace directory, under npllama's names.
 
-llama.cpp calls back for every tensor of its graph, with the numbers that it has computed. The library is the one in xllamacpp's
-wheel, which exports the C interface of llama.h; its structures are declared here, so that only versions whose structures they
-are will do: KNOWN. Names and layouts are those of the map "ggml" (golden/compare/maps.py), the operation telling queries and
-keys before RoPE from those after it. Nothing is computed again, but for the scores, whose scale and mask llama.cpp applies
-inside its softmax: trace.json marks them as `made`. With flash attention there are no scores and no weights.
+llama.cpp calls back for every tensor of its graph once it is computed. The library is the one in xllamacpp's wheel, which
+exports the C interface of llama.h. Its structures are declared here, so only the versions in KNOWN are accepted. Names and
+layouts are those of the map "ggml" (golden/compare/maps.py); the operation distinguishes queries and keys before RoPE from
+those after it. Nothing is recomputed except the scores, whose scale and mask llama.cpp applies inside its softmax: trace.json
+marks them as `made`. With flash attention there are no scores and no weights.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ NOTES = (
 
 
 class Tensor(Structure):
-    """ggml_tensor of ggml.h."""
+    """Mirror ggml_tensor of ggml.h."""
 
 
 Tensor._fields_ = [
@@ -89,13 +89,13 @@ LogCallback = ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)
 
 
 class ModelParams(Structure):
-    """llama_model_params of llama.h, whose defaults are kept: room for any version's."""
+    """Mirror llama_model_params of llama.h, opaque since its defaults are kept, with room for any version's."""
 
     _fields_ = [("all", c_char * 1024)]
 
 
 class ContextParams(Structure):
-    """llama_context_params of llama.h, up to the last that is set, with room for the rest of any version's."""
+    """Mirror llama_context_params of llama.h up to the last field that is set, with room for the rest of any version's."""
 
     _fields_ = [
         ("n_ctx", c_int32),
@@ -124,7 +124,7 @@ class ContextParams(Structure):
 
 
 class Batch(Structure):
-    """llama_batch of llama.h."""
+    """Mirror llama_batch of llama.h."""
 
     _fields_ = [
         ("n_tokens", c_int32),
@@ -297,7 +297,7 @@ def SILENT(level: int, line: bytes, _: object) -> None:  # a constant: it must o
 
 
 class _Graph:
-    """What the callback sees of each pass, until it is written.
+    """Collect what the callback is given during a pass, until it is written.
 
     weights      the types of the matrices that were multiplied by
     scores_seen  whether attention ran op by op
@@ -313,7 +313,7 @@ class _Graph:
         self.error: Exception | None = None
 
     def see(self, tensor: Tensor, asked: bool, _: object) -> bool:
-        """Answer whether a tensor is wanted, and take its numbers: llama.cpp's callback, from which no exception may come."""
+        """Say whether a tensor is needed, and copy its numbers: llama.cpp's callback, which must not raise."""
         try:
             if self.error is None and (chosen := self._chosen(tensor)):
                 if not asked:
@@ -336,7 +336,7 @@ class _Graph:
         operation = self.library.ggml_op_desc(tensor).decode()
         if operation == "MUL_MAT" and tensor.contents.src[0].contents.name.endswith(b".weight"):
             self.weights.add(self.library.ggml_type_name(tensor.contents.src[0].contents.type).decode())
-        if len(found) > 1:  # both sides of RoPE; what is between is a view
+        if len(found) > 1:  # before and after RoPE; those between are views
             side = {"MUL_MAT": 0, "ROPE": 1}.get(operation)
             return None if side is None else found[side][0]
         return found[0][0]
@@ -379,7 +379,7 @@ class _Graph:
         return fed
 
     def _pass(self, context: c_void_p, ids: np.ndarray, start: int, prefix: str) -> np.ndarray:
-        """Compute one batch and write what was seen of it; return the last token's logits."""
+        """Compute one batch and write its recorded activations; return the last token's logits."""
         n = len(ids)
         self.shapes, self.found = activation_shapes(self.config, n, start + n), {}
         sequence = (c_int32 * 1)(0)

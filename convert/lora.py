@@ -1,7 +1,7 @@
-"""PEFT's LoRA adapters, merged into a checkpoint while it is converted: W + scale · B A, in float32, rounded once.
+"""Merge PEFT's LoRA adapters into a checkpoint during conversion: W + scale · B A, in float32, rounded once.
 
 Hu et al. 2021, arXiv:2106.09685; the scale is alpha / r, or alpha / sqrt(r) (rsLoRA, arXiv:2312.03732). Modules trained
-whole (`modules_to_save`) take the place of the base's. What else an adapter can be is refused by name.
+whole (`modules_to_save`) replace the base's. Every other kind of adapter is refused by its name.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .conversion import Report, Source, Tensor, number, tie, whole
 CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
 READ_KEYS = {"peft_type", "r", "lora_alpha", "use_rslora", "init_lora_weights", "bias"}
-# What has no effect on the merged weights: the tensors that are there say which modules and layers were trained.
+# Settings without effect on the merged weights: the tensors themselves say which modules and layers were trained.
 HARMLESS_KEYS = {
     "auto_mapping",
     "base_model_name_or_path",
@@ -44,7 +44,7 @@ HARMLESS_KEYS = {
     "target_modules",
     "task_type",
 }
-PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")  # others change the base's weights too
+PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")  # the others change the base's weights too
 THEIRS = {theirs.replace("N", "{}"): ours for ours, theirs in huggingface.NAMES.items()}
 PARTS = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B")
 
@@ -91,7 +91,7 @@ def merge(source: Source, folder: Path, report: Report) -> Source:
 
 
 def _scale(values: Mapping[str, object]) -> tuple[float, int]:
-    """Return the scale and the rank; ConfigError names what isn't a plain LoRA."""
+    """Return the scale and the rank. Raises ConfigError for anything but a plain LoRA."""
     if (kind := values.get("peft_type")) != "LORA":
         raise ConfigError(f"peft_type is {shown(kind)}, expected 'LORA'")
     for key, value in values.items():

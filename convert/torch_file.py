@@ -1,4 +1,4 @@
-"""Files that torch.save wrote: never unpickled beyond plain tensors, mapped wherever their format allows it. Needs torch."""
+"""Read files that torch.save wrote: only plain tensors are unpickled, and mapped where the format allows it. Needs torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from npllama.errors import shown
 
 from .conversion import NOT_A_PARAMETER, Report, without_wrappers
 
-LONGEST_GLOBAL = 300  # characters of a module's name and what is in it
+LONGEST_GLOBAL = 300  # characters of a module's and a member's names
 
 
 def import_torch() -> ModuleType:
@@ -50,9 +50,9 @@ def load(path: Path, report: Report) -> object:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            # weights_only: a pickle can run code, and this one came from a stranger.
+            # weights_only: a pickle can run code, and this file is not trusted.
             content = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
-    except Exception as error:  # whatever the bytes make the unpickler and the zip reader stumble over
+    except Exception as error:  # damaged bytes make the unpickler and the zip reader raise many types
         raise CheckpointError(f"{path} is not a torch checkpoint of plain tensors: {_reason(error)}") from None
     if not mapped:
         report(f"{path.name} is in torch's old format, which can't be mapped: all of it is in memory")
@@ -94,7 +94,7 @@ def arrays(path: Path, state: object) -> dict[str, np.ndarray | None]:
 
 
 def _check_zip(path: Path) -> None:
-    """Refuse what torch.save doesn't write: packed members, which may swell without end, and names outside the archive."""
+    """Refuse what torch.save doesn't write: compressed members, which may expand without limit, and paths outside it."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
@@ -118,7 +118,7 @@ def _check_zip(path: Path) -> None:
 
 
 def _check_pickle(path: Path, file: BinaryIO) -> None:
-    """Refuse a name of a class or function that is longer than any: torch takes a minute to read a megabyte of it."""
+    """Refuse an overlong name of a class or function: torch takes a minute to read a megabyte of it."""
     try:
         for code, argument, _ in pickletools.genops(file):
             if code.name == "GLOBAL" and len(str(argument)) > LONGEST_GLOBAL:

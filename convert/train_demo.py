@@ -120,7 +120,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Meta's Llama, with Meta's parameter names; dropout as the one addition, on the embeddings and both branches."""
+    """Define Meta's Llama, with Meta's parameter names; the one addition is dropout, on the embeddings and both branches."""
 
     def __init__(self, params: dict, dropout: float):
         super().__init__()

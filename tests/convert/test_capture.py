@@ -1,4 +1,4 @@
-"""Activations captured from torch models mean what ours of the same name do."""
+"""Check that activations captured from torch models equal npllama's of the same name."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_the_model_is_left_as_it_was(tmp_path):
 
 
 def test_a_missing_mask_is_not_papered_over(tmp_path, monkeypatch):
-    """Only scores that the model itself pushed down become -inf."""
+    """Check that only scores that the model itself masked become -inf."""
     from transformers.models.llama import modeling_llama
 
     monkeypatch.setattr(modeling_llama, "create_causal_mask", lambda **_: None)

@@ -1,4 +1,4 @@
-"""Activations of llama.cpp mean what ours of the same name do, and its right runs pass by the profile that it rounds by."""
+"""Check that llama.cpp's activations equal npllama's of the same name, judged by the profile of its rounding."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def made(tmp_path_factory):
     ],
 )
 def test_llama_cpp_is_right_by_the_profile_that_it_is_recorded_with(kind, flash_attention, cache, rounded, made, tmp_path):
-    """Every kind of weights, prompt and decode steps; judged as plain float32, its rounding is a difference."""
+    """Check every kind of weights, prompt and decode steps; judged as plain float32, the rounding is a difference."""
     file, reference = made(kind)
     options = {"flash_attention": flash_attention, "cache": cache}
     captured = llamacpp.capture(file, TOKENS, tmp_path / "theirs", STEPS, **options)
@@ -79,7 +79,7 @@ def test_llama_cpp_is_right_by_the_profile_that_it_is_recorded_with(kind, flash_
 
 @pytest.mark.parametrize("mistake", ["half_split", "bfloat16_weights", "no_silu"])
 def test_a_wrong_quantised_run_is_told_from_a_right_one(mistake, made, tmp_path):
-    """The same rounding as llama.cpp's, and one mistake besides: it is named at its operation."""
+    """Check that a mistake on top of llama.cpp's rounding is named at its operation."""
     file, reference = made("Q8_0")
     model = load(file.parent / "Q8_0")
     rounded = profile("int8-activations+float16-cache")

@@ -1,4 +1,4 @@
-"""A tensor of a source, and its parts; the readers' tests have what is made of whole checkpoints."""
+"""Test a source's tensors and their parts; the readers' tests cover whole checkpoints."""
 
 from __future__ import annotations
 

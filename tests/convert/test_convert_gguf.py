@@ -1,4 +1,4 @@
-"""GGUF: every kind of block, the metadata's constants to the last digit, and no header that is believed."""
+"""Test GGUF: every kind of block, the metadata's constants to the last digit, and damaged headers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PARAMS = tiny.random_params(CONFIG, seed=5)
 
 @pytest.fixture(autouse=True)
 def small_blocks(quick_conversion):
-    """Blocks of a few rows."""
+    """Read in blocks of a few rows."""
 
 
 # ------------------------------------------------------------------------------------------------------------ the same numbers
@@ -51,7 +51,7 @@ def test_a_file_comes_back_bit_for_bit(tmp_path, name):
 @pytest.mark.parametrize("alignment", [None, 8, 64, 4096])
 @pytest.mark.parametrize("length", [0, 32, 57])
 def test_the_numbers_begin_where_the_alignment_says(tmp_path, alignment, length):
-    """At a multiple of 32 if nothing is said. Of headers that differ by 32, one shows a wrong alignment."""
+    """Check that the data begins at a multiple of 32 by default. Of headers that differ by 32, one shows a wrong alignment."""
     metadata = {"general__description": "x" * length} | ({"custom_alignment": alignment} if alignment else {})
     convert(foreign.write_gguf(tmp_path / "m.gguf", CONFIG, PARAMS, **metadata), tmp_path / "m")
     assert_same(tmp_path / "m", PARAMS)
@@ -83,7 +83,7 @@ def test_each_kind_of_block_is_what_the_library_makes_of_it(tmp_path, name, kind
 
 
 def assert_quantised(folder, expected: dict[str, np.ndarray], bits: int) -> None:
-    """The model directory keeps the quantisation of the matrices, which widen to these very bits."""
+    """Check that the model directory keeps the matrices' quantisation, and that they widen to the same bits."""
     for name, weight in open_model(folder).params.items():
         if expected[name].ndim == 2:
             assert weight.grouping.bits == bits, name
@@ -96,7 +96,7 @@ def assert_same_bits(found: np.ndarray, expected: np.ndarray) -> None:
 
 
 def q6_k_by_hand(block: bytes) -> np.ndarray:
-    """ggml's block_q6_K (ggml-common.h), number by number: 4 low bits, 2 high bits, a scale for every 16, one for all."""
+    """Unpack ggml's block_q6_K (ggml-common.h), number by number: 4 low bits, 2 high bits, a scale per 16, one for all."""
     ql, qh, scales = block[:128], block[128:192], np.frombuffer(block[192:208], np.int8)
     d = float(np.frombuffer(block[208:210], np.float16)[0])
     out = np.empty(256, np.float32)
@@ -111,7 +111,7 @@ def q6_k_by_hand(block: bytes) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
 def test_k_quants_of_random_bits(tmp_path, kind):
-    """The library can't quantize to these, so the blocks are random bits, their float16 scales made finite and small."""
+    """Use random bits as blocks, with finite, small float16 scales, since the library can't quantise to these kinds."""
     params = tiny.random_params(WIDE, seed=5)
     quantization = library.GGMLQuantizationType[kind]
     _, block_bytes = library.GGML_QUANT_SIZES[quantization]
@@ -145,7 +145,7 @@ def test_k_quants_of_random_bits(tmp_path, kind):
 
 
 def test_q4_1_is_kept_though_int4_has_its_form(tmp_path):
-    """Any whole numbers and scales, also where 16 values of our own choice would be others."""
+    """Test any integers and scales, also where 16 values chosen by npllama would differ."""
     params, name = tiny.random_params(WIDE, seed=5), "blk.0.attn_v.weight"
     blocks = np.random.RandomState(3).randint(0, 256, (len(params["layers.0.attention.wv.weight"]), 8, 20)).astype(np.uint8)
     blocks[..., :4] = uniform(4, (*blocks.shape[:2], 2), std=0.02).astype(np.float16).view(np.uint8)
@@ -185,7 +185,7 @@ def test_a_quantized_model_rounds_to_16_bits_on_demand(tmp_path):
 
 @pytest.mark.torch
 def test_the_logits_of_a_quantized_file_are_transformers_own(tmp_path):
-    """transformers reads GGUF by itself, and permutes queries and keys back to its own layout."""
+    """Compare with transformers, which reads GGUF itself and permutes queries and keys back to its own layout."""
     hf = pytest.importorskip("hf_reference", reason="transformers is not installed", exc_type=ImportError)
     config = tiny.CONFIGS["grouped"]
     file = foreign.write_gguf(tmp_path / "m.gguf", config, tiny.random_params(config, seed=5), "Q8_0", name="tiny")
@@ -245,7 +245,7 @@ def test_scaled_rope_is_told_from_the_divisors(head_dim, theta, factor):
 
 
 def llama_cpp_divisors(head_dim: int, theta: float, factor: float) -> np.ndarray:
-    """rope_freqs as convert_hf_to_gguf.py computes it, in its float32 and its order."""
+    """Compute rope_freqs as convert_hf_to_gguf.py does, in float32 and in its order."""
     old, low, high = 8192, 1.0, 4.0
     frequencies = np.float32(1) / theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
     out = []
@@ -467,7 +467,7 @@ def test_an_absurd_header_is_one_line(tmp_path, fault):
 
 
 def test_every_cut_is_noticed(tmp_path):
-    """A file cut off at any place, in its header or its numbers, never becomes a model."""
+    """Check that a file cut off anywhere, in its header or its numbers, never becomes a model."""
     src = foreign.write_gguf(tmp_path / "m.gguf", CONFIG, PARAMS)
     data = src.read_bytes()
     end = max(tensor.data_offset + tensor.n_bytes for tensor in library.GGUFReader(src).tensors)
@@ -512,7 +512,7 @@ def test_a_quantized_value_that_is_not_finite_is_named(tmp_path):
 
 
 def test_config_of_smollm2():
-    """The published file, where it is at hand: NPLLAMA_SMOLLM2_GGUF names it."""
+    """Convert the published file that NPLLAMA_SMOLLM2_GGUF names."""
     path = os.environ.get("NPLLAMA_SMOLLM2_GGUF")
     if not path:
         pytest.skip("SmolLM2's GGUF is absent: the environment variable NPLLAMA_SMOLLM2_GGUF is not set")

@@ -1,4 +1,4 @@
-"""Hugging Face's folders: transformers' own files come back bit for bit, and what isn't a plain Llama is refused by name."""
+"""Test Hugging Face's folders: transformers' files convert bit for bit, and anything but a Llama is refused by its name."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CONFIGS = tiny.CONFIGS | {"linear": tiny.config(rope_scaling=LinearRopeScaling(4
 
 @pytest.fixture(autouse=True)
 def small_blocks(quick_conversion):
-    """Blocks of a few rows, that end anywhere within a head."""
+    """Read in blocks of a few rows, which end anywhere within a head."""
 
 
 # --------------------------------------------------------------------------------------------------------------- the same bits
@@ -51,8 +51,8 @@ def test_the_context_before_scaling_may_stand_beside_the_scaling(tmp_path, old):
     config = tiny.CONFIGS["llama3.1"]
     section = "rope_scaling" if old else "rope_parameters"
     rope = foreign.hf_config(config, old)[section]
-    beside = {"original_max_position_embeddings": rope.pop("original_max_position_embeddings"), section: rope}
-    src = foreign.write_hf(tmp_path / "src", config, tiny.random_params(config, seed=5), old=old, **beside)
+    more = {"original_max_position_embeddings": rope.pop("original_max_position_embeddings"), section: rope}
+    src = foreign.write_hf(tmp_path / "src", config, tiny.random_params(config, seed=5), old=old, **more)
     convert(src, tmp_path / "m")
     assert open_model(tmp_path / "m").config == config
 

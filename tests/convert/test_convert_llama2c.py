@@ -1,4 +1,4 @@
-"""llama2.c's files: the weights in their order, the size as the only magic number."""
+"""Test llama2.c's files: the order of the weights, and the size, which is the only magic number."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ARGS = {"dim": 96, "n_layers": 2, "n_heads": 6, "n_kv_heads": 2, "vocab_size": 1
 
 
 def shared_lists() -> list:
-    """Two to the power of 60 lists, if each is written out."""
+    """Make a list that would hold 2⁶⁰ lists if it were written out."""
     value: list = []
     for _ in range(60):
         value = [value, value]
@@ -37,7 +37,7 @@ def shared_lists() -> list:
 
 @pytest.fixture(autouse=True)
 def small_blocks(quick_conversion):
-    """Blocks of a few rows."""
+    """Read in blocks of a few rows."""
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -153,7 +153,7 @@ def test_a_pt_that_is_none_is_one_line(tmp_path, content, expected):
 
 @pytest.mark.torch
 def test_stories260k_is_the_same_model_as_from_meta(tmp_path, shared_data):
-    """Its published .bin is in this form; here it is written from Meta's form of the same weights."""
+    """Test the form of its published .bin, written here from Meta's form of the same weights."""
     pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
     convert(shared_data / "stories260K", tmp_path / "meta")
     model = open_model(tmp_path / "meta")

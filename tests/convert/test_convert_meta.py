@@ -1,4 +1,4 @@
-"""Meta's torch checkpoints: every way of splitting and storing them gives the same bits, and every fault has its line."""
+"""Test Meta's torch checkpoints: however they are split and stored, the bits are the same; each fault has a clear message."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ import tiny  # noqa: E402
 from to_meta import to_meta, to_params  # noqa: E402
 
 TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-COLUMNS = ("wo", "w2")  # split along their inputs, as the issue has it; written apart from to_meta.py, which it judges
+COLUMNS = ("wo", "w2")  # split along their inputs; stated independently of to_meta.py, which it checks
 CONFIG = tiny.config(n_heads=4, n_kv_heads=4, head_dim=24, ffn_dim=256, vocab_size=132)
 PARAMS = {
     "dim": 96,
@@ -51,7 +51,7 @@ PARAMS = {
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Blocks of a few rows, that end anywhere within a shard."""
+    """Read in blocks of a few rows, which end anywhere within a shard."""
     monkeypatch.setattr(writing, "BLOCK_BYTES", 1500)
 
 
@@ -385,7 +385,7 @@ def test_a_bad_tensor_is_named(tmp_path, fault):
 
 
 def with_pickle(data: bytes, content: bytes) -> bytes:
-    """The same zip, its pickle replaced."""
+    """Return the same zip file with its pickle replaced."""
     out = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(out, "w") as new:
         for name in old.namelist():
@@ -462,7 +462,7 @@ def test_a_shard_too_many_is_noticed(tmp_path):
 
 
 def test_lost_shards_are_missed_where_heads_are_not_as_wide_as_the_residual_stream(tmp_path):
-    """wq has n_heads times head_dim rows, which params.json then says."""
+    """Test a head_dim in params.json: wq has n_heads · head_dim rows."""
     config = tiny.config(n_heads=4, n_kv_heads=4, head_dim=16, ffn_dim=256, vocab_size=132)
     params = {**PARAMS, "head_dim": 16}
     src = save(tmp_path / "src", split(tensors_of(config), 4, 1), params)

@@ -1,4 +1,4 @@
-"""convert --ranks N: a directory for each rank, which holds what the whole model's would give it."""
+"""Test convert --ranks N: each rank's directory holds its share of the whole model."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ convert, refused = foreign.convert, foreign.refused
 
 @pytest.fixture(autouse=True)
 def small_blocks(quick_conversion):
-    """Blocks of a few rows."""
+    """Read in blocks of a few rows."""
 
 
 def assert_parts_of(whole, folder, size: int) -> None:
-    """Each rank's directory has the parts that shares.cut() takes of the whole, in the same form, and no others."""
+    """Check that each rank's directory has exactly the parts that shares.cut() takes of the whole, in the same form."""
     model = open_model(whole)
     for share in shares.shares(model.config, size):
         own = folder / f"rank-{share.rank}-of-{size}"
@@ -43,7 +43,7 @@ def assert_parts_of(whole, folder, size: int) -> None:
 @pytest.mark.parametrize(("name", "size"), [("grouped", 3), ("one_kv_head", 2), ("odd_ffn", 6)])
 @pytest.mark.parametrize("dtype", ["auto", "float16"])
 def test_parts_are_those_of_the_whole(tmp_path, name, size, dtype):
-    """Of tied and untied models, uneven shares, and key/value heads that several ranks have."""
+    """Test tied and untied models, uneven shares, and key/value heads that several ranks hold."""
     config = tiny.CONFIGS[name]
     source = foreign.write_hf(tmp_path / "hf", config, tiny.random_params(config, 1), "bfloat16")
     convert(source, tmp_path / "whole", dtype=dtype)
@@ -53,7 +53,7 @@ def test_parts_are_those_of_the_whole(tmp_path, name, size, dtype):
 
 @pytest.mark.parametrize(("tied", "head_dim"), [(False, 32), (True, 16)])
 def test_quantised_blocks_are_kept(tmp_path, tied, head_dim):
-    """Three heads of 16 numbers are no whole groups of 32: such groups are cut in two."""
+    """Check that groups of 32 are split in two where a share of three heads of 16 numbers is no whole number of groups."""
     pytest.importorskip("gguf", reason="gguf is not installed")
     config = tiny.config(head_dim=head_dim, tied_embeddings=tied)
     source = foreign.write_gguf(tmp_path / "m.gguf", config, tiny.random_params(config, 1), "Q4_0")
@@ -63,7 +63,7 @@ def test_quantised_blocks_are_kept(tmp_path, tied, head_dim):
 
 
 def test_int8_scales_of_columns_are_each_rank_s_own(tmp_path):
-    """A row's largest number may be another rank's: the part is never less exact than the whole row."""
+    """Check that a part is never less exact than the whole row, whose largest number may be in another rank's part."""
     config = tiny.config()
     params = tiny.random_params(config, 1)
     source = foreign.write_hf(tmp_path / "hf", config, params)
@@ -77,7 +77,7 @@ def test_int8_scales_of_columns_are_each_rank_s_own(tmp_path):
 
 @pytest.fixture(scope="module")
 def spread(tmp_path_factory):
-    """A model as one directory, and as one for each of two ranks."""
+    """Make a model's directory, and one for each of two ranks."""
     folder = tmp_path_factory.mktemp("spread")
     config = tiny.config()
     source = foreign.write_hf(folder / "hf", config, tiny.random_params(config, 1), "bfloat16")

@@ -1,4 +1,4 @@
-"""One command for every source: the same weights give the same bits, and nothing is imported or fetched unasked."""
+"""Test `convert`: the same weights give the same bits from any source, and nothing is imported or fetched unasked."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PARAMS = tiny.random_params(CONFIG, seed=5)
 
 @pytest.mark.parametrize("order", [None, np.array([2, 0, 1])])
 def test_a_mapped_tensor_is_read_in_native_byte_order(order):
-    """As `<f4` of a file is not np.float32 on a big-endian machine."""
+    """Test dtypes in a foreign byte order, as a file's `<f4` is on a big-endian machine."""
     x = tiny.uniform(1, (3, 4))
     found = conversion.Tensor.of(tiny.byte_swapped(x), order)
     assert found.dtype == found.rows(0, 2).dtype == np.float32
@@ -131,16 +131,16 @@ def test_what_is_no_source_is_one_line(tmp_path, quick_conversion):
     refused(tmp_path / "bare", dst, r"bare holds no checkpoint: expected a folder of Meta's")
 
 
-def test_a_taken_target_is_said_before_the_source_is_looked_at(tmp_path, quick_conversion):
-    """A download of gigabytes may hang on it."""
+def test_a_taken_target_is_reported_before_the_source_is_read(tmp_path, quick_conversion):
+    """Check the target first: reading the source may mean a download of gigabytes."""
     (tmp_path / "m").mkdir()
     refused("hf:owner/never-asked", tmp_path / "m", r"m exists: choose another name, or replace it with --force$")
     (tmp_path / "m" / "thesis.txt").write_text("precious")
     refused("hf:owner/never-asked", tmp_path / "m", r"m is not replaced: ", force=True)
 
 
-def test_a_gguf_beside_a_config_json_is_still_found(tmp_path, quick_conversion):
-    """As in repositories of GGUF files."""
+def test_a_gguf_in_a_folder_with_a_config_json_is_found(tmp_path, quick_conversion):
+    """Read a folder as repositories of GGUF files have it."""
     pytest.importorskip("gguf", reason="gguf is not installed")
     src = foreign.write_hf(tmp_path / "src", CONFIG, PARAMS)
     (src / "model.safetensors").unlink()
@@ -243,7 +243,7 @@ def test_memory_is_a_few_blocks_whatever_the_size(tmp_path, form, monkeypatch):
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """The routes of the hub that a download takes: a revision's commit, its list of files, and the files."""
+    """Serve the hub's routes for a download: a revision's commit, its list of files, and the files."""
 
     files: dict[str, dict[str, bytes]]  # by repository
     requests: list[tuple[str, str]]
@@ -301,7 +301,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path):
-    """A server on this machine, and a function that runs `npllama convert` against it with a cache of its own."""
+    """Start a local server; return a function that runs `npllama convert` against it with a cache of its own."""
     pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
 
     class Server(Hub):

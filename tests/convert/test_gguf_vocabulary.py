@@ -1,4 +1,4 @@
-"""GGUF vocabularies: the tokenizer made of one gives the ids of the tokenizer it was once made from."""
+"""Test GGUF vocabularies: the tokenizer rebuilt from one gives the ids of the original tokenizer."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_texts_are_split_as_llama_cpp_splits_them(pre: str, tiny_chatml_file: Pa
     library = tokenizers.Tokenizer.from_file(str(write(metadata_of_json(tiny_chatml_file, pre), tmp_path)))
     for text in map(as_unicode, TEXTS):
         if any(unicodedata.category(char) == "Cn" for char in text):
-            continue  # what has no category yet is a matter of the library's Unicode version
+            continue  # an unassigned character depends on the library's Unicode version
         parts = [text]
         for pattern in patterns:
             parts = [piece for part in parts for piece in regex.split(f"({pattern})", part) if piece]
@@ -83,8 +83,8 @@ def test_bos_is_added_where_llama_cpp_adds_it(tiny_llama3_json_file: Path, tmp_p
     ]:
         more = {} if said is None else {"add_bos_token": said}
         path = write(metadata_of_json(tiny_llama3_json_file, pre, bos_token_id=bos, **more), tmp_path)
-        for beside in (True, False):  # the file alone says it too, in its post-processor
-            if not beside:
+        for with_config in (True, False):  # the tokenizer's file states it too, in its post-processor
+            if not with_config:
                 (tmp_path / "tokenizer_config.json").unlink()
             assert load_tokenizer(path).adds_bos is adds
             assert load_tokenizer(path).encode("a", bos=True)[:1] == ([bos] if adds else load_tokenizer(path).encode("a")[:1])

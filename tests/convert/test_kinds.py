@@ -1,4 +1,4 @@
-"""Kinds of checkpoints that people reported to other converters and runtimes: each is read, or its real fault is named."""
+"""Test kinds of checkpoints reported to other converters and runtimes: each is read, or its fault is named."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from vocabularies import metadata_of_json
 
 @pytest.fixture(autouse=True)
 def quick(quick_conversion) -> None:
-    """Small blocks, and no waiting for the disk."""
+    """Read in small blocks, and don't wait for the disk."""
 
 
 def write(folder: Path, n_rows: int, tokenizer: Path, **changes: object) -> Path:
-    """A folder of Hugging Face's with so many rows and this tokenizer, whatever belongs to it included."""
+    """Write a Hugging Face folder with so many rows, this tokenizer and its companion files."""
     config = tiny.config(n_layers=1, vocab_size=n_rows)
     foreign.write_hf(folder, config, tiny.random_params(config, seed=5), **changes)
     shutil.copy(tokenizer, folder)
@@ -115,7 +115,7 @@ PARAMS = tiny.random_params(CONFIG, seed=5)
 
 
 def write_kind(folder: Path, kind: str, window: object) -> Path:
-    """CONFIG in a format, with a sliding window."""
+    """Write CONFIG in a format, with a sliding window."""
     folder.mkdir()
     if kind == "gguf":
         return foreign.write_gguf(folder / "model.gguf", CONFIG, PARAMS, llama__attention__sliding_window=window)
@@ -125,7 +125,7 @@ def write_kind(folder: Path, kind: str, window: object) -> Path:
 
 
 def write_consolidated(folder: Path, config: Config, params: foreign.Params, **more: object) -> Path:
-    """As Mistral publishes a model: consolidated.safetensors with Meta's names, and params.json."""
+    """Test Mistral's form: consolidated.safetensors with Meta's names, and params.json."""
     from safetensors.numpy import save_file
 
     folder.mkdir(exist_ok=True)

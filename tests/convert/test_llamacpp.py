@@ -1,4 +1,4 @@
-"""llama.cpp as a judge: the ids of GGUF vocabularies on 10,000 mixed texts, and the forward pass.
+"""Compare with llama.cpp: the ids of GGUF vocabularies on 10,000 mixed texts, and the forward pass.
 
 Where llama.cpp isn't the source library's equal, the difference is named here and its cases are counted.
 """
@@ -34,7 +34,7 @@ from foreign import convert, write_gguf
 
 
 def vocabulary_only(folder: Path, metadata: dict[str, object]) -> Path:
-    """A GGUF file with this vocabulary and the smallest model that llama.cpp opens."""
+    """Write a GGUF file with this vocabulary and the smallest model that llama.cpp opens."""
     shape = config(vocab_size=len(metadata["tokenizer.ggml.tokens"]), dim=32, n_heads=2, n_kv_heads=1, n_layers=1, ffn_dim=32)
     params = {name: np.zeros(size, np.float32) for name, size in parameter_shapes(shape).items()}
     return write_gguf(folder / "model.gguf", shape, params, **gguf_keys(metadata))
@@ -49,14 +49,14 @@ def gguf_keys(metadata: dict[str, object]) -> dict[str, object]:
 
 @contextlib.contextmanager
 def ours_and_theirs(metadata: dict[str, object], folder: Path) -> Iterator[tuple[Tokenizer, LlamaCpp]]:
-    """Our tokenizer and llama.cpp's of a GGUF vocabulary."""
+    """Return npllama's and llama.cpp's tokenizers for a GGUF vocabulary."""
     tokenizer = load_tokenizer(write(metadata, folder))
     with LlamaCpp(vocabulary_only(folder, metadata)) as judge:
         yield tokenizer, judge
 
 
 def differing(tokenizer: Tokenizer, judge: Judge, special: bool = False, texts: list[str] = CORPUS) -> list[str]:
-    """Those of the texts whose ids differ; with special tokens, of those that may spell one, as in mismatches()."""
+    """Return the texts whose ids differ; with special tokens, only of the texts that may spell one, as in mismatches()."""
     texts = [text for text in texts if "<" in text] if special else texts
     return [text for text in texts if tokenizer.encode(text, special=special) != judge(as_unicode(text))]
 
@@ -128,7 +128,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 def assert_continues_as_ours(
     judge: LlamaCpp, config: Config, params: Mapping[str, np.ndarray], prompt: list[int], n: int, n_probs: int, atol: float
 ) -> None:
-    """llama.cpp's n greedy tokens after the prompt are ours, ties within rounding aside, and so are the log-probabilities."""
+    """Check that llama.cpp's n greedy tokens equal npllama's, ties within rounding aside, and the log-probabilities too."""
     answer = judge.ask("/completion", prompt=prompt, n_predict=n, temperature=0, n_probs=n_probs)
     steps = answer["completion_probabilities"]
     ids = [step["id"] for step in steps]
@@ -142,7 +142,7 @@ def assert_continues_as_ours(
 
 
 def placeholders(n: int) -> dict[str, object]:
-    """A vocabulary of n tokens that mean nothing: llama.cpp wants one."""
+    """Return metadata of n meaningless tokens: llama.cpp needs a vocabulary."""
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "smollm",
@@ -191,7 +191,7 @@ def test_no_pre_tokenizer_is_the_default_one(tiny_chatml_file: Path, tmp_path: P
 
 @pytest.mark.parametrize("kind", [3, 4])
 def test_tokens_added_to_a_sentencepiece_vocabulary(kind: int, tiny_sentencepiece_file: Path, tmp_path: Path) -> None:
-    """A ChatML fine-tune on LLaMA's vocabulary: its tokens are control tokens, or defined by the user."""
+    """Test a ChatML fine-tune on LLaMA's vocabulary, whose new tokens are control or user-defined tokens."""
     metadata = metadata_of_sentencepiece(tiny_sentencepiece_file, eos_token_id=330)
     added = ["<|im_end|>", "<|im_start|>", "<tool>", "<tools>"]
     metadata["tokenizer.ggml.tokens"] += added

@@ -1,4 +1,4 @@
-"""PEFT's adapters merged into a checkpoint: the logits are PEFT's own merged model's."""
+"""Test merged PEFT adapters: the logits equal those of PEFT's own merged model."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ SETTINGS = {
 
 @pytest.fixture(autouse=True)
 def quick(quick_conversion) -> None:
-    """Small blocks, and no waiting for the disk."""
+    """Read in small blocks, and don't wait for the disk."""
 
 
 def adapter(folder: Path, base: Path, **settings: object):
-    """Train nothing: an adapter with random numbers in it, saved; and the merged model."""
+    """Save an untrained adapter with random numbers, and make PEFT's merged model."""
     import torch
 
     peft = pytest.importorskip("peft", reason="peft is not installed")

@@ -1,4 +1,4 @@
-"""Published models: their params.json, resolved as the converter does, gives the published shapes and parameter counts."""
+"""Check that the converter resolves published params.json to the published shapes and parameter counts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders whose matrices are quantised already: the same whole numbers and scales as their own libraries take out of them."""
+"""Test folders with quantised matrices: integers and scales equal those that their own libraries read."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Q_PROJ = "model.layers.0.self_attn.q_proj"
 
 @pytest.fixture(autouse=True)
 def small_blocks(quick_conversion):
-    """Blocks of a few rows."""
+    """Read in blocks of a few rows."""
 
 
 def write_folder(folder: Path, tensors: dict[str, np.ndarray], **settings: object) -> Path:
@@ -40,7 +40,7 @@ def write_folder(folder: Path, tensors: dict[str, np.ndarray], **settings: objec
 
 
 def in_our_order(expected: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The same matrices under our names, queries and keys interleaved."""
+    """Return the same matrices under npllama's names, queries and keys interleaved."""
     theirs = foreign.hf_tensors(CONFIG, {name: np.arange(len(x))[:, None] for name, x in PARAMS.items() if x.ndim == 2})
     names = foreign.hf_tensors(
         CONFIG,
@@ -73,7 +73,7 @@ def assert_widens_to(folder: Path, expected: dict[str, np.ndarray], tolerance: f
 
 
 def mlx_tensors(bits: int, dtype: str, group: int = 32) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """What mlx saves of a quantised model, and the numbers that it takes out of that."""
+    """Return the tensors that mlx saves for a quantised model, and the numbers that it dequantises them to."""
     mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
     kind, tensors, expected = getattr(mx, dtype), {}, {}
 
@@ -98,7 +98,7 @@ def mlx_tensors(bits: int, dtype: str, group: int = 32) -> tuple[dict[str, np.nd
     ("bits", "dtype"), [(4, "float16"), (4, "bfloat16"), (4, "float32"), (3, "float16"), (6, "float16"), (8, "bfloat16")]
 )
 def test_mlx_folders_keep_their_quantisation(tmp_path, bits, dtype):
-    """Within mlx's own rounding: half a unit of the product, which is at most twice as large as any number, and of the sum."""
+    """Compare within mlx's rounding: half a unit of the product, at most twice as large as any number, and of the sum."""
     tensors, expected = mlx_tensors(bits, dtype)
     src = write_folder(tmp_path / "src", tensors, quantization={"group_size": 32, "bits": bits})
     convert(src, tmp_path / "m")
@@ -161,7 +161,7 @@ def compressed_config(**changes: object) -> dict[str, object]:
 
 
 def compressed_tensors(bits: int, group: int | None) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Any whole numbers and scales, packed by the library; the embedding and the output matrix stay as they are."""
+    """Pack any integers and scales with the library; the embedding and the output matrix stay unquantised."""
     helpers = pytest.importorskip("compressed_tensors.compressors", reason="compressed-tensors is not installed")
     import torch
 
@@ -220,7 +220,7 @@ def test_a_stated_shape_is_held_against_the_numbers(tmp_path):
 @pytest.mark.torch
 @pytest.mark.parametrize(("bits", "group"), [(4, 32), (8, 32), (4, None)])
 def test_asymmetric_compressed_tensors_folders_keep_their_quantisation(tmp_path, bits, group):
-    """Packed by the library's own compressor, from scales and zero points of any values; 252 zero points fill no whole word."""
+    """Pack with the library's own compressor, scales and zero points of any values; 252 zero points end within a word."""
     library = pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
     import torch
     from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor as Compressor
@@ -261,7 +261,7 @@ Chosen = dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]  # q [out, in], ze
 
 
 def any_numbers(bits: int, group: int, zeros: tuple[int, int], dtype: type = np.float16) -> Chosen:
-    """Any whole numbers, zero points from the first to the last of two, and scales, for every matrix but the embedding."""
+    """Draw integers, zero points between two bounds, and scales, for every matrix but the embedding."""
     out = {}
     for i, (name, array) in enumerate(foreign.hf_tensors(CONFIG, PARAMS).items()):
         if array.ndim == 1 or "embed" in name:
@@ -278,7 +278,7 @@ def in_order(q: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 
 def folder_of(folder: Path, parts: dict[str, packed.Parts], **settings: object) -> Path:
-    """A folder in which these matrices are packed, and the others as they are."""
+    """Write a folder in which these matrices are packed and the others are not."""
     plain = {name: x.astype(np.float16) for name, x in foreign.hf_tensors(CONFIG, PARAMS).items() if name not in parts}
     tensors = {f"{name[:-6]}{part}": x for name, of in parts.items() for part, x in of.items()}
     return write_folder(folder, plain | tensors, quantization_config=settings)
@@ -330,7 +330,7 @@ def test_awq_folders_keep_their_quantisation(tmp_path, group, zeros):
 
 
 def test_act_order_is_refused_with_its_reason_unless_a_dtype_is_chosen(tmp_path):
-    """Columns of one group stand anywhere; groups of neighbours in another order are no obstacle."""
+    """Test groups of scattered columns, which are refused, and permuted groups of adjacent ones, which are not."""
     chosen = any_numbers(4, 32, (1, 15))
     random = np.random.RandomState(1)
     groups = {name: random.permutation(in_order(of[0], of[2])) for name, of in chosen.items()}
@@ -392,7 +392,7 @@ def test_groups_that_are_not_there_are_refused(tmp_path):
 
 
 def module_of(package: str, file: str) -> ModuleType:
-    """One file of a package whose others need CUDA or a transformers of its time."""
+    """Import one file of a package whose other files need CUDA or an old transformers."""
     if (found := importlib.util.find_spec(package)) is None or not found.submodule_search_locations:
         pytest.skip("auto_gptq or awq is absent: pip install --no-deps auto-gptq==0.7.1 autoawq==0.2.7.post3")
     spec = importlib.util.spec_from_file_location(

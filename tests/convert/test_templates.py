@@ -1,4 +1,4 @@
-"""Which of npllama's own formats writes the same as a checkpoint's template, and what chat does with a converted model."""
+"""Test which of npllama's own formats equals a checkpoint's template, and chat with a converted model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SMOLLM2 = CHATML.replace(
     "{{ '<|im_start|>' + m.role",
     1,
 )
-# Phi-4's, whose tags are ChatML's but for <|im_sep|>: what tags alone took for ChatML.
+# Phi-4's, whose tags are ChatML's except for <|im_sep|>: detection by tags alone took it for ChatML.
 PHI4 = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '<|im_sep|>' + m.content + '<|im_end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|>' }}{% endif %}"
@@ -118,7 +118,7 @@ def test_templates_of_a_gguf_file() -> None:
 
 @pytest.fixture(scope="module")
 def converted(tiny_chatml_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Models of Hugging Face folders with these templates."""
+    """Convert Hugging Face folders with these templates."""
     from npllama_convert import sources
     from npllama_convert.conversion import write
 
@@ -168,7 +168,7 @@ def test_without_jinja2_another_format_is_used_only_if_it_writes_the_same(
 
 
 def test_a_model_converted_before_templates_were_stored_uses_its_own(converted: dict[str, Path], tmp_path: Path) -> None:
-    """Its template is in tokenizer_config.json, and its chat_format was chosen by tags."""
+    """Test an older model directory: its template is in tokenizer_config.json, its chat_format was detected from tags."""
     old = tmp_path / "old"
     shutil.copytree(converted["phi4"], old)
     (old / templates.FILE).unlink()
