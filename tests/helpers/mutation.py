@@ -2,16 +2,18 @@
 
     pip install mutmut                                          # for its operators, on libcst
     python tests/helpers/mutation.py --seed 1 --n 600 --jobs 2
-    python tests/helpers/mutation.py --seed 1 --n 600 --jobs 2 --minutes 30    # as far as it comes; run again to go on
+    python tests/helpers/mutation.py --seed 1 --n 600 --jobs 2 --minutes 30    # as many as that allows; run again to go on
     python tests/helpers/mutation.py --seed 1 --n 600 --list    # draw, and test none
     python tests/helpers/mutation.py --render                   # docs/mutation.md again, after explaining survivors
 
-Writes docs/mutation.json, and docs/mutation.md from it and from the explanations in mutation_explained.json beside this file,
-after each mutant, so that what was interrupted goes on where it was, as long as neither the code nor the tests changed.
+Writes docs/mutation.json after each mutant, and docs/mutation.md from it and from mutation_explained.json in this folder. The
+same command again goes on where it was. Once code or tests have changed it runs the new mutants and those that survived; one
+that was killed stays killed, with the revision that killed it. --afresh runs all of them.
+
 Torch and the test packages must be installed. Each mutant lives in a copy of the tracked files, with a home and temporary
-files of its own, and has limits of memory, file size and the processor's time: a busy machine kills none. Left out is what no
-test of numbers can notice, or what any test would: annotations, strings, what a `raise` says, zip's strict, constants that
-decide speed alone, None for a value.
+files of its own, and has limits of memory, file size and processor time: a busy machine kills none. Left out is what no test
+of numbers can notice, or what any test would: annotations, strings, the message of a `raise`, zip's strict, constants that
+decide speed alone, None for a value, -2 for -1 in reshape() (NumPy infers any negative size).
 """
 
 from __future__ import annotations
@@ -22,12 +24,13 @@ import contextlib
 import difflib
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import math
 import os
 import platform
-import random
-import resource
+import queue
+import select
 import shutil
 import signal
 import subprocess
@@ -37,12 +40,13 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS, PAGE = ROOT / "docs" / "mutation.json", ROOT / "docs" / "mutation.md"
-EXPLAINED = Path(__file__).with_name("mutation_explained.json")  # a survivor's change -> why no test notices it
+# "equivalent" and "open", each: module and change of a survivor -> why it is equivalent, or why no test kills it yet
+EXPLAINED = Path(__file__).with_name("mutation_explained.json")
 
 
 @dataclass(frozen=True)
@@ -104,18 +108,20 @@ class Mutant:
     module: str
     line: int
     change: str  # "before → after", the lines that differ
+    key: str = ""  # the hash that it was drawn by
     outcome: str = ""  # "failed", "crashed", "timeout" (it loops or waits for ever) or "survived"
     seconds: float = 0.0
+    revision: str = ""  # of the tests that decided
 
 
 # ------------------------------------------------------------------------------------------------------------------- mutants
 
 
 class Site:
-    """A node of a module's syntax tree and what mutmut's operators make of it."""
+    """A node of a module's syntax tree, the functions and classes around it, and the nodes mutmut's operators replace it by."""
 
-    def __init__(self, tree, node, line: int, variants: list):
-        self.tree, self.node, self.line, self.variants = tree, node, line, variants
+    def __init__(self, tree, node, line: int, around: str, variants: list):
+        self.tree, self.node, self.line, self.around, self.variants = tree, node, line, around, variants
 
 
 def sites(source: str, only: tuple[str, ...] = ()) -> list[Site]:
@@ -130,7 +136,10 @@ def sites(source: str, only: tuple[str, ...] = ()) -> list[Site]:
     positions, found = wrapper.resolve(PositionProvider), []
 
     class Visitor(cst.CSTVisitor):
-        inside = 0
+        def __init__(self) -> None:
+            super().__init__()
+            self.around: list[str] = []
+            self.sizes: set[cst.CSTNode] = set()  # the 1 of reshape(-1)
 
         def on_visit(self, node: cst.CSTNode) -> bool:
             if isinstance(node, cst.Annotation | cst.Raise | cst.Import | cst.ImportFrom):
@@ -139,19 +148,20 @@ def sites(source: str, only: tuple[str, ...] = ()) -> list[Site]:
                 return False
             if isinstance(node, cst.Arg) and is_strict(node):
                 return False
-            self.inside += self.named(node)
-            if self.inside or not only:
+            if isinstance(node, cst.Call) and isinstance(node.func, cst.Attribute) and node.func.attr.value == "reshape":
+                self.sizes |= {arg.value.expression for arg in node.args if isinstance(arg.value, cst.UnaryOperation)}
+            if isinstance(node, cst.FunctionDef | cst.ClassDef):
+                self.around.append(node.name.value)
+            if (not only or not set(only).isdisjoint(self.around)) and node not in self.sizes:
                 variants = [new for kind, operator in operators if isinstance(node, kind) for new in operator(node)]
                 variants = [new for new in variants if not (isinstance(node, cst.Call) and pointless(node, new))]
                 if variants:
-                    found.append(Site(wrapper.module, node, positions[node].start.line, variants))
+                    found.append(Site(wrapper.module, node, positions[node].start.line, ".".join(self.around), variants))
             return True
 
         def on_leave(self, node: cst.CSTNode) -> None:
-            self.inside -= self.named(node)
-
-        def named(self, node: cst.CSTNode) -> bool:
-            return isinstance(node, cst.FunctionDef | cst.ClassDef) and node.name.value in only
+            if isinstance(node, cst.FunctionDef | cst.ClassDef):
+                self.around.pop()
 
     def pointless(node: cst.Call, new: cst.CSTNode) -> bool:
         """Whether an argument became None, which any test that runs the line notices, or zip's `strict` is gone."""
@@ -169,21 +179,36 @@ def sites(source: str, only: tuple[str, ...] = ()) -> list[Site]:
 
 
 def draw(root: Path, modules: tuple[Module, ...], seed: int, n: int) -> Iterator[tuple[Module, Mutant, str]]:
-    """Yield n mutants of different places with their source, each place as likely as any other."""
-    rng = random.Random(seed)
+    """Yield n mutants of different places with their source, each place as likely as any other.
+
+    The places are drawn in the order of a hash of the seed, the line's text and the functions around it, so that a change of
+    the code leaves the draw elsewhere as it is.
+    """
     sources = {module: (root / module.path).read_text(encoding="utf-8") for module in modules}
-    places = [(module, site) for module, source in sources.items() for site in sites(source, module.only)]
-    rng.shuffle(places)
-    for module, site in places:
+    places = {}
+    for module, source in sources.items():
+        lines = source.splitlines()
+        for site in sites(source, module.only):
+            text = f"{seed}\0{module.path}\0{site.around}\0{lines[site.line - 1].strip()}"
+            key = next(key for i in itertools.count() if (key := sha256(f"{text}\0{i}")) not in places)
+            places[key] = module, site
+    for key in sorted(places):
         if n == 0:
             return
-        before, after = sources[module], site.tree.deep_replace(site.node, rng.choice(site.variants)).code
+        module, site = places[key]
+        variant = site.variants[int(sha256(key), 16) % len(site.variants)]
+        before, after = sources[module], site.tree.deep_replace(site.node, variant).code
         if same_program(before, after):
             continue
         n -= 1
-        yield module, Mutant(module.path, site.line, change(before, after)), after
+        yield module, Mutant(module.path, site.line, change(before, after), key[:16]), after
     if n:
         print(f"{n} fewer than asked for: the modules have no more places", file=sys.stderr)
+
+
+def sha256(text: str) -> str:
+    """Return the sha256 of a text in hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def same_program(before: str, after: str) -> bool:
@@ -203,17 +228,79 @@ def change(before: str, after: str) -> str:
 
 # ----------------------------------------------------------------------------------------------------- in a copy of the tree
 
-# What runs in the copy: pytest with limits of its own. No core files: a mutant may well crash.
+# Forks a process for each line of standard input and runs pytest in it, in a copy of the tree, with limits of its own. It has
+# imported what the tests import from elsewhere, which takes longer than most of them. No core files: a mutant may well crash.
 LAUNCHER = """
-import resource, sys
-for name, value in (("AS", {memory}), ("FSIZE", {file_bytes}), ("CORE", 0), ("CPU", {seconds})):
-    resource.setrlimit(getattr(resource, "RLIMIT_" + name), (value, value + 5 if name == "CPU" else value))
-import npllama, npllama_convert, os
-for package in (npllama, npllama_convert):
-    assert os.path.realpath(package.__file__).startswith(os.getcwd() + os.sep), package.__file__
+import contextlib, importlib, json, os, resource, sys, tempfile, traceback
 import pytest
-sys.exit(pytest.main(sys.argv[1:]))
+for name in {imports}:
+    with contextlib.suppress(ImportError):
+        importlib.import_module(name)
+
+def run(job):
+    os.setsid()
+    for number, path in enumerate((os.devnull, job["output"], job["output"])):
+        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), number)
+    for name, value in (("AS", {memory}), ("FSIZE", {file_bytes}), ("CORE", 0), ("CPU", job["seconds"])):
+        resource.setrlimit(getattr(resource, "RLIMIT_" + name), (value, value + 5 if name == "CPU" else value))
+    os.environ.update(job["environment"])
+    tempfile.tempdir = None  # what was imported may have asked for it
+    os.chdir(job["tree"])
+    sys.path.insert(0, job["tree"])
+    import npllama, npllama_convert
+    for package in (npllama, npllama_convert):
+        assert os.path.realpath(package.__file__).startswith(job["tree"] + os.sep), package.__file__
+    return int(pytest.main(job["arguments"]))
+
+for line in sys.stdin:
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            status = run(json.loads(line))
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    print(pid, flush=True)
+    _, status, used = os.wait4(pid, 0)
+    print(os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime, flush=True)
 """
+IMPORTS = ("numpy", "torch", "transformers.models.llama.modeling_llama", "gguf", "safetensors", "ml_dtypes")
+
+
+class Launcher:
+    """The process of LAUNCHER; it ends with its standard input."""
+
+    def __init__(self) -> None:
+        code = LAUNCHER.format(memory=MEMORY, file_bytes=FILE_BYTES, imports=IMPORTS)
+        environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env=environment
+        )
+
+    def run(self, job: dict, window: float) -> tuple[int | None, float]:
+        """Run one process: its status, None if it waited for ever, and the seconds of the processor that it took."""
+        self._process.stdin.write(json.dumps(job).encode() + b"\n")
+        pid, idle = int(self._process.stdout.readline()), False
+        try:
+            while not idle:
+                before = processor_seconds(pid)
+                if select.select([self._process.stdout], [], [], window)[0]:
+                    break
+                idle = processor_seconds(pid) - before < IDLE
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # its children too
+                os.killpg(pid, signal.SIGKILL)
+        status, seconds = self._process.stdout.readline().split()
+        return None if idle else int(status), float(seconds)
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.stdin.close()
+        self._process.wait()
 
 
 def snapshot(root: Path, folder: Path) -> Path:
@@ -237,36 +324,23 @@ def copy_of(tree: Path) -> Iterator[Path]:
         yield copy
 
 
-def fate(copy: Path, module: Module, limit: float, window: float = WINDOW) -> tuple[str, float]:
-    """Run a module's tests in a copy: the outcome, as Mutant has it, and the seconds that it took.
+def fate(launcher: Launcher, copy: Path, module: Module, limit: float, window: float = WINDOW) -> tuple[str, float]:
+    """Run a module's tests in a copy: the outcome, one of Mutant's, and the seconds of the processor that it took.
 
     limit is in seconds of the processor. A test that waits for ever takes none of them: it ends after window seconds of that.
     """
-    launcher = LAUNCHER.format(memory=MEMORY, file_bytes=FILE_BYTES, seconds=math.ceil(limit))
-    command = [sys.executable, "-B", "-c", launcher, "-x", "-q", "--no-header", "-p", "no:cacheprovider"]
-    command += [f"tests/{name}.py" for name in module.tests.split()] + (["-k", module.k] if module.k else [])
-    home, temporary = str(copy.parent / "home"), str(copy.parent / "tmp")
-    environment = {**os.environ, "PYTHONPATH": str(copy), "HOME": home, "TMPDIR": temporary, "PYTHONDONTWRITEBYTECODE": "1"}
-    environment |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    started = time.monotonic()
-    with open(copy.parent / "output", "wb") as output:
-        process = subprocess.Popen(
-            command, cwd=copy, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
-        )
-        try:
-            status = None
-            while status is None:
-                before = processor_seconds(process.pid)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    status = process.wait(window)
-                if status is None and processor_seconds(process.pid) - before < IDLE:
-                    break
-        finally:
-            with contextlib.suppress(ProcessLookupError):  # its children too
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    arguments = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", *(f"tests/{name}.py" for name in module.tests.split())]
+    folder = copy.parent
+    job = {
+        "tree": str(copy),
+        "arguments": arguments + (["-k", module.k] if module.k else []),
+        "output": str(folder / "output"),
+        "seconds": math.ceil(limit),
+        "environment": {"PYTHONPATH": str(copy), "HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp")},
+    }
+    status, seconds = launcher.run(job, window)
     outcomes = {None: "timeout", -signal.SIGXCPU: "timeout", 0: "survived", 1: "failed", 2: "failed"}
-    return outcomes.get(status, "crashed"), time.monotonic() - started
+    return outcomes.get(status, "crashed"), seconds
 
 
 def processor_seconds(session: int) -> float:
@@ -280,16 +354,14 @@ def processor_seconds(session: int) -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def right_code(tree: Path, module: Module) -> float:
+def right_code(launcher: Launcher, tree: Path, module: Module) -> float:
     """Return the seconds of the processor that a module's tests take on right code; SystemExit if they don't pass."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with copy_of(tree) as copy:
-        outcome, _ = fate(copy, module, limit=600)
+        outcome, seconds = fate(launcher, copy, module, limit=600)
         if outcome != "survived":
             output = (copy.parent / "output").read_text(errors="replace")
             raise SystemExit(f"{module.path}: its tests fail without a mutant ({outcome}):\n{output[-3000:]}")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return seconds
 
 
 def digest(tree: Path) -> str:
@@ -305,20 +377,20 @@ def digest(tree: Path) -> str:
 # --------------------------------------------------------------------------------------------------------------------- the page
 
 
-def page(results: dict, explained: dict[str, str]) -> str:
+def page(results: dict, explained: dict[str, dict[str, str]]) -> str:
     """Return docs/mutation.md: what was run, how many mutants of each module were killed, and each survivor."""
     mutants = [Mutant(**mutant) for mutant in results["mutants"]]
     alive = [mutant for mutant in mutants if mutant.outcome == "survived"]
-    share = 100 * (1 - len(alive) / max(len(mutants), 1))
-    equivalent = sum(mutant.change in explained for mutant in alive)
+    equal = [mutant for mutant in alive if reason_for(mutant) in explained["equivalent"]]
+    killed, judged = len(mutants) - len(alive), len(mutants) - len(equal)
     rest = results["drawn"] - len(mutants)
     lines = [
         "# Mutants",
         "",
         "A mutant is the numeric core with one small change, such as `<` for `<=`, `-` for `+`, one more in a number, or an",
-        "argument left out. It is killed when a test fails. [A script](../tests/helpers/mutation.py) draws mutants at",
-        "random from a recorded seed, by mutmut's operators, and runs a few seconds of its module's tests on each, in a copy",
-        "of the tree. It wrote this page.",
+        "argument left out. It is killed when a test fails. [A script](../tests/helpers/mutation.py) draws mutants by a hash",
+        "of the place and a recorded seed, with mutmut's operators, and runs a few seconds of its module's tests on each, in a",
+        "copy of the tree. It wrote this page.",
         "",
         "```console",
         "$ pip install mutmut",
@@ -327,31 +399,46 @@ def page(results: dict, explained: dict[str, str]) -> str:
         "",
         f"{results['date']}, revision {results['revision']}: {', '.join(results['versions'])}.",
         "",
-        f"**{len(mutants) - len(alive)} of {len(mutants)} killed ({share:.1f} %)**; {equivalent} of the {len(alive)} survivors "
-        "are explained below."
-        + (f" They are the first {len(mutants)} of {results['drawn']} drawn: the time was up." if rest else "")
-        + " Seconds are the processor's, for the tests on right code. Killed by time are those that loop or wait for ever.",
+        f"**{100 * killed / max(judged, 1):.1f} % killed**: {killed} of {judged}, which are {len(mutants)} mutants without the "
+        f"{len(equal)} survivors that are equivalent: they change no result. {len(alive) - len(equal)} others survived."
+        + (f" They are the first {len(mutants)} of {results['drawn']} drawn: the time was up." if rest else ""),
         "",
-        "| module | seconds | drawn | killed | of these by time | survived |",
-        "|---|---|---|---|---|---|",
+        "A mutant that was killed is not run again when tests change; the survivors are. Seconds are the processor time that",
+        "the tests take on right code. Killed by time are mutants that loop or wait for ever.",
+        "",
+        "| module | seconds | drawn | killed | of these by time | equivalent | survived |",
+        "|---|---|---|---|---|---|---|",
     ]
     for path, seconds in results["seconds"].items():
-        of_it = [mutant.outcome for mutant in mutants if mutant.module == path]
-        alive_here, slow = of_it.count("survived"), of_it.count("timeout")
-        lines.append(f"| {path} | {seconds:.1f} | {len(of_it)} | {len(of_it) - alive_here} | {slow} | {alive_here} |")
-    lines += ["", "## Survivors", "", "| where | change | why no test notices |", "|---|---|---|"]
-    for mutant in alive:
-        change = mutant.change.replace("|", "\\|")
-        before, _, after = change.partition(" → ")
-        reason = explained.get(mutant.change, "").replace("|", "\\|")
-        lines.append(f"| {mutant.module}:{mutant.line} | `{before}` → `{after}` | {reason} |")
+        of_it = [mutant for mutant in mutants if mutant.module == path]
+        outcomes = [mutant.outcome for mutant in of_it]
+        same, slow = sum(mutant in equal for mutant in of_it), outcomes.count("timeout")
+        left = outcomes.count("survived")
+        lines.append(f"| {path} | {seconds:.1f} | {len(of_it)} | {len(of_it) - left} | {slow} | {same} | {left - same} |")
+    others = [mutant for mutant in alive if mutant not in equal]
+    lines += ["", "## Survivors", "", "| where | change | what no test needs yet |", "|---|---|---|"]
+    lines += [row(mutant, explained["open"]) for mutant in others]
+    lines += ["", "## Equivalent mutants", "", "| where | change | why it changes no result |", "|---|---|---|"]
+    lines += [row(mutant, explained["equivalent"]) for mutant in equal]
     return "\n".join(lines) + "\n"
 
 
+def reason_for(mutant: Mutant) -> str:
+    """Return the key of a mutant's explanation."""
+    return f"{mutant.module}: {mutant.change}"
+
+
+def row(mutant: Mutant, reasons: dict[str, str]) -> str:
+    """Return a survivor's row of the page."""
+    before, _, after = mutant.change.replace("|", "\\|").partition(" → ")
+    reason = reasons.get(reason_for(mutant), "").replace("|", "\\|")
+    return f"| {mutant.module}:{mutant.line} | `{before}` → `{after}` | {reason} |"
+
+
 def render() -> None:
-    """Write docs/mutation.md of the last results and the explanations that there are now."""
-    explained = json.loads(EXPLAINED.read_text(encoding="utf-8")) if EXPLAINED.exists() else {}
-    PAGE.write_text(page(json.loads(RESULTS.read_text(encoding="utf-8")), explained), encoding="utf-8")
+    """Write docs/mutation.md from the last results and the explanations."""
+    results, explained = (json.loads(path.read_text(encoding="utf-8")) for path in (RESULTS, EXPLAINED))
+    PAGE.write_text(page(results, explained), encoding="utf-8")
 
 
 def write(out: Path, results: dict) -> None:
@@ -361,17 +448,15 @@ def write(out: Path, results: dict) -> None:
         render()
 
 
-def place(mutant: Mutant) -> tuple[str, int, str]:
-    """Return what tells a mutant from the others of a draw."""
-    return mutant.module, mutant.line, mutant.change
+def earlier_results(out: Path, results: dict) -> dict[str, Mutant]:
+    """Return the mutants of an earlier run whose outcome stands, by their key.
 
-
-def earlier_results(out: Path, results: dict) -> dict:
-    """Return the results that an earlier run of the same draw of the same code and tests has left; none are empty."""
-    earlier = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
-    if any(earlier.get(key) != results[key] for key in ("command", "versions", "digest")):
-        return {"seconds": {}, "mutants": []}
-    return earlier
+    One that was killed stays so, and a survivor as long as neither code nor tests changed: its digest is the same.
+    """
+    earlier = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"mutants": []}
+    same = earlier.get("digest") == results["digest"]
+    mutants = [Mutant(**mutant) for mutant in earlier["mutants"]]
+    return {mutant.key: mutant for mutant in mutants if mutant.outcome != "survived" or same}
 
 
 def git_revision() -> str:
@@ -388,6 +473,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="how many at once")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no mutant after that; run again to go on")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the results as JSON")
+    parser.add_argument("--afresh", action="store_true", help="run all mutants, also those that were killed before")
     parser.add_argument("--list", action="store_true", help="draw, and test none")
     parser.add_argument("--render", action="store_true", help="write docs/mutation.md again and end")
     args = parser.parse_args()
@@ -408,38 +494,47 @@ def main() -> int:
         "versions": [f"Python {platform.python_version()}", *(f"{p} {importlib.metadata.version(p)}" for p in packages)],
     }
     end = time.monotonic() + 60 * args.minutes
-    with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
-        tree = snapshot(ROOT, Path(folder))
+    launchers: queue.Queue[Launcher] = queue.Queue()
+    with tempfile.TemporaryDirectory(prefix="mutation-") as folder, contextlib.ExitStack() as stack:
+        tree = snapshot(ROOT, Path(folder).resolve())
         results["digest"] = digest(tree)
-        drawn = dict(enumerate(draw(tree, modules, args.seed, args.n)))
+        drawn = list(draw(tree, modules, args.seed, args.n))
         results["drawn"] = len(drawn)
-        earlier = earlier_results(args.out, results)
-        known = {place(mutant): mutant for mutant in (Mutant(**m) for m in earlier["mutants"])}
-        done = {number: known[key] for number, (_, mutant, _) in drawn.items() if (key := place(mutant)) in known}
+        done = {} if args.afresh else earlier_results(args.out, results)
+        done = {m.key: replace(done[m.key], line=m.line) for _, m, _ in drawn if m.key in done}
+        for _ in range(args.jobs):
+            launchers.put(launcher := Launcher())
+            stack.callback(launcher.close)
         processor = {}
         for module in modules:
-            processor[module] = earlier["seconds"].get(module.path) or right_code(tree, module)
+            processor[module] = right_code(launcher, tree, module)
             print(f"{processor[module]:.1f} s of the processor: {module.path}", flush=True)
         results["seconds"] = {module.path: round(took, 1) for module, took in processor.items()}
         lock = threading.Lock()
+
+        def record() -> None:
+            write(args.out, {**results, "mutants": [asdict(done[m.key]) for _, m, _ in drawn if m.key in done]})
 
         def run(number: int) -> None:
             if time.monotonic() > end:
                 return
             module, mutant, source = drawn[number]
+            launcher = launchers.get()
             with copy_of(tree) as copy:
                 (copy / module.path).write_text(source, encoding="utf-8")
-                mutant.outcome, seconds = fate(copy, module, processor[module] * FACTOR + EXTRA)
-            mutant.seconds = round(seconds, 1)
+                mutant.outcome, seconds = fate(launcher, copy, module, processor[module] * FACTOR + EXTRA)
+            launchers.put(launcher)
+            mutant.seconds, mutant.revision = round(seconds, 1), results["revision"]
             where = f"{mutant.module}:{mutant.line}: {mutant.change}"
             print(f"{number:4} {mutant.outcome:8} {mutant.seconds:5} s  {where}", flush=True)
             with lock:
-                done[number] = mutant
-                write(args.out, {**results, "mutants": [asdict(done[number]) for number in sorted(done)]})
+                done[mutant.key] = mutant
+                record()
 
+        record()
         with ThreadPoolExecutor(args.jobs) as pool:
             try:
-                list(pool.map(run, [number for number in drawn if number not in done]))
+                list(pool.map(run, [number for number, (_, mutant, _) in enumerate(drawn) if mutant.key not in done]))
             except BaseException:  # such as Ctrl-C: those that run end, the others don't begin
                 pool.shutdown(cancel_futures=True)
                 raise

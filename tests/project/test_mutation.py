@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 import time
@@ -10,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-mutation = pytest.importorskip("mutation", reason="this system has no limits for a process", exc_type=ImportError)
+import mutation
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system can't fork a process")
 
 SOURCE = '''
 """A module."""
@@ -20,7 +23,7 @@ def f(x: int | None = 3, *rest: str) -> "float":
     """Nothing + here."""
     if x < 0:
         raise ValueError(f"x is {x - 1}")
-    return g(x, scale=2) + rest.count("a")
+    return g(x, scale=2).reshape(-1) + rest.count("a")
 
 class C:
     size = 4
@@ -44,15 +47,16 @@ def changes(only: tuple[str, ...] = ()) -> set[str]:
 
 def test_numbers_operators_and_arguments_change_and_words_do_not():
     needs_mutmut()
-    call = 'return g(x, scale=2) + rest.count("a")'
+    call = 'return g(x, scale=2).reshape(-1) + rest.count("a")'
     assert changes() == {
         'def f(x: int | None = 3, *rest: str) -> "float": → def f(x: int | None = 4, *rest: str) -> "float":',
         "if x < 0: → if x <= 0:",
         "if x < 0: → if x < 1:",
-        f'{call} → return g(x, scale=2) - rest.count("a")',
-        f'{call} → return g(x, scale=3) + rest.count("a")',
-        f'{call} → return g(scale=2) + rest.count("a")',
-        f'{call} → return g(x, ) + rest.count("a")',
+        f'{call} → return g(x, scale=2).reshape(-1) - rest.count("a")',
+        f'{call} → return g(x, scale=2).reshape(+1) + rest.count("a")',
+        f'{call} → return g(x, scale=3).reshape(-1) + rest.count("a")',
+        f'{call} → return g(scale=2).reshape(-1) + rest.count("a")',
+        f'{call} → return g(x, ).reshape(-1) + rest.count("a")',
         "size = 4 → size = 5",
         "pairs = zip([], [], strict=True) → pairs = zip([], strict=True)",
     }
@@ -70,6 +74,19 @@ def test_a_seed_is_a_draw_of_different_programs():
     for module, _, source in draws[0]:
         original = (mutation.ROOT / module.path).read_text(encoding="utf-8")
         assert ast.dump(ast.parse(source)) != ast.dump(ast.parse(original))
+
+
+def test_the_draw_elsewhere_stays_when_a_line_is_added(tmp_path):
+    needs_mutmut()
+    module = mutation.Module("npllama/x.py", "test_x")
+    (tmp_path / "npllama").mkdir()
+    draws = []
+    for source in ("def f(x):\n    return x + 1\n", "SIZE = 3\n\n\ndef f(x):\n    return x + 1\n"):
+        (tmp_path / module.path).write_text(source)
+        draws.append({mutant.key: mutant.change for _, mutant, _ in mutation.draw(tmp_path, [module], 1, 9)})
+    before, after = draws
+    assert [len(before), len(after)] == [2, 3]
+    assert before.items() < after.items()
 
 
 def test_the_table_names_what_there_is():
@@ -102,13 +119,20 @@ FATES = {
 }
 
 
+@pytest.fixture(scope="module")
+def launcher():
+    found = mutation.Launcher()
+    yield found
+    found.close()
+
+
 @pytest.mark.parametrize("fate", FATES)
-def test_what_became_of_a_mutant(tree, fate):
+def test_what_became_of_a_mutant(tree, launcher, fate):
     outcome, _, why = fate.partition(", as it ")
     limit, window = 3 if why == "loops" else 120, 2 if why == "waits" else 120
     with mutation.copy_of(tree) as copy:
         (copy / "tests" / "test_x.py").write_text(f"def test():\n    {FATES[fate] or 'pass'}\n")
-        found, _ = mutation.fate(copy, mutation.Module("npllama/x.py", "test_x"), limit, window)
+        found, _ = mutation.fate(launcher, copy, mutation.Module("npllama/x.py", "test_x"), limit, window)
     assert found == outcome
 
 
@@ -137,45 +161,54 @@ GREEDY = {
 
 
 @pytest.mark.parametrize("what", GREEDY)
-def test_a_mutant_hurts_its_copy_alone(tree, what):
+def test_a_mutant_hurts_its_copy_alone(tree, launcher, what):
     before = sorted(tree.rglob("*"))
     with mutation.copy_of(tree) as copy:
         (copy / "tests" / "test_x.py").write_text(f"def test():\n    {GREEDY[what]}\n")
-        assert mutation.fate(copy, mutation.Module("npllama/x.py", "test_x"), 120)[0] in ("failed", "crashed")
+        assert mutation.fate(launcher, copy, mutation.Module("npllama/x.py", "test_x"), 120)[0] in ("failed", "crashed")
         assert not (copy / "x").exists() or (copy / "x").stat().st_size < 1 << 30
     assert sorted(tree.rglob("*")) == before
 
 
-def test_explanations_stay_with_their_change():
-    survivor = {"module": "npllama/a.py", "line": 3, "change": "x = a | b → x = a & b", "outcome": "survived", "seconds": 1.0}
-    killed = survivor | {"change": "y = 1 → y = 2", "outcome": "failed"}
+def test_the_page_counts_equivalent_survivors_apart():
+    def mutant(change, outcome):
+        return {"module": "npllama/a.py", "line": 3, "change": change, "outcome": outcome, "seconds": 1.0}
+
     results = {
-        "command": "python tests/helpers/mutation.py --seed 7 --n 2",
+        "command": "python tests/helpers/mutation.py --seed 7 --n 4",
         "date": "2026-01-01",
         "revision": "abc",
         "versions": ["NumPy 2"],
-        "drawn": 3,
+        "drawn": 5,
         "seconds": {"npllama/a.py": 1.25},
-        "mutants": [survivor, killed],
+        "mutants": [
+            mutant("x = a | b → x = a & b", "survived"),
+            mutant("y = 1 → y = 2", "failed"),
+            mutant("while y: → while not y:", "timeout"),
+            mutant("z = 1 → z = 2", "survived"),
+        ],
     }
-    text = mutation.page(results, {survivor["change"]: "b is empty"})
-    assert "**1 of 2 killed (50.0 %)**; 1 of the 1 survivors" in text
-    assert "the first 2 of 3 drawn" in text
-    assert "drawn: " not in mutation.page(results | {"drawn": 2}, {})
-    assert "| npllama/a.py | 1.2 | 2 | 1 | 0 | 1 |" in text
-    assert "| npllama/a.py:3 | `x = a \\| b` → `x = a & b` | b is empty |" in text
+    explained = {"equivalent": {"npllama/a.py: x = a | b → x = a & b": "b is empty"}, "open": {}}
+    text = mutation.page(results, explained)
+    assert "**66.7 % killed**: 2 of 3, which are 4 mutants without the 1 survivors that are equivalent" in text
+    assert "1 others survived. They are the first 4 of 5 drawn" in text
+    assert "drawn: " not in mutation.page(results | {"drawn": 4}, explained)
+    assert "| npllama/a.py | 1.2 | 4 | 2 | 1 | 1 | 1 |" in text
+    survivors, equivalent = text.split("## Survivors")[1].split("## Equivalent mutants")
+    assert "| npllama/a.py:3 | `z = 1` → `z = 2` |  |" in survivors
+    assert "| npllama/a.py:3 | `x = a \\| b` → `x = a & b` | b is empty |" in equivalent
 
 
-def test_a_draw_goes_on_where_it_was_until_the_tests_change(tmp_path):
-    none = {"seconds": {}, "mutants": []}
-    results = {"command": "mutation.py --seed 1 --n 2", "versions": ["NumPy 2"], "digest": "abc"}
+def test_after_the_tests_changed_survivors_run_again_and_killed_mutants_stay_killed(tmp_path):
     out = tmp_path / "out.json"
-    assert mutation.earlier_results(out, results) == none
-    found = results | {"seconds": {"npllama/a.py": 1.5}, "mutants": [{"module": "npllama/a.py", "line": 3}]}
-    mutation.write(out, found)
-    assert mutation.earlier_results(out, results) == found
-    for key in results:
-        assert mutation.earlier_results(out, results | {key: "other"}) == none
+    assert mutation.earlier_results(out, {"digest": "abc"}) == {}
+    killed, survivor = (
+        {"module": "npllama/a.py", "line": 3, "change": "", "key": key, "outcome": outcome}
+        for key, outcome in (("1", "failed"), ("2", "survived"))
+    )
+    mutation.write(out, {"digest": "abc", "mutants": [killed, survivor]})
+    assert list(mutation.earlier_results(out, {"digest": "abc"})) == ["1", "2"]
+    assert list(mutation.earlier_results(out, {"digest": "other"})) == ["1"]
 
 
 def test_the_digest_is_of_the_code_and_the_tests(tree):
