@@ -1,4 +1,4 @@
-"""Where the command begins, as `npllama` and as `python -m npllama`: ready for Ctrl-C before anything takes time."""
+"""Entry point of `npllama` and `python -m npllama`: handles Ctrl-C before anything takes time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 def main() -> int:
     """Run the command that sys.argv names and return its exit status."""
-    listens = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # what a shell runs in the background may not
+    listens = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # a shell's background jobs ignore SIGINT
     if listens:
         signal.signal(signal.SIGINT, _leave)
     from .cli import main as run
@@ -21,7 +21,7 @@ def main() -> int:
         if listens:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         return run()
-    except KeyboardInterrupt:  # just before run() could hear it, or just after
+    except KeyboardInterrupt:  # just before run() handles it, or just after
         return INTERRUPTED
     finally:
         if listens:

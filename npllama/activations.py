@@ -34,7 +34,7 @@ TOKENS, STREAM = "tokens", "stream"  # inputs that are no activation of this lay
 ADD = "add"  # the residual connection: an operation that isn't one of Ops
 
 
-@dataclass(frozen=True, eq=False)  # a row is itself: `row in LAYER` compares no texts
+@dataclass(frozen=True, eq=False)  # rows compare by identity: `row in LAYER` compares no texts
 class Activation:
     """One row of the table; the module's docstring explains its columns."""
 
@@ -51,7 +51,7 @@ class Activation:
 
     @property
     def in_layer(self) -> bool:
-        """Whether each layer has one."""
+        """Tell whether each layer has one."""
         return self in LAYER
 
     def full_name(self, layer: int | str | None) -> str:
@@ -85,7 +85,7 @@ class Activation:
 
 @dataclass(frozen=True)
 class Context:
-    """What the operations of a pass take besides its activations and weights.
+    """The inputs of a pass's operations besides its activations and weights.
 
     config    the constants
     rotation  of this pass's tokens, as ops.rope takes it

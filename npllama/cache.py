@@ -49,32 +49,32 @@ class KVCache:
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
-        """The shape of the rows; () for one sequence."""
+        """Return the shape of the rows; () for one sequence."""
         return self._lengths.shape
 
     @property
     def lengths(self) -> np.ndarray:
-        """How many slots each row fills, padding included.    int64 [...]"""
+        """Return how many slots each row fills, padding included.    int64 [...]"""
         return self._lengths.copy()
 
     @property
     def length(self) -> int:
-        """How many slots the longest row fills, padding included."""
+        """Return how many slots the longest row fills, padding included."""
         return int(self._lengths.max(initial=0))
 
     @property
     def n_tokens(self) -> np.ndarray:
-        """How many tokens each row holds, without padding.    int64 [...]"""
+        """Return how many tokens each row holds, without padding.    int64 [...]"""
         return self._n_tokens.copy()
 
     @property
     def positions(self) -> np.ndarray:
-        """The position of every slot, the new ones included.    int64 [..., S]"""
+        """Return the position of every slot, the new ones included.    int64 [..., S]"""
         return self._rows(self._memory.positions)[..., : int(self._ends.max(initial=0))]
 
     @property
     def view(self) -> tuple[_Memory, tuple[int | slice, ...], np.ndarray | None]:
-        """The memory, the indices that lead from all its rows to those of this view, and which of these are active, if not all.
+        """Return the memory, the indices from all its rows to those of this view, and which of these are active, if not all.
 
         Views of one cache have the same memory. A cache elsewhere can follow this one by it (engine/ranks/leading.py).
         """
@@ -205,7 +205,7 @@ class KVCache:
 
 
 class _Memory:
-    """What a cache shares with the views of its rows: positions [rows, slots], and per layer [rows, G, slots, K]."""
+    """The arrays that a cache shares with the views of its rows: positions [rows, slots], and per layer [rows, G, slots, K]."""
 
     def __init__(self, n_layers: int, batch_shape: tuple[int, ...], capacity: int):
         self.batch_shape, self._capacity = batch_shape, capacity
@@ -214,7 +214,7 @@ class _Memory:
         self.values: list[np.ndarray | None] = [None] * n_layers
 
     def size(self, needed: int) -> int:
-        """How many slots there must be for `needed` ones."""
+        """Return how many slots to allocate for `needed` ones."""
         return max(needed, self._capacity)
 
 

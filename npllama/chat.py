@@ -48,14 +48,14 @@ class Prompt(NamedTuple):
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """How conversations with one model are written; chat_format() makes it. Threads may share it."""
+    """The format of conversations with one model; chat_format() returns it. Threads may share it."""
 
     name: str  # a key of FORMATS, or the template's: `default` is the model's own
     tokenizer: Tokenizer
     system: str | None = None  # put in front of a conversation without a system message; a template adds its own
     template: str | None = None  # Jinja; None: FORMATS[name]
     where: str = "the chat template"  # names the template's file in errors
-    variables: Mapping[str, str] = field(default_factory=dict)  # the special tokens that a template knows by name
+    variables: Mapping[str, str] = field(default_factory=dict)  # the special tokens that a template refers to
 
     def prompt(self, messages: Messages, now: datetime | None = None) -> Prompt:
         """Return the prompt that asks for the next answer. Raises ValueError in one line for what can't be written.
@@ -84,7 +84,7 @@ class ChatFormat:
         text = "".join(parts)
         if marked != plain and text != self._render(template, plain, now):
             spelled = next(part for value in values for part in self.tokenizer.split_special(value)[1::2])
-            raise ChatError(f"{self.where}: it takes {spelled} in a message for more than text: expected messages without")
+            raise ChatError(f"{self.where}: it treats {spelled} in a message as more than text: expected messages without it")
         return Prompt(text, self.tokenizer.encode_parts(parts))
 
     def _render(self, template: str, messages: Sequence[Mapping[str, str]], now: datetime) -> str:
@@ -140,7 +140,7 @@ def chat_format(model: Model, name: str | None = None) -> ChatFormat:
 
 
 def _expected(tokenizer: Tokenizer, named: Mapping[str, str]) -> str:
-    """Say which formats there are, and which one the tokenizer's special tokens speak of, for a model that names none."""
+    """Say which formats there are, and which one the tokenizer's special tokens suggest, for a model that names none."""
     try:
         hint = f" (its tokenizer has the special tokens of {chat_format_of(tokenizer)})"
     except ValueError:
@@ -161,7 +161,7 @@ def _checked_message(i: int, message: Mapping[str, str]) -> dict[str, str]:
 
 
 def _unused(*texts: str) -> tuple[str, str]:
-    """Return two characters for private use that no text holds."""
+    """Return two private-use characters that occur in no text."""
     used = set().union(*texts)
     start, end, *_ = (char for code in range(0xF0000, 0xF0000 + len(used) + 2) if (char := chr(code)) not in used)
     return start, end
@@ -295,26 +295,26 @@ _SPECIAL_TOKENS = {
     "zephyr": {"</s>"},
     "llama2": {"<s>", "</s>"},
 }
-# llama2 last: models of other formats have its tokens too. Zephyr's tags are no tokens: only a template tells of it.
-_TOLD_BY_TOKENS = ("llama3", "chatml", "mistral", "llama2")
+# llama2 last: models of other formats have its tokens too. Zephyr's tags are no tokens: only a template shows it.
+_KNOWN_BY_TOKENS = ("llama3", "chatml", "mistral", "llama2")
 
 
 def chat_format_of(tokenizer: Tokenizer) -> str:
-    """Name the chat format that a tokenizer's special tokens speak of, a key of FORMATS. Raises ValueError if none does.
+    """Name the chat format that a tokenizer's special tokens suggest, a key of FORMATS. Raises ValueError if there is none.
 
     A guess: a base model has the same tokens as the chat model made from it.
     """
-    for name in _TOLD_BY_TOKENS:
+    for name in _KNOWN_BY_TOKENS:
         if _SPECIAL_TOKENS[name] <= tokenizer.special_tokens.keys():
             return name
     raise ValueError(
         f"no chat format is known for this tokenizer: found special tokens {', '.join(list(tokenizer.special_tokens)[:5])}, "
-        f"expected those of {' or '.join(_TOLD_BY_TOKENS)}"
+        f"expected those of {' or '.join(_KNOWN_BY_TOKENS)}"
     )
 
 
 def default_system_of_template(template: str) -> str | None:
-    """The system prompt that a ChatML template writes where a conversation has none, or None.
+    """Return the system prompt that a ChatML template writes where a conversation has none, or None.
 
     SmolLM2's says in one string `<|im_start|>system\\nYou are a helpful AI assistant named SmolLM, ...<|im_end|>`; its instruct
     models were trained with it.

@@ -9,7 +9,7 @@ from typing import Any
 
 from .errors import NpllamaError, shown
 
-MOST = 2**31 - 1  # of anything counted
+MOST = 2**31 - 1  # of any count
 # Within these no power, product or quotient of constants overflows in float32.
 EPS_RANGE, FACTOR_RANGE = (1e-30, 1e3), (1e-12, 1e15)
 
@@ -27,7 +27,7 @@ def _check_fields(cls: type, values: Mapping[str, object]) -> None:
 
 
 def check_whole(name: str, value: object) -> int:
-    """Return a positive whole number; ConfigError if the value is none, or larger than anything that is counted."""
+    """Return a positive whole number; ConfigError if the value is not one, or larger than MOST."""
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= MOST:
         limit = f" up to {MOST}" if isinstance(value, int) and value > MOST else ""
         raise ConfigError(f"{name} is {shown(value)}, expected a positive whole number{limit}")
@@ -35,7 +35,7 @@ def check_whole(name: str, value: object) -> int:
 
 
 def check_number(name: str, value: object, limits: tuple[float, float]) -> float:
-    """Return a positive number; ConfigError if the value is none, or beyond what can be computed with."""
+    """Return a positive number; ConfigError if the value is not one, or outside the limits."""
     number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
     if not limits[0] <= number <= limits[1]:
         limit = f" from {limits[0]:g} to {limits[1]:g}" if 0 < number < math.inf else ""
@@ -45,7 +45,7 @@ def check_number(name: str, value: object, limits: tuple[float, float]) -> float
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How Llama 3.1 and later lower the RoPE frequencies, for texts longer than the context they were first trained on.
+    """Llama 3.1's lowering of the RoPE frequencies, for texts longer than the context that the model was first trained on.
 
     Wavelengths shorter than original_max_seq_len / high_freq_factor stay, those longer than
     original_max_seq_len / low_freq_factor grow by `factor`, the ones between are interpolated (ops.rope_frequencies).
@@ -117,7 +117,7 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> Config:
-        """The inverse of to_dict; a missing or unknown key is a ConfigError that names it."""
+        """Return the Config of to_dict()'s values; a missing or unknown key is a ConfigError that names it."""
         if not isinstance(values, Mapping):
             raise ConfigError(f"found {type(values).__name__}, expected an object of model constants")
         _check_fields(cls, values)
@@ -132,12 +132,12 @@ class Config:
         return cls(**constants)
 
     def to_dict(self) -> dict[str, object]:
-        """Plain values, for JSON."""
+        """Return plain values, for JSON."""
         return asdict(self)
 
 
 def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """The name and shape of every parameter, in Meta's names and the order of their use; linear weights are [out, in]."""
+    """Return the shape of every parameter by its name in Meta's files, in the order of use; linear weights are [out, in]."""
     D, F, V = config.dim, config.ffn_dim, config.vocab_size
     q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     layer: dict[str, tuple[int, ...]] = {
@@ -161,5 +161,5 @@ def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 
 
 def n_parameters(config: Config) -> int:
-    """How many numbers the model has learned; a tied output matrix counts once."""
+    """Return the number of parameters; a tied output matrix counts once."""
     return sum(math.prod(shape) for shape in parameter_shapes(config).values())

@@ -6,7 +6,7 @@ import reprlib
 
 
 class NpllamaError(ValueError):
-    """What was given can't be used; the message is one printable line: what was found and what was expected."""
+    """An input can't be used; the message is one printable line: what was found and what was expected."""
 
     def __init__(self, message: str = ""):
         super().__init__(printable(message))
@@ -39,7 +39,7 @@ def shown(value: object, longest: int = 80) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """Say in one short line what an exception says."""
+    """Return an exception's message as one short line."""
     text = str(error.strerror or error) if isinstance(error, OSError) else str(error)
     text = printable(next(iter(text.splitlines()), ""))
     return text[:200] or type(error).__name__

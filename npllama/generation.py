@@ -25,11 +25,11 @@ class Step:
 
     @property
     def logprob(self) -> float:
-        """The natural logarithm of the token's probability, whatever the sampling settings were."""
+        """Return the natural logarithm of the token's probability under the model, before sampling settings."""
         return float(log_probabilities(self.logits)[self.token])
 
     def top(self, k: int) -> list[tuple[int, float]]:
-        """The k most likely tokens with their log-probabilities, the most likely first."""
+        """Return the k most likely tokens with their log-probabilities, the most likely first."""
         logprobs = log_probabilities(self.logits)
         return [(int(i), float(logprobs[i])) for i in likeliest(logprobs, k)]
 
@@ -51,10 +51,10 @@ def generate(
     """Continue a prompt: yields ids as they are made, at most max_tokens; complete() takes and returns text.
 
     Ends before a stop id (the tokenizer's, unless given) and where the context is full. The same seed gives the same tokens. A
-    cache holds what came before `tokens`. With `lookup` up to so many tokens are checked in one pass, which followed when the
-    last few came before: the same tokens sooner, where a text repeats itself or its prompt, and ties within rounding aside.
+    cache holds what came before `tokens`. `lookup` is prompt-lookup decoding: one pass verifies up to that many tokens,
+    proposed from earlier n-grams. The tokens are equal up to ties within rounding, and come sooner where text repeats itself.
     Raises ValueError for a prompt that is empty, outside the vocabulary or longer than the context, for lookup with a
-    temperature, and when the time comes for logits that are NaN or infinite.
+    temperature, and, at the step that computes them, for logits that are NaN or infinite.
     """
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     steps = generate_steps(model, tokens, max_tokens, sampling, seed, stop_ids, cache, lookup)
@@ -72,7 +72,7 @@ def generate_steps(
     lookup: int = 0,
     before: Sequence[int] = (),
 ) -> Iterator[Step]:
-    """As generate(), with the logits of each step. `before` are the ids that the cache holds, for the repetition penalty."""
+    """Generate as generate() does, and yield logits too. `before` holds the ids in the cache, for the repetition penalty."""
     if cache is None:
         cache = KVCache(model.config)
     tokens = check_prompt(tokens, model)
@@ -124,10 +124,10 @@ def _decode_by_lookup(
     before: list[int],
     k: int,
 ) -> Iterator[Step]:
-    """Greedy decoding that lets one pass check what is likely to come: Saxena 2023, "Prompt lookup decoding".
+    """Decode greedily with prompt lookup: one pass verifies several proposed tokens (Saxena 2023, "Prompt lookup decoding").
 
-    A pass over the last token and proposals after it gives the logits after each. Proposals count as far as they are what
-    greedy decoding takes; the cache forgets the others.
+    A pass over the last token and the proposals after it gives the logits after each. Proposals are accepted up to the first
+    that differs from the greedy choice; the cache forgets the others.
     """
     known = _Lookup()
     for token in tokens.tolist():
@@ -160,13 +160,13 @@ def _decode_by_lookup(
 
 
 class _Lookup:
-    """Tokens so far, and what followed when the last few of them came before."""
+    """The tokens so far, and where each of their n-grams was followed before."""
 
-    SIZES = (4, 3, 2)  # tokens that must be alike; the longest match is taken, and of those the latest
+    SIZES = (4, 3, 2)  # n-gram sizes; the longest match is taken, and of equal ones the latest
 
     def __init__(self) -> None:
         self._tokens: list[int] = []
-        self._follows: dict[tuple[int, ...], int] = {}  # tokens -> where in the text that follows them begins
+        self._follows: dict[tuple[int, ...], int] = {}  # n-gram -> index of the token after it
 
     def add(self, token: int) -> None:
         for size in self.SIZES:
@@ -232,7 +232,7 @@ def _decode_batch(
 
 
 def draw(logits: np.ndarray, sampling: Sampling, rng: np.random.Generator, name: str, before: Sequence[int] = ()) -> int:
-    """As sample(); an error names the token that was to be drawn."""
+    """Sample as sample() does; an error names the token that was to be drawn."""
     try:
         return sample(logits, sampling, rng, before)
     except LogitsError as error:
@@ -267,7 +267,7 @@ class TextStream:
         return self._certain(self._decoder.push(id))
 
     def flush(self) -> str:
-        """Return what was held back: nothing follows."""
+        """Return the text that was held back, when no id follows."""
         text = self._certain(self._decoder.flush())
         text, self._held = text + self._held, ""
         return text
@@ -286,7 +286,7 @@ class TextStream:
 
 
 def stream_text(ids: Iterable[int], decoder: StreamDecoder, stop: Sequence[str] = ()) -> Iterator[str]:
-    """The text of ids as they come; ends before the first stop string (TextStream)."""
+    """Yield the text of ids as they come, up to the first stop string (TextStream)."""
     stream = TextStream(decoder, stop)
     for id in ids:
         if text := stream.push(id):
@@ -310,7 +310,7 @@ def check_prompt(tokens: Sequence[int] | np.ndarray, model: Model) -> np.ndarray
 
 
 def check_counts(max_tokens: int, seed: int) -> None:
-    """Raise ValueError for a negative one."""
+    """Raise ValueError for a negative max_tokens or seed."""
     for name, value in (("max_tokens", max_tokens), ("seed", seed)):
         if value < 0:
             raise ValueError(f"{name} is {value}, expected 0 or more")

@@ -42,8 +42,8 @@ def forward(
 
     params     name -> array, as config.parameter_shapes names them
     cache      the tokens before these, to which these are added; a new one if not given
-    tap        called as x = tap(name, x) on every activation, to record it or to put another in its place
-    last_only  only after the last slot, which saves most of the output matrix's work; in a batch, pad on the left then
+    tap        called as x = tap(name, x) on every activation, to record or replace it
+    last_only  only after the last slot, which saves most of the output matrix's work; then pad a batch on the left
     ops        the operations; by default FAST without a tap and PLAIN with one, whose logits agree within rounding
 
     Negative ids are padding: nothing attends to them, and the row's other tokens keep the positions they would have without.
@@ -135,7 +135,7 @@ def check_tokens(tokens: ArrayLike, config: Config) -> Array:
     """Return the ids as an integer array [..., T]; ValueError if there are none, or one is not below the vocabulary's size."""
     try:
         tokens = np.asarray(tokens)
-    except ValueError:  # NumPy's words for it are "inhomogeneous shape"
+    except ValueError:  # NumPy's message is "inhomogeneous shape"
         raise ValueError("rows of tokens have different lengths: expected the shorter ones padded with -1") from None
     if tokens.ndim == 0 or tokens.size == 0 or tokens.dtype.kind not in "iu":
         found = f"shape {tokens.shape} and dtype {tokens.dtype}"
@@ -145,5 +145,5 @@ def check_tokens(tokens: ArrayLike, config: Config) -> Array:
     return tokens
 
 
-PLAIN = Ops(attention, feed_forward)  # the functions of this file and of ops.py: a tap is shown every activation
+PLAIN = Ops(attention, feed_forward)  # the functions of this file and of ops.py: the tap sees every activation
 FAST = fast.faster(PLAIN)  # a long prompt is shared among threads, and scores are never in memory whole

@@ -44,7 +44,7 @@ def softmax(x: np.ndarray) -> np.ndarray:
 
 
 def silu(x: np.ndarray) -> np.ndarray:
-    """The smooth gate of SwiGLU, also called swish.
+    """Multiply x by its sigmoid: the smooth gate of SwiGLU, also called swish.
 
     y = x · σ(x) = x / (1 + exp(-x))        any shape
     Elfwing et al. 2017, arXiv:1702.03118.
@@ -70,7 +70,7 @@ def swiglu(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
 def rope_frequencies(
     head_dim: int, theta: float, scaling: RopeScaling | LinearRopeScaling | None, dtype: DTypeLike
 ) -> np.ndarray:
-    """How far each pair of a head's numbers turns per position, in radians.
+    """Return the angle by which each pair of a head's numbers rotates per position, in radians.
 
     θ_j = theta^(-2j/K), then lowered by `scaling`        -> [K/2]
     Su et al. 2021, arXiv:2104.09864.
@@ -101,7 +101,7 @@ def rope_frequencies(
 
 
 def rope_rotation(positions: np.ndarray, frequencies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The cosine and sine of every angle m·θ_j, shaped to broadcast over heads.
+    """Return the cosine and sine of every angle m·θ_j, shaped to broadcast over heads.
 
     positions [..., T], frequencies [K/2] -> cos, sin [..., T, 1, K/2]
 
@@ -124,7 +124,7 @@ def rope(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
 
 
 def causal_mask(query_positions: np.ndarray, slot_positions: np.ndarray, dtype: DTypeLike) -> np.ndarray:
-    """0 where a query may look, -inf where the slot's position is after its own; broadcasts over heads.
+    """Return 0 where a query may attend, -inf where the slot's position is after its own; broadcasts over heads.
 
     query_positions [..., T], slot_positions [..., S] -> [..., 1, T, S]
     """
@@ -134,7 +134,7 @@ def causal_mask(query_positions: np.ndarray, slot_positions: np.ndarray, dtype: 
 
 
 def query_key_products(q: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """The dot product of every query with every key of its group.
+    """Return the dot product of every query with every key of its group.
 
     q [..., T, H, K], keys [..., G, S, K] -> [..., H, T, S]
     Query head h uses key head h // (H/G): Ainslie et al. 2023, arXiv:2305.13245.
@@ -146,7 +146,7 @@ def query_key_products(q: np.ndarray, keys: np.ndarray) -> np.ndarray:
 
 
 def attention_scores(q: np.ndarray, keys: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """How well each query matches each key, scaled and masked.
+    """Score how well each query matches each key, scaled and masked.
 
     scores = q·k / sqrt(K) + mask        q [..., T, H, K], keys [..., G, S, K], mask [..., 1, T, S] -> [..., H, T, S]
     Vaswani et al. 2017, arXiv:1706.03762.
@@ -158,7 +158,7 @@ def attention_scores(q: np.ndarray, keys: np.ndarray, mask: np.ndarray) -> np.nd
 
 
 def attention_heads(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """The values that each query attends to, averaged by its weights.
+    """Average the values that each query attends to, by its weights.
 
     heads = weights · v        weights [..., H, T, S], values [..., G, S, K] -> [..., T, H, K]
     """

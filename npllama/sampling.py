@@ -11,12 +11,12 @@ from .errors import NpllamaError
 
 
 class LogitsError(NpllamaError):
-    """Logits that no token can be drawn from: NaN, or infinite; -inf rules a token out, if not all of them."""
+    """Logits that no token can be drawn from: NaN or inf. -inf rules a token out, but not all tokens."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn. The settings apply in this order, each to what the one before left over.
+    """The sampling settings. They apply in this order, each to the tokens that the one before left.
 
     repetition_penalty  divides the positive logits of ids that came before and multiplies the negative ones; 1 changes nothing
                  (Keskar et al. 2019, arXiv:1909.05858, as Hugging Face's RepetitionPenaltyLogitsProcessor)
@@ -49,7 +49,7 @@ class Sampling:
 
 
 def probabilities(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """The distribution that a token is drawn from, in float64.    [V] -> [V], sums to 1"""
+    """Return the distribution that a token is drawn from, in float64.    [V] -> [V], sums to 1"""
     logits = checked(logits).astype(np.float64)
     if sampling.temperature == 0:
         return np.eye(1, len(logits), int(np.argmax(logits)))[0]
@@ -61,7 +61,7 @@ def probabilities(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     if sampling.top_k:
         p[sampling.top_k :] = 0
     if sampling.top_p < 1:
-        before = np.cumsum(p) - p  # what the more likely ones reach together
+        before = np.cumsum(p) - p  # the sum over more likely tokens
         p[before >= sampling.top_p * p.sum()] = 0
     p[p < sampling.min_p] = 0
     result = np.empty_like(p)
@@ -99,7 +99,7 @@ def checked(logits: np.ndarray) -> np.ndarray:
 
 
 def likeliest(values: np.ndarray, k: int) -> np.ndarray:
-    """Return the places of the k largest values, the largest first, of equals the first first.    [V] -> int [k]"""
+    """Return the indices of the k largest values, the largest first, ties in order of index.    [V] -> int [k]"""
     if not 0 < k < len(values):
         return np.argsort(-values, kind="stable")[:k]
     least = np.partition(values, -k)[-k]  # sorting a whole vocabulary takes several times as long
@@ -108,6 +108,6 @@ def likeliest(values: np.ndarray, k: int) -> np.ndarray:
 
 
 def log_probabilities(logits: np.ndarray) -> np.ndarray:
-    """The natural logarithms of the model's own distribution, unsampled, in float64.    [..., V] -> [..., V]"""
+    """Return the log-probabilities of the model's own distribution, unsampled, in float64.    [..., V] -> [..., V]"""
     shifted = logits.astype(np.float64) - np.max(logits, axis=-1, keepdims=True)
     return shifted - np.log(np.sum(np.exp(shifted), axis=-1, keepdims=True))

@@ -1,4 +1,4 @@
-"""What one forward pass carries: its parameters, its cache, its operations and its tap. No mathematics."""
+"""The state of one forward pass: its parameters, its cache, its operations and its tap. No mathematics."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Ops:
             raise ValueError(f"{', '.join(given)} would not be called: attention is computed as one; replace it in model.PLAIN")
 
 
-@dataclass(slots=True)  # not frozen: a frozen one takes six times as long to make, and three are made per layer
+@dataclass(slots=True)  # not frozen: that takes six times as long to construct, and each layer constructs three
 class Scope:
     """One pass, seen from below a name: s["wq"] is a weight and s.see("q", x) an activation below the same prefix.
 

@@ -51,16 +51,16 @@ LLAMA3_SPECIAL_TOKENS = [
 ]
 LLAMA3_SPECIAL_TOKENS += [f"<|reserved_special_token_{2 + i}|>" for i in range(256 - len(LLAMA3_SPECIAL_TOKENS))]
 
-# tiktoken takes quadratic time, or fails, on very long texts and on very long runs without a change between blank and not
-# blank. Meta cuts the text at these limits, and the cuts show in the ids, so they are part of the tokenizer.
+# tiktoken takes quadratic time, or fails, on very long texts and on very long runs of only whitespace or
+# only other characters. Meta cuts the text at these limits, and the cuts show in the ids, so they are part of the tokenizer.
 TIKTOKEN_MAX_ENCODE_CHARS = 400_000
 MAX_NO_WHITESPACES_CHARS = 25_000
 
-# A tokenizer.json has no BOS and no EOS by name. These are what published models call them, the likelier first. Generation ends
+# A tokenizer.json does not name BOS and EOS. These are what published models call them, the likelier first. Generation ends
 # at every one of EOS_NAMES that the vocabulary has, as with Meta's own tokenizer at <|eot_id|>.
 BOS_NAMES = ("<|begin_of_text|>", "<s>")
 EOS_NAMES = ("<|end_of_text|>", "</s>", "<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>")
-# What the prompt formats are made of is special, even where a tokenizer.json forgets to say so.
+# The tokens of the prompt formats are special, even where a tokenizer.json does not mark them.
 ALWAYS_SPECIAL = {*BOS_NAMES, *EOS_NAMES, "<|start_header_id|>", "<|end_header_id|>", "<|im_start|>"}
 
 PathLike = str | os.PathLike[str]
@@ -71,11 +71,11 @@ class TokenizerError(NpllamaError):
 
 
 class MissingPackage(TokenizerError):
-    """A tokenizer's file is of a kind whose package isn't installed; what takes ids and gives ids needs none."""
+    """A tokenizer's file is of a kind whose package isn't installed; computing with ids needs none."""
 
 
 class Tokenizer(ABC):
-    """What every kind of tokenizer offers. Ids outside the vocabulary are a ValueError wherever ids are taken.
+    """The interface of every kind of tokenizer. Ids outside the vocabulary are a ValueError wherever ids are taken.
 
     A model may have more rows than its tokenizer has tokens: the embedding is padded to a rounder size, and such a row can be
     sampled. Those ids, up to n_rows, decode to nothing, as in Hugging Face.
@@ -124,7 +124,7 @@ class Tokenizer(ABC):
         return self._encode_parts(parts)
 
     def _encode_parts(self, parts: Sequence[str]) -> list[int]:
-        """Between two special tokens stands a text of its own."""
+        """Encode the text between two special tokens by itself."""
         ids: list[int] = []
         for i, part in enumerate(parts):
             ids += [self.special_tokens[part]] if i % 2 else self.encode(part)
@@ -134,7 +134,7 @@ class Tokenizer(ABC):
         """Turn ids into text; bytes that are not UTF-8 become U+FFFD.
 
         As the libraries do: special tokens of byte-level BPE decode to their spelling, SentencePiece's (`<s>`, `</s>`) to
-        nothing, and the blank that SentencePiece puts before a text is taken away again.
+        nothing, and the space that SentencePiece puts before a text is removed.
         """
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
@@ -204,9 +204,9 @@ class StreamDecoder:
 
 
 def load_tokenizer(path: PathLike) -> Tokenizer:
-    """Load a tokenizer's file of any kind, told by its content; `gs://` and `az://` paths are opened through blobfile.
+    """Load a tokenizer's file of any kind, detected from its content; `gs://` and `az://` paths are opened through blobfile.
 
-    tokenizer_config.json, special_tokens_map.json and generation_config.json beside it say which tokens are BOS and EOS, and
+    tokenizer_config.json, special_tokens_map.json and generation_config.json next to it say which tokens are BOS and EOS, and
     whether BOS is put in front of a text. Raises TokenizerError for a file of no such kind, one that is damaged, and one that
     needs a package that isn't installed.
     """
@@ -219,7 +219,7 @@ def load_tokenizer(path: PathLike) -> Tokenizer:
     if line.startswith(b"{"):
         return HuggingFaceTokenizer(path, data)
     if not line:
-        found = "an empty file" if not data else "only blanks"
+        found = "an empty file" if not data else "only whitespace"
     elif line.startswith(b"version https://git-lfs"):
         found = "a git-lfs pointer in place of the file (git lfs pull fetches it)"
     elif line.lower().startswith((b"<!doctype", b"<html")):
@@ -254,7 +254,7 @@ class TiktokenTokenizer(Tokenizer):
 
     @cached_property
     def encoding(self) -> _Encoding:
-        """The merging itself: tiktoken's, or our own over the package regex where tiktoken is not installed."""
+        """Return the encoder: tiktoken's, or our own over the package regex where tiktoken is not installed."""
         try:
             import tiktoken
         except ImportError:
@@ -317,7 +317,7 @@ def import_regex(path: PathLike) -> ModuleType:
 
 
 def ids_of(piece: bytes, ranks: Mapping[bytes, int]) -> list[int]:
-    """A piece's ids: its own if it is in the vocabulary whole, as tiktoken looks first, else what merging leaves."""
+    """Return a piece's ids: its own if the vocabulary has it, which tiktoken checks first, else those that merging leaves."""
     if piece in ranks:
         return [ranks[piece]]
     *_, parts = merge_rounds(piece, ranks)
@@ -362,14 +362,14 @@ def merge_rounds(piece: bytes, ranks: Mapping[bytes, int]) -> Iterator[list[byte
 class SentencePieceTokenizer(Tokenizer):
     """LLaMA 1 and 2's BPE with byte fallback, run by the sentencepiece package.
 
-    data is the file's content where it has been read already. Every id is SentencePiece's own. It spells a blank as U+2581 (▁),
-    so a text that holds this character itself comes back with a blank in its place: the one text that doesn't round-trip.
-    (A model trained to collapse blanks, as stories260K's was and LLaMA's was not, loses those too.)
+    data is the file's content where it has been read already. Every id is SentencePiece's own. It spells a space as U+2581 (▁),
+    so a text that holds this character itself comes back with a space in its place: the one text that doesn't round-trip.
+    (A model trained to collapse spaces, as stories260K's was and LLaMA's was not, loses those too.)
 
-    tokenizer_config.json (`added_tokens_decoder`) or added_tokens.json beside it may add tokens, as ChatML's to LLaMA's
-    vocabulary. They are looked for in the text first. Each part between them is a text of its own, with SentencePiece's blank
+    tokenizer_config.json (`added_tokens_decoder`) or added_tokens.json in its folder may add tokens, as ChatML's to LLaMA's
+    vocabulary. They are looked for in the text first. Each part between them is a text of its own, with SentencePiece's space
     in front, as in llama.cpp; but where Hugging Face wrote these files, only the first part gets one, or with `legacy` each,
-    and none that begins with a blank.
+    and none that begins with a space.
     """
 
     def __init__(self, path: PathLike, data: bytes | None = None):
@@ -390,8 +390,8 @@ class SentencePieceTokenizer(Tokenizer):
         self._pieces = {id: processor.id_to_piece(id) for id in range(n)}
         self._bytes = {id: self._piece_bytes(id) for id in range(n)}
         control = {id for id in range(n) if processor.is_control(id)}
-        beside = _Beside(path)
-        added = [token for token in beside.added() if token.id not in control and not self._is_unknown(token)]
+        settings = _Settings(path)
+        added = [token for token in settings.added() if token.id not in control and not self._is_unknown(token)]
         for token in added:
             if self._pieces.setdefault(token.id, token.content) != token.content:
                 found = self._pieces[token.id]
@@ -401,21 +401,21 @@ class SentencePieceTokenizer(Tokenizer):
         self.silent_ids = frozenset(control | {token.id for token in added if token.special})
         self.special_tokens = {self._pieces[id]: id for id in sorted(self.silent_ids)}
         ids = {piece: id for id, piece in self._pieces.items()}
-        self.adds_bos = beside.adds_bos is not False
-        named_bos, named_eos = (beside.id(name, ids, self.vocab_size) for name in ("bos", "eos"))
+        self.adds_bos = settings.adds_bos is not False
+        named_bos, named_eos = (settings.id(name, ids, self.vocab_size) for name in ("bos", "eos"))
         self.bos_id = bos if named_bos is None else named_bos
         self.eos_id = eos = eos if named_eos is None else named_eos
         ends = {token.id for token in added if token.special and token.content in EOS_NAMES}
-        self.stop_ids = frozenset({eos, *beside.stop_ids(ids, self.vocab_size), *ends})
+        self.stop_ids = frozenset({eos, *settings.stop_ids(ids, self.vocab_size), *ends})
         controls = [AddedToken(id, self._pieces[id], True) for id in sorted(control)]
         self._plain = _Splitter([token for token in added if not token.special])
         self._special = _Splitter([*added, *controls])
-        # Whether the model puts a blank before every text when encoding, which is then dropped where a text opens.
-        self._adds_blank = self._pieces[processor.encode("a")[0]].startswith("▁")
-        self._blank_each, self._without_blank = True, processor
-        if beside.is_hugging_face and self._adds_blank:
-            self._blank_each = beside.is_legacy
-            self._without_blank = sentencepiece.SentencePieceProcessor(model_proto=data + NO_DUMMY_PREFIX)
+        # Whether the model puts a space before every text when encoding; decoding drops it at the beginning of a text.
+        self._adds_space = self._pieces[processor.encode("a")[0]].startswith("▁")
+        self._space_each, self._without_space = True, processor
+        if settings.is_hugging_face and self._adds_space:
+            self._space_each = settings.is_legacy
+            self._without_space = sentencepiece.SentencePieceProcessor(model_proto=data + NO_DUMMY_PREFIX)
 
     def _is_unknown(self, token: AddedToken) -> bool:
         """Tell whether Hugging Face's list names the unknown token, which SentencePiece doesn't take for a control symbol."""
@@ -450,14 +450,14 @@ class SentencePieceTokenizer(Tokenizer):
         for part in splitter.split(text):
             if isinstance(part, int):
                 ids.append(part)
-            elif part[0] in " ▁" or (ids and not self._blank_each):
-                ids += self._without_blank.encode(part)
-            else:  # a text of its own, with a blank in front
+            elif part[0] in " ▁" or (ids and not self._space_each):
+                ids += self._without_space.encode(part)
+            else:  # encoded by itself, with a space in front
                 ids += self._processor.encode(part)
 
     def token_bytes(self, id: int, opening: bool) -> bytes:  # noqa: D102
         data = self._bytes.get(id, b"")  # a gap among the ids
-        return data[1:] if opening and self._adds_blank and data[:1] == b" " and self._pieces[id][0] == "▁" else data
+        return data[1:] if opening and self._adds_space and data[:1] == b" " and self._pieces[id][0] == "▁" else data
 
     def _piece(self, id: int) -> str:
         return self._pieces.get(id, "")
@@ -473,7 +473,7 @@ class AddedToken:
     id: int
     content: str
     special: bool
-    lstrip: bool = False  # takes the blanks before it along
+    lstrip: bool = False  # includes the whitespace before it
     rstrip: bool = False
 
 
@@ -505,7 +505,7 @@ class HuggingFaceTokenizer(Tokenizer):
     the 256 bytes, as SmolLM2's does, encodes what needs them to nothing: such a text doesn't round-trip.
 
     BOS is put in front of a text if tokenizer_config.json says so (`add_bos_token`), or else if the file's own post-processor
-    does it. BOS and EOS are what the files beside it name, or else the published models' names; generation ends at EOS, at the
+    does it. BOS and EOS are what files next to it name, or else the published models' names; generation ends at EOS, at the
     `eos_token_id` of generation_config.json, and at every one of EOS_NAMES that is a special token.
     """
 
@@ -556,21 +556,21 @@ class HuggingFaceTokenizer(Tokenizer):
         self.special_tokens = {self._added[id]: id for id in special}
         if not self._byte_level:
             self.silent_ids = frozenset(special)
-        # Whether the blank before a text goes away again, which SentencePiece's kind puts there.
-        blank = next((id for token, id in vocabulary.items() if token.startswith("▁")), None)
-        self._drops_blank = blank is not None and not library.decode([blank], skip_special_tokens=False).startswith(" ")
-        self._choose_ids(_Beside(path), vocabulary)
+        # Whether decoding drops the space that SentencePiece's kind puts before a text.
+        space = next((id for token, id in vocabulary.items() if token.startswith("▁")), None)
+        self._drops_space = space is not None and not library.decode([space], skip_special_tokens=False).startswith(" ")
+        self._choose_ids(_Settings(path), vocabulary)
         library.encode_special_tokens = True  # the special tokens' spelling is text
 
     @cached_property
     def _library_for_special(self) -> Any:
-        """A second one: which of the two it is to be isn't an argument of encode(), and this class can be used by threads."""
+        """Return a second library, for special=True: encode() has no such argument, and threads may share this object."""
         library = copy.deepcopy(self._library)
         library.encode_special_tokens = False
         return library
 
     def _encode_parts(self, parts: Sequence[str]) -> list[int]:
-        """Encode the whole at once: special tokens may take blanks next to them, and the first text another blank than others.
+        """Encode the whole at once: special tokens may take spaces next to them, and the first text differs in its first space.
 
         In a library of its own, special tokens have names that no text holds.
         """
@@ -598,18 +598,18 @@ class HuggingFaceTokenizer(Tokenizer):
         except Exception as error:  # the package raises nothing narrower
             raise TokenizerError(f"{self._path}: can't take a special token's spelling as text: {reason(error)}") from None
 
-    def _choose_ids(self, beside: _Beside, vocabulary: Mapping[str, int]) -> None:
+    def _choose_ids(self, settings: _Settings, vocabulary: Mapping[str, int]) -> None:
         with_bos, without = self._library.encode("a").ids, self._library.encode("a", add_special_tokens=False).ids
         processors = with_bos[0] if with_bos[:1] != without[:1] else None
-        named = beside.id("bos", vocabulary, self.vocab_size)
+        named = settings.id("bos", vocabulary, self.vocab_size)
         known = next((self.special_tokens[name] for name in BOS_NAMES if name in self.special_tokens), None)
-        found = [processors, named, known] if beside.adds_bos is None else [named, processors, known]
+        found = [processors, named, known] if settings.adds_bos is None else [named, processors, known]
         self.bos_id = next((id for id in found if id is not None), None)
-        self.adds_bos = self.bos_id is not None and (processors is not None if beside.adds_bos is None else beside.adds_bos)
-        named = beside.id("eos", vocabulary, self.vocab_size)
+        self.adds_bos = self.bos_id is not None and (processors is not None if settings.adds_bos is None else settings.adds_bos)
+        named = settings.id("eos", vocabulary, self.vocab_size)
         ends = [self.special_tokens[name] for name in EOS_NAMES if name in self.special_tokens]
         self.eos_id = named if named is not None else next(iter(ends), None)
-        self.stop_ids = frozenset({*beside.stop_ids(vocabulary, self.vocab_size), *ends})  # EOS is one of either
+        self.stop_ids = frozenset({*settings.stop_ids(vocabulary, self.vocab_size), *ends})  # EOS is one of either
 
     def _encode(self, text: str, special: bool) -> list[int]:
         return self._run(self._library_for_special if special else self._library, text)
@@ -632,7 +632,7 @@ class HuggingFaceTokenizer(Tokenizer):
         if self._byte_fallback and re.fullmatch("<0x[0-9A-Fa-f]{2}>", token):
             return bytes([int(token[3:-1], 16)])
         text = token.replace("▁", " ")
-        return (text[1:] if opening and self._drops_blank and text[:1] == " " else text).encode()
+        return (text[1:] if opening and self._drops_space and text[:1] == " " else text).encode()
 
     def _piece(self, id: int) -> str:
         if self._byte_level:
@@ -656,8 +656,8 @@ def _private_name(id: int) -> str:
     return f"{_NO_TEXT}{id}{_NO_TEXT}"
 
 
-class _Beside:
-    """What the files beside a tokenizer's say of BOS and EOS. A remote tokenizer, or Meta's, has none."""
+class _Settings:
+    """The settings for BOS and EOS in the files next to a tokenizer's. A remote tokenizer, or Meta's, has none."""
 
     def __init__(self, path: PathLike):
         folder = None if isinstance(path, str) and "://" in path else Path(path).parent
@@ -675,7 +675,7 @@ class _Beside:
         self.adds_bos = flag if isinstance(flag, bool) else None
 
     def id(self, name: str, vocabulary: Mapping[str, int], size: int) -> int | None:
-        """The id of `bos` or `eos`, or None where nothing is said; of several (generation_config.json's eos) the first."""
+        """Return the id of `bos` or `eos`, or None where none is named; of several (generation_config.json's eos) the first."""
         token = self._names.get(f"{name}_token")
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str) and token in vocabulary:
@@ -701,7 +701,7 @@ class _Beside:
         return found
 
     def stop_ids(self, vocabulary: Mapping[str, int], size: int) -> set[int]:
-        """All that ends an answer: EOS, end of turn (eot), end of message (eom)."""
+        """Return the ids that end an answer: EOS, end of turn (eot), end of message (eom)."""
         named = (self.id(name, vocabulary, size) for name in ("eos", "eot", "eom"))
         return {*self._ids("eos", size), *(id for id in named if id is not None)}
 
@@ -744,7 +744,7 @@ def _check_merges(path: PathLike, model: object) -> None:
 
 
 def _is_panic(error: BaseException) -> bool:
-    """Whether the tokenizers package panicked, as it does where a pattern takes too long; its exception can't be imported."""
+    """Tell if the tokenizers package panicked, as it does where a pattern takes too long; its exception can't be imported."""
     return type(error).__name__ == "PanicException"
 
 
@@ -787,7 +787,7 @@ def _parse_ranks(path: PathLike, data: bytes) -> dict[bytes, int]:
             encoded, rank = fields
             piece = base64.b64decode(encoded, validate=True)
         except (ValueError, binascii.Error):
-            raise TokenizerError(f"{path}: line {number}: found {line[:60]!r}, expected base64, a blank and a rank") from None
+            raise TokenizerError(f"{path}: line {number}: found {line[:60]!r}, expected base64, a space and a rank") from None
         if rank != b"%d" % len(ranks):
             raise TokenizerError(f"{path}: line {number}: found rank {rank[:20].decode('latin-1')}, expected {len(ranks)}")
         if piece in ranks:
@@ -804,7 +804,7 @@ def _parse_ranks(path: PathLike, data: bytes) -> dict[bytes, int]:
 
 
 def split_long(text: str) -> Iterator[str]:
-    """Cut a text where Meta does: every 400,000 characters, and in longer runs of (not) blank characters after every 25,000."""
+    """Cut a text where Meta does: every 400,000 characters, and runs of (or without) whitespace every 25,000."""
     for begin in range(0, len(text), TIKTOKEN_MAX_ENCODE_CHARS):
         block = text[begin : begin + TIKTOKEN_MAX_ENCODE_CHARS]
         start = 0

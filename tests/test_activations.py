@@ -22,7 +22,7 @@ PROMPT, STEP = 5, 1
 
 
 def run(config, params, tokens, cache):
-    """One pass: name -> activation, in the order in which the tap is shown them."""
+    """One pass: name -> activation, in the order in which the tap sees them."""
     seen = {}
     forward(params, config, tokens, cache, tap=lambda name, x: seen.setdefault(name, x.copy()))
     return seen
@@ -49,7 +49,7 @@ def test_the_rows_are_what_a_pass_shows_in_this_order_and_shape(name, batch):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_prompt_and_a_decode_step_are_recomputed_from_the_rows(name):
-    """Each activation from those that the pass has shown, by one operation.
+    """Check each activation against one operation on those before it.
 
     Measured: equal to the bit. A BLAS may sum in another order where keys lie otherwise in memory than in the cache: ten units
     of rounding, of the activation's largest magnitude.

@@ -1,4 +1,4 @@
-"""Rows that join, grow, are cut back and leave: each has the logits that it has alone."""
+"""Rows join, grow, are truncated and leave: each has the same logits as alone."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ events = st.lists(st.tuples(st.integers(0, 5), st.integers(1, 15), st.integers(1
 
 
 def last_logits(tokens: list[int]) -> np.ndarray:
-    """The logits after some tokens, without a cache."""
+    """Return the logits after some tokens, without a cache."""
     return forward(PARAMS, CONFIG, tokens, last_only=True)[-1]
 
 
 def pointers(cache: KVCache) -> list[int]:
-    """Where the keys and values of each layer lie in memory."""
+    """Return where the keys and values of each layer lie in memory."""
     G, K = CONFIG.n_kv_heads, CONFIG.head_dim
     nothing = np.zeros((*cache.batch_shape, 0, G, K), np.float32)
     return [x.ctypes.data for layer in range(CONFIG.n_layers) for x in cache.update(layer, nothing, nothing)]
@@ -70,7 +70,7 @@ def test_rows_in_any_order_of_joins_and_leaves_are_as_alone(events, capacity, se
 
 
 def test_a_reused_row_has_nothing_of_the_one_before():
-    """Not even NaN, which times a weight of 0 is NaN."""
+    """Not even NaN does: NaN times a weight of 0 is NaN."""
 
     def run(cache: KVCache) -> list[np.ndarray]:
         joined = forward(PARAMS, CONFIG, random_tokens(CONFIG, 2, 5), cache[1])
@@ -135,7 +135,7 @@ def test_generate_takes_a_row_as_its_cache(lookup):
     cache = KVCache(CONFIG, (3,), capacity=100)
     prompts = [[1, 2, 3, 4] * 3, [5, 6], random_tokens(CONFIG, 7, 20).tolist()]
     streams = [generate(MODEL, p, 30, cache=cache[i], lookup=lookup) for i, p in enumerate(prompts)]
-    found = [list(ids) for ids in zip(*streams, strict=True)]  # in turn, a token each
+    found = [list(ids) for ids in zip(*streams, strict=True)]  # alternately, a token each
     for prompt, ids in zip(prompts, zip(*found, strict=True), strict=True):
         assert list(ids) == list(generate(MODEL, prompt, 30))
 

@@ -1,4 +1,4 @@
-"""The chat formats: the published templates, and what a conversation must keep from one turn to the next."""
+"""The chat formats: the published templates, and the ids that a conversation keeps from one turn to the next."""
 
 from __future__ import annotations
 
@@ -206,7 +206,7 @@ def test_llama3_and_llama2_are_what_their_templates_write(
 @pytest.mark.parametrize("system", [None, "Be kind."])
 def test_zephyr_is_what_its_template_writes(llama2: Tokenizer, contents: list[str], system: str | None) -> None:
     jinja2 = pytest.importorskip("jinja2", reason="jinja2 is not installed")
-    # As transformers has it: a block's newline is no part of the text.
+    # As in transformers: a block's newline is no part of the text.
     template = jinja2.Template(ZEPHYR_TEMPLATE, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     messages = conversation(*contents, system=system)
     text = template.render(messages=messages, eos_token="</s>", add_generation_prompt=True)
@@ -252,7 +252,7 @@ def test_mistral_is_what_mistral_encodes(version: str, contents: list[str], syst
 
 
 class TekkenStandIn:
-    """Mistral's own tokenizer in our interface: what is judged is the format."""
+    """Mistral's own tokenizer in our interface: only the format is under test."""
 
     def __init__(self, judge: object):
         self._tekken = judge.instruct_tokenizer.tokenizer
@@ -293,7 +293,7 @@ def test_the_longer_conversation_begins_with_the_shorter_one(
     elif encode is encode_chatml:
         end = [any_kind.special_tokens["<|im_end|>"]]
     else:
-        end = [any_kind.encode("x ")[-1], any_kind.eos_id]  # Meta's format has a blank before </s>
+        end = [any_kind.encode("x ")[-1], any_kind.eos_id]  # Meta's format has a space before </s>
     kept = [*shorter, *any_kind.encode(contents[-2]), *end]
     assert longer[: len(kept)] == kept
     assert len(longer) > len(kept)

@@ -70,10 +70,10 @@ def conversation(*contents: str, system: str | None = None) -> list[dict[str, st
 
 CONVERSATIONS = {
     "one question": conversation("Hello, who are you?"),
-    "blanks": conversation("  Hello\t\n", "\n Hi! \n", " \n \n"),
+    "whitespace": conversation("  Hello\t\n", "\n Hi! \n", " \n \n"),
     "system": conversation("Hi", "Yes?", "Go\n\non", system="Be kind."),
     "empty": conversation("", "", "", system=""),
-    "blank system": conversation("Hi", system=" \n "),
+    "whitespace system": conversation("Hi", system=" \n "),
     "thinking": conversation("1+1?", "<think>\nhm\n</think>\n\n2", "2+2?", "<think></think>4", "3+3?"),
     "not Jinja": conversation("{{ 7 * 7 }}{% if x %}", "{# no #}", "\\n'\"<b>&amp;", system="{{ bos_token }}"),
     "letters": conversation("Grüße 🦙, 한국어\u200b", "A\r\nB\x00", "é"),
@@ -113,7 +113,7 @@ SPECIAL = """<|begin_of_text|> <|end_of_text|> <|start_header_id|> <|end_header_
 
 @pytest.fixture(scope="module")
 def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Judge:
-    """Byte-level BPE with most published templates' tokens; those of Phi 3 take the blanks that follow, as its own do."""
+    """Byte-level BPE with most published templates' tokens; those of Phi 3 include whitespace that follows, as its own do."""
     tokenizer = library.Tokenizer(library.models.BPE())
     tokenizer.pre_tokenizer = library.pre_tokenizers.Sequence(
         [
@@ -144,7 +144,7 @@ def _judge(tokenizer: Any, folder: Path, bos: str, eos: str) -> Judge:
 
 @pytest.fixture(scope="module")
 def sentencepiece_s(tiny_llama2_json_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Judge:
-    """SentencePiece's kind: a blank before each text."""
+    """Make one of SentencePiece's kind: a space before each text."""
     tokenizer = library.Tokenizer.from_file(str(tiny_llama2_json_file))
     tokenizer.add_special_tokens(["<|im_start|>", "[INST]"])
     return _judge(tokenizer, tmp_path_factory.mktemp("sentencepiece_s"), "<s>", "</s>")
@@ -213,14 +213,14 @@ def test_special_tokens_in_contents_stay_text(name: str, judge: Judge) -> None:
     harmless = judge.expected(template, conversation("hi", "hi", "hi", system="hi"))
     special = [id for id in prompt.ids if id in judge.special]
     assert special == [id for id in harmless if id in judge.special]
-    # Hugging Face's own way of that encodes each spelling apart; what is special and the whole text are the same.
+    # Hugging Face's own option encodes each spelling apart; what is special and the whole text are the same.
     sanitized = judge.expected(template, messages, sanitize_control_tokens=True)
     assert special == [id for id in sanitized if id in judge.special]
     assert judge.ours.decode(prompt.ids) == judge.ours.decode(sanitized)
 
 
 def test_a_special_token_is_text_as_if_there_were_no_such_token(byte_level: Judge) -> None:
-    """Encoded together with what stands around it, as a tokenizer without this token encodes it."""
+    """It is encoded with the text around it, as a tokenizer without this token encodes it."""
     prompt = byte_level.format("{{ '<|im_start|>' }}{{ messages[0].content }}{{ '<|im_end|>' }}").prompt(
         conversation(f"so {FORGED}.")
     )
@@ -228,9 +228,9 @@ def test_a_special_token_is_text_as_if_there_were_no_such_token(byte_level: Judg
 
 
 def test_a_forged_token_in_pieces_stays_text(byte_level: Judge) -> None:
-    """What a template takes out of a message may join to the spelling of a special token."""
+    """The parts that a template takes out of a message may join to the spelling of a special token."""
     taken = "{{ messages[0].content.split('<|eot_id|>') | join }}<|im_end|>"
-    with pytest.raises(ChatError, match=r"^the template: it takes <\|eot_id\|> in a message for more than text"):
+    with pytest.raises(ChatError, match=r"^the template: it treats <\|eot_id\|> in a message as more than text"):
         byte_level.format("{{ messages[0].content.startswith('<|eot_id|>') }}").prompt(conversation("<|eot_id|>"))
     ids = byte_level.format(taken).prompt(conversation("<|im_<|eot_id|>start|>")).ids
     assert [id for id in ids if id in byte_level.special] == [byte_level.ours.special_tokens["<|im_end|>"]]

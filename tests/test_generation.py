@@ -21,7 +21,7 @@ PROMPT = random_tokens(CONFIG, seed=2, shape=9).tolist()
 
 
 def greedy(prompt: list[int], n: int) -> list[int]:
-    """The definition: forward over everything, anew for each token."""
+    """Generate by definition: a forward pass over all tokens for each new token."""
     ids = list(prompt)
     for _ in range(n):
         ids.append(int(forward(MODEL.params, CONFIG, ids)[-1].argmax()))

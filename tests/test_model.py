@@ -246,7 +246,7 @@ def test_positions_count_from_zero_through_chunks():
     forward(PARAMS, GROUPED, TOKENS[:5], cache, tap=lambda name, x: seen.setdefault(name, x))
     forward(PARAMS, GROUPED, TOKENS[5:], cache)
     np.testing.assert_array_equal(cache.positions, np.arange(24))
-    np.testing.assert_array_equal(seen["layers.0.attention.q_rope"][0], seen["layers.0.attention.q"][0])  # no turn at 0
+    np.testing.assert_array_equal(seen["layers.0.attention.q_rope"][0], seen["layers.0.attention.q"][0])  # no rotation at 0
     assert np.abs(seen["layers.0.attention.q_rope"][1] - seen["layers.0.attention.q"][1]).max() > 0.1
 
 
@@ -254,7 +254,7 @@ def test_positions_count_from_zero_through_chunks():
     ("wrong", "found"),
     [
         (lambda x: None, "None"),
-        (lambda x: x[..., :1], r"an array of shape \(3, 1\)"),  # which would broadcast, in silence
+        (lambda x: x[..., :1], r"an array of shape \(3, 1\)"),  # which would broadcast silently
         (lambda x: x.tolist(), r"\[\["),
     ],
 )

@@ -67,7 +67,7 @@ def test_draws_have_the_frequencies_of_the_distribution():
 
 
 class Lowest:
-    """A source of random numbers that draws the least there is."""
+    """A random generator that returns the least number, 0.0."""
 
     @staticmethod
     def random() -> float:
@@ -180,7 +180,7 @@ def test_minus_infinity_rules_a_token_out(temperature):
 
 
 def test_a_repetition_penalty_by_its_definition():
-    """Keskar et al. 2019 (arXiv:1909.05858), as Hugging Face has it: what is negative is multiplied, once for each id."""
+    """Keskar et al. 2019 (arXiv:1909.05858), as in Hugging Face: negative logits are multiplied, once for each id."""
     logits = np.array([3.0, -2.0, 1.0, 0.0], np.float32)
     assert penalised(logits, [0, 1, 0], 2.0).tolist() == [1.5, -4.0, 1.0, 0.0]
     assert penalised(logits, [0], 1.0) is logits
@@ -208,7 +208,7 @@ def test_repetition_penalty_against_transformers(penalty):
 
 @pytest.mark.parametrize("k", [0, 1, 2, 5, 19, 20, 50])
 def test_the_likeliest_are_those_of_a_stable_sort(k):
-    """Of equals, which 16-bit logits have many of, the first come first."""
+    """Ties, which are frequent in 16-bit logits, keep the order of the ids."""
     rng = np.random.default_rng(4)
     for values in (rng.standard_normal(20), rng.integers(0, 4, 20).astype(float), np.full(20, -np.inf), np.zeros(20)):
         assert likeliest(values, k).tolist() == np.argsort(-values, kind="stable")[:k].tolist()

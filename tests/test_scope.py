@@ -1,4 +1,4 @@
-"""What a pass carries: the operations that it calls and no others, weights and activations under one prefix."""
+"""The scope of a pass: the operations that it calls and no others, weights and activations under one prefix."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TOKENS = [3, 1, 4, 1, 5]
 
 
 def counting(operations: Ops) -> tuple[Ops, dict[str, int]]:
-    """The set with every call counted."""
+    """Return the operations with every call counted."""
     calls = {field.name: 0 for field in dataclasses.fields(operations) if getattr(operations, field.name) is not None}
 
     def counted(name: str):
@@ -96,7 +96,7 @@ def test_a_pass_is_fast_unless_it_is_watched(tap, taken, monkeypatch):
 
 
 def test_an_empty_recording_is_a_tap():
-    """It is false, as every empty dict is; what counts is that it isn't None."""
+    """It is false, as every empty dict is; the code must compare with None."""
 
     class Recording(dict):
         def __call__(self, name, x):

@@ -192,7 +192,7 @@ def test_ids_equal_sentencepieces_own(llama2_tokenizer: Tokenizer, shared_data: 
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 329), max_size=8))
 def test_decode_equals_sentencepieces_own(tiny_sentencepiece: Tokenizer, tiny_sentencepiece_file: Path, ids: list[int]) -> None:
-    # Control pieces, leading blanks, <unk> and byte pieces in any order. Two differences are ours: bytes that are no UTF-8 are
+    # Control pieces, leading spaces, <unk> and byte pieces in any order. Two differences are ours: bytes that are no UTF-8 are
     # U+FFFD to both, but SentencePiece counts one for each byte; and a control piece inside a character doesn't break it.
     visible = [id for id in ids if id not in tiny_sentencepiece.silent_ids]
     expected = sentencepiece_judge(tiny_sentencepiece_file).decode(ids[:1] + [id for id in ids[1:] if id in visible])
@@ -206,7 +206,7 @@ def test_decode_equals_sentencepieces_own(tiny_sentencepiece: Tokenizer, tiny_se
 @given(text=text_of_any_kind)
 def test_round_trip_is_byte_exact(tokenizer: Tokenizer, text: str) -> None:
     if tokenizer.silent_ids:
-        text = text.replace("▁", "_")  # SentencePiece and what is made of it: test_the_blanks_own_spelling_is_the_exception
+        text = text.replace("▁", "_")  # SentencePiece and what is made of it: test_the_spelling_of_a_space_is_the_exception
     for bos in (False, True):
         ids = tokenizer.encode(text, bos=bos)
         assert all(0 <= id < tokenizer.vocab_size for id in ids)
@@ -220,8 +220,8 @@ def test_round_trip_of_the_corpus(tokenizer: Tokenizer) -> None:
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_the_blanks_own_spelling_is_the_exception(tiny_sentencepiece: Tokenizer, tiny_tiktoken: Tokenizer) -> None:
-    # To SentencePiece ▁ and a blank are one character: the published ids are kept, the difference is lost.
+def test_the_spelling_of_a_space_is_the_exception(tiny_sentencepiece: Tokenizer, tiny_tiktoken: Tokenizer) -> None:
+    # To SentencePiece ▁ and a space are one character: the published ids are kept, the difference is lost.
     assert tiny_sentencepiece.encode("a▁b") == tiny_sentencepiece.encode("a b")
     assert tiny_tiktoken.decode(tiny_tiktoken.encode("a▁b")) == "a▁b"
 
@@ -262,7 +262,7 @@ def test_a_character_begun_in_the_prompt_is_finished_by_its_continuation(tiny_ti
     assert StreamDecoder(tiny_tiktoken, prompt=[first]).push(last) == "🦙"
 
 
-def test_a_continuation_keeps_its_blank(llama2_tokenizer: Tokenizer) -> None:
+def test_a_continuation_keeps_its_space(llama2_tokenizer: Tokenizer) -> None:
     (to,) = llama2_tokenizer.encode("to")
     assert llama2_tokenizer.piece(to) == "▁to"
     assert StreamDecoder(llama2_tokenizer).push(to) == "to"
@@ -270,10 +270,10 @@ def test_a_continuation_keeps_its_blank(llama2_tokenizer: Tokenizer) -> None:
     assert StreamDecoder(llama2_tokenizer, prompt=llama2_tokenizer.encode("way", bos=True)).push(to) == " to"
 
 
-def test_sentencepiece_drops_one_blank_at_the_very_beginning(tiny_sentencepiece: Tokenizer) -> None:
-    (blank,) = [id for id in range(tiny_sentencepiece.vocab_size) if tiny_sentencepiece.piece(id) == "▁"]
-    assert tiny_sentencepiece.decode([blank]) == ""
-    assert tiny_sentencepiece.decode([1, blank, blank, 2, blank]) == "  "
+def test_sentencepiece_drops_one_space_at_the_very_beginning(tiny_sentencepiece: Tokenizer) -> None:
+    (space,) = [id for id in range(tiny_sentencepiece.vocab_size) if tiny_sentencepiece.piece(id) == "▁"]
+    assert tiny_sentencepiece.decode([space]) == ""
+    assert tiny_sentencepiece.decode([1, space, space, 2, space]) == "  "
 
 
 def test_bos_is_added_once(tokenizer: Tokenizer) -> None:
@@ -357,7 +357,7 @@ def test_pieces_of_llama3s_kind(tiny_tiktoken: Tokenizer) -> None:
 
 
 def cut_as_meta_does(text: str, max_chars: int, max_run: int) -> list[str]:
-    """Cut literally: character by character, counting how many of the same sort (blank or not) came one after another."""
+    """Cut by definition: count the consecutive characters of the same sort (whitespace or not)."""
     parts = []
     for begin in range(0, len(text), max_chars):
         part, run, before = "", 0, None
@@ -395,7 +395,7 @@ def test_long_runs(tokenizer: Tokenizer, text: str) -> None:
 def test_the_cuts_show_in_the_ids(llama3_tokenizer: Tokenizer) -> None:
     eight = llama3_tokenizer.encode("a" * 8)
     assert llama3_tokenizer.encode("a" * 100_000) == eight * 12_500
-    # Within the limit a run is one text; past it the rest starts anew, so 25,001 are not the ids of 25,001 uncut.
+    # Within the limit a run is one text; past it the rest is another text, so 25,001 are not the ids of 25,001 uncut.
     long = llama3_tokenizer.encode("a" * 24_999)
     assert llama3_tokenizer.encode("a" * 49_999) == llama3_tokenizer.encode("a" * 25_000) + long
     # A special token across a cut is text, as with Meta's code.
@@ -420,7 +420,7 @@ def test_the_kind_is_told_from_the_content(tiny_tiktoken_file: Path, tiny_senten
     ("content", "found"),
     [
         (b"", "an empty file"),
-        (b" \n\n \n", "only blanks"),
+        (b" \n\n \n", "only whitespace"),
         (b"<!DOCTYPE html>\n<html>", "an HTML page"),
         (b"\n<html><head>", "an HTML page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 2183982\n", "a git-lfs pointer"),
@@ -479,7 +479,7 @@ def test_a_bad_line_is_named(tmp_path: Path, line: int, content: bytes, message:
     assert str(path) in str(caught.value)
 
 
-def test_blank_lines_and_line_ends_do_not_matter(tmp_path: Path, tiny_tiktoken_file: Path) -> None:
+def test_blank_lines_and_line_breaks_do_not_matter(tmp_path: Path, tiny_tiktoken_file: Path) -> None:
     path = tmp_path / "tokenizer.model"
     path.write_bytes(tiny_tiktoken_file.read_bytes().replace(b"\n", b"\r\n") + b"\r\n")
     assert load_tokenizer(path).vocab_size == load_tokenizer(tiny_tiktoken_file).vocab_size == 256 + 20 + 256
@@ -541,7 +541,7 @@ def test_without_tiktoken_the_ids_are_the_same(tiny_tiktoken_file: Path, monkeyp
 
 
 def test_known_ids_without_tiktoken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there is no tiktoken to compare with; the expected ids are its."""
+    """Where there is no tiktoken to compare with; the expected ids are those of tiktoken."""
     pytest.importorskip("regex", reason="regex is not installed")
     monkeypatch.setitem(sys.modules, "tiktoken", None)
     tokenizer = load_tokenizer(demo_path() / "tokenizer.model")

@@ -14,10 +14,10 @@ from npllama.tokenizer import StreamDecoder, Tokenizer, TokenizerError, load_tok
 pytest.importorskip("tokenizers", reason="tokenizers is not installed")
 
 
-def changed(source: Path, folder: Path, **beside: dict[str, object]) -> Path:
-    """A copy of the file alone, with the named JSON files beside it."""
+def changed(source: Path, folder: Path, **settings: dict[str, object]) -> Path:
+    """Copy the file alone, and write the named JSON files next to it."""
     shutil.copy(source, folder / "tokenizer.json")
-    for name, values in beside.items():
+    for name, values in settings.items():
         (folder / f"{name}.json").write_text(json.dumps(values))
     return folder / "tokenizer.json"
 
@@ -30,7 +30,7 @@ def edited(source: Path, folder: Path, edit) -> Path:
 
 
 def test_bos_and_eos_of_a_chatml_model(tiny_chatml: Tokenizer, tiny_chatml_file: Path, tmp_path: Path) -> None:
-    # The file says nothing, tokenizer_config.json beside it all.
+    # The file says nothing, tokenizer_config.json next to it says all.
     assert (tiny_chatml.bos_id, tiny_chatml.eos_id, tiny_chatml.adds_bos) == (1, 2, False)
     assert tiny_chatml.stop_ids == {0, 2}
     assert tiny_chatml.encode("", bos=True) == []
@@ -40,7 +40,7 @@ def test_bos_and_eos_of_a_chatml_model(tiny_chatml: Tokenizer, tiny_chatml_file:
 
 
 def test_bos_and_eos_of_llama3s_kind(tiny_llama3_json: Tokenizer) -> None:
-    # Nothing beside the file: BOS is what its post-processor puts in front, the ends are known by name.
+    # No other file: BOS is what its post-processor puts in front, the ends have known names.
     special = tiny_llama3_json.special_tokens
     assert tiny_llama3_json.bos_id == special["<|begin_of_text|>"] == 2000
     assert tiny_llama3_json.adds_bos
@@ -55,7 +55,7 @@ def test_bos_and_eos_of_llama2s_kind(tiny_llama2_json: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("beside", "bos", "adds", "eos", "stop"),
+    ("settings", "bos", "adds", "eos", "stop"),
     [
         ({"tokenizer_config": {"add_bos_token": False}}, 2000, False, 2001, {2001, 2004}),
         ({"tokenizer_config": {"add_bos_token": None, "eos_token": "<|eot_id|>"}}, 2000, True, 2004, {2001, 2004}),
@@ -75,9 +75,9 @@ def test_bos_and_eos_of_llama2s_kind(tiny_llama2_json: Tokenizer) -> None:
     ],
 )
 def test_the_files_beside_it(
-    tiny_llama3_json_file: Path, tmp_path: Path, beside: dict, bos: int, adds: bool, eos: int, stop: set[int] | None
+    tiny_llama3_json_file: Path, tmp_path: Path, settings: dict, bos: int, adds: bool, eos: int, stop: set[int] | None
 ) -> None:
-    tokenizer = load_tokenizer(changed(tiny_llama3_json_file, tmp_path, **beside))
+    tokenizer = load_tokenizer(changed(tiny_llama3_json_file, tmp_path, **settings))
     assert (tokenizer.bos_id, tokenizer.adds_bos, tokenizer.eos_id) == (bos, adds, eos)
     assert tokenizer.stop_ids == (stop or {7, 2001, 2004})
     assert tokenizer.encode("a", bos=True) == [bos] * adds + tokenizer.encode("a")
@@ -135,7 +135,7 @@ def test_truncation_and_padding_are_off(tiny_chatml: Tokenizer, tiny_chatml_file
     assert load_tokenizer(edited(tiny_chatml_file, tmp_path, cut)).encode(text) == tiny_chatml.encode(text)
 
 
-def test_a_continuation_keeps_its_blank(tiny_llama2_json: Tokenizer) -> None:
+def test_a_continuation_keeps_its_space(tiny_llama2_json: Tokenizer) -> None:
     (to,) = tiny_llama2_json.encode("to")
     assert tiny_llama2_json.piece(to) == "▁to"
     assert StreamDecoder(tiny_llama2_json).push(to) == "to"
@@ -143,7 +143,7 @@ def test_a_continuation_keeps_its_blank(tiny_llama2_json: Tokenizer) -> None:
     assert StreamDecoder(tiny_llama2_json, prompt=tiny_llama2_json.encode("she")).push(to) == " to"
 
 
-def test_the_first_blank_stays_where_the_decoder_keeps_it(tiny_llama2_json_file: Path, tmp_path: Path) -> None:
+def test_the_first_space_stays_where_the_decoder_keeps_it(tiny_llama2_json_file: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(edited(tiny_llama2_json_file, tmp_path, lambda values: values["decoder"]["decoders"].pop()))
     assert tokenizer.decode(tokenizer.encode("to")) == " to"
 
@@ -155,7 +155,7 @@ def test_metaspace_is_read_as_well(tiny_llama2_json: Tokenizer, tiny_llama2_json
         values["decoder"] = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, space]}
 
     tokenizer = load_tokenizer(edited(tiny_llama2_json_file, tmp_path, metaspace))
-    for text in ("She went to the park.", "two  blanks ", "\n🦙"):  # one at the beginning is taken for SentencePiece's own
+    for text in ("She went to the park.", "two  spaces ", "\n🦙"):  # one at the beginning is taken for SentencePiece's own
         assert tokenizer.encode(text) == tiny_llama2_json.encode(text)
         assert tokenizer.decode(tokenizer.encode(text, bos=True)) == text
 
@@ -164,7 +164,7 @@ def test_decode_equals_the_librarys(tiny_llama2_json: Tokenizer, tiny_llama2_jso
     import tokenizers
 
     library = tokenizers.Tokenizer.from_file(str(tiny_llama2_json_file))
-    for text in ("She went to the park.", "  two  blanks ", "\n🦙<s>", "", " "):
+    for text in ("She went to the park.", "  two  spaces ", "\n🦙<s>", "", " "):
         ids = tiny_llama2_json.encode(text, bos=True, special=True)
         assert tiny_llama2_json.decode(ids) == library.decode(ids)
 

@@ -58,7 +58,7 @@ def _siblings(target: Path, kind: str, files: bool = False) -> list[Path]:
 
 
 def try_lock(descriptor: int) -> bool | None:
-    """Return True if it is locked by us now, False if another run holds it, None where locks don't work."""
+    """Lock a file. Return True if we hold it now, False if another run does, None where locks don't work."""
     if fcntl is None:
         return None
     try:

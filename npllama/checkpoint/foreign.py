@@ -1,8 +1,8 @@
 """Files that other programs wrote, read without trust: JSON, .npy, .npz, .safetensors and raw float32.
 
-Each reader raises the ValueError that its caller names, in one printable line that says which file, for whatever is not a
-regular file of its form. None takes more memory than the file's own size allows: what a header claims is held against the bytes
-that are there before anything is allocated, and JSON is read up to a limit.
+Each reader raises the kind of ValueError that its caller passes, in one printable line that names the file, for anything
+but a regular file of its form. None takes more memory than the file's own size allows: a header's sizes are compared with the
+bytes that are there before anything is allocated, and JSON is read up to a limit.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def parse_json(data: bytes) -> dict[str, object]:
     """Parse a JSON object. Raises ValueError for what is no JSON, TypeError with the type's name for another value.
 
     NaN, Infinity and numbers beyond a float's range are read as floats, as Python writes them: a field that takes numbers
-    refuses them by its name. A key that is there twice is refused unless both values are equal.
+    refuses them with its name. A key that is there twice is refused unless both values are equal.
     """
     try:
         value = json.loads(data.decode("utf-8-sig"), parse_int=_whole, object_pairs_hook=_unambiguous)
@@ -255,7 +255,7 @@ def _map(path: Path, shape: tuple[int, ...], dtype: np.dtype, offset: int, order
 def read_safetensors(
     path: Path, error: Error, header_limit: int = JSON_LIMIT, dtypes: Mapping[str, np.dtype] = SAFETENSORS_DTYPES
 ) -> dict[str, np.ndarray]:
-    """Map every tensor of a .safetensors file, by name; bfloat16 as its bits in uint16. Only those in `dtypes` are read.
+    """Map every tensor of a .safetensors file: name -> array; bfloat16 as its bits in uint16. Only those in `dtypes` are read.
 
     The format: eight bytes of length, a JSON header, then the numbers, where no two tensors may overlap (its own README).
     """

@@ -64,14 +64,14 @@ class Model:
     generation: dict[str, object] = field(default_factory=dict)  # recommended chat_format, system, temperature, top_p, or None
     path: Path | None = None
     manifest: Manifest = field(default_factory=dict)
-    ops: Ops | None = None  # what generation and perplexity run it with; None: what forward() chooses
+    ops: Ops | None = None  # the operations for generation and perplexity; None: those that forward() chooses
 
     def __repr__(self) -> str:
         return f"<npllama.Model {self.path}: {n_parameters(self.config):,} parameters>"
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer | None:
-        """The tokenizer in the model directory, or None."""
+        """Return the tokenizer in the model directory, or None."""
         for name in TOKENIZER_FILES:
             if self.path is not None and name in self.manifest.get("files", {}):
                 from ..tokenizer import load_tokenizer
@@ -253,7 +253,7 @@ def read_ahead(params: Mapping[str, Weight]) -> None:
     """Give the system madvise for the mapped weights, and log a warning where they don't fit into memory.
 
     Weights that fit are requested at once, in the order of their use, on another thread: computing then overlaps with reading
-    from the disk. Weights that don't fit are read again for every token, and the system is told not to keep them.
+    from the disk. Weights that don't fit are read again for every token, and the system is advised not to keep them.
     """
     if not hasattr(mmap.mmap, "madvise"):  # Windows
         return

@@ -1,4 +1,4 @@
-"""Where fetched models are kept, so that a name can stand for one: `-m smollm2-135m`.
+"""The folder of fetched models, where a name finds one: `-m smollm2-135m`.
 
 NPLLAMA_HOME, or the user's cache folder as platformdirs finds it, holds models/NAME, each a model directory.
 """

@@ -1,1 +1,1 @@
-"""How well a model predicts, what it is known to answer, and where its time goes."""
+"""Evaluate a model: perplexity, known answers, and a profile of its time."""

@@ -1,4 +1,4 @@
-"""What published models answer, so that who has the weights can see that they compute right: `npllama check MODEL`.
+"""Known answers of published models, to check that converted weights compute right: `npllama check MODEL`.
 
 A model is recognised by its shape. To add an answer: an entry in MODELS, with its source; the first layers of a wrong
 implementation already move every number here, so tolerances may be wide.
@@ -22,17 +22,17 @@ from ..tokenizer import StreamDecoder, Tokenizer
 
 @dataclass(frozen=True)
 class Answer:
-    """What is known of the continuation of one prompt, greedily."""
+    """The known greedy continuation of one prompt."""
 
     prompt: str  # text after BOS; a user's message where chat is true
     source: str
     chat: bool = False  # the prompt is put in the model's own format, with its own system prompt
-    ids: tuple[int, ...] = ()  # what the prompt becomes
+    ids: tuple[int, ...] = ()  # the prompt's ids
     next_token: int | None = None
     logits: tuple[float, ...] = ()  # the first ones of the vocabulary, after the prompt's last token
     tolerance: float = 0.0  # the largest difference of a logit
     n_tokens: int = 1  # how many are generated, unless the model ends before
-    text: str | None = None  # what they say, without blanks around
+    text: str | None = None  # their text, without surrounding whitespace
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,14 @@ class KnownModel:
     answers: tuple[Answer, ...]
 
     def has_shape(self, config: Config) -> bool:
-        """Whether a model could be this one."""
+        """Tell whether a model could be this one."""
         return all(getattr(config, key) == value for key, value in self.shape.items())
 
 
 def shape(
     dim: int, n_layers: int, n_heads: int, n_kv_heads: int, ffn_dim: int, vocab_size: int, norm_eps: float, rope_theta: float
 ) -> dict[str, object]:
-    """The constants by which a model without scaled RoPE is recognised."""
+    """Return the constants by which a model without scaled RoPE is recognised."""
     return {**locals(), "rope_scaling": None}
 
 
@@ -132,7 +132,7 @@ class Finding:
 
 
 def recognise(config: Config) -> KnownModel:
-    """The published model of this shape. Raises ValueError for a shape that isn't in MODELS."""
+    """Return the published model of this shape. Raises ValueError for a shape that isn't in MODELS."""
     for known in MODELS:
         if known.has_shape(config):
             return known

@@ -1,4 +1,4 @@
-"""How well a model predicts a text, and how far its predictions are from another model's. llama.cpp's definitions.
+"""Perplexity of a model on a text, and divergence of its predictions from another model's, as llama.cpp defines them.
 
 The text's ids are cut into windows of n that don't overlap; what is left over at the end is dropped. The first token of each is
 replaced by BOS where the tokenizer puts one before a text. The model predicts each of the tokens n/2 + 1 ... n - 1 of a window,
@@ -33,7 +33,7 @@ class Mean:
 
     @staticmethod
     def of(values: np.ndarray) -> Mean:
-        """The mean of values [N]."""
+        """Return the mean of values [N]."""
         return Mean(float(np.mean(values)), float(np.std(values) / math.sqrt(max(1, len(values) - 1))))
 
 
@@ -45,19 +45,19 @@ class Perplexity:
 
     @property
     def value(self) -> float:
-        """The perplexity: infinite where a token was impossible."""
+        """Return the perplexity: infinite where a token was impossible."""
         with np.errstate(over="ignore"):
             return float(np.exp(Mean.of(self.nll).value))
 
     @property
     def error(self) -> float:
-        """Its standard error: that of the mean logarithm, times the perplexity."""
+        """Return its standard error: that of the mean logarithm, times the perplexity."""
         return Mean.of(self.nll).error * self.value
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A model's predictions beside those of a base, of which it is a smaller or faster version, on the same tokens."""
+    """A model's predictions compared with those of a base, of which it is a smaller or faster version, on the same tokens."""
 
     model: Perplexity
     base: Perplexity
@@ -106,7 +106,7 @@ def compare(
 
 
 def make_windows(model: Model, tokens: Sequence[int], context: int) -> np.ndarray:
-    """The windows that are scored, the first token of each replaced by BOS where the tokenizer adds one.    -> int [N, n]"""
+    """Cut the scored windows, the first token of each replaced by BOS where the tokenizer adds one.    -> int [N, n]"""
     if not 3 <= context <= model.config.max_seq_len:
         raise ValueError(f"a window of {context} tokens: expected 3 to {model.config.max_seq_len}, the model's context")
     if len(tokens) < context:
@@ -119,7 +119,7 @@ def make_windows(model: Model, tokens: Sequence[int], context: int) -> np.ndarra
 
 
 def scored_rows(model: Model, window: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The logits that predict the second half of a window, and what they should predict, block by block.
+    """Yield the logits that predict the second half of a window, and the ids they should predict, block by block.
 
     int [n] -> ([rows, V], int [rows]) ...
     """

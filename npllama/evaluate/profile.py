@@ -1,4 +1,4 @@
-"""Where a token's time goes: each product of matrices by its weight, each operation, and what the memory's speed allows.
+"""Profile the time of a token: each matrix product by its weight, each operation, and the limit that memory bandwidth sets.
 
     profile = Profile(npllama.load())
     for step in profile.watch(generate_steps(profile.model, ids, 64, Sampling(), cache=profile.cache())):
@@ -71,7 +71,7 @@ class Profile:
             yield step
 
     def text(self) -> str:
-        """A table: milliseconds a token and share of each operation, and how fast weights were read."""
+        """Return a table: milliseconds a token and share of each operation, and how fast weights were read."""
         if not self.n_tokens:
             return "profile: no token after the first was made"
         ms = 1000 / self.n_tokens
@@ -127,7 +127,7 @@ def _names(model: Model) -> dict[int, str]:
 
 
 def memory_bandwidth() -> float:
-    """Bytes a second that one large float32 matrix-vector product reads; the best of five, after one that isn't counted."""
+    """Measure the bytes a second that a large float32 matrix-vector product reads: the best of five, after a warm-up."""
     matrix, x = np.ones(LARGE, np.float32), np.ones(LARGE[1], np.float32)
     seconds = []
     for _ in range(6):

@@ -164,7 +164,7 @@ def test_a_folder_is_on_the_disk_before_it_is_put_in_place(tmp_path, monkeypatch
 
 
 def kind(path: Path) -> str:
-    """What of a folder's replacement a path is: "m", or "partial" or "old" of `.m.old-1a2b3c4d`."""
+    """Name the part that a path has in a folder's replacement: "m", or "partial" or "old" of `.m.old-1a2b3c4d`."""
     return path.name.removeprefix(".m.").partition("-")[0]
 
 
@@ -197,7 +197,7 @@ def test_what_was_made_meanwhile_is_kept(tmp_path):
 
 
 def test_what_goes_while_it_is_looked_at_is_no_error(tmp_path, monkeypatch):
-    """Where files can't be locked, a folder's files are looked at, which are their writer's to remove."""
+    """Where files can't be locked, the age of a folder's files decides, which its writer may remove meanwhile."""
     (tmp_path / "m" / "sub").mkdir(parents=True)
     (tmp_path / "m" / "sub" / "x").touch()
     walk = os.walk
@@ -277,7 +277,7 @@ def test_whatever_was_not_written_is_a_reason(tmp_path, foreign):
 
 @pytest.fixture
 def handler():
-    """Sets SIGTERM's handler, and puts back what was."""
+    """Set SIGTERM's handler, and restore the earlier one."""
     before = signal.getsignal(signal.SIGTERM)
     yield lambda handler: signal.signal(signal.SIGTERM, handler)
     signal.signal(signal.SIGTERM, before)
@@ -320,11 +320,11 @@ def test_another_thread_sets_no_handler(tmp_path, handler):
 
 # ---------------------------------------------------------------------------------------------- ended at each of its changes
 
-KEPT = [".m.old-notours", ".m.partial-0123abcd.txt", ".m2.partial-0123abcd", "m2"]  # beside `m`, and left by no run for `m`
+KEPT = [".m.old-notours", ".m.partial-0123abcd.txt", ".m2.partial-0123abcd", "m2"]  # next to `m`, and left by no run for `m`
 
 
 def stored_in(path: Path) -> str | None:
-    """What the model at `path` is stored in, after each file of it was verified; None where there is no model."""
+    """Return the dtype of the model at `path`, each file of it verified; None where there is no model."""
     if not atomic.survivor(path).exists():
         return None
     assert verify(path) == []

@@ -1,4 +1,4 @@
-"""Readers of what other programs write: whatever is in the file, an array or one line that names it."""
+"""Readers of other programs' files: whatever a file holds, they return an array or raise one line that names it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where fetched models are kept, and what a name stands for."""
+"""The folder of fetched models, and the path of a name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Perplexity as llama.cpp defines it, and two models' predictions side by side."""
+"""Perplexity as llama.cpp defines it, and two models' predictions compared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""npllama generate --profile: what it adds up is the time that passed, and the model is afterwards as it was."""
+"""npllama generate --profile: its sum is the time that passed, and the model is unchanged afterwards."""
 
 from __future__ import annotations
 
