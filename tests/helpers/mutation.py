@@ -299,8 +299,8 @@ class Launcher:
 
     def close(self) -> None:
         """End the process."""
-        self._process.stdin.close()
-        self._process.wait()
+        with self._process:  # closes its pipes and waits
+            pass
 
 
 def snapshot(root: Path, folder: Path) -> Path:
