@@ -4,12 +4,12 @@ Exit status: 0 done, 1 a comparison or verification failed, 2 bad usage, bad inp
 
 | file | what is in it |
 |---|---|
-| options.py | the options that several commands share, and what is made of them |
-| console.py | output: streams, errors in a line, statistics |
-| chat_loop.py | the conversation of `npllama chat` |
-| all others | a command: add_parser() declares its options, run() does it and returns the exit status, None for 0 |
+| options.py | options that several commands share, and functions that turn them into models, prompts and settings |
+| console.py | standard input and output, errors, statistics |
+| chat_loop.py | the loops of `npllama chat` |
+| all others | a command: add_parser() declares its options, run() executes it and returns the exit status, None for 0 |
 
-Files import at their top what every command needs. What only some need is imported in their run(), so that all start quickly.
+Modules import at the top only what every command needs. The rest is imported in run(), so that every command starts quickly.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ COMMANDS = (  # in the order of --help
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status. Of several processes that mpiexec has started, rank 0 runs it."""
+    """Run one command and return its exit status. Under mpiexec, rank 0 runs it and the other ranks follow."""
     open_streams()
     if (launched := mpi.launched()) is None:
         return run(argv)
@@ -86,13 +86,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         follow_world(group)
-    except BaseException as error:  # an exit that MPI doesn't expect would wait for the other ranks
+    except BaseException as error:  # exiting without telling MPI would leave the other ranks waiting
         group.report(error)
     return 0
 
 
 def _lead(argv: Sequence[str] | None, group: mpi.World | None) -> int:
-    """Run the command as rank 0, and end the other ranks with it."""
+    """Run the command as rank 0, then end the other ranks."""
     status = 2
     try:
         status = run(argv)
@@ -115,13 +115,13 @@ def run(argv: Sequence[str] | None = None) -> int:
             return args.run(args) or 0
         finally:
             flush_output()
-    except SystemExit:  # of argparse, or of SIGTERM
+    except SystemExit:  # from argparse, or SIGTERM
         raise
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader has gone, as in `npllama generate ... | head`: flush_output() has closed the stream
+    except BrokenPipeError:  # the reader has exited, as in `npllama generate ... | head`: flush_output() has closed the stream
         return 0
-    except BaseException as error:  # a library written in Rust panics with one that is no Exception
+    except BaseException as error:  # a panic in a library written in Rust raises a BaseException
         say_error(f"{command}: {printable(error_text(error))}")
         return 2
 

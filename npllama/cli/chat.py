@@ -1,4 +1,4 @@
-"""npllama chat: talk with a model."""
+"""npllama chat: chat with a model."""
 
 from __future__ import annotations
 
@@ -27,32 +27,32 @@ from .options import (
 
 def add_parser(commands: Commands) -> None:
     """Declare the command and its options."""
-    p = add_command(commands, "chat", run, "talk with a model that was trained for it")
+    p = add_command(commands, "chat", run, "chat with a model that was trained to follow instructions")
     add_model_options(p, computes=False)
     add_options(p)
 
 
 def add_options(p: Parser) -> None:
-    """Declare how the model is talked with, which npllama run shares."""
+    """Declare the options of a chat, which `npllama run` has too."""
     p.formatter_class = argparse.RawDescriptionHelpFormatter
-    p.epilog = f"at a terminal, and as a line of standard input:\n{chat_loop.COMMANDS}"
-    p.add_argument("question", nargs="?", help="answer this and end; - reads standard input as one question")
-    p.add_argument("--json", action="store_true", help="print an answer as one object: text, ids, why it ended, times")
-    p.add_argument("--load", metavar="FILE", help="go on with a conversation that /save has written")
-    p.add_argument("--system", metavar="TEXT", help="the system prompt; empty for the template's (default: the model's own)")
-    p.add_argument("--format", help=f"{', '.join(FORMATS)}, or one of the model's templates by its name (default: its own)")
-    p.add_argument("-n", "--max-tokens", type=int, default=512, metavar="N", help="at most N tokens an answer (default 512)")
+    p.epilog = f"commands, at a terminal or as a line of standard input:\n{chat_loop.COMMANDS}"
+    p.add_argument("question", nargs="?", help="answer this question and exit; - reads standard input as one question")
+    p.add_argument("--json", action="store_true", help="print each answer as a JSON object: text, ids, finish reason, timings")
+    p.add_argument("--load", metavar="FILE", help="continue a conversation that /save has written")
+    p.add_argument("--system", metavar="TEXT", help="the system prompt; empty: the template's (default: the model's own)")
+    p.add_argument("--format", help=f"{', '.join(FORMATS)}, or the name of one of the model's templates (default: its own)")
+    p.add_argument("-n", "--max-tokens", type=int, default=512, metavar="N", help="at most N tokens per answer (default 512)")
     add_compute_options(p)
     add_processes_option(p)
     add_sampling_options(p)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Answer a question, or question and answer in turn, at a terminal or in a pipe."""
+    """Answer one question, or hold a conversation at a terminal or in a pipe."""
     model = load_model(args)
     required_tokenizer(model)
     if args.load and args.system is not None:
-        raise ValueError("found --load and --system, expected one of them: a conversation has its own system prompt")
+        raise ValueError("found --load and --system, expected one of them: a saved conversation has its own system prompt")
     options: dict[str, Any] = {
         "format": chat_format(model, args.format),
         "sampling": sampling_of(args, model),
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         conversation = Conversation(model, args.system, **options)
     if args.model is None:
-        chat_loop.report("the embedded model is a small one of plays: it follows no instructions; -m MODEL takes one that does")
+        chat_loop.report("the embedded model writes plays and follows no instructions: choose one that does with -m MODEL")
     loop = chat_loop.Loop(conversation, args.json, {Path(args.load).expanduser().resolve()} if args.load else set())
     if args.question is not None:
         chat_loop.answer(loop, read_text("-") if args.question == "-" else args.question)

@@ -14,20 +14,20 @@ from .console import Statistics, as_json, say_if_cut, write
 COMMAND = re.compile(r"/([A-Za-z]+)(?:\s+(.*))?", re.DOTALL)  # "/usr/bin" is no command
 COMMANDS = """\
 /reset      forget the conversation, keep the system prompt
-/save FILE  write the conversation as JSON: a list of role and content
-/help       say what can be typed
+/save FILE  write the conversation as JSON: a list of objects with role and content
+/help       list the commands
 /exit       end the chat, as Ctrl-D does"""
 HELP = f'''\
-A message is a line. A backslash at its end continues it on the next one;
+A message is one line. A backslash at its end continues it on the next line;
 between """ and """ a message may have any number of lines.
 {COMMANDS}
-Ctrl-C stops the answer, Ctrl-D ends the chat. A space before the / makes it
-part of a message.'''
+Ctrl-C stops the answer, Ctrl-D ends the chat. To begin a message with /, type
+a space before it.'''
 
 
 @dataclass
 class Loop:
-    """A conversation, and how its answers are shown."""
+    """A conversation, and the form in which answers are printed."""
 
     conversation: Conversation
     json: bool = False
@@ -35,7 +35,7 @@ class Loop:
 
 
 def in_a_pipe(loop: Loop) -> None:
-    """Answer each line of standard input that holds any text, and obey commands; an error ends it."""
+    """Answer each line of standard input that isn't empty, and execute commands; an error ends the chat."""
     for line in sys.stdin:
         if command := COMMAND.fullmatch(line.rstrip()):
             try:
@@ -47,7 +47,7 @@ def in_a_pipe(loop: Loop) -> None:
 
 
 def answer(loop: Loop, question: str) -> None:
-    """Print the answer as it is made, or all of it as JSON; then on standard error that it was cut, and its times."""
+    """Print an answer as it is generated, or as JSON; then, on standard error, whether it was cut and the timings."""
     statistics = Statistics(0)
     stream = loop.conversation.stream(question, statistics.watch)
     statistics.n_prompt, done = loop.conversation.n_read, stream.completion
@@ -58,7 +58,7 @@ def answer(loop: Loop, question: str) -> None:
         if loop.json:
             write(as_json(done, statistics.timings()))
     finally:
-        stream.close()  # keeps an answer that was stopped
+        stream.close()  # an interrupted answer stays in the conversation
         print()
         say_if_cut(done.finish_reason, len(done.tokens))
         statistics.print()
@@ -68,13 +68,13 @@ def answer(loop: Loop, question: str) -> None:
 
 
 def at_a_terminal(loop: Loop) -> None:
-    """Talk until Ctrl-D: with line editing and history, commands, messages of several lines; an error doesn't end it."""
+    """Chat until Ctrl-D, with line editing, history, commands and messages of several lines; an error doesn't end the chat."""
     with contextlib.suppress(ImportError):  # where the system has it
         import readline
 
-        if "libedit" not in (readline.__doc__ or ""):  # what is pasted is one message, even if it has several lines
+        if "libedit" not in (readline.__doc__ or ""):  # pasted text is one message, even if it has several lines
             readline.parse_and_bind("set enable-bracketed-paste on")
-    report("/help says what can be typed, Ctrl-D ends")
+    report("/help lists the commands, Ctrl-D ends the chat")
     while True:
         try:
             message = typed()
@@ -98,7 +98,7 @@ def at_a_terminal(loop: Loop) -> None:
 
 
 def typed() -> str:
-    """Read one message: a line, more after a backslash at its end, or what stands between two \"\"\"."""
+    """Read one message: a line, which a backslash at its end continues, or all lines between two \"\"\"."""
     line = input("> ")
     if line.startswith('"""'):
         lines = [line[3:]]
@@ -111,7 +111,7 @@ def typed() -> str:
 
 
 def obey(command: str, argument: str | None, loop: Loop) -> None:
-    """Do what /command says. Raises ValueError or OSError where that can't be done, EOFError at the end of the chat."""
+    """Execute a command. Raises ValueError or OSError if it fails, and EOFError for /exit."""
     if command == "save" and argument:
         path = Path(argument).expanduser().resolve()
         if path.exists() and path not in loop.saved:
@@ -127,9 +127,9 @@ def obey(command: str, argument: str | None, loop: Loop) -> None:
     elif command == "help" and not argument:
         print(HELP, file=sys.stderr)
     else:
-        raise ValueError(f"/{command} is not understood: expected /help, /reset, /save FILE or /exit")
+        raise ValueError(f"unknown command /{command}: expected /help, /reset, /save FILE or /exit")
 
 
 def report(line: str) -> None:
-    """Print a line that is no part of the conversation."""
+    """Print a line on standard error, in brackets: it isn't part of the conversation."""
     print(f"[{line}]", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""npllama check: run the answers known for a published model."""
+"""npllama check: compare a published model's output with known answers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from .options import Commands, add_command, add_compute_options, load_model, sto
 
 def add_parser(commands: Commands) -> None:
     """Declare the command and its options."""
-    p = add_command(commands, "check", run, "recognise a published model by its shape, and run the answers known for it")
+    p = add_command(
+        commands, "check", run, "recognise a published model by its shape, and check its output against known answers"
+    )
     p.add_argument("model", metavar="MODEL", help="model directory or name")
     add_compute_options(p)
 

@@ -1,4 +1,4 @@
-"""npllama compare: compare a port's activations with trusted ones."""
+"""npllama compare: compare a port's activations with a reference's."""
 
 from __future__ import annotations
 
@@ -13,31 +13,34 @@ MAP_HELP = "how the candidate names and lays out its activations: hf, transforme
 
 def add_parser(commands: Commands) -> None:
     """Declare the command and its options."""
-    p = add_command(commands, "compare", run, "compare a port's activations with trusted ones, and name the first that differs")
+    summary = "compare a port's activations with a reference's, and name the first that differs"
+    p = add_command(commands, "compare", run, summary)
     activations = "a trace directory, .npz, .safetensors, or a folder of .npy, or of .f32 with a shapes.json"
     p.add_argument("reference", metavar="REFERENCE", help=activations)
     p.add_argument("candidate", metavar="CANDIDATE", help="the same")
-    p.add_argument("-m", "--model", metavar="MODEL", help="measures noise and single operations (default: the reference's own)")
+    p.add_argument(
+        "-m", "--model", metavar="MODEL", help="the model for noise and single operations (default: the reference's own)"
+    )
     p.add_argument("--map", metavar="hf|ggml|...|FILE", help=MAP_HELP)
     p.add_argument(
         "--noise",
         metavar="DIR",
-        help="the noise floor from a trace of the same tokens in the candidate's precision; --map is for it too",
+        help="take the noise floor from a trace of the same tokens in the candidate's precision; --map applies to it too",
     )
-    p.add_argument("--precision", choices=PRECISIONS, help="the candidate's, if not what its files say")
+    p.add_argument("--precision", choices=PRECISIONS, help="the candidate's precision (default: as in its files)")
     profiles = ", ".join(PROFILES[-6:])
     p.add_argument(
-        "--profile", metavar="P", help=f"what the candidate rounds besides (default: as its trace.json says): {profiles}"
+        "--profile", metavar="P", help=f"the candidate's rounding profile (default: as in its trace.json): {profiles}"
     )
-    p.add_argument("--partial", action="store_true", help="compare what both have; else what one side lacks is a failure")
+    p.add_argument("--partial", action="store_true", help="ignore activations that one side lacks (default: they are failures)")
     p.add_argument("--atol", type=float, metavar="X", help="judge by |c - r| <= atol + rtol * |r| instead of the noise floor")
     p.add_argument("--rtol", type=float, metavar="X")
-    p.add_argument("--all", action="store_true", help="every activation in the table, not only those around the first failure")
+    p.add_argument("--all", action="store_true", help="list every activation, not only those around the first failure")
     p.add_argument("--report", action="append", default=[], metavar="FILE", help="x.json or x.html; may be repeated")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the verdict and the table; return 1 when something differs."""
+    """Print the verdict and the table; return 1 if an activation differs."""
     from ..golden.compare import compare
     from ..golden.compare.report import write_report
     from ..golden.compare.text import text

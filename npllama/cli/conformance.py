@@ -9,18 +9,18 @@ from .options import Commands, Parser, add_command
 
 
 def add_parser(commands: Commands) -> None:
-    """Declare the command, its three parts and their options."""
-    p = add_command(commands, "conformance", run, "test vectors that implementations in any language are checked against")
+    """Declare the command, its three subcommands and their options."""
+    p = add_command(commands, "conformance", run, "export test vectors for implementations in any language, and grade results")
     parts = p.add_subparsers(dest="part", required=True, metavar="export|check|run")
     p = _add(parts, "export", "write the vectors: a folder per case, plain arrays and a case.json")
     p.add_argument("out", metavar="DIR")
     p.add_argument("--format", choices=["raw", "npy", "safetensors"], default="raw", help="of the arrays (default: raw)")
-    p.add_argument("--force", action="store_true", help="replace vectors that are there")
+    p.add_argument("--force", action="store_true", help="replace existing vectors")
     p = _add(parts, "check", "grade the results that a port wrote, under the same paths as the vectors")
     p.add_argument("results", metavar="RESULTS")
     p.add_argument("--vectors", metavar="DIR", help="as exported (default: those of this version)")
     _add_grading(p)
-    p = _add(parts, "run", "call a Python file's functions, by the operations' names and signatures")
+    p = _add(parts, "run", "call the functions of a Python file, which have the operations' names and signatures")
     p.add_argument("--python", metavar="FILE.py", required=True)
     _add_grading(p)
 
@@ -32,12 +32,12 @@ def _add(parts: Commands, name: str, summary: str) -> Parser:
 
 
 def _add_grading(p: Parser) -> None:
-    p.add_argument("--profile", default="float32", metavar="P", help="what the port computes in (default: float32)")
+    p.add_argument("--profile", default="float32", metavar="P", help="the port's precision (default: float32)")
     p.add_argument("--report", action="append", default=[], metavar="FILE", help="x.json or x.html; may be repeated")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Export, or print the verdict and the failures; return 1 when a case failed."""
+    """Export vectors, or print the verdict and the failures; return 1 if a case failed."""
     from ..golden.conformance import check, export, run
     from ..golden.conformance.report import text, write_report
     from ..golden.conformance.suite import levels_of
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     if args.part == "export":
         files = export(args.out, levels, args.format, args.force)
         n_cases = sum(file.endswith("case.json") for file in files)
-        tell(f"{args.out}: {n_cases} cases of {', '.join(levels)}; README.md says how to use them")
+        tell(f"{args.out}: {n_cases} cases of {', '.join(levels)}; see its README.md")
         return 0
     if args.part == "check":
         report = check(args.results, args.vectors, args.profile, levels)

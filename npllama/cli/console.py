@@ -1,4 +1,4 @@
-"""Standard input and output: text as it is made, tokens per second, errors in a line; and output that nobody takes."""
+"""Standard input and output: streamed text, statistics, errors on one line, and output whose reader has exited."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from typing import TextIO
 from ..generation import Step
 from ..text.completion import Completion
 
-FORESEEN = (ValueError, OSError, ImportError, MemoryError)  # ours, the system's, a package that is missing
+FORESEEN = (ValueError, OSError, ImportError, MemoryError)  # bad input, the system, a missing package, too little memory
 
 
 def open_streams() -> None:
-    """Open the standard streams so that nothing written to them is lost unnoticed."""
+    """Open the standard streams so that no output is lost unnoticed."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed, as by `npllama chat <&-`
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
     if isinstance(getattr(sys.stdout, "buffer", None), io.RawIOBase):
-        # Python runs unbuffered, and then a write that a full disk cuts short passes for a whole one.
+        # Python runs unbuffered (-u): then a write that a full disk cuts short would count as complete.
         sys.stdout = open(sys.stdout.fileno(), "w", 1, sys.stdout.encoding, closefd=False)  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal that can't show a character shows another
+            stream.reconfigure(errors="replace")  # for characters that the terminal's encoding lacks
 
 
 def flush_output() -> None:
-    """Write what the streams still hold, before Python does it on its way out with a status of its own.
+    """Flush the standard streams, before Python does so at exit with an exit status of its own.
 
-    That the reader of standard output has gone is no error. Raises OSError, which names the stream, where it can't be written.
+    That the reader of standard output has exited is no error. Raises OSError, which names the stream, for any other failure.
     """
     for name, stream in (("standard output", sys.stdout), ("standard error", sys.stderr)):
         try:
@@ -50,7 +50,7 @@ def flush_output() -> None:
 
 
 def _discard(stream: TextIO) -> None:
-    """Let a stream that can't be written go nowhere, with what it holds."""
+    """Redirect a stream that can't be written to the null device, and drop its buffer there."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
@@ -58,7 +58,7 @@ def _discard(stream: TextIO) -> None:
 
 
 def tell(line: str) -> None:
-    """Print a line of a verdict at once. The verdict is found even if the reader has gone: it is the exit status too."""
+    """Print a line of a verdict at once. If the reader has exited, go on: the exit status carries the verdict too."""
     try:
         write(line + "\n")
     except BrokenPipeError:
@@ -66,15 +66,15 @@ def tell(line: str) -> None:
 
 
 def say_error(line: str) -> None:
-    """Print a line on standard error, if it can be written."""
+    """Print a line on standard error, if possible."""
     try:
         print(line, file=sys.stderr, flush=True)
-    except OSError:  # full, or its reader has gone
+    except OSError:  # a full disk, or the reader has exited
         _discard(sys.stderr)
 
 
 def error_text(error: BaseException) -> str:
-    """Return an error as one line, which asks to report an unforeseen one. NPLLAMA_DEBUG=1 prints the traceback before it."""
+    """Return an error as one line; an unforeseen one asks for a report. NPLLAMA_DEBUG=1 prints the traceback first."""
     if os.environ.get("NPLLAMA_DEBUG", "0") not in ("", "0"):
         with contextlib.suppress(OSError):
             traceback.print_exception(error)
@@ -82,15 +82,15 @@ def error_text(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:  # without Python's "[Errno 2]"
         text = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
     if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == "npllama_convert":
-        return "needs the package npllama_convert, which installing npllama brings: pip install . in its checkout"
+        return "needs the package npllama_convert, which is installed with npllama: pip install . in its checkout"
     if isinstance(error, FORESEEN):
         return text or type(error).__name__
     kind = type(error).__name__
-    return f"unforeseen {kind}{text and ': '}{text}; please report it, with what NPLLAMA_DEBUG=1 shows"
+    return f"unforeseen {kind}{text and ': '}{text}; please report it, with the output of NPLLAMA_DEBUG=1"
 
 
 def write(text: str) -> None:
-    """Show text at once. Raises OSError, which names the stream, where it can't be written."""
+    """Write text and flush. Raises OSError, which names the stream, if that fails."""
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -99,7 +99,7 @@ def write(text: str) -> None:
 
 
 def in_colour() -> bool:
-    """Tell whether standard output is a terminal whose user hasn't set NO_COLOR."""
+    """Return whether standard output is a terminal and NO_COLOR isn't set."""
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
@@ -114,7 +114,7 @@ def read_text(path: Path | str) -> str:
 
 
 class _Collected(logging.Handler):
-    """Keeps the messages of warnings, and those that only inform."""
+    """Collect log messages: warnings, and others."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
@@ -127,7 +127,7 @@ class _Collected(logging.Handler):
 
 @contextlib.contextmanager
 def collected_log() -> Iterator[_Collected]:
-    """Collect what the library logs meanwhile, for a command to show where it fits."""
+    """Collect the library's log messages, for a command to print where they fit."""
     logger, handler = logging.getLogger("npllama"), _Collected()
     level = logger.level
     logger.addHandler(handler)
@@ -140,14 +140,14 @@ def collected_log() -> Iterator[_Collected]:
 
 
 class Statistics:
-    """Counts tokens and seconds of one prompt."""
+    """Count the tokens and seconds of one prompt."""
 
     def __init__(self, n_prompt: int, note: str = ""):
         self.n_prompt, self.n_made, self.note = n_prompt, 0, note
         self.started = self.first = self.last = time.perf_counter()
 
     def watch(self, steps: Iterable[Step]) -> Iterator[Step]:
-        """Pass the steps on, and note when each came, from the first that is asked for."""
+        """Pass the steps on and record their times; the clock starts when the first is requested."""
         self.started = time.perf_counter()
         for step in steps:
             self.last = time.perf_counter()
@@ -157,7 +157,7 @@ class Statistics:
             yield step
 
     def timings(self) -> dict[str, float]:
-        """Return what print() says, in seconds; the first token comes from the prefill."""
+        """Return token counts and seconds; the first token comes from the prefill."""
         return {
             "prefill_tokens": self.n_prompt,
             "prefill_seconds": round(self.first - self.started, 6),
@@ -166,7 +166,7 @@ class Statistics:
         }
 
     def print(self) -> None:
-        """Print one line on standard error, if anything was made."""
+        """Print one line on standard error, if any token was generated."""
         if not self.n_made:
             return
         parts = [f"prefill {self.n_prompt} tokens at {rate(self.n_prompt, self.first - self.started)}"]
@@ -180,7 +180,7 @@ class Statistics:
 
 
 def say_if_cut(reason: str | None, n_made: int) -> None:
-    """Say on standard error that a text didn't end by itself."""
+    """Print on standard error that a text was cut at -n or at the end of the context."""
     if reason == "length" and n_made:
         print(f"[cut at {n_made:,} tokens: -n]", file=sys.stderr)
     elif reason == "context":
@@ -188,7 +188,7 @@ def say_if_cut(reason: str | None, n_made: int) -> None:
 
 
 def as_json(done: Completion, timings: dict[str, float] | None = None) -> str:
-    """Return a completion as one line of JSON; what is no number is null."""
+    """Return a completion as one line of JSON; infinite and NaN log-probabilities are null."""
 
     def entry(token: int, piece: str, logprob: float) -> dict[str, object]:
         return {"token": token, "piece": piece, "logprob": logprob if math.isfinite(logprob) else None}
@@ -206,12 +206,12 @@ def as_json(done: Completion, timings: dict[str, float] | None = None) -> str:
 
 
 def rate(n: int, seconds: float) -> str:
-    """Return tokens per second, for people to read."""
+    """Return tokens per second as text."""
     return f"{n / max(seconds, 1e-9):,.1f} tokens/s"
 
 
 def peak_memory() -> int | None:
-    """Return the largest resident size of this process so far, in bytes; mapped weights count once they are read."""
+    """Return this process's peak resident size in bytes; memory-mapped weights count once they have been read."""
     try:
         import resource
     except ImportError:

@@ -1,4 +1,4 @@
-"""npllama exercise: functions to write yourself, each checked."""
+"""npllama exercise: write the functions of Llama yourself, and check each."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 
 def add_parser(commands: Commands) -> None:
     """Declare the command, its actions and their options."""
-    p = add_command(commands, "exercise", run, "ten functions to write yourself, from softmax to the KV cache, each checked")
+    p = add_command(commands, "exercise", run, "write ten functions yourself, from softmax to the KV cache, and check each")
     actions = p.add_subparsers(dest="action", required=True, metavar="ACTION")
-    actions.add_parser("list", help="a line for each")
-    action = actions.add_parser("start", help="write a file for each, to be filled in; what is there stays")
+    actions.add_parser("list", help="list the exercises")
+    action = actions.add_parser("start", help="write a file to fill in for each exercise; existing files are kept")
     action.add_argument("folder", type=Path, metavar="DIR")
-    action = actions.add_parser("check", help="compare what you wrote with npllama's own, and name the usual mistakes")
+    action = actions.add_parser("check", help="compare your functions with npllama's own, and name common mistakes")
     action.add_argument("folder", type=Path, nargs="?", default=Path(), metavar="DIR", help="default: the current folder")
     action.add_argument("names", nargs="*", metavar="NAME", help="only these exercises")
 
 
 def run(args: argparse.Namespace) -> int:
-    """List the exercises, write their files, or check them; return 1 unless all that were checked are done."""
+    """List the exercises, write their files, or check them; return 1 if a check fails."""
     return {"list": list_all, "start": start, "check": check}[args.action](args)
 
 
@@ -42,18 +42,18 @@ def list_all(args: argparse.Namespace) -> int:
 
 
 def start(args: argparse.Namespace) -> int:
-    """Write the files that aren't there."""
+    """Write the files that don't exist yet."""
     from ..learn import grading
     from ..learn.exercises import EXERCISES
 
     written = grading.start(args.folder)
     kept = len(EXERCISES) - len(written)
-    print(f"{args.folder}: {len(written)} files written" + (f", {kept} were there and stay as they are" if kept else ""))
+    print(f"{args.folder}: {len(written)} files written" + (f", {kept} existing ones kept" if kept else ""))
     return 0
 
 
 def check(args: argparse.Namespace) -> int:
-    """Check all exercises of a folder, or those that are named."""
+    """Check all exercises of a folder, or those given by name."""
     from ..learn import grading
     from ..learn.exercises import EXERCISES, find
 
@@ -62,7 +62,7 @@ def check(args: argparse.Namespace) -> int:
         folder, names = Path(), [str(folder), *names]  # `check softmax rms_norm`, inside the folder
     chosen = [find(name) for name in names] or EXERCISES
     if not any((folder / grading.file_name(exercise)).is_file() for exercise in EXERCISES):
-        raise ValueError(f"{folder} holds no exercises: expected files that `npllama exercise start DIR` writes")
+        raise ValueError(f"{folder} holds no exercises: expected the files that `npllama exercise start DIR` writes")
     outcomes = [print_outcome(folder, exercise) for exercise in chosen]
     n_passed = sum(outcome.passed for outcome in outcomes)
     if len(chosen) > 1:
@@ -71,7 +71,7 @@ def check(args: argparse.Namespace) -> int:
 
 
 def print_outcome(folder: Path, exercise: Exercise) -> Outcome:
-    """Check an exercise and print what is wrong with it; an endless loop is ended by Ctrl-C, and its line named."""
+    """Check an exercise and print its errors. Ctrl-C ends an endless loop, and its line is named."""
     from ..learn import grading
 
     try:

@@ -1,4 +1,4 @@
-"""npllama explain: write a page that shows a pass."""
+"""npllama explain: write an interactive page that shows a forward pass."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .options import Commands, add_command, add_model_options, lesson_ids, load_
 
 def add_parser(commands: Commands) -> None:
     """Declare the command and its options."""
-    p = add_command(commands, "explain", run, "write a page to play with: one HTML file that shows a pass")
+    p = add_command(commands, "explain", run, "write an interactive page, one HTML file, that shows a forward pass")
     p.add_argument("prompt", nargs="?", metavar="PROMPT")
     p.add_argument("--tokens", type=token_ids, metavar="1,2,3", help="a prompt of ids")
     p.add_argument("-o", "--out", type=Path, required=True, metavar="PAGE.html")
@@ -20,7 +20,7 @@ def add_parser(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write the page, and print how large it is."""
+    """Write the page, and print its size."""
     from ..learn.explain import explain
 
     if args.prompt is not None and args.tokens is not None:

@@ -10,12 +10,12 @@ from .options import Commands, add_command
 
 def add_parser(commands: Commands) -> None:
     """Declare the command and its options."""
-    p = add_command(commands, "fetch", run, "download a model and convert it; from then on its name stands for it: -m NAME")
-    p.add_argument("name", metavar="NAME", help="one that `npllama models` lists")
+    p = add_command(commands, "fetch", run, "download and convert a model, to be used by its name: -m NAME")
+    p.add_argument("name", metavar="NAME", help="a name that `npllama models` lists")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Get a model of the registry into the store."""
+    """Download a model of the registry into the store."""
     from npllama_convert.fetch import fetch
 
     try:

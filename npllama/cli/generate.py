@@ -31,15 +31,22 @@ from .options import (
 def add_parser(commands: Commands) -> None:
     """Declare the command and its options."""
     p = add_command(commands, "generate", run, "continue a prompt")
-    p.epilog = "Output that follows a grammar or a JSON schema isn't offered."
-    p.add_argument("prompt", nargs="?", help="text; empty starts from the BOS token, - reads standard input")
-    p.add_argument("--tokens", type=token_ids, metavar="1,2,3", help="a prompt of ids; ids are printed, no tokenizer is needed")
+    p.epilog = "Output constrained by a grammar or a JSON schema is not supported."
+    p.add_argument("prompt", nargs="?", help="text; empty: start from the BOS token; - reads standard input")
+    p.add_argument("--tokens", type=token_ids, metavar="1,2,3", help="a prompt of ids; prints ids and needs no tokenizer")
     p.add_argument("-n", "--max-tokens", type=int, default=64, metavar="N", help="at most N new tokens (default 64)")
-    p.add_argument("--prompts", metavar="FILE", help="continue each line of a file; - is standard input")
-    p.add_argument("--json", action="store_true", help="print one object: text, ids, why it ended, log-probabilities, times")
+    p.add_argument("--prompts", metavar="FILE", help="continue each line of a file; - reads standard input")
+    p.add_argument(
+        "--json", action="store_true", help="print a JSON object: text, ids, finish reason, log-probabilities, timings"
+    )
     p.add_argument("--no-echo", action="store_true", help="print the continuation without the prompt")
-    p.add_argument("--special", action="store_true", help="special tokens' spelling in the prompt means the tokens")
-    p.add_argument("--logprobs", type=count, metavar="K", help="a line per token: id, piece, log-probability, the K likeliest")
+    p.add_argument("--special", action="store_true", help="parse the spelling of special tokens in the prompt as these tokens")
+    p.add_argument(
+        "--logprobs",
+        type=count,
+        metavar="K",
+        help="print a line per token: id, piece, log-probability, and the K likeliest tokens",
+    )
     p.add_argument(
         "--lookup",
         type=int,
@@ -47,25 +54,27 @@ def add_parser(commands: Commands) -> None:
         metavar="K",
         help="prompt-lookup decoding: verify up to K proposed tokens per pass (with --temperature 0)",
     )
-    p.add_argument("--profile", action="store_true", help="print where a token's time goes, to standard error")
+    p.add_argument("--profile", action="store_true", help="print the time of each operation to standard error")
     add_model_options(p)
     add_processes_option(p)
     add_sampling_options(p)
 
 
 def count(text: str) -> int:
-    """Return a whole number, 0 or more; an error of argparse's otherwise."""
+    """Parse a whole number, 0 or more. Raises argparse's error for anything else."""
     if not (text.isascii() and text.isdigit()):
         raise argparse.ArgumentTypeError(f"{text!r:.60} is not a whole number, 0 or more")
     return int(text)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print a prompt and its continuation, as it is made."""
+    """Print a prompt, and its continuation as it is generated."""
     if sum(given is not None for given in (args.prompt, args.tokens, args.prompts)) != 1:
         raise ValueError("expected a prompt, or --tokens or --prompts instead of it")
     if args.stop and not args.json and (args.tokens or args.logprobs is not None):
-        raise ValueError(f"--stop ends a text, and with {'--tokens' if args.tokens else '--logprobs'} there is none")
+        raise ValueError(
+            f"--stop needs text, but {'--tokens' if args.tokens else '--logprobs'} prints none: expected --json too"
+        )
     model = load_model(args)
     sampling = sampling_of(args, model)
     if args.prompts is not None:
@@ -79,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
         profile = Profile(model)
         model = profile.model
     cache = profile.cache() if profile else None
-    # Refuses a bad prompt before it is echoed.
+    # Raises for a bad prompt before it is echoed.
     steps = generate_steps(model, ids, args.max_tokens, sampling, args.seed, cache=cache, lookup=args.lookup)
     statistics = Statistics(len(ids), args.note)
     steps = statistics.watch(steps)
@@ -125,12 +134,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def continue_lines(args: argparse.Namespace, model: Model, sampling: Sampling) -> None:
-    """Continue each line of a file that holds any text, several at once, and print them in order."""
+    """Continue each line of a file that isn't empty, several at once, and print them in order."""
     for option, given in (("--lookup", args.lookup), ("--profile", args.profile)):
         if given:
-            raise ValueError(f"{option} takes one prompt, and --prompts has several")
+            raise ValueError(f"{option} takes one prompt, but --prompts gives several")
     if args.logprobs is not None and not args.json:
-        raise ValueError("--logprobs with --prompts needs --json: an object for each line")
+        raise ValueError("--logprobs with --prompts needs --json, which prints an object per line")
     prompts = [line for line in read_text(args.prompts).splitlines() if line.strip()]
     if not prompts:
         raise ValueError(f"{args.prompts} holds no text, expected a prompt on each line")
@@ -152,14 +161,14 @@ def continue_lines(args: argparse.Namespace, model: Model, sampling: Sampling) -
 
 
 def noted(steps: Iterable[Step], made: list[int]) -> Iterator[Step]:
-    """Pass the steps on, and note their ids."""
+    """Pass the steps on, and append their ids to `made`."""
     for step in steps:
         made.append(step.token)
         yield step
 
 
 def print_logprobs(steps: Iterable[Step], k: int, tokenizer: Tokenizer | None) -> None:
-    """Print a line per token, tab-separated: id, piece, log-probability; then the same three of each of the k likeliest."""
+    """Print a line per token, tab-separated: id, piece, log-probability; then the same for each of the k likeliest."""
     for step in steps:
         fields: list[str] = []
         for id, logprob in [(step.token, step.logprob), *step.top(k)]:

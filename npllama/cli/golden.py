@@ -1,4 +1,4 @@
-"""npllama golden: write a bundle of activations for other implementations."""
+"""npllama golden: write a bundle of reference activations for other implementations."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from .options import (
 
 def add_parser(commands: Commands) -> None:
     """Declare the command and its options."""
-    p = add_command(commands, "golden", run, "write a bundle of activations that other implementations are checked against")
+    p = add_command(commands, "golden", run, "write a bundle of reference activations to check other implementations against")
     p.add_argument("old_model", nargs="?", metavar="MODEL", help=argparse.SUPPRESS)  # the old spelling of -m MODEL
     add_prompt_options(p, required=False)
     add_model_options(p, computes=False)
     add_trace_options(p, storage=False)
-    p.add_argument("--weights", action="store_true", help="also the weights, in float32, below weights/")
+    p.add_argument("--weights", action="store_true", help="also write the weights, in float32, to weights/")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""npllama info: say what a model directory holds."""
+"""npllama info: describe a model directory."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .options import Commands, add_command, stored_tensors
 
 def add_parser(commands: Commands) -> None:
     """Declare the command and its options."""
-    p = add_command(commands, "info", run, "say what a model directory holds")
+    p = add_command(commands, "info", run, "describe a model directory: constants, storage, tokenizer, chat template")
     p.add_argument("model", nargs="?", metavar="MODEL", help="default: the embedded demo model")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the constants of a model and what its files hold."""
+    """Print a model's constants, storage, tokenizer, chat template and recommended settings."""
     model = open_model(demo_path() if args.model is None else args.model)
     config, tensors = model.config, stored_tensors(model)
     n_bytes = sum(map(tensor_bytes, tensors))
@@ -44,14 +44,14 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _storage(tensor: dict[str, Any]) -> str:
-    """Return a tensor's dtype; of one that is quantised in groups their bits and size."""
+    """Return a tensor's dtype or, if it is quantised, the bits and size of its groups."""
     if tensor["dtype"] != "grouped":
         return str(tensor["dtype"])
     return f"{tensor['grouping']['bits']} bits in groups of {tensor['grouping']['group']}"
 
 
 def _chat(model: Model) -> str:
-    """Say what npllama chat would write prompts with."""
+    """Return a description of the chat format that `npllama chat` uses."""
     assert model.path is not None
     names = list(templates.read_templates(model.path, model.manifest["files"]))
     format = model.generation.get("chat_format")

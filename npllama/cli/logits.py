@@ -25,7 +25,7 @@ def add_parser(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write them into one .npy, which appears complete or not at all."""
+    """Write all logits to one .npy, which appears complete or not at all."""
     model = load_model(args)
     ids = prompt_ids(args, model)
     shape = (len(ids), model.config.vocab_size)

@@ -1,4 +1,4 @@
-"""npllama models: list the models that have a name."""
+"""npllama models: list the models in the store, and those that can be fetched."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .options import Commands, add_command, stored_tensors
 
 def add_parser(commands: Commands) -> None:
     """Declare the command."""
-    add_command(commands, "models", run, "list the models that have a name, and those that can be fetched")
+    add_command(commands, "models", run, "list the models in the store, and those that can be fetched")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
         else:
             size = size_text(sum(tensor["bytes"] for tensor in stored_tensors(model)))
             print(f"{name:<16} {size:>8}  {model.path}")
-    from npllama_convert.registry import REGISTRY  # here: from a copied checkout without it, what is there is listed
+    from npllama_convert.registry import REGISTRY  # imported late: the store is listed even where npllama_convert is missing
 
     for name, entry in REGISTRY.items():
         if name not in there:

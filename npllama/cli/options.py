@@ -1,4 +1,4 @@
-"""The options that several commands share: what declares them, and what makes models, prompts and settings of them."""
+"""Options that several commands share: functions that declare them, and that turn them into models, prompts and settings."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from ..golden.trace import Selection
 
 DTYPES = ["auto", "stored", "float32", "float64"]
-SENTENCE = "the answer to the ultimate question of life, the universe, and everything is "  # which the tutorials follow
+SENTENCE = "the answer to the ultimate question of life, the universe, and everything is "  # the tutorials' prompt
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong with the arguments in one line, as everything else is said, and not the usage before it."""
+    """Report bad arguments on one line, as all other errors are, without the usage text."""
 
     def error(self, message: str) -> NoReturn:  # noqa: D102
         self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
@@ -33,7 +33,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(  # type: ignore[override]  # its overloads for other kinds of namespaces are not needed
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        """Refuse what is not recognised here, where it is known whose it is: argparse leaves it to the outermost parser."""
+        """Refuse unknown arguments in the subcommand's parser, so that the error names the subcommand; argparse names none."""
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -44,7 +44,7 @@ Commands: TypeAlias = "argparse._SubParsersAction[Parser]"  # what add_subparser
 
 
 def add_command(commands: Commands, name: str, run: Callable[[argparse.Namespace], int | None], summary: str) -> Parser:
-    """Add a command, and return its parser for the options to be declared."""
+    """Add a command, and return its parser, to which the caller adds options."""
     parser = commands.add_parser(name, help=summary, description=summary)
     parser.set_defaults(run=run)
     return parser
@@ -54,7 +54,7 @@ def add_command(commands: Commands, name: str, run: Callable[[argparse.Namespace
 
 
 def add_model_options(parser: Parser, computes: bool = True) -> None:
-    """Declare -m, and what add_compute_options() adds unless the command computes in its own way."""
+    """Declare -m and, for a command that computes as load_model() sets up, the options of add_compute_options()."""
     parser.add_argument("-m", "--model", metavar="MODEL", help="model directory or name (default: the embedded demo model)")
     if computes:
         add_compute_options(parser)
@@ -66,7 +66,7 @@ def add_compute_options(parser: Parser) -> None:
         "--dtype",
         choices=DTYPES,
         default="auto",
-        help="what packed weights are widened to; auto: float32 if that fits half of the free memory, else stored",
+        help="dtype of packed weights in memory; auto: float32 if that fits half of the free memory, else as stored",
     )
     parser.add_argument(
         "--threads", type=int, metavar="N", help=f"compute with N threads (default: ${threads.VARIABLE}, or all)"
@@ -80,12 +80,12 @@ def add_processes_option(parser: Parser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="compute with N processes, each with its share of every matrix; together they have --threads",
+        help="compute with N processes, each holding a share of every matrix; --threads is their total",
     )
 
 
 def add_tokenizer_option(parser: Parser) -> None:
-    """Declare -m as tokenizer_of() takes it."""
+    """Declare -m for tokenizer_of()."""
     parser.add_argument(
         "-m", "--model", metavar="MODEL", help="model directory, name or tokenizer file (default: the embedded demo model)"
     )
@@ -105,7 +105,7 @@ BATCH_HELP = "several are a batch, the shorter ones padded on the left"
 
 
 class Batch(argparse.Action):
-    """Keeps one sequence as a list of ids, and several as a batch, padded with -1 on the left."""
+    """Store one sequence as a list of ids, and several as a batch, padded with -1 on the left."""
 
     def __call__(self, parser: object, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:  # noqa: D102
         longest = max(map(len, values))
@@ -114,41 +114,49 @@ class Batch(argparse.Action):
 
 
 def add_trace_options(parser: Parser, storage: bool = True) -> None:
-    """Declare what of a pass is written, and where to, as trace_options() reads it."""
+    """Declare which activations are written, and where to; trace_options() reads them."""
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the directory to write")
     parser.add_argument(
-        "--taps", action="append", metavar="GLOB", help="only activations so named, '*.q_rope'; may be repeated"
+        "--taps", action="append", metavar="GLOB", help="only activations with matching names, '*.q_rope'; may be repeated"
     )
-    parser.add_argument("--layers", metavar="0-3,7", help="of the layers only these")
+    parser.add_argument("--layers", metavar="0-3,7", help="only these layers")
     steps = parser.add_mutually_exclusive_group()
-    steps.add_argument("--steps", type=int, default=0, metavar="N", help="then decode N tokens, greedily")
-    steps.add_argument("--step-tokens", type=token_ids, metavar="1,2,3", help="then feed these, one at a time")
+    steps.add_argument("--steps", type=int, default=0, metavar="N", help="after the prompt, decode N tokens greedily")
+    steps.add_argument("--step-tokens", type=token_ids, metavar="1,2,3", help="after the prompt, feed these ids one at a time")
     if storage:
-        parser.add_argument("--format", choices=["npy", "raw"], default="npy", help="raw: bare little-endian float32, .f32")
+        parser.add_argument(
+            "--format", choices=["npy", "raw"], default="npy", help="raw: little-endian float32 without header, .f32"
+        )
     parser.add_argument("--force", action="store_true", help="replace DIR if it is a trace")
 
 
 def add_sampling_options(parser: Parser) -> None:
-    """Declare how tokens are drawn. What isn't given is the model's own recommendation, or else greedy."""
-    parser.add_argument("--temperature", type=float, metavar="X", help="0 is greedy (default: the model's own, or 0)")
-    parser.add_argument("--top-p", type=float, metavar="X", help="default: the model's own, or 1")
-    parser.add_argument("--top-k", type=int, metavar="K", default=0)
-    parser.add_argument("--min-p", type=float, metavar="X", default=0.0)
+    """Declare the sampling options. The defaults are the model's recommendations, else greedy."""
+    parser.add_argument("--temperature", type=float, metavar="X", help="0: greedy (default: the model's own, or 0)")
+    parser.add_argument("--top-p", type=float, metavar="X", help="nucleus sampling (default: the model's own, or 1: off)")
+    parser.add_argument("--top-k", type=int, metavar="K", default=0, help="sample from the K likeliest tokens (default 0: all)")
+    parser.add_argument(
+        "--min-p",
+        type=float,
+        metavar="X",
+        default=0.0,
+        help="drop tokens less likely than X times the likeliest (default 0: off)",
+    )
     parser.add_argument(
         "--repetition-penalty",
         type=float,
         metavar="X",
         default=1.0,
-        help="above 1 makes tokens that came before less likely, as Hugging Face defines it (default 1)",
+        help="above 1: make earlier tokens less likely, as Hugging Face defines it (default 1: off)",
     )
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default 0)")
     parser.add_argument(
-        "--stop", action="append", default=[], type=stop_text, metavar="TEXT", help="end before this text; may be repeated"
+        "--stop", action="append", default=[], type=stop_text, metavar="TEXT", help="stop before this text; may be repeated"
     )
 
 
 def token_ids(text: str) -> list[int]:
-    """Return `1,2,3` as a list; an error of argparse's otherwise."""
+    """Parse `1,2,3`. Raises argparse's error for anything else."""
     try:
         ids = [int(part) for part in text.split(",")]
     except ValueError:
@@ -161,33 +169,33 @@ def token_ids(text: str) -> list[int]:
 
 
 def stop_text(text: str) -> str:
-    """Return a text that is not empty; an error of argparse's otherwise."""
+    """Return the text. Raises argparse's error if it is empty."""
     if not text:
         raise argparse.ArgumentTypeError("it is empty")
     return text
 
 
-# ---------------------------------------------------------------------------------------------------------- what they stand for
+# --------------------------------------------------------------------------------------------------- models, prompts, settings
 
 
 def load_model(args: argparse.Namespace) -> Model:
-    """Open the model of -m, --dtype and --threads; that it stays as stored, and why, goes to standard error.
+    """Open the model of -m with --dtype and --threads; warnings, as that weights stay packed, go to standard error.
 
-    args.note is what else is to be said of it, with the statistics.
+    Sets args.note, which is printed with the statistics.
     """
     if args.threads is not None:
         threads.set_threads(args.threads)
     threads.n_threads()  # a bad NPLLAMA_NUM_THREADS is refused before anything is read
     with collected_log() as log:
         model, processes = load_over_processes(args, args.dtype)
-    if log.warnings:  # it will be slower than one might expect: say so before
+    if log.warnings:  # it will be slower than expected: say so first
         print(f"{args.model or model.path}: {'; '.join(log.warnings)}", file=sys.stderr)
     args.note = "; ".join([*log.information, *([f"{processes} processes"] if processes > 1 else [])])
     return model
 
 
 def load_over_processes(args: argparse.Namespace, dtype: str) -> tuple[Model, int]:
-    """Open the model of -m over --processes, or over those that mpiexec has started, and return their number too."""
+    """Open the model of -m over --processes, or over those that mpiexec has started; also return their number."""
     processes, group = getattr(args, "processes", 1), mpi.world() if hasattr(args, "processes") else None
     if group is None:
         return load(args.model, dtype, processes), processes
@@ -197,27 +205,27 @@ def load_over_processes(args: argparse.Namespace, dtype: str) -> tuple[Model, in
 
 
 def stored_tensors(model: Model) -> list[dict[str, Any]]:
-    """Return what the manifest says of each tensor: file, dtype, shape, bytes, sha256."""
+    """Return the manifest's entry of each tensor: file, dtype, shape, bytes, sha256."""
     tensors: Any = model.manifest["tensors"]
     return list(tensors.values())
 
 
 def required_tokenizer(model: Model) -> Tokenizer:
-    """Return the model's tokenizer. Raises ValueError where it came without one."""
+    """Return the model's tokenizer. Raises ValueError if it has none."""
     if model.tokenizer is None:
-        raise ValueError(f"{model.path} has no tokenizer, so it takes no text: expected --tokens with ids")
+        raise ValueError(f"{model.path} has no tokenizer: found text, expected --tokens with ids")
     return model.tokenizer
 
 
 def tokenizer_of(path: str | None) -> Tokenizer:
-    """Return the tokenizer of a model directory, or the file's itself (local, or remote through blobfile)."""
+    """Return the tokenizer of a model directory, or that of a tokenizer file (local, or remote through blobfile)."""
     if path is None or locate(path).is_dir():
         return required_tokenizer(open_model(path or demo_path()))
     return load_tokenizer(path)
 
 
 def prompt_ids(args: argparse.Namespace, model: Model) -> list[int]:
-    """Return --tokens, or the prompt encoded with BOS in front; `-` is standard input's.
+    """Return --tokens, or the prompt encoded with BOS first; `-` reads standard input.
 
     Raises ValueError for a prompt of no tokens.
     """
@@ -235,23 +243,23 @@ def prompt_ids(args: argparse.Namespace, model: Model) -> list[int]:
 
 
 def lesson_ids(args: argparse.Namespace, model: Model) -> list[int]:
-    """Return --tokens, or --prompt encoded, or else the sentence that the tutorials follow."""
+    """Return --tokens, or --prompt encoded; by default the tutorials' sentence."""
     if args.tokens is None and args.prompt is None:
         args.prompt = SENTENCE
     return prompt_ids(args, model)
 
 
 def go_without_tokenizer(model: Model) -> None:
-    """Leave out a tokenizer whose package isn't installed, with a line on standard error: ids are all that is taken here."""
+    """Drop a tokenizer whose package isn't installed, with a line on standard error: the prompt consists of ids."""
     try:
         _ = model.tokenizer
     except MissingPackage as error:
-        print(f"{error}; without it ids have no text, and no token ends the generation", file=sys.stderr)
+        print(f"{error}; without it there is no text, and no stop token ends the generation", file=sys.stderr)
         model.tokenizer = None
 
 
 def sampling_of(args: argparse.Namespace, model: Model) -> Sampling:
-    """Return what the user asked for, else what was stored with the model, else greedy."""
+    """Return the sampling settings of the options, else those recommended with the model, else greedy."""
     for option, value in (("-n", args.max_tokens), ("--seed", args.seed)):
         if value < 0:
             raise ValueError(f"{option} is {value}, expected 0 or more")
@@ -274,7 +282,7 @@ class TraceOptions(TypedDict):
 
 
 def trace_options(args: argparse.Namespace) -> TraceOptions:
-    """Return what add_trace_options() read, as write_trace() takes it."""
+    """Return the options of add_trace_options() as arguments of write_trace()."""
     from ..golden.trace import Selection, parse_layers
 
     layers = None if args.layers is None else parse_layers(args.layers)

@@ -22,23 +22,25 @@ if TYPE_CHECKING:
 
 def add_parser(commands: Commands) -> None:
     """Declare the command and its options."""
-    p = add_command(commands, "perplexity", run, "measure how well a model predicts a text, as llama.cpp does")
+    p = add_command(commands, "perplexity", run, "measure how well a model predicts a text, by llama.cpp's method")
     p.add_argument("file", type=Path, metavar="FILE", help="text in UTF-8")
-    p.add_argument("--context", type=int, default=512, metavar="N", help="tokens in a window (default 512)")
-    p.add_argument("--base", metavar="MODEL", help="also say how far the model is from this one: Kullback-Leibler divergence")
+    p.add_argument("--context", type=int, default=512, metavar="N", help="tokens per window (default 512)")
+    p.add_argument("--base", metavar="MODEL", help="also print the Kullback-Leibler divergence from this model")
     add_model_options(p)
     add_processes_option(p)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the perplexity of a text; with --base also how far two models are from each other."""
+    """Print the perplexity of a text; with --base, also the divergence between the two models."""
     from ..evaluate import perplexity
 
     text = read_text(args.file)
     model, base = load_model(args), load(args.base, args.dtype) if args.base is not None else None
     ids = required_tokenizer(model).encode(text, bos=True)
     if base is not None and required_tokenizer(base).encode(text, bos=True) != ids:
-        raise ValueError(f"{model.path} and {base.path} make different tokens of {args.file}: expected models of one tokenizer")
+        raise ValueError(
+            f"{model.path} and {base.path} tokenize {args.file} differently: expected models with the same tokenizer"
+        )
     n = len(ids) // max(1, args.context) * args.context
     if not n and args.context > 0:
         raise ValueError(f"{args.file} has {len(ids):,} tokens, expected at least one window of {args.context:,} (--context)")
@@ -58,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def print_comparison(comparison: Comparison) -> None:
-    """Print the base's perplexity, the divergence from it with its percentiles, and how often the two agree."""
+    """Print the base's perplexity, the divergence from it with percentiles, and how often the likeliest tokens agree."""
     from ..evaluate.perplexity import Mean
 
     kl, same_top = Mean.of(comparison.kl), Mean.of(comparison.same_top)
@@ -71,7 +73,7 @@ def print_comparison(comparison: Comparison) -> None:
 
 @contextlib.contextmanager
 def progress_bar(n_tokens: int) -> Iterator[Callable[[int], object] | None]:
-    """Give the update function of a bar on standard error, where that is a terminal and tqdm is installed; or None."""
+    """Yield the update function of a progress bar, or None unless standard error is a terminal and tqdm is installed."""
     if not sys.stderr.isatty():
         yield None
         return

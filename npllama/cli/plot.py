@@ -1,4 +1,4 @@
-"""npllama plot: draw one thing of a pass."""
+"""npllama plot: draw a figure of a forward pass."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ PLOTS = ["rope", "attention", "mask", "residual", "logit-lens", "tokens", "error
 
 def add_parser(commands: Commands) -> None:
     """Declare the command and its options."""
-    p = add_command(commands, "plot", run, "draw one thing of a pass")
+    p = add_command(commands, "plot", run, "draw a figure of a forward pass")
     p.add_argument("kind", metavar="KIND", choices=PLOTS, help="rope, attention, mask, residual, logit-lens, tokens or error")
     p.add_argument(
         "traces",
         nargs="*",
         type=Path,
-        default=[],  # else argparse asks for it where KIND is missing
+        default=[],  # else argparse reports TRACE as missing along with KIND
         metavar="TRACE",
-        help="error: REFERENCE and CANDIDATE, or a report of compare in JSON",
+        help="for KIND error: REFERENCE and CANDIDATE, or a JSON report of compare",
     )
     add_prompt_options(p, required=False)
     p.add_argument("--layer", type=int, default=0, metavar="N", help="default 0")
@@ -30,7 +30,7 @@ def add_parser(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Draw a picture, in a file or a window."""
+    """Draw a figure into a file or a window."""
     from ..learn import plot
 
     if args.kind == "error":
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
         from ..golden.compare.report import as_dict
 
         if len(args.traces) not in (1, 2):
-            raise ValueError("error draws a comparison: expected REFERENCE and CANDIDATE, or one report of compare in JSON")
+            raise ValueError("error draws a comparison: expected REFERENCE and CANDIDATE, or one JSON report of compare")
         if len(args.traces) == 1:
             found = plot.read_report(args.traces[0])
         else:

@@ -1,4 +1,4 @@
-"""npllama run: chat with a checkpoint of any kind, which is converted into the store first."""
+"""npllama run: convert a checkpoint of any format into the store, and chat with it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from .options import Commands, add_command
 
 def add_parser(commands: Commands) -> None:
     """Declare the command and its options."""
-    p = add_command(commands, "run", run, "chat with a checkpoint of any kind, converted into the store once")
-    p.add_argument("model", metavar="FILE_OR_NAME", help="what convert takes, a name of `npllama models`, or a model directory")
+    p = add_command(commands, "run", run, "chat with a checkpoint of any format, which is converted into the store once")
+    p.add_argument(
+        "model", metavar="FILE_OR_NAME", help="a source for convert, a name of `npllama models`, or a model directory"
+    )
     chat.add_options(p)
 
 
@@ -25,7 +27,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def prepared(name: str) -> Path:
-    """Return the model directory that a file, folder or name stands for; it is made if it isn't there."""
+    """Return the model directory of a file, folder or name; convert or fetch it if it doesn't exist yet."""
     if not name.startswith("hf:"):
         path = locate(name)
         if (path / "manifest.json").is_file():
@@ -43,5 +45,5 @@ def prepared(name: str) -> Path:
 
 
 def report(line: str) -> None:
-    """Print a line that is no part of the conversation."""
+    """Print a line on standard error: it isn't part of the conversation."""
     print(line, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""npllama serve: an HTTP server with OpenAI's API."""
+"""npllama serve: run an HTTP server with OpenAI's API."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..checkpoint import Model
 from ..engine.memory import available_memory
 from .options import Commands, add_command, add_model_options, add_processes_option, load_model
 
-GRACE = 9  # seconds that running requests get to finish after SIGTERM: ten with what else the end takes
+GRACE = 9  # seconds that running requests get to finish after SIGTERM; with everything else the end takes at most ten
 
 
 def add_parser(commands: Commands) -> None:
@@ -23,23 +23,35 @@ def add_parser(commands: Commands) -> None:
     p = add_command(commands, "serve", run, "answer HTTP requests in OpenAI's API")
     add_model_options(p)
     add_processes_option(p)
-    p.add_argument("--host", default="127.0.0.1", help="the address to listen on (default 127.0.0.1: this machine alone)")
-    p.add_argument("--port", type=int, default=8080, help="0 takes a free one (default 8080)")
-    p.add_argument("--name", help="the model's name in the API (default: its directory's)")
-    p.add_argument("--format", help=f"the chat format: {', '.join(FORMATS)}, or one of the model's templates by its name")
     p.add_argument(
-        "--rows", type=int, metavar="N", help="texts decoded together (default: 8, or as many as half of the memory holds)"
+        "--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: only this machine can connect)"
+    )
+    p.add_argument("--port", type=int, default=8080, help="port to listen on; 0: any free one (default 8080)")
+    p.add_argument("--name", help="the model's name in the API (default: that of its directory)")
+    p.add_argument("--format", help=f"chat format: {', '.join(FORMATS)}, or the name of one of the model's templates")
+    p.add_argument(
+        "--rows",
+        type=int,
+        metavar="N",
+        help="texts decoded together (default: 8, fewer if half of the free memory holds fewer)",
     )
     p.add_argument(
-        "--queue", type=int, default=64, metavar="N", help="texts that may wait; more are refused with 429 (default 64)"
+        "--queue", type=int, default=64, metavar="N", help="most texts waiting; further ones are refused with 429 (default 64)"
     )
-    p.add_argument("--context", type=int, metavar="N", help="tokens of a prompt and its answer together (default: the model's)")
-    p.add_argument("--max-body", type=int, default=1 << 20, metavar="BYTES", help="of a request (default 1048576)")
     p.add_argument(
-        "--time-limit", type=float, default=600, metavar="S", help="seconds for a request, waiting included (default 600)"
+        "--context",
+        type=int,
+        metavar="N",
+        help="most tokens of a prompt and its answer together (default: the model's context)",
     )
-    p.add_argument("--api-key", metavar="KEY", help="ask clients for it (default: $NPLLAMA_API_KEY, or none)")
-    p.add_argument("--allow-origin", action="append", default=[], metavar="URL", help="web pages that may use the server")
+    p.add_argument("--max-body", type=int, default=1 << 20, metavar="BYTES", help="most bytes of a request (default 1048576)")
+    p.add_argument(
+        "--time-limit", type=float, default=600, metavar="S", help="most seconds for a request, its wait included (default 600)"
+    )
+    p.add_argument("--api-key", metavar="KEY", help="require this key from clients (default: $NPLLAMA_API_KEY, or none)")
+    p.add_argument(
+        "--allow-origin", action="append", default=[], metavar="URL", help="let web pages of this origin use the server (CORS)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -56,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"{option} is out of range")
     key = args.api_key if args.api_key is not None else os.environ.get("NPLLAMA_API_KEY")
     if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key != ""):
-        raise ValueError("the API key is empty or has other characters than ASCII's: no client could send it")
+        raise ValueError("the API key is empty or not printable ASCII: no client could send it")
     listening = listen(args.host, args.port)
     with listening:
         model = load_model(args)
@@ -90,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
         )
         address = f"[{host}]" if ":" in host else host
         print(f"{settings.name} at http://{address}:{port}/v1 ({rows} rows, context {context:,})", file=sys.stderr, flush=True)
-        # uvicorn finishes what runs, then raises the signal again: for SIGTERM that is the end with status 0.
+        # uvicorn finishes running requests, then raises the signal again: after SIGTERM this exits with status 0.
         before = signal.signal(signal.SIGTERM, lambda number, frame: None)
         try:
             uvicorn.Server(config).run([listening])
@@ -101,7 +113,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens, before the model is opened. Raises ValueError for an address that can't be had."""
+    """Return a listening socket, opened before the model is loaded. Raises ValueError for an unavailable address."""
     if not 0 <= port < 1 << 16:
         raise ValueError(f"--port is {port}, expected 0 to 65535")
     try:
@@ -120,7 +132,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def chat_format_or_reason(model: Model, name: str | None) -> ChatFormat | ChatError:
-    """Return the model's chat format, or why it has none: it then serves texts alone. Raises ChatError for a bad `name`."""
+    """Return the model's chat format, or the error that chat requests get without one. Raises ChatError for a bad `name`."""
     try:
         return chat_format(model, name)
     except ChatError as error:
@@ -130,7 +142,7 @@ def chat_format_or_reason(model: Model, name: str | None) -> ChatFormat | ChatEr
 
 
 def rows_for(model: Model, context: int) -> int:
-    """Return how many full rows half of the free memory holds, 1 to 8."""
+    """Return how many rows with a full context fit half of the free memory, 1 to 8."""
     config = model.config
     size = 2 * config.n_layers * config.n_kv_heads * config.head_dim * context * np.dtype(np.float32).itemsize
     return int(min(8, max(1, available_memory() // 2 // size)))

@@ -1,4 +1,4 @@
-"""npllama tokenize: text to ids, or back."""
+"""npllama tokenize: convert text to ids, or back."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from .options import Commands, add_command, add_tokenizer_option, token_ids, tok
 
 def add_parser(commands: Commands) -> None:
     """Declare the command and its options."""
-    p = add_command(commands, "tokenize", run, "text to ids on one line, or back")
+    p = add_command(commands, "tokenize", run, "convert text to ids on one line, or back")
     p.add_argument("text", nargs="?", help="- reads standard input")
-    p.add_argument("--bos", action="store_true", help="begin with the BOS token")
-    p.add_argument("--special", action="store_true", help="special tokens' spelling means the tokens")
-    p.add_argument("--pieces", action="store_true", help="a line per token: its id with its piece")
-    p.add_argument("--decode", type=token_ids, metavar="1,2,3", help="ids to text")
+    p.add_argument("--bos", action="store_true", help="put the BOS token first")
+    p.add_argument("--special", action="store_true", help="parse the spelling of special tokens as these tokens")
+    p.add_argument("--pieces", action="store_true", help="print a line per token: its id and its piece")
+    p.add_argument("--decode", type=token_ids, metavar="1,2,3", help="convert ids to text")
     add_tokenizer_option(p)
 
 

@@ -1,4 +1,4 @@
-"""npllama trace: write every activation of a pass."""
+"""npllama trace: write every activation of a forward pass."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from .options import (
 
 def add_parser(commands: Commands) -> None:
     """Declare the command and its options."""
-    p = add_command(commands, "trace", run, "write every activation of a pass, one .npy each")
+    p = add_command(commands, "trace", run, "write every activation of a forward pass, one .npy each")
     add_prompt_options(p, batch=True)
     add_model_options(p, computes=False)
     add_processes_option(p)
     p.add_argument("--precision", choices=PRECISIONS, help="default: float32; bfloat16 and float16 are simulated")
-    p.add_argument("--convention", choices=CONVENTIONS, help="where 16 bits are rounded: as Meta's code or as Hugging Face's")
-    p.add_argument("--profile", metavar="P", help=f"in their place: {', '.join(PROFILES)}")
+    p.add_argument("--convention", choices=CONVENTIONS, help="round 16-bit values where Meta's or Hugging Face's code does")
+    p.add_argument("--profile", metavar="P", help=f"a precision and convention by one name: {', '.join(PROFILES)}")
     add_trace_options(p)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write the activations of our own pass."""
+    """Write the activations of a pass of npllama's own."""
     from ..golden.trace import write_trace
 
     precision = Precision(args.precision or "float32", args.convention)
     if args.profile is not None:
         if args.precision or args.convention:
-            raise ValueError("--profile says the precision and its convention too: expected it alone")
+            raise ValueError("--profile includes the precision and its convention: expected neither of these options with it")
         precision = profile(args.profile)
     model, _ = load_over_processes(args, "auto")
     write_trace(model, prompt_ids(args, model), precision=precision, storage=args.format, **trace_options(args))

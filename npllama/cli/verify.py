@@ -1,4 +1,4 @@
-"""npllama verify: hash every file of a model directory again."""
+"""npllama verify: check every file of a model directory against its recorded hash."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from .options import Commands, add_command
 
 def add_parser(commands: Commands) -> None:
     """Declare the command and its options."""
-    p = add_command(commands, "verify", run, "hash every file of a model directory again")
+    p = add_command(commands, "verify", run, "check every file of a model directory against its recorded hash")
     p.add_argument("model", nargs="?", metavar="MODEL", help="default: the embedded demo model")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print each problem on a line; return 1 if there is one."""
+    """Print a line for each problem; return 1 if there are any."""
     path = demo_path() if args.model is None else args.model
     problems = verify(path)
     for problem in problems:
         tell(problem)
     if not problems:
-        tell(f"{path}: every file is as it was written")
+        tell(f"{path}: every file matches its recorded hash")
     return 1 if problems else 0

@@ -12,26 +12,26 @@ def add_parser(commands: Commands) -> None:
     """Declare the command and its options."""
     p = add_command(commands, "walkthrough", run, "follow a prompt through the model, step by step")
     p.add_argument("prompt", nargs="?", help="text; - reads standard input")
-    p.add_argument("--tokens", type=token_ids, metavar="1,2,3", help="a prompt of ids; no tokenizer is needed")
-    p.add_argument("--layer", type=int, metavar="N", help="the layer to look into (default 0)")
-    p.add_argument("--head", type=int, metavar="N", help="the query head to look into (default 0)")
-    p.add_argument("--tokenizer", action="store_true", help="the old spelling of `npllama walkthrough-tokenizer`")
+    p.add_argument("--tokens", type=token_ids, metavar="1,2,3", help="a prompt of ids; needs no tokenizer")
+    p.add_argument("--layer", type=int, metavar="N", help="the layer to show in detail (default 0)")
+    p.add_argument("--head", type=int, metavar="N", help="the query head to show in detail (default 0)")
+    p.add_argument("--tokenizer", action="store_true", help="the old name of `npllama walkthrough-tokenizer`")
     p.add_argument("--beside", action="append", default=[], metavar="MODEL", help=argparse.SUPPRESS)  # with --tokenizer
     p.add_argument("--markdown", action="store_true", help="print Markdown")
     add_model_options(p)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the lesson of a pass."""
+    """Print the lesson about a forward pass."""
     if args.tokenizer:
         if args.tokens is not None:
             raise ValueError("--tokenizer takes a text, not --tokens")
         if (args.layer, args.head) != (None, None):
-            raise ValueError("--tokenizer shows no layer and no head of a pass: expected no --layer and no --head with it")
+            raise ValueError("--tokenizer shows no forward pass: expected neither --layer nor --head with it")
         print_lesson(tokenizer_steps(args.prompt, args.model, args.beside), args.markdown)
         return
     if args.beside:
-        raise ValueError("--beside compares tokenizers: expected npllama walkthrough-tokenizer, or --tokenizer with it")
+        raise ValueError("--beside compares tokenizers: expected --tokenizer with it")
     if (args.prompt is None) == (args.tokens is None):
         raise ValueError("expected a prompt, or --tokens instead of it")
     from ..learn.walkthrough import walkthrough

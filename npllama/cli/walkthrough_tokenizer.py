@@ -24,12 +24,12 @@ def add_parser(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the lesson of the tokenizer."""
+    """Print the lesson about the tokenizer."""
     print_lesson(tokenizer_steps(args.text, args.model, args.beside), args.markdown)
 
 
 def tokenizer_steps(text: str | None, model: str | None, beside: Sequence[str]) -> list[Step]:
-    """Return the lesson of a text in a model's tokenizer, compared with those of the models in `beside`."""
+    """Return the lesson about a text in a model's tokenizer, compared with the tokenizers of the models in `beside`."""
     from ..learn import tokenizer_lesson
 
     others = [tokenizer_of(path) for path in beside]
@@ -37,7 +37,7 @@ def tokenizer_steps(text: str | None, model: str | None, beside: Sequence[str]) 
 
 
 def print_lesson(steps: Sequence[Step], markdown: bool) -> None:
-    """Print a lesson as Markdown, or as wide as the terminal is."""
+    """Print a lesson as Markdown, or as text in the terminal's width."""
     from ..learn import lesson
 
     if markdown:

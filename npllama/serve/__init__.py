@@ -4,10 +4,10 @@
 
 | file | what it does |
 |---|---|
-| worker.py | the thread that computes: requests join, are decoded together, and leave |
-| requests.py | OpenAI's JSON to checked requests; what is not supported is refused by name |
-| replies.py | completions to OpenAI's JSON |
-| app.py | the routes, on Starlette: limits, keys, errors, server-sent events |
+| worker.py | the thread that computes: continuous batching, so requests join and leave a running batch |
+| requests.py | checks OpenAI's JSON; unsupported parameters are refused by name |
+| replies.py | writes completions as OpenAI's JSON |
+| app.py | the routes, on Starlette: limits, API key, errors, server-sent events |
 
 Each request gets the tokens it would get alone, ties within rounding aside.
 """

@@ -33,20 +33,21 @@ from .worker import Closed, Full, Job, Worker
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PAGE = Path(__file__).with_name("page.html")
-# The page loads nothing, and talks to this server alone.
+# The page loads nothing from elsewhere and sends requests to this server only.
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; frame-ancestors 'none'"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the server allows.
+    """Name and limits of the server.
 
-    most_bytes     of a request's body
-    most_seconds   for one request, waiting included
-    context        tokens of a prompt and its continuation together
-    api_key        every route but / and /health asks for it, as `Authorization: Bearer KEY`; None: no key
-    origins        web pages of these origins may use the server (CORS); empty: none but its own
-    hosts          names by which clients may call the server; None: any. A page elsewhere can point a name at this machine
+    name           the model's name in the API
+    context        most tokens of a prompt and its continuation together
+    most_bytes     most bytes of a request's body
+    most_seconds   time limit of one request, its wait in the queue included
+    api_key        required on every route except / and /health, as `Authorization: Bearer KEY`; None: no key
+    origins        web pages of these origins may use the server (CORS); empty: only its own page
+    hosts          accepted Host headers, against DNS rebinding; None: any
     """
 
     name: str
@@ -59,7 +60,7 @@ class Settings:
 
 
 def make_app(model: Model, worker: Worker, format: ChatFormat | ChatError, settings: Settings) -> Starlette:
-    """Return the ASGI application; it closes the worker when it ends."""
+    """Return the ASGI application, which closes the worker on shutdown."""
     api = _API(model, worker, format, settings)
 
     @contextlib.asynccontextmanager
@@ -86,34 +87,35 @@ def make_app(model: Model, worker: Worker, format: ChatFormat | ChatError, setti
         Full: lambda request, error: failure(str(error), 429, code="queue_full", headers={"Retry-After": "1"}),
         Closed: lambda request, error: failure(str(error), 503),
         HTTPException: lambda request, error: failure(error.detail, error.status_code, headers=error.headers),
-        Exception: lambda request, error: failure("an unforeseen error; the server's standard error has it", 500),
+        Exception: lambda request, error: failure("an unforeseen error; see the server's standard error", 500),
     }
     return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers, lifespan=lifespan)
 
 
 def failure(message: str, status: int, param: str | None = None, code: str | None = None, headers: Any = None) -> JSONResponse:
-    """Return an error as OpenAI's clients read it."""
+    """Return an error response in OpenAI's form."""
     return JSONResponse({"error": error_of(message, status, param, code)}, status, headers)
 
 
 def error_of(message: str, status: int, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """Return the object that says what is wrong."""
+    """Return the error object of OpenAI's API."""
     kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error", 404: "not_found_error"}
     kind = "server_error" if status >= 500 else kinds.get(status, "invalid_request_error")
     return {"message": printable(message), "type": kind, "param": param, "code": code}
 
 
 class Guard:
-    """Refuses what comes by another host's name, without the key, or with a body that is no JSON.
+    """Refuse requests with an unexpected Host header, without the API key, or with a body that isn't declared as JSON.
 
-    A page of another origin can send a form here, but neither JSON nor the key: a browser asks before, and is not allowed.
+    A web page of another origin can post a form here, but neither JSON nor a key: for these the browser first sends a
+    preflight request, which is refused.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings):
         self._app, self._settings = app, settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer with an error, or pass the request on."""
+        """Answer with an error, or pass the request to the application."""
         refused = self._refused(Request(scope)) if scope["type"] == "http" else None
         await (refused or self._app)(scope, receive, send)
 
@@ -140,7 +142,7 @@ class _API:
         self._model, self._worker, self._format, self._settings = model, worker, format, settings
         self._started = int(time.time())
 
-    # ------------------------------------------------------------------------------------------------------------- small ones
+    # ---------------------------------------------------------------------------------------------------------- simple routes
 
     async def page(self, request: Request) -> Response:
         return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers={"Content-Security-Policy": POLICY})
@@ -156,7 +158,7 @@ class _API:
         return JSONResponse(self._about())
 
     async def tokenize(self, request: Request) -> Response:
-        """llama.cpp's: {"content": ..., "add_special": false, "parse_special": true, "with_pieces": false}."""
+        """Encode a text, as llama.cpp: {"content": ..., "add_special": false, "parse_special": true, "with_pieces": false}."""
         fields = Fields(await self._json(request))
         content = fields.take("content", lambda x: isinstance(x, str), "a text", "")
         bos, special, pieces = (
@@ -212,9 +214,9 @@ class _API:
         echo_logprobs: int | None = None,
         stop_alternatives: int | None = None,
     ) -> _Run:
-        """Queue a text for each choice. Raises BadRequest for a prompt that can't be continued."""
+        """Queue one text for each choice. Raises BadRequest for a prompt that can't be continued."""
         if asked.stop and self._model.tokenizer is None:
-            raise BadRequest("the model has no tokenizer, so there is no text that a stop string could end", "stop")
+            raise BadRequest("the model has no tokenizer, so stop strings can't be used", "stop")
         run = _Run(self._settings.most_seconds, told_always=asked.stream)
         for ids in prompts:
             try:
@@ -249,7 +251,7 @@ class _API:
         return JSONResponse(shape.reply.whole(choices, self._usage(prompts, run)))
 
     async def _events(self, asked: Generation, run: _Run, prompts: Sequence[list[int]], shape: _Shape) -> AsyncIterator[bytes]:
-        """Yield server-sent events; whoever stops reading stops the computing."""
+        """Yield server-sent events; when the client disconnects, its texts are cancelled."""
         try:
             for event in shape.opening():
                 yield _event(shape.reply.event([event]))
@@ -274,28 +276,28 @@ class _API:
 
     def _check_name(self, name: str | None) -> None:
         if name not in (None, self._settings.name):
-            message = f"the model {shown(name)} is not here, expected {self._settings.name}"
+            message = f"the model {shown(name)} is not served here, expected {self._settings.name}"
             raise BadRequest(message, "model", "model_not_found", 404)
 
     def _tokenizer(self) -> Any:
         if self._model.tokenizer is None:
-            raise BadRequest("the model has no tokenizer, so it takes token ids and no text")
+            raise BadRequest("the model has no tokenizer: found text, expected token ids")
         return self._model.tokenizer
 
     async def _json(self, request: Request) -> object:
-        """Read the body, as far as the limit."""
+        """Return the body parsed as JSON. Raises BadRequest for a body over the limit or that isn't JSON."""
         data = bytearray()
         try:
             async for part in request.stream():
                 data += part
                 if len(data) > self._settings.most_bytes:
                     raise BadRequest(f"the body is longer than {self._settings.most_bytes:,} bytes", status=413)
-        except ClientDisconnect:  # within its request: nobody reads this answer, and nobody is to read a traceback
-            raise BadRequest("the client has gone", status=499) from None
+        except ClientDisconnect:  # while it sent the request: nobody reads this answer, and the log needs no traceback
+            raise BadRequest("the client has disconnected", status=499) from None
         try:
             return foreign.parse_json(bytes(data))
         except ValueError as error:
-            raise BadRequest(f"the body is not JSON that can be read: {reason(error)}") from None
+            raise BadRequest(f"the body can't be parsed as JSON: {reason(error)}") from None
         except TypeError as error:
             raise BadRequest(f"the body is {error}, expected a JSON object") from None
 
@@ -305,7 +307,10 @@ def _event(value: object) -> bytes:
 
 
 class _Run:
-    """The texts of one request, and what the worker tells of them."""
+    """The texts of one request, and the worker's reports on them.
+
+    told_always  report each piece of text as it is made (for a stream), instead of the end alone
+    """
 
     def __init__(self, seconds: float, told_always: bool):
         self.jobs: list[Job] = []
@@ -314,7 +319,7 @@ class _Run:
         self._told: asyncio.Queue[tuple[int, str, int, bool]] = asyncio.Queue()
 
     def add(self, job: Job) -> None:
-        """Add a text before it is submitted."""
+        """Add a text, and let the worker report on it to this request's event loop."""
         i = len(self.jobs)
 
         def tell(text: str) -> None:  # on the worker's thread
@@ -327,7 +332,10 @@ class _Run:
         self.jobs.append(job)
 
     async def pieces(self, gone: Callable[[], Awaitable[bool]] | None = None) -> AsyncIterator[tuple[int, str, int, bool]]:
-        """Yield what is told, until all texts have ended. Raises BadRequest at a text's error, and when time is up."""
+        """Yield the worker's reports until all texts have ended: choice, new text, tokens so far, whether it has ended.
+
+        Raises BadRequest for a text's error, at the time limit, and when `gone` finds that the client has disconnected.
+        """
         left = len(self.jobs)
         while left:
             try:
@@ -336,7 +344,7 @@ class _Run:
                 if time.monotonic() >= self._until:
                     raise BadRequest(f"the answer took longer than {self._seconds:g} seconds", status=504) from None
                 if gone is not None and await gone():
-                    raise BadRequest("the client has gone", status=499) from None
+                    raise BadRequest("the client has disconnected", status=499) from None
                 continue
             if (error := self.jobs[told[0]].error) is not None:
                 raise BadRequest(str(error), status=500)
@@ -344,13 +352,13 @@ class _Run:
             yield told
 
     async def wait(self, gone: Callable[[], Awaitable[bool]]) -> None:
-        """Wait until all texts have ended. Raises as pieces() does, and when the client has gone."""
+        """Wait until all texts have ended. Raises BadRequest as pieces() does."""
         async for _ in self.pieces(gone):
             pass
 
 
 class _Shape:
-    """What choices look like: whole, and piece by piece."""
+    """Write choices as JSON: whole, or piece by piece for a stream."""
 
     def __init__(self, model: Model, name: str, asked: Generation, jobs: Sequence[Job], chat: bool):
         self._tokenizer, self._jobs, self._logprobs = model.tokenizer, jobs, asked.logprobs
@@ -358,11 +366,11 @@ class _Shape:
         self._sent = [0] * len(jobs)  # tokens whose log-probabilities have been sent
 
     def opening(self) -> list[dict[str, Any]]:
-        """Return the choices of a stream's first events."""
+        """Return the choices that a stream opens with, one event each."""
         return []
 
     def choice(self, i: int, job: Job) -> dict[str, Any]:
-        """Return a choice as a whole."""
+        """Return a whole choice."""
         done = job.continuation.completion
         return {
             "index": i,
@@ -371,7 +379,7 @@ class _Shape:
         }
 
     def piece(self, i: int, job: Job, text: str, n_tokens: int, ended: bool) -> dict[str, Any] | None:
-        """Return a choice of a stream's event, or None where there is nothing to send."""
+        """Return a choice for one event of a stream, or None where there is nothing to send."""
         if not text and not ended and (self._logprobs is None or n_tokens == self._sent[i]):
             return None
         content = self._content(i, job, text, n_tokens, False, ended)
@@ -385,7 +393,7 @@ class _CompletionShape(_Shape):
     def __init__(self, model: Model, name: str, asked: CompletionRequest, jobs: Sequence[Job]):
         super().__init__(model, name, asked, jobs, chat=False)
         self._echo = asked.echo
-        self._opened: set[int] = set()  # choices of which something has been sent
+        self._opened: set[int] = set()  # choices whose first part has been sent
         given = [prompt for prompt in asked.prompts for _ in range(asked.n)]
         self._prompts = [self._text(prompt) for prompt in given]
         self._lists = [self._list(job, text) for job, text in zip(jobs, self._prompts, strict=True)]
@@ -394,7 +402,7 @@ class _CompletionShape(_Shape):
         ids = job.continuation.completion.prompt_tokens
         if not self._echo or self._tokenizer is None:
             return LegacyLogprobs(self._tokenizer, 0, ids)
-        # The BOS token in front of a text is no part of it: its offset is the text's beginning.
+        # Decoding may put BOS's spelling first, which the prompt lacks: BOS and the first token of text both have offset 0.
         return LegacyLogprobs(self._tokenizer, len(prompt) - len(self._tokenizer.decode(ids)))
 
     def _text(self, prompt: str | list[int]) -> str:
@@ -409,7 +417,7 @@ class _CompletionShape(_Shape):
             ids = done.tokens[self._sent[i] : n_tokens]
             entries: list[TokenLogprobs | None] = [*(done.logprobs or [])[self._sent[i] : n_tokens]]
             if ended and job.stop_logprobs is not None:
-                # As OpenAI and vLLM have it: whoever counts tokens from the end (lm-eval) finds as many as were made.
+                # As OpenAI and vLLM do, include the stop id: lm-eval counts tokens from the end and expects it.
                 ids, entries = [*ids, job.stop_logprobs.token], [*entries, job.stop_logprobs]
             if echoed:
                 ids, entries = done.prompt_tokens + ids, [*job.prompt_logprobs, *entries]

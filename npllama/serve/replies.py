@@ -1,4 +1,4 @@
-"""Completions as OpenAI's JSON."""
+"""Write completions as OpenAI's JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FINISH = {"stop": "stop", "length": "length", "context": "length", None: None}
 
 
 class Reply:
-    """The fields that a reply, or each event of its stream, begins with."""
+    """The fields common to a reply and to all events of its stream."""
 
     def __init__(self, model: str, chat: bool):
         self._chat = chat
@@ -26,7 +26,7 @@ class Reply:
         }
 
     def whole(self, choices: Sequence[dict[str, Any]], usage: dict[str, int]) -> dict[str, Any]:
-        """Return the reply to a request without stream."""
+        """Return the whole reply to a request without `stream`."""
         return {**self.head, "choices": list(choices), "usage": usage}
 
     def event(self, choices: Sequence[dict[str, Any]], usage: dict[str, int] | None = None) -> dict[str, Any]:
@@ -36,16 +36,15 @@ class Reply:
 
 
 def usage_of(prompts: Sequence[Sequence[int]], completions: Sequence[Completion]) -> dict[str, int]:
-    """Count tokens: each prompt once, whatever n is; a stop id counts for nothing."""
+    """Count tokens: each prompt once, whatever n is; stop ids are not counted."""
     read, made = sum(map(len, prompts)), sum(len(done.tokens) for done in completions)
     return {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
 
 
 class LegacyLogprobs:
-    """Log-probabilities as /v1/completions has them: tokens, token_logprobs, top_logprobs, text_offset.
+    """Log-probabilities in the form of /v1/completions: tokens, token_logprobs, top_logprobs, text_offset.
 
-    A token is shown by the text it adds to those before; several that are no characters alone are the same text, of which
-    top_logprobs has the likeliest.
+    A token is shown as text_of() writes it. Where two alternatives have the same text, top_logprobs keeps the likelier.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, offset: int = 0, before: Sequence[int] = ()):
@@ -53,7 +52,7 @@ class LegacyLogprobs:
         self._decoder = StreamDecoder(tokenizer, before) if tokenizer else None
 
     def take(self, ids: Sequence[int], entries: Sequence[TokenLogprobs | None]) -> dict[str, list[Any]]:
-        """Return the four lists for tokens that follow those taken before."""
+        """Return the four lists for the next tokens."""
         found: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for id, entry in zip(ids, entries, strict=True):
             found["tokens"].append(text_of(self._tokenizer, id))
@@ -68,7 +67,7 @@ class LegacyLogprobs:
 
 
 def chat_logprobs(tokenizer: Tokenizer, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
-    """Return log-probabilities as /v1/chat/completions has them."""
+    """Return log-probabilities in the form of /v1/chat/completions."""
 
     def one(id: int, logprob: float) -> dict[str, Any]:
         return {"token": text_of(tokenizer, id), "logprob": logprob, "bytes": list(bytes_of(tokenizer, id))}
@@ -78,7 +77,7 @@ def chat_logprobs(tokenizer: Tokenizer, entries: Sequence[TokenLogprobs]) -> dic
 
 
 def bytes_of(tokenizer: Tokenizer, id: int) -> bytes:
-    """Return the bytes that a token adds inside a text; special tokens their spelling."""
+    """Return the bytes that a token adds to a text; for a special token, its spelling."""
     names = {number: name for name, number in tokenizer.special_tokens.items()}
     if id in names:
         return names[id].encode()
@@ -86,7 +85,7 @@ def bytes_of(tokenizer: Tokenizer, id: int) -> bytes:
 
 
 def text_of(tokenizer: Tokenizer | None, id: int) -> str:
-    r"""Return the text that a token adds, and `bytes:\xe2\x98` as OpenAI does where it is no text alone."""
+    r"""Return the text that a token adds; as OpenAI does, `bytes:\xe2\x98` where its bytes alone are not valid UTF-8."""
     if tokenizer is None:
         return ""
     data = bytes_of(tokenizer, id)

@@ -1,4 +1,4 @@
-"""OpenAI's JSON to checked requests: each parameter is understood, or refused by its name."""
+"""Check OpenAI's JSON: each parameter is either supported or refused by name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..sampling import Sampling
 
 MOST_CHOICES, MOST_LOGPROBS, MOST_STOPS = 128, 20, 16
 ANY = object()
-# Parameters that change nothing at these values, and are not supported at others. The last two are whatever the client likes.
+# Parameters without effect at these values, and refused at others. `user` and `metadata` never have an effect.
 NEUTRAL: dict[str, tuple[object, ...]] = {
     "frequency_penalty": (None, 0),
     "presence_penalty": (None, 0),
@@ -33,7 +33,7 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
 
 
 class BadRequest(NpllamaError):
-    """A request that can't be answered; `param` is the parameter at fault, `code` OpenAI's name for the fault."""
+    """A request that can't be answered; `param` is the parameter at fault, `code` OpenAI's code for the error."""
 
     def __init__(self, message: str, param: str | None = None, code: str | None = None, status: int = 400):
         super().__init__(message)
@@ -42,11 +42,11 @@ class BadRequest(NpllamaError):
 
 @dataclass(frozen=True)
 class Generation:
-    """What both kinds of requests ask for.
+    """The parameters that both kinds of requests have.
 
     max_tokens      None: as many as the context holds
-    logprobs        so many alternatives for each token; None for no log-probabilities at all
-    include_usage   a stream ends with the numbers of tokens
+    logprobs        number of alternatives for each token; None: no log-probabilities
+    include_usage   the last event of a stream gives the token counts
     """
 
     model: str | None
@@ -116,7 +116,7 @@ def _generation(
         raise BadRequest(f"stop is {shown(stop)}: expected at most {MOST_STOPS} texts, none of them empty", "stop")
     recommended = {name: value for name, value in recommended.items() if value is not None}
     sampling = {
-        # What is not given is the model's recommendation, or else, where that is None, OpenAI's default.
+        # The default is the model's recommendation where it has one, else OpenAI's default.
         "temperature": fields.take("temperature", number(0, 100), "0 to 100", recommended.get("temperature", 1.0)),
         "top_p": fields.take("top_p", number(0, 1), "more than 0, at most 1", recommended.get("top_p", 1.0)),
         "top_k": fields.take("top_k", whole(0), "0 (all) or more", 0),
@@ -142,7 +142,7 @@ def _generation(
 
 
 class Fields:
-    """A request's parameters, each of which is taken once; what is left is not supported."""
+    """The parameters of a request; those that take() leaves are unsupported."""
 
     def __init__(self, body: object):
         if not isinstance(body, dict):
@@ -150,7 +150,7 @@ class Fields:
         self._left = dict(body)
 
     def take(self, name: str, check: Any, expected: str, default: Any) -> Any:
-        """Return a parameter's value, or the default where it is absent or null. Raises BadRequest for what check() refuses."""
+        """Return a parameter, or the default where it is absent or null. Raises BadRequest for a value that check() refuses."""
         value = self._left.pop(name, None)
         if value is None:
             return default
@@ -159,7 +159,7 @@ class Fields:
         return value
 
     def refuse_others(self) -> None:
-        """Raise BadRequest for a parameter that was not taken, unless its value changes nothing."""
+        """Raise BadRequest for a parameter that was not taken, unless its value has no effect."""
         for name, value in self._left.items():
             neutral = NEUTRAL.get(name)
             if neutral is None:
@@ -170,7 +170,7 @@ class Fields:
 
 
 def is_bool(value: object) -> bool:
-    """Check for true or false, and not 1 or 0."""
+    """Check for true or false; 1 and 0 are neither."""
     return isinstance(value, bool)
 
 
@@ -180,7 +180,7 @@ def whole(least: int, most: int = 1 << 53) -> Callable[[object], bool]:
 
 
 def number(least: float, most: float) -> Callable[[object], bool]:
-    """Return a check for numbers in a range; NaN is in none."""
+    """Return a check for numbers in a range; NaN is in no range."""
     return lambda value: isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
 
 

@@ -1,4 +1,4 @@
-"""The thread that computes: requests wait, join the batch, get a token at each step, and leave."""
+"""The thread that computes: requests wait in a queue, join the batch, get a token at each step, and leave."""
 
 from __future__ import annotations
 
@@ -18,20 +18,23 @@ from ..text.completion import Continuation, TokenLogprobs
 
 
 class Full(NpllamaError):
-    """As many requests wait as may."""
+    """The queue is full."""
 
 
 class Closed(NpllamaError):
-    """The server is about to end."""
+    """The server is shutting down."""
 
 
 @dataclass
 class Job:
-    """One text to be made. The worker's thread calls `tell` with each piece that is certain, and at the end.
+    """One text to be generated. The worker's thread calls `tell` with each new piece of text, and at the end.
 
-    prompt_logprobs  one for each of the prompt's tokens, None for the first, if echo_logprobs asks for so many alternatives
-    stop_logprobs    that of the stop id that ended the text, if stop_alternatives asks for so many
-    error            why it ended without a finish reason
+    echo_logprobs      alternatives for each token of the prompt; None: no log-probabilities of the prompt
+    stop_alternatives  alternatives for the stop id that ends the text; None: no log-probability of it
+    prompt_logprobs    one entry for each token of the prompt, None for the first
+    stop_logprobs      the entry of the stop id that ended the text
+    error              why the text ended without a finish reason
+    cancelled          set when the client no longer needs the text
     """
 
     continuation: Continuation
@@ -48,24 +51,25 @@ class Job:
 
     @property
     def ended(self) -> bool:
-        """Whether no more will be told."""
+        """Whether the text has ended, with a finish reason or an error."""
         return self.error is not None or self.continuation.ended
 
     def read(self, model: Model, logits: np.ndarray) -> None:
-        """Take the logits after each token of a chunk of the prompt, for the log-probabilities of the tokens that follow."""
+        """Record the prompt's log-probabilities from the logits after each token of a chunk.    [T, V]"""
         ids, entries = self.continuation.completion.prompt_tokens, self.prompt_logprobs
         if not entries:
             entries.append(None)
-        # One row at a time: a chunk's log-probabilities in float64 would be as large as its logits twice over.
+        # One row at a time: in float64 a whole chunk's log-probabilities would take twice the memory of its logits.
         for row in logits[: len(ids) - len(entries)]:
             entries.append(TokenLogprobs.of(model.tokenizer, Step(ids[len(entries)], row), self.echo_logprobs or 0))
 
 
 class Worker:
-    """Computes the jobs of any number of threads in one of its own.
+    """Compute, in one thread, the jobs that any number of threads submit.
 
-    rows  texts that are decoded together
-    most  jobs that may wait for a row
+    rows   texts that are decoded together
+    most   jobs that may wait for a row
+    chunk  most tokens of prompts that are read between two decode steps
     """
 
     def __init__(self, model: Model, rows: int, most: int, chunk: int = 128):
@@ -80,35 +84,35 @@ class Worker:
 
     @property
     def idle(self) -> bool:
-        """Whether no job waits or runs."""
+        """Whether no job is waiting or running."""
         with self._changed:
             return not self._waiting and not self._running
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Queue the jobs of one request, all or none. Raises Full or Closed."""
+        """Queue all jobs of one request, or none of them. Raises Full or Closed."""
         with self._changed:
             if self._closed:
-                raise Closed("the server is about to end")
+                raise Closed("the server is shutting down")
             if len(self._waiting) + len(jobs) > self.most + self._batch.free:
-                raise Full(f"{len(self._waiting)} texts wait already, of {self.most} that may: try again later")
+                raise Full(f"the queue is full ({len(self._waiting)} of {self.most} texts are waiting): try again later")
             self._waiting.extend(jobs)
             self._changed.notify()
 
     def cancel(self, jobs: Sequence[Job]) -> None:
-        """Drop jobs at the next step: whoever asked has gone."""
+        """Drop jobs at the next step, as their client has disconnected."""
         with self._changed:
             for job in jobs:
                 job.cancelled = True
             self._changed.notify()
 
     def close(self) -> None:
-        """Take no more jobs, and end when the present ones have."""
+        """Accept no more jobs; the thread ends when those submitted before have ended."""
         with self._changed:
             self._closed = True
             self._changed.notify()
 
     def join(self, timeout: float | None = None) -> bool:
-        """Wait for the end after close(); False if it isn't reached in time."""
+        """Wait for the thread to end after close(); return False if it hasn't within `timeout` seconds."""
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
@@ -117,11 +121,11 @@ class Worker:
             try:
                 for row, step in self._batch.advance():
                     self._take(row, step)
-            except Exception as error:  # memory, say: it is the end of these texts, and not of the server
+            except Exception as error:  # out of memory, for example: these texts end, the server goes on
                 self._fail(error)
 
     def _next(self) -> bool:
-        """Wait for something to compute, let texts join and leave; False at the end."""
+        """Let texts join and leave, and wait until there is something to compute; return False at the end."""
         with self._changed:
             while True:
                 for row in [row for row, job in self._running.items() if job.cancelled]:

@@ -1,4 +1,4 @@
-"""Run chat templates, which are programs that came with a checkpoint, in a process of their own that can do nothing else."""
+"""Render chat templates, which are programs that come with a checkpoint, in a separate sandboxed process."""
 
 from .rendering import (
     FILE,

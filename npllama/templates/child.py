@@ -1,11 +1,10 @@
-"""The program of the process that renders chat templates. It imports nothing of this package.
+"""The program of the process that renders chat templates. It imports nothing from this package.
 
-Requests come on standard input as marshal writes them, each a tuple (template, variables, time, seconds). An answer is a line,
-`text N`, `error N` or, where the process ends, `ended N`, and N bytes of UTF-8.
+It reads requests from standard input, each a tuple (template, variables, time, seconds) written by marshal. It answers with a
+line, `text N`, `error N` or (before it exits) `ended N`, and N bytes of UTF-8.
 
-A template is somebody else's program. jinja2's sandbox keeps it from Python; where the system can limit a process, this one
-opens no file, starts no other process, writes nothing to the disk and takes no more memory than it was told, whatever gets past
-the sandbox.
+A template is an untrusted program. jinja2's sandbox keeps it away from Python's objects. As a second barrier, on systems that
+can limit a process, this one can open no file, start no other process, write nothing to disk and use no more memory than given.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import functools
 import json
 import marshal
 import os
-import pprint  # noqa: F401  # as textwrap, jinja2.constants and .debug: of use when no file can be opened any more
+import pprint  # noqa: F401  # imported early, as are textwrap, jinja2.constants and .debug: no file can be opened later
 import signal
 import sys
 import textwrap  # noqa: F401
@@ -33,7 +32,7 @@ def compiler() -> Callable[[str], Any]:
     import jinja2.sandbox
 
     class Generation(jinja2.ext.Extension):
-        """`{% generation %}` marks what the model said, for training; it writes what is in it."""
+        """`{% generation %}`, which marks the model's own words for training: render its body."""
 
         tags = {"generation"}  # noqa: RUF012  # jinja2's own declaration
 
@@ -46,7 +45,7 @@ def compiler() -> Callable[[str], Any]:
             return caller()
 
     class Dictionary:
-        """`dict` in a template: it makes one, and has no other attribute."""
+        """`dict` in a template: create a dict; of its attributes only fromkeys is available."""
 
         def __call__(self, *args: Any, **values: Any) -> dict[Any, Any]:
             return dict(*args, **values)
@@ -55,7 +54,7 @@ def compiler() -> Callable[[str], Any]:
             return dict.fromkeys(*args)
 
     class Namespace(jinja2.utils.Namespace):
-        """`namespace` in a template: names with an underscore in front are Python's own."""
+        """`namespace` in a template: refuse names that begin with an underscore, which are Python's own."""
 
         def __init__(*args: Any, **values: Any) -> None:  # so that `self` can be among the values
             for name in (values := dict(*args[1:], **values)):
@@ -86,7 +85,7 @@ def compiler() -> Callable[[str], Any]:
 
 
 def clock(now: datetime) -> Callable[[str], str]:
-    """Return what a template knows as strftime_now."""
+    """Return the function that templates call as strftime_now."""
 
     def strftime_now(format: str) -> str:
         return now.strftime(format)
@@ -95,7 +94,7 @@ def clock(now: datetime) -> Callable[[str], str]:
 
 
 def limit(memory: int) -> None:
-    """Give up, for good, what a template has no use for, as far as this system has such limits; memory 0 is no limit."""
+    """Drop, for good, the rights that no template needs, as far as the system has such limits; memory 0: no limit."""
     os.environ.clear()
     with contextlib.suppress(ImportError):  # Windows
         import resource

@@ -1,8 +1,8 @@
-"""Render chat templates: the parent's half of child.py, and the files of a model directory that hold templates.
+"""Render chat templates in the process that child.py runs in, and read the templates of a model directory.
 
-A template may loop for ever or fill the memory. Its process is ended after SECONDS, or when it takes more than MEMORY bytes:
-Linux holds that limit itself, elsewhere it is measured 20 times a second. The first conversation starts the process, in a few
-tenths of a second; after that a rendering takes about a millisecond.
+A template may loop for ever or fill the memory. Its process is killed after SECONDS, or when it uses more than MEMORY bytes:
+Linux enforces that limit, elsewhere memory is measured 20 times a second. The first rendering starts the process, which takes a
+few tenths of a second; each rendering after that takes about a millisecond.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ FILE = "chat_template.jinja"  # in a model directory; a template called NAME is 
 SECONDS = 10  # for one rendering; a long conversation takes a hundredth of one
 STARTING = 120  # for Python and jinja2 to start, on a machine that is busy
 MEMORY = 512 << 20
-LONGEST = 16 << 20  # bytes of a rendered conversation; the longest context holds half a million
-OLDEST = (3, 1, 6)  # of jinja2: earlier ones have known ways out of the sandbox
-# What a template is given by these names, where the tokenizer has them (transformers 5.23, tokenization_utils_base.py).
+LONGEST = 16 << 20  # bytes of a rendered conversation; a context of 131,072 tokens is about half a million
+OLDEST = (3, 1, 6)  # of jinja2: earlier versions have known sandbox escapes
+# Special tokens that templates get as variables, where the tokenizer has them (transformers 5.23, tokenization_utils_base.py).
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 LLAMA_S_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
 class TemplateError(NpllamaError):
-    """A chat template can't be run, or refuses a conversation; the message is one line."""
+    """A chat template can't be rendered, or refuses a conversation; the message is one line."""
 
 
 def missing_package() -> str | None:
-    """Say in one line what is missing to run templates; None if nothing is."""
+    """Return one line that says what is missing to render templates; None if nothing is."""
     if importlib.util.find_spec("jinja2") is None:
         return "a chat template needs the package jinja2: pip install 'npllama[convert]'"
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -50,12 +50,12 @@ def missing_package() -> str | None:
         if tuple(int(part) for part in version.split(".")[:3] if part.isdigit()) < OLDEST:
             return f"jinja2 is {version}, expected {'.'.join(map(str, OLDEST))} or later: pip install -U jinja2"
     if not sys.executable:
-        return "a chat template needs a Python interpreter of its own, and sys.executable names none"
+        return "a chat template needs a separate Python process, and sys.executable names no interpreter"
     return None
 
 
 class Renderer:
-    """A process that renders templates, started when it is first needed. Threads may share it; a fork starts its own."""
+    """A process that renders templates, started at first use. Threads may share it; after a fork the child starts its own."""
 
     def __init__(self, seconds: int = SECONDS, memory: int = MEMORY, measures: bool = sys.platform != "linux"):
         self.seconds, self.memory, self.measures = seconds, memory, measures
@@ -64,15 +64,15 @@ class Renderer:
         self.owner = os.getpid()
 
     def render(self, template: str, variables: Mapping[str, object], now: datetime | None = None) -> str:
-        """Return what the template writes. Raises TemplateError where it can't, or may not go on.
+        """Return the rendered text. Raises TemplateError for an error in the template, and at the limits.
 
-        variables are made of dicts, lists, texts, numbers and None. now is what strftime_now tells.
+        variables consist of dicts, lists, texts, numbers and None. now is the time for strftime_now.
         """
         request = marshal.dumps((template, dict(variables), (now or datetime.now()).isoformat(), self.seconds + 1))
         with self._lock:
             try:
                 kind, data = self.exchange(self._started(), request, self.seconds)
-            except BaseException:  # an interrupt: its answer would be taken for the next one's
+            except BaseException:  # an interrupt: the late answer would be read as that of the next request
                 self._end()
                 raise
             if kind == "ended":
@@ -82,12 +82,12 @@ class Renderer:
         return data.decode("utf-8", "surrogatepass")
 
     def close(self) -> None:
-        """End the process, if there is one."""
+        """Kill the process, if there is one."""
         with self._lock:
             self._end()
 
     def _started(self) -> subprocess.Popen[bytes]:
-        if self.owner != os.getpid():  # forked: the process is the parent's
+        if self.owner != os.getpid():  # after a fork: the process belongs to the parent
             self.process, self.owner = None, os.getpid()
         if self.process is None or self.process.poll() is not None:
             if (missing := missing_package()) is not None:
@@ -102,7 +102,7 @@ class Renderer:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C and the end of a terminal are not for it
+                start_new_session=True,  # it gets no signal from the terminal
                 creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
             )
             kind, data = self.exchange(self.process, b"", STARTING)
@@ -112,7 +112,7 @@ class Renderer:
         return self.process
 
     def exchange(self, process: subprocess.Popen[bytes], request: bytes, seconds: int) -> tuple[str, bytes]:
-        """Send a request and return the answer, its kind and what it holds; `ended` where the process has ended, or must."""
+        """Send a request and return the kind and the data of the answer; `ended`: the process has ended, or must be killed."""
         assert process.stdin is not None
         assert process.stdout is not None
         answered, ended = threading.Event(), []
@@ -155,7 +155,7 @@ class Renderer:
             process.kill()
             process.wait()
             for pipe in (process.stdin, process.stdout):
-                with contextlib.suppress(OSError):  # what was not sent
+                with contextlib.suppress(OSError):  # unsent data
                     if pipe is not None:
                         pipe.close()
 
@@ -165,12 +165,12 @@ atexit.register(_SHARED.close)
 
 
 def render(template: str, variables: Mapping[str, object], now: datetime | None = None) -> str:
-    """Render a template in the process that all of this program's share."""
+    """Render a template in the process that this whole program shares."""
     return _SHARED.render(template, variables, now)
 
 
 def _memory_of(process: subprocess.Popen[bytes]) -> int | None:
-    """Return the bytes of memory that a process has, or None where that can't be told."""
+    """Return the resident size of a process in bytes, or None where it is unknown."""
     if sys.platform == "win32":
         return _memory_on_windows(int(process._handle))  # type: ignore[attr-defined]
     with contextlib.suppress(OSError, ValueError, IndexError):
@@ -201,14 +201,14 @@ def _memory_on_windows(handle: int) -> int | None:
 
 
 def file_of(name: str) -> str:
-    """Return the file of the template of this name, `default` being the model's own."""
+    """Return the file name of a template; `default` is the model's main one."""
     return FILE if name == "default" else FILE.replace(".", f".{name}.")
 
 
 def read_templates(folder: Path, files: Mapping[str, object]) -> dict[str, str]:
-    """Return the templates of a model directory by name, `default` first. Raises TemplateError for a file that is none.
+    """Return a model directory's templates, name -> text, `default` first. Raises TemplateError for a file that isn't text.
 
-    files are those of the manifest. A directory written before templates were stored has its own in tokenizer_config.json.
+    files are those of the manifest. Directories of older versions have their template in tokenizer_config.json instead.
     """
     start, _, end = FILE.partition(".")
     names = sorted(file for file in files if file.startswith(f"{start}.") and file.endswith(f".{end}"))
@@ -225,18 +225,18 @@ def read_templates(folder: Path, files: Mapping[str, object]) -> dict[str, str]:
 
 
 def named_templates(value: object) -> dict[str, str]:
-    """Return the templates in a tokenizer_config.json's chat_template by name: one, which is the default, or a list."""
+    """Return the templates in a tokenizer_config.json's chat_template, name -> text: one, named `default`, or a list."""
     entries = value if isinstance(value, list) else [{"name": "default", "template": value}]
     named = {entry.get("name"): entry.get("template") for entry in entries if isinstance(entry, dict)}
     return {name: text for name, text in named.items() if isinstance(name, str) and isinstance(text, str)}
 
 
 def template_variables(folder: Path) -> dict[str, str]:
-    """Return the special tokens that a template knows by name, as transformers finds them next to a tokenizer."""
+    """Return the special tokens that templates get as variables, name -> text, found as transformers finds them."""
     paths = [folder / name for name in ("tokenizer_config.json", "special_tokens_map.json")]
-    config, beside = (read_json(path) if path.is_file() else {} for path in paths)
-    values = config if "added_tokens_decoder" in config else {**config, **beside}
-    # A config without a class is made of a GGUF file's metadata, which name all that there is.
+    config, special = (read_json(path) if path.is_file() else {} for path in paths)
+    values = config if "added_tokens_decoder" in config else {**config, **special}
+    # A config without a class was written from a GGUF file's metadata, which are complete: nothing is to be added.
     if str(config.get("tokenizer_class") if config else "Llama").startswith(("Llama", "CodeLlama")):
         values = {**LLAMA_S_TOKENS, **values}
     tokens = {name: values.get(name) for name in NAMED_TOKENS}

@@ -26,9 +26,9 @@ True
 
 | file | what it does |
 |---|---|
-| completion.py | complete(), where a text ends, and what is known of each token |
-| conversation.py | a chat, whose cache is kept from turn to turn; saved and loaded as JSON |
-| batching.py | several texts decoded together, each of which joins and leaves by itself |
+| completion.py | complete(): stop conditions, log-probabilities, streams |
+| conversation.py | a chat, whose cache is kept between turns; saved and loaded as JSON |
+| batching.py | continuous batching: texts are decoded together, and each joins and leaves independently |
 """
 
 from .batching import Batch

@@ -1,4 +1,4 @@
-"""Text in, text out: complete() for one prompt, for several at once, and as it is made."""
+"""Text in, text out: complete() for one prompt or several, whole or as a stream."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ROWS = 8  # prompts that are computed together
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """A generated token's log-probability and the likeliest alternatives, whatever the sampling settings were."""
+    """A generated token's log-probability and the likeliest alternatives, before temperature and the other settings."""
 
     token: int
     piece: str  # as Tokenizer.piece() shows it; empty without a tokenizer
@@ -36,7 +36,7 @@ class TokenLogprobs:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer | None, step: Step, k: int) -> TokenLogprobs:
-        """Return a step's token and the k likeliest in its place."""
+        """Return the entry of a step's token, with the k likeliest tokens of that step."""
 
         def piece(id: int) -> str:
             return tokenizer.piece(id) if tokenizer else ""
@@ -46,13 +46,13 @@ class TokenLogprobs:
 
 @dataclass
 class Completion:
-    """What followed a prompt.
+    """The continuation of a prompt.
 
     text           ends before the first stop string; empty without a tokenizer
-    tokens         all ids that were made, those that spell the stop string included; a stop id is not among them
-    finish_reason  "stop" at a stop string or a stop id, "length" after max_tokens, "context" where the context is full, None
-                   while it is being made, or if it was interrupted
-    logprobs       one for each of `tokens`, if they were asked for
+    tokens         all generated ids, those that spell the stop string included; a stop id is not among them
+    finish_reason  "stop" at a stop string or a stop id, "length" after max_tokens, "context" where the context is full; None
+                   while it is being generated, or if it was interrupted
+    logprobs       an entry for each of `tokens`, if requested
     prompt_tokens  the prompt's ids
     """
 
@@ -64,7 +64,7 @@ class Completion:
 
 
 class Continuation:
-    """Makes a Completion of tokens, one after the other.
+    """Build a Completion from tokens, one at a time.
 
     n_before  tokens that the cache held before the prompt
     """
@@ -81,7 +81,7 @@ class Continuation:
     ):
         tokenizer = model.tokenizer
         if stop and tokenizer is None:
-            raise ValueError(f"{model.path} has no tokenizer, so there is no text that a stop string could end")
+            raise ValueError(f"{model.path} has no tokenizer, so stop strings can't be used")
         if isinstance(stop, str) or "" in stop:
             raise ValueError(f"the stop strings are {stop!r:.60}, expected a list of texts that are not empty")
         if logprobs is not None and logprobs < 0:
@@ -89,7 +89,7 @@ class Continuation:
         self.completion = Completion(logprobs=None if logprobs is None else [], prompt_tokens=list(prompt_tokens))
         self._tokenizer, self._max_tokens, self._k = tokenizer, max_tokens, logprobs
         self._stop_ids = stop_ids_of(model, stop_ids)
-        self._room = model.config.max_seq_len + 1 - len(prompt_tokens) - n_before  # the last token is made and not read
+        self._room = model.config.max_seq_len + 1 - len(prompt_tokens) - n_before  # the last token is never an input
         self._stream = TextStream(StreamDecoder(tokenizer, prompt_tokens), stop) if tokenizer else None
 
     @property
@@ -98,7 +98,7 @@ class Continuation:
         return self.completion.finish_reason is not None
 
     def push(self, step: Step) -> str:
-        """Take the next token, and return the text that is certain now."""
+        """Add the next token, and return the new text that no later token can change."""
         done = self.completion
         if step.token in self._stop_ids:
             return self.end("stop")
@@ -116,7 +116,7 @@ class Continuation:
         return text
 
     def end(self, reason: FinishReason | None = None) -> str:
-        """End the text, unless it has ended, and return what was held back; with no reason, where no token followed."""
+        """End the text, unless it has ended, and return what was held back. Without a reason: no token followed."""
         if self.ended:
             return ""
         reason = reason or ("stop" if self._max_tokens else "length")
@@ -128,9 +128,9 @@ class Continuation:
 
 
 class Stream(Iterator[str]):
-    """The pieces of a text as they are made; `completion` holds what there is of it so far.
+    """The pieces of a text as they are generated; `completion` holds the text so far.
 
-    `after` is called once when the stream has ended, was interrupted or is closed; not if nothing was asked of it.
+    `after` is called once when the stream ends, is interrupted or closed; never if the stream wasn't started.
     """
 
     def __init__(self, continuation: Continuation, steps: Iterator[Step], after: Callable[[], object] | None = None):
@@ -141,7 +141,7 @@ class Stream(Iterator[str]):
         return next(self._pieces)
 
     def close(self) -> None:
-        """Make no more of it."""
+        """Stop generating."""
         self._pieces.close()
 
 
@@ -162,7 +162,7 @@ def _pieces(
 
 
 class _Options(TypedDict, total=False):
-    """The settings of complete(), for the type checker."""
+    """Keyword arguments of complete(), for the type checker."""
 
     max_tokens: int
     temperature: float
@@ -179,7 +179,7 @@ class _Options(TypedDict, total=False):
 
 
 @overload
-def complete(  # type: ignore[overload-overlap]  # a str is an iterable of str, too: the first that fits is taken
+def complete(  # type: ignore[overload-overlap]  # a str is an iterable of str too: the first matching overload applies
     model: Model,
     prompt: Prompt,
     *,
@@ -212,18 +212,18 @@ def complete(
 ) -> Completion | list[Completion] | Stream:
     """Continue a text, or token ids; several prompts are computed together and give a list.
 
-    max_tokens   tokens at most
-    temperature  0 takes the likeliest token; this and the others as in Sampling
+    max_tokens   most tokens to generate
+    temperature  0 takes the likeliest token; this, top_k, top_p, min_p and repetition_penalty as in Sampling
     seed         the same seed gives the same text
-    stop         the text ends before the first of these strings
-    logprobs     for each token its log-probability and those of so many of the likeliest; None for none at all
-    stop_ids     end the text; by default the tokenizer's
-    special      special tokens' spelling in the prompt means the tokens
+    stop         strings; the text ends before the first of them
+    logprobs     for each token, its log-probability and those of the `logprobs` likeliest tokens; None: none
+    stop_ids     ids that end the text; by default the tokenizer's
+    special      parse the spelling of special tokens in the prompt as these tokens
     lookup       prompt-lookup decoding: verify up to so many proposed tokens per pass (one prompt, temperature 0)
     stream       return a Stream of the text's pieces, which never break a character
 
-    A text is encoded with the BOS token in front; for a chat model, Conversation writes its format. Raises ValueError for a
-    prompt that is empty or longer than the context, text without a tokenizer, and settings out of range.
+    A text is encoded with a BOS token first; for chat models use Conversation, which applies the chat template. Raises
+    ValueError for a prompt that is empty or longer than the context, text without a tokenizer, and settings out of range.
     """
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     check_counts(max_tokens, seed)
@@ -249,7 +249,7 @@ def complete(
 
 
 def _prompts(prompt: Prompt | Iterable[Prompt]) -> tuple[bool, list[Prompt]]:
-    """Return whether it is one prompt, and all prompts."""
+    """Return whether one prompt was given, and a list of all prompts."""
     if isinstance(prompt, str):
         return True, [prompt]
     given: list = list(prompt)
@@ -273,14 +273,14 @@ def _ids(model: Model, prompt: Prompt, special: bool) -> list[int]:
 
 
 def required(model: Model) -> Tokenizer:
-    """Return the model's tokenizer. Raises ValueError where it came without one."""
+    """Return the model's tokenizer. Raises ValueError if it has none."""
     if model.tokenizer is None:
-        raise ValueError(f"{model.path} has no tokenizer, so it takes no text: expected token ids")
+        raise ValueError(f"{model.path} has no tokenizer: found text, expected token ids")
     return model.tokenizer
 
 
 def _complete_together(model: Model, texts: Sequence[Continuation], sampling: Sampling, seed: int) -> None:
-    """Continue each text; where one has ended, the next takes its row. Text i draws from the stream (seed, i)."""
+    """Continue all texts; when one ends, the next takes its row. Text i samples with the seed (seed, i)."""
     batch = Batch(model, min(ROWS, len(texts)))
     rows: dict[int, Continuation] = {}
     waiting = deque(enumerate(texts))

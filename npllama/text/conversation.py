@@ -1,4 +1,4 @@
-"""Conversation: a chat with a model, whose cache is kept from turn to turn."""
+"""Conversation: a chat with a model, whose cache is kept between turns."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ Message = Mapping[str, str]
 
 
 class ConversationError(NpllamaError):
-    """A conversation's file, or a turn, can't be used; the message is one line."""
+    """A conversation's file or a turn is invalid; the message is one line."""
 
 
 class Conversation:
-    """The messages so far, each with its `role` and `content`, and the cache of those computed.
+    """The messages so far, each with `role` and `content`, and the key/value cache of their tokens.
 
-    system       the system prompt; None for the model's own, if it has one, and "" for none
-    messages     an earlier conversation to go on with, which may begin with a system message
-    format       the name of a chat format (chat.FORMATS, or a template of the model's), or one; by default the model's own
-    sampling     how tokens are drawn; by default as recommended with the model, or greedily
-    max_tokens   tokens of an answer, at most
+    system       the system prompt; None: the model's own, if it has one; "": none
+    messages     an earlier conversation to continue, which may begin with a system message
+    format       a ChatFormat, or the name of one: of chat.FORMATS or of the model's templates; by default the model's own
+    sampling     by default the settings recommended with the model, else greedy
+    max_tokens   most tokens of an answer
     logprobs     as in complete(), for `last`
 
-    `last` is the Completion of the last answer, and `n_read` how many tokens of its prompt were computed for it. Raises
-    ValueError for a model without a chat format, and for messages that the format refuses.
+    `last` is the Completion of the last answer, and `n_read` the number of tokens that its prefill computed. Raises ValueError
+    for a model without a chat format, and for messages that the format refuses.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Conversation:
         stop: str | Sequence[str] = (),
         logprobs: int | None = None,
     ) -> Conversation:
-        """Go on with a conversation that save() has written. Raises ConversationError for a file that holds none."""
+        """Continue a conversation that save() has written. Raises ConversationError for a file that isn't one."""
         messages = read_messages(Path(path))
         try:
             return cls(
@@ -101,7 +101,7 @@ class Conversation:
             raise ConversationError(f"{path}: {error}") from None
 
     def save(self, path: str | Path) -> None:
-        """Write the messages as JSON, a list of role and content; a file that is there is replaced."""
+        """Write the messages as JSON, a list of objects with role and content; an existing file is replaced."""
         write_file(path, (json.dumps(self.messages, ensure_ascii=False, indent=2) + "\n").encode("utf-8", "surrogatepass"))
 
     def say(self, text: str) -> str:
@@ -109,21 +109,20 @@ class Conversation:
         return "".join(self.stream(text))
 
     def stream(self, text: str, watch: Callable[[Iterator[Step]], Iterator[Step]] | None = None) -> Stream:
-        """Return the answer piece by piece; only what the cache lacks is computed. `watch` passes the tokens on.
+        """Return the answer piece by piece; only tokens that aren't in the cache are computed.
 
-        Question and answer are in `messages` when the stream has ended; where it is interrupted or closed, the answer as far as
-        it came. A question that can't be asked (its tags, or no room in the context) raises ValueError and leaves the
-        conversation as it was.
+        `watch` wraps the iterator of generated tokens, to measure times for example. When the stream ends, is interrupted or
+        closed, the question and the answer so far are added to `messages`. Raises ValueError for a question that the format
+        refuses or that doesn't fit the context; the conversation stays unchanged then.
         """
         if self._answer:
             self._answer.close()
         ids = self._ids(text)
         if len(ids) > (room := self.model.config.max_seq_len):
             found = f"the conversation has {len(ids):,} tokens, the model's context holds {room:,}"
-            raise ConversationError(f"{found}: reset() forgets it")
-        shared = _common_prefix(
-            ids[:-1], self._held
-        )  # the last one is always computed: its logits are the answer's first token
+            raise ConversationError(f"{found}: reset() starts a new one")
+        # The last token is always computed, as its logits give the first token of the answer.
+        shared = _common_prefix(ids[:-1], self._held)
         self._cache.truncate(shared)
         self._held, self.n_read = ids[:shared], len(ids) - shared
         answer = Continuation(self.model, ids, self.max_tokens, self.stop, self.logprobs)
@@ -141,7 +140,7 @@ class Conversation:
         return self._answer
 
     def reset(self) -> None:
-        """Forget everything but the system prompt, whose part of the cache the next question finds."""
+        """Forget all messages but the system prompt, whose part of the cache is reused."""
         if self._answer:
             self._answer.close()
         self.messages = [message for message in self.messages[:1] if message["role"] == "system"]
@@ -151,13 +150,13 @@ class Conversation:
 
 
 def recommended_sampling(model: Model) -> Sampling:
-    """Return the settings that came with a model, or else greedy ones."""
+    """Return the sampling settings recommended with a model, else greedy ones."""
     given = {name: value for name in asdict(Sampling()) if isinstance(value := model.generation.get(name), int | float)}
     return Sampling(**given)  # type: ignore[arg-type]  # top_k, which no model directory has, is whole
 
 
 def read_messages(path: Path) -> list[dict[str, str]]:
-    """Read a conversation's file: a JSON list of role and content. Raises ConversationError for any other."""
+    """Read a conversation's file: a JSON list of objects with role and content. Raises ConversationError for any other."""
     data = read_bytes(path, JSON_LIMIT, ConversationError)
     expected = "expected a list of messages with role and content, as save() writes them"
     try:
@@ -174,5 +173,5 @@ def read_messages(path: Path) -> list[dict[str, str]]:
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Return how many ids both begin with."""
+    """Return the length of the longest common prefix."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -1,4 +1,4 @@
-"""Models that the tests of the command line share."""
+"""Fixtures: models that the tests of the command line share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tiny import CONFIGS, random_params
 
 @pytest.fixture(scope="session")
 def bare(tmp_path_factory):
-    """A tiny model directory without a tokenizer."""
+    """Write a tiny model directory without a tokenizer."""
     path = tmp_path_factory.mktemp("models") / "bare"
     with checkpoint.create(path, CONFIGS["grouped"], "float32", source={"kind": "test"}) as writer:
         for name, array in random_params(CONFIGS["grouped"], seed=1).items():

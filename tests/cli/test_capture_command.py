@@ -1,4 +1,4 @@
-"""npllama capture, as far as it goes without torch: bad input is one line and status 2."""
+"""Test npllama capture without torch: bad input gives one line and status 2."""
 
 from __future__ import annotations
 

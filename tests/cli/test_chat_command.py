@@ -1,4 +1,4 @@
-"""npllama chat in a pipe, and how it chooses the prompt format."""
+"""Test npllama chat in a pipe, and its choice of the chat format."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_chat_answers_a_line_each_and_keeps_the_conversation():
     assert done.returncode == 0
     first, *others = done.stderr.splitlines()
     assert "follows no instructions" in first
-    assert [line.split()[0] for line in others] == ["[cut", "prefill"] * 2  # two answers: an empty line asks nothing
+    assert [line.split()[0] for line in others] == ["[cut", "prefill"] * 2  # two answers: an empty line is no question
     model = npllama.load()
     tokenizer = model.tokenizer
     messages = [{"role": "system", "content": "Be brief."}]
@@ -88,7 +88,7 @@ def test_commands_in_a_pipe_are_obeyed_or_refused(tmp_path, capsys, monkeypatch)
     monkeypatch.setattr("sys.stdin", io.StringIO("/nonsense\nNever asked\n"))
     assert main(["chat", "-n", "3"]) == 2
     out, err = capsys.readouterr()
-    assert "/nonsense is not understood: expected /help, /reset, /save FILE or /exit" in err
+    assert "unknown command /nonsense: expected /help, /reset, /save FILE or /exit" in err
     assert out == ""
 
 

@@ -1,4 +1,4 @@
-"""npllama chat as a person at a terminal meets it."""
+"""Test npllama chat at a terminal."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def loop() -> Loop:
 
 
 class Terminal:
-    """npllama chat under a pseudo-terminal."""
+    """npllama chat in a pseudo-terminal."""
 
     def __init__(self, *args: str):
         self.ours, theirs = pty.openpty()
@@ -49,7 +49,7 @@ class Terminal:
         os.write(self.ours, text.encode())
 
     def until(self, pattern: str, seconds: float = 120) -> str:
-        """What appears up to the pattern, which is taken off."""
+        """Read the output up to and including the pattern, and return it."""
         end = time.monotonic() + seconds
         os.set_blocking(self.ours, False)
         while not (match := re.search(pattern, self.shown)):
@@ -58,7 +58,7 @@ class Terminal:
                 try:
                     self.shown += os.read(self.ours, 65536).decode(errors="replace")
                     self.shown = re.sub(r"\x1b\[\?2004[hl]|\r", "", self.shown)  # bracketed paste, on and off
-                except OSError as error:  # Linux says so when the other side has closed
+                except OSError as error:  # Linux raises this when the other side has closed
                     if isinstance(error, BlockingIOError):
                         raise
                     assert re.search(pattern, self.shown), f"ended without {pattern!r}: {self.shown!r}"
@@ -131,7 +131,7 @@ def test_a_conversation_at_a_terminal(open_terminal, tmp_path):
     terminal.type(f"/save {file}\n")  # its own file may be written again
     terminal.until("1 messages.*\n> ")
     terminal.type("/nonsense\n")
-    terminal.until("/nonsense is not understood.*\n> ")
+    terminal.until("unknown command /nonsense.*\n> ")
     (tmp_path / "other").write_text("mine")
     terminal.type(f"/save {tmp_path / 'other'}\n")
     terminal.until("other exists.*\n> ")

@@ -1,4 +1,4 @@
-"""The command line as a whole: its commands, and errors in a line with their exit status."""
+"""Test the command line as a whole: its commands, and errors on one line with their exit status."""
 
 from __future__ import annotations
 
@@ -55,7 +55,10 @@ def test_each_command_has_a_page_of_help(command, capsys):
         (["verify", "/nowhere"], "/nowhere: not found"),
         (["info", "/nowhere"], "/nowhere: not found"),
         *[([*command, ""], "the model's name is empty") for command in (["info"], ["verify"], ["generate", "x", "-m"])],
-        (["generate", "x", "--stop", "y", "--logprobs", "1"], "--stop ends a text, and with --logprobs there is none"),
+        (
+            ["generate", "x", "--stop", "y", "--logprobs", "1"],
+            "--stop needs text, but --logprobs prints none: expected --json too",
+        ),
         (["generate", "x", "--seed", "-1"], "--seed is -1, expected 0 or more"),
         (["perplexity", "/nowhere"], "npllama perplexity: /nowhere: No such file or directory"),
         (["logits", "--tokens", "1", "--out", "/nowhere/x.npy"], "/nowhere/x.npy: No such file or directory"),
@@ -81,8 +84,8 @@ def test_bad_arguments_get_one_line_and_status_2(args):
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     command = itertools.takewhile(("generate", "info", "plot", "exercise", "start").__contains__, args)
-    assert line.startswith(f"{' '.join(['npllama', *command])}: ")  # whose arguments they are
-    assert "TRACE" not in line  # which `plot` takes and never needs
+    assert line.startswith(f"{' '.join(['npllama', *command])}: ")  # names the subcommand
+    assert "TRACE" not in line  # `plot`'s optional argument
     assert line.endswith("(--help lists the options)")
 
 
@@ -105,7 +108,7 @@ runpy.run_module("npllama", run_name="__main__", alter_sys=True)
 @pytest.mark.skipif(os.name == "nt", reason="signals are POSIX's")
 @pytest.mark.parametrize("moment", [10, 100, 1_000, 3_000, 10_000, 20_000, 30_000, 40_000, 50_000, 60_000])
 def test_ctrl_c_at_any_moment_of_the_start(moment):
-    """After so many calls of Python functions: NumPy's import has most of them, then come the parser's."""
+    """Interrupt after some number of Python calls: during NumPy's import, which makes most of them, or in the parser."""
     command = [sys.executable, "-c", INTERRUPTED, str(moment), "generate", "x", "-n", "400", "--no-echo"]
     done = subprocess.run(command, capture_output=True, text=True, preexec_fn=hear_signals)
     assert done.returncode == 130
@@ -164,7 +167,7 @@ def test_an_unforeseen_error_is_a_line_that_asks_to_report_it(error, capsys, mon
     monkeypatch.delenv("NPLLAMA_DEBUG", raising=False)
     monkeypatch.setattr(info, "open_model", fail)
     text = " ".join(str(error).split())
-    expected = f"npllama info: unforeseen {type(error).__name__}: {text}; please report it, with what NPLLAMA_DEBUG=1 shows"
+    expected = f"npllama info: unforeseen {type(error).__name__}: {text}; please report it, with the output of NPLLAMA_DEBUG=1"
     assert fails(capsys, "info") == expected
     monkeypatch.setenv("NPLLAMA_DEBUG", "1")
     assert main(["info"]) == 2

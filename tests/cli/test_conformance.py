@@ -1,4 +1,4 @@
-"""`npllama conformance`: what it prints, and its exit status."""
+"""Test npllama conformance: its output, and its exit status."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ RIGHT = "import numpy as np\nfrom npllama.ops import softmax\n"
 
 @pytest.fixture(autouse=True)
 def without_waiting_for_the_disk(quick_conversion):
-    """Hundreds of small files each time."""
+    """Run all in one test, as each export writes hundreds of small files."""
 
 
 def test_export_says_what_it_wrote(tmp_path, capsys):
     assert main(["conformance", "export", str(tmp_path / "v"), "--level", "L1"]) == 0
     n = sum(case.level == "L1" for case in cases().values())
-    assert capsys.readouterr().out == f"{tmp_path / 'v'}: {n} cases of L1; README.md says how to use them\n"
+    assert capsys.readouterr().out == f"{tmp_path / 'v'}: {n} cases of L1; see its README.md\n"
     assert "v exists: choose another name" in fails(capsys, "conformance", "export", tmp_path / "v")
 
 

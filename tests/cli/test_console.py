@@ -1,4 +1,4 @@
-"""Standard output and error that are closed, full or unread: the exit status is true."""
+"""Test standard streams that are closed, full or unread: the exit status is right."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_closed_streams_are_no_traceback():
             [*COMMAND, *command.split()], capture_output=True, text=True, preexec_fn=lambda: [os.close(n) for n in numbers]
         )
 
-    assert closed(0, command="chat").returncode == 0  # nothing is asked
+    assert closed(0, command="chat").returncode == 0  # standard input is empty
     for streams in ((1,), (2,), (0, 1, 2)):
         done = closed(*streams)
         assert done.returncode == 0
@@ -35,7 +35,7 @@ def test_closed_streams_are_no_traceback():
 
 @pytest.fixture(params=["", "1"], ids=["buffered", "unbuffered"])
 def environment(request):
-    """Python holds output back, or it writes at once, and then takes a part for the whole."""
+    """Test buffered output and unbuffered output (-u), for which Python takes a partial write for a whole one."""
     return {**os.environ, "PYTHONUNBUFFERED": request.param}
 
 
@@ -55,7 +55,7 @@ def trace(tmp_path_factory):
 
 @pytest.fixture(params=PRINTING)
 def printing(request, trace):
-    """Each command that prints to standard output."""
+    """Test each command that prints to standard output."""
     return [*COMMAND, *request.param.replace("TRACE", str(trace)).replace("LICENSE", str(ROOT / "LICENSE")).split()]
 
 
@@ -71,7 +71,7 @@ def test_a_full_disk_is_an_error(printing, environment):
 
 
 def to_nobody(command: list[str], **options) -> tuple[int, str]:
-    """Run a command whose standard output nobody reads."""
+    """Run a command whose standard output has no reader."""
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, input=b"Who?\n", **options)
@@ -103,7 +103,7 @@ def test_a_verdict_is_the_status_even_if_nobody_reads_it(environment, trace, cop
 
 
 def test_a_write_that_is_cut_short_is_an_error(environment, tmp_path):
-    """Unbuffered, Python takes the 4,096 bytes that a disk had room for as all of it."""
+    """Test a disk with room for 4,096 bytes: unbuffered, Python takes these for the whole output."""
     with open(tmp_path / "x", "wb") as out, full_disk(4096):
         done = subprocess.run([*COMMAND, "walkthrough", "ROMEO:"], stdout=out, stderr=subprocess.PIPE, env=environment)
     assert done.returncode == 2
@@ -131,7 +131,7 @@ def test_a_file_may_be_standard_output():
         (OSError(27, "File too large"), "File too large"),
         (ValueError("two\n  lines"), "two lines"),
         (MemoryError(), "MemoryError"),
-        (KeyError("x"), "unforeseen KeyError: 'x'; please report it, with what NPLLAMA_DEBUG=1 shows"),
+        (KeyError("x"), "unforeseen KeyError: 'x'; please report it, with the output of NPLLAMA_DEBUG=1"),
     ],
 )
 def test_an_error_is_one_line(error, expected):

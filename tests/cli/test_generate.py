@@ -1,4 +1,4 @@
-"""npllama generate: the text, as it is made and as it ends."""
+"""Test npllama generate: streaming, and the ends of texts."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_ids_work_without_a_tokenizer(bare, capsys):
 
 @pytest.fixture
 def endless(copy_of_demo):
-    """A command that goes on and on, as its model says id 0 for ever: should the reader stand still, it waits for him."""
+    """Start a command whose model generates id 0 without end; it blocks while nobody reads its output."""
     config = json.loads((copy_of_demo / "config.json").read_text())
     (copy_of_demo / "config.json").write_text(json.dumps(config | {"max_seq_len": 1 << 20}))
     norm = copy_of_demo / "norm.weight.npy"
@@ -93,14 +93,14 @@ def endless(copy_of_demo):
 
 
 def test_tokens_stream_as_they_are_made(endless):
-    """The first characters arrive long before the last: they are read while the process is still at work."""
+    """Read the first characters while the process is still generating."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     process = subprocess.Popen(endless, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment)
     assert process.stdout.read(20).startswith(b"ROMEO:")
     assert process.poll() is None
     process.kill()
     process.wait()
-    assert len(process.stdout.read()) < 8000  # what a buffer held back would be more
+    assert len(process.stdout.read()) < 8000  # a buffer would have held back more
     process.stdout.close()
 
 
@@ -182,7 +182,7 @@ def test_a_prompt_on_each_line_of_a_file(tmp_path, capsys):
     ("options", "line"),
     [
         (["x", "--prompts", "f"], "expected a prompt, or --tokens or --prompts instead of it"),
-        (["--prompts", "empty", "--lookup", "3"], "--lookup takes one prompt, and --prompts has several"),
+        (["--prompts", "empty", "--lookup", "3"], "--lookup takes one prompt, but --prompts gives several"),
         (["--prompts", "empty", "--logprobs", "3"], "--logprobs with --prompts needs --json"),
         (["--prompts", "empty"], "empty holds no text, expected a prompt on each line"),
         (["x", "--repetition-penalty", "0"], "repetition_penalty is 0.0, expected more than 0"),
@@ -217,4 +217,4 @@ def test_the_repetition_penalty_reaches_the_tokens(capsys):
 def test_help_says_that_grammars_are_not_offered(capsys):
     with pytest.raises(SystemExit):
         main(["generate", "--help"])
-    assert "follows a grammar or a JSON schema isn't offered" in capsys.readouterr().out
+    assert "constrained by a grammar or a JSON schema is not supported" in capsys.readouterr().out

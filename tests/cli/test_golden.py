@@ -1,4 +1,4 @@
-"""npllama golden: the model by -m, as everywhere, and by the old spelling."""
+"""Test npllama golden: the model by -m, as everywhere, and by the old positional argument."""
 
 from __future__ import annotations
 

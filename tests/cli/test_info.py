@@ -1,4 +1,4 @@
-"""npllama info: what is printed is what is there."""
+"""Test npllama info: its output describes the directory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""npllama logits: the file is forward()'s, or there is none."""
+"""Test npllama logits: the file equals forward()'s logits, or there is none."""
 
 from __future__ import annotations
 

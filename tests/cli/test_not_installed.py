@@ -1,4 +1,4 @@
-"""Copies of npllama that nobody installed: a zip, the package without its model, a checkout without the converter."""
+"""Test copies of npllama that aren't installed: a zip, the package without its model, a checkout without the converter."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from commands import fails, run
 
 @pytest.fixture(scope="module")
 def zipped(tmp_path_factory):
-    """The package alone in a zip that Python runs, as zipapp makes it."""
+    """Write the package alone into a zip that Python can run, as zipapp does."""
     folder = tmp_path_factory.mktemp("zipped")
     package = Path(npllama.__file__).parent
     shutil.copytree(package, folder / "app" / "npllama", ignore=shutil.ignore_patterns("__pycache__"))
@@ -37,7 +37,7 @@ def run_zipped(folder: Path, *args: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-c", code, str(folder / "npllama.pyz"), *args]
     environment = {**os.environ, "TMPDIR": str(temporary), "TEMP": str(temporary), "TMP": str(temporary)}
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", cwd=folder, env=environment)
-    assert list(temporary.iterdir()) == []  # what was unpacked is gone again
+    assert list(temporary.iterdir()) == []  # unpacked files are removed
     return done
 
 
@@ -77,6 +77,6 @@ def test_a_copied_checkout_says_what_it_lacks(args, bare, tmp_path, capsys, monk
     out, err = capsys.readouterr()
     (line,) = err.splitlines()
     assert line.startswith(
-        f"npllama {args[0]}: needs the package npllama_convert, which installing npllama brings: pip install ."
+        f"npllama {args[0]}: needs the package npllama_convert, which is installed with npllama: pip install ."
     )
     assert ("mine" in out) == (args == ["models"])

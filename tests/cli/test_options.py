@@ -1,4 +1,4 @@
-"""The options that commands share: prompts of text or ids, with and without a tokenizer; threads, the model's dtype."""
+"""Test the options that commands share: prompts of text or ids, with and without a tokenizer; threads; dtype."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ID_COMMANDS = {
 
 @pytest.mark.parametrize("command", ID_COMMANDS)
 def test_ids_need_no_package_for_text(command, tmp_path, capsys, monkeypatch):
-    """Neither tiktoken nor regex: there is no wheel of tiktoken for 32 bits, s390x, ppc64le or riscv64."""
+    """Test without tiktoken and regex: tiktoken has no wheel for 32 bits, s390x, ppc64le or riscv64."""
     if command == "explain":
         pytest.importorskip("bokeh", reason="bokeh is not installed")
     monkeypatch.chdir(tmp_path)
@@ -63,7 +63,7 @@ def test_text_without_a_package_for_it_is_one_line(capsys, monkeypatch):
 
 @pytest.mark.parametrize("package", ["sentencepiece", "tokenizers"])
 def test_ids_work_where_the_tokenizer_s_package_is_missing(package, tmp_path, capsys, monkeypatch):
-    """The kinds that are run by a library alone: their ids have no text then, which is said."""
+    """Test tokenizers that need a library: without it ids have no text, and a line says so."""
     files = {"sentencepiece": ("tokenizer.model", b"\n\x0e\n\x05<unk>\x15"), "tokenizers": ("tokenizer.json", b"{}")}
     with checkpoint.create(tmp_path / "m", CONFIGS["grouped"], "float32", source={"kind": "test"}) as writer:
         for name, array in random_params(CONFIGS["grouped"], seed=1).items():
@@ -75,7 +75,7 @@ def test_ids_work_where_the_tokenizer_s_package_is_missing(package, tmp_path, ca
     out, err = capsys.readouterr()
     assert len(out.split(",")) == 5
     assert f"needs the package {package}: pip install" in err
-    assert "no token ends the generation" in err
+    assert "no stop token ends the generation" in err
     assert main(["walkthrough", "--tokens", "1,2,3", *model]) == 0
     assert "came without a tokenizer" in " ".join(capsys.readouterr().out.split())
     assert main(["info", str(tmp_path / "m")]) == 0
@@ -115,7 +115,7 @@ def test_a_row_of_the_model_without_a_token(copy_of_demo, capsys):
 def test_a_number_of_threads_that_is_none(capsys):
     line = fails(capsys, "generate", "x", "--threads", "0")
     assert line == "npllama generate: the number of threads is 0, expected 1 or more"
-    # A process of its own: the variable is read once in each.
+    # In a separate process, as the variable is read once per process.
     process = run("generate", "x", env={**os.environ, threads.VARIABLE: "many"})
     assert process.returncode == 2
     assert process.stderr == "npllama generate: NPLLAMA_NUM_THREADS is 'many', expected a whole number from 1\n"
@@ -133,7 +133,7 @@ def test_weights_that_stay_as_stored_are_said_before_the_text(capsys, monkeypatc
     assert "weights widened to float32" in capsys.readouterr().err
 
 
-# What each command needs besides, to come as far as to its model.
+# The other arguments that each command needs before it opens its model.
 WITH_PROCESSES = {
     "generate": ["x"],
     "chat": [],

@@ -1,4 +1,4 @@
-"""npllama run, and what is said of a checkpoint where a model directory is expected."""
+"""Test npllama run, and the error for a checkpoint where a model directory is expected."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CONFIG = tiny.config(n_layers=1, vocab_size=330)
 
 @pytest.fixture
 def src(tmp_path, tiny_llama2_json_file) -> Path:
-    """A folder of Hugging Face's."""
+    """Write a Hugging Face folder."""
     folder = foreign.write_hf(tmp_path / "my model", CONFIG, tiny.random_params(CONFIG, seed=5))
     shutil.copy(tiny_llama2_json_file, folder)
     return folder
@@ -34,7 +34,7 @@ def models(tmp_path, monkeypatch) -> Path:
 
 
 def asked(src: object) -> str:
-    """Ask the model of a source one question: what standard error says."""
+    """Ask the model of a source one question, and return standard error."""
     done = run("run", str(src), "-n", "4", "--temperature", "0", "--format", "llama2", input="Once\n")
     assert done.returncode == 0, done.stderr
     assert done.stdout

@@ -1,4 +1,4 @@
-"""The command's own errors; tests/serve/ tests what it serves."""
+"""Test the command's own errors; the server is tested in tests/serve/."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from commands import fails
         (["--queue", "-1"], "--queue is out of range"),
         (["--time-limit", "nan"], "--time-limit is out of range"),
         (["--api-key", ""], "the API key is empty"),
-        (["--api-key", "clé"], "has other characters than ASCII's"),
+        (["--api-key", "clé"], "not printable ASCII"),
         (["--port", "0", "--rows", "0"], "--rows is 0, expected 1 or more"),
         (["--port", "0", "--context", "0"], "--context is 0, expected 1 to the model's 512"),
         (["--port", "0", "--context", "513"], "--context is 513, expected 1 to the model's 512"),

@@ -1,4 +1,4 @@
-"""npllama tokenize: there and back."""
+"""Test npllama tokenize: text to ids and back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""npllama verify: the verdict and the exit status."""
+"""Test npllama verify: the verdict and the exit status."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""npllama walkthrough-tokenizer: the lesson, and `walkthrough --tokenizer`, its old spelling."""
+"""Test npllama walkthrough-tokenizer, and its old name, `walkthrough --tokenizer`."""
 
 from __future__ import annotations
 

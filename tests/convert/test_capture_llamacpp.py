@@ -117,7 +117,7 @@ def test_the_command(made, tmp_path, capsys):
     assert "8 times, one operation by 32 times, the noise floor of float16-cache" in capsys.readouterr().out
     out = tmp_path / "x"
     line = fails(capsys, "capture", file, "--tokens", "1", "--dtype", "float16", "--out", out)
-    assert line.endswith(f"--dtype is for torch: llama.cpp computes {file} in what its weights are stored in")
+    assert line.endswith(f"--dtype is for torch: llama.cpp computes {file} in the precision of its stored weights")
     line = fails(capsys, "capture", tmp_path, "--tokens", "1", "--cache", "f16", "--out", out)
     assert line.endswith(f"--flash-attention and --cache are for llama.cpp: {tmp_path} is not a .gguf file")
     line = fails(capsys, "capture", file, "--tokens", "1,2", "3", "--out", out)

@@ -229,7 +229,7 @@ def test_command_with_a_base(directories, capsys) -> None:
         (["-m", "bare", "text.txt"], "has no tokenizer"),
         (["-m", "one", "text.txt"], "text.txt has 241 tokens, expected at least one window of 512 (--context)"),
         (["-m", "one", "text.txt", "--context", "0"], "a window of 0 tokens"),
-        (["-m", "one", "text.txt", "--base", "foreign", "--context", "32"], "make different tokens of text.txt"),
+        (["-m", "one", "text.txt", "--base", "foreign", "--context", "32"], "tokenize text.txt differently"),
     ],
 )
 def test_command_refuses(directories, capsys, monkeypatch, args: list[str], message: str) -> None:

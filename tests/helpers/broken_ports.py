@@ -1,4 +1,4 @@
-"""Ports with one mistake each, and the tiny model on which most of npllama.golden.mistakes show."""
+"""Make ports with one mistake each, and the tiny model on which most of npllama.golden.mistakes show."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ BUGS = (
 
 
 def port(name: str, model: Model) -> tuple[Model, Port]:
-    """The model and the pass of a port that has this mistake, which must be able to show in it."""
+    """Return the model and the forward function of a port with this mistake, which must be visible in that model."""
     assert MISTAKES[name].applies(model.config), name
     return model, Port(name)
 
 
 def only(name: str, model: Model, ending: str) -> Model:
-    """The model with a mistake of its parameters in those alone whose names end so."""
+    """Return the model with a mistake in only those parameters whose names end with a suffix."""
     wrong = MISTAKES[name].params(model.params, model.config)
     return Model(model.config, {n: wrong[n] if n.endswith(ending) else x for n, x in model.params.items()})
 

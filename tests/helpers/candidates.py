@@ -1,4 +1,4 @@
-"""Traces of the model of broken_ports, and `npllama compare` on them."""
+"""Write traces of broken_ports' model, and run `npllama compare` on them."""
 
 from __future__ import annotations
 

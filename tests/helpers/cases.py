@@ -1,4 +1,4 @@
-"""What is compared with torch, live (test_torch.py) and recorded (test_goldens.py), with the bound of each comparison.
+"""Cases compared with torch, live (test_torch.py) and recorded (test_goldens.py), with the bound of each comparison.
 
 The bounds are relative errors: the largest difference over the reference's largest magnitude. They are ten times what was
 measured where that is tighter than the project's own limits (float32: 2e-6 an operation, 1e-5 the logits; float64: 1e-12).
@@ -34,7 +34,7 @@ ROPE_SHAPES = {  # name -> head_dim, theta, scaling
 
 
 def op_inputs(dtype: str) -> dict[str, dict[str, np.ndarray]]:
-    """Operation -> its named inputs. RoPE's frequencies are given, so that both sides rotate by the same."""
+    """Return operation -> its named inputs. RoPE's frequencies are an input, so that both sides rotate by the same angles."""
     T, S, H, G, K, D, F = 7, 7, 6, 2, 16, 96, 253
     x = [uniform(seed, (T, D)).astype(dtype) for seed in range(3)]
     frequencies = ops.rope_frequencies(K, 500000.0, LLAMA_3_1, dtype)
@@ -85,7 +85,7 @@ OPS: dict[str, Callable[..., np.ndarray]] = {
 
 @dataclasses.dataclass(frozen=True)
 class ModelCase:
-    """One tiny model with its tokens; only the last `n_compared` positions are held against the reference."""
+    """A tiny model with its tokens; only the last `n_compared` positions are compared with the reference."""
 
     config: Config
     seed: int
@@ -101,7 +101,7 @@ class ModelCase:
         return self.shape[-1] > 1000
 
     def logits(self, params: dict[str, np.ndarray]) -> np.ndarray:
-        """Ours, in chunks where the prompt is long: that is the same computation."""
+        """Compute npllama's logits; long prompts in chunks, which is the same computation."""
         chunk = 256
         tokens, cache = self.tokens, KVCache(self.config, self.shape[:-1])
         starts = range(0, tokens.shape[-1], chunk)
@@ -126,6 +126,6 @@ MODEL_CASES = _model_cases()
 
 
 def golden(name: str) -> dict[str, np.ndarray]:
-    """The arrays of tests/goldens/NAME.npz."""
+    """Read the arrays of tests/goldens/NAME.npz."""
     with np.load(Path(__file__).parent.parent / "goldens" / f"{name}.npz", allow_pickle=False) as file:
         return dict(file)

@@ -1,4 +1,4 @@
-"""Run npllama's command line, as a process or in this one."""
+"""Run npllama's command line, in a new process or in this one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def run(*args: str, **options) -> subprocess.CompletedProcess:
 
 
 def fails(capsys, *args: str, status: int = 2) -> str:
-    """Run in this process, expect a failure, and return its one line."""
+    """Run a command in this process, check that it fails with one line, and return that line."""
     assert main([str(arg) for arg in args]) == status
     out, err = capsys.readouterr()
     lines = (out + err).splitlines()

@@ -1,4 +1,4 @@
-"""Ports for the conformance suite: npllama's own functions under the operations' names, and torch's."""
+"""Ports for the conformance suite: npllama's own functions and torch's, under the operations' names."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Functions = dict[str, Callable[..., Any]]
 
 
 def npllama_functions(name: str) -> Functions:
-    """npllama's operations as they are called in a pass, in a profile of precision.py; packed weights as they are stored."""
+    """Return npllama's operations as forward() calls them, in a profile of precision.py; packed weights stay packed."""
     precision = profile(name)
     o, r, dtype = precision.ops or model.PLAIN, precision.round, precision.dtype
 
@@ -64,7 +64,7 @@ def npllama_functions(name: str) -> Functions:
 
 
 def _whole_functions(precision: Precision) -> Functions:
-    """Blocks and models: model.py's functions, with the cache and the loaders as they are."""
+    """Return blocks and models: model.py's functions, with the cache and the loaders."""
     o, r = precision.ops or model.PLAIN, precision.round
 
     def tap(name: str, x: np.ndarray) -> np.ndarray:
@@ -121,7 +121,7 @@ def _whole_functions(precision: Precision) -> Functions:
 
 
 def resolve_config(path: str) -> np.ndarray:
-    """The converter's readings of the files that state constants."""
+    """Return the converter's readers of the files that state constants."""
 
     def silent(line: str) -> None:
         pass
@@ -137,12 +137,12 @@ def resolve_config(path: str) -> np.ndarray:
 
 
 def filtered(logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float) -> np.ndarray:
-    """The distribution that npllama draws from."""
+    """Return the distribution that npllama samples from."""
     return probabilities(logits, Sampling(temperature, top_k=top_k, top_p=top_p, min_p=min_p))
 
 
 def torch_functions(torch: Any) -> Functions:
-    """torch's own operations, where it has one; arrays in, tensors out."""
+    """Return torch's own operations, where it has one; arrays in, tensors out."""
     functional = torch.nn.functional
 
     def on_tensors(function: Callable[..., Any]) -> Callable[..., Any]:

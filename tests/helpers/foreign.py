@@ -1,4 +1,4 @@
-"""The same model in the forms of others, written apart from the readers that it judges. Needs no torch."""
+"""Write one model in other programs' formats, independently of the readers under test. Needs no torch."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def renamed(params: Params, layer: Mapping[str, str], prefix: str, others: Mappi
 
 
 def half_split(weight: np.ndarray, n_heads: int) -> np.ndarray:
-    """wq or wk as Hugging Face has it: of each head first the even rows, then the odd ones."""
+    """Permute wq or wk to Hugging Face's layout: of each head first the even rows, then the odd ones."""
     heads = np.split(weight, n_heads)
     return np.concatenate([part for head in heads for part in (head[0::2], head[1::2])])
 
@@ -69,7 +69,7 @@ def hf_tensors(config: Config, params: Params) -> dict[str, np.ndarray]:
 
 
 def hf_config(config: Config, old: bool = False) -> dict[str, object]:
-    """config.json as transformers 5 writes it, or with RoPE in the old spelling."""
+    """Return config.json as transformers 5 writes it, or with RoPE's keys of transformers 4."""
     rope: dict[str, object] = {"rope_type": "default"}
     if isinstance(scaling := config.rope_scaling, LinearRopeScaling):
         rope = {"rope_type": "linear", "factor": scaling.factor}
@@ -117,7 +117,7 @@ def write_hf(
     old: bool = False,
     **changes: object,
 ) -> Path:
-    """config.json and model.safetensors, or shards with their index; changes go into config.json, None takes a key out."""
+    """Write config.json and model.safetensors, or shards with an index; `changes` replace its keys, None removes one."""
     from safetensors.numpy import save_file
 
     folder.mkdir(exist_ok=True)
@@ -141,7 +141,7 @@ def write_hf(
 
 
 def rope_divisors(config: Config) -> np.ndarray:
-    """rope_freqs.weight: how many times longer each pair's wavelength became."""
+    """Return rope_freqs.weight: the factor by which each pair's wavelength became longer."""
     shape = (config.head_dim, config.rope_theta)
     divisors = rope_frequencies(*shape, None, "float64") / rope_frequencies(*shape, config.rope_scaling, "float64")
     return divisors.astype(np.float32)
@@ -164,7 +164,7 @@ def write_gguf(
     more: Params | None = None,
     **metadata: object,
 ) -> Path:
-    """A GGUF file, matrices in this type and vectors in float32.
+    """Write a GGUF file, matrices in this type and vectors in float32.
 
     divisors   rope_freqs.weight, in place of what the config makes it
     raw        tensors' blocks and type, in place of their quantization
@@ -218,7 +218,7 @@ def write_gguf(
 
 
 def write_llama2c(path: Path, config: Config, params: Params) -> Path:
-    """A .bin of version 0."""
+    """Write a .bin of version 0."""
     sign = 1 if config.tied_embeddings else -1
     header = (config.dim, config.ffn_dim, config.n_layers, config.n_heads, config.n_kv_heads)
     parts = [params["tok_embeddings.weight"]]
@@ -234,14 +234,14 @@ def write_llama2c(path: Path, config: Config, params: Params) -> Path:
 
 
 def convert(src: Path, dst: Path, **options: object) -> list[str]:
-    """`npllama convert`, and what it reported."""
+    """Run `npllama convert`, and return its report."""
     lines: list[str] = []
     sources.convert(src, dst, report=lines.append, **options)
     return lines
 
 
 def assert_same(folder: Path, params: Params) -> None:
-    """The model directory holds these very bits."""
+    """Check that the model directory holds these parameters, bit for bit."""
     found = open_model(folder).params
     assert found.keys() == params.keys()
     for name, array in params.items():
@@ -250,7 +250,7 @@ def assert_same(folder: Path, params: Params) -> None:
 
 
 def refused(src: Path, dst: Path, expected: str, **options: object) -> None:
-    """The conversion ends in a ValueError of one line, and leaves nothing behind."""
+    """Check that the conversion raises a ValueError of one line and leaves no files."""
     before = sorted(dst.parent.iterdir())
     with pytest.raises(ValueError, match=expected) as error:
         convert(src, dst, **options)

@@ -1,4 +1,4 @@
-"""Damaged files for every reader of what other programs write: checkpoints for convert; traces, maps and reports for compare.
+"""Fuzz every reader of foreign files with damaged ones: checkpoints for convert; traces, maps and reports for compare.
 
 Each checkpoint converts to a whole model, each trace is compared and each report drawn, or it is refused in one line.
 
@@ -142,7 +142,7 @@ TOKENS = [1, 290, 17, 4, 299]
 
 
 def make_trace(folder: Path, storage: str = "npy") -> Path:
-    """A trace of a golden bundle's kind, with a decode step, or the same in the raw storage."""
+    """Write a trace as in a golden bundle, with a decode step, or the same in raw storage."""
     if storage == "npy":
         write_golden(MODEL, TOKENS, folder / "trace", 1)
     else:
@@ -154,7 +154,7 @@ def make_trace(folder: Path, storage: str = "npy") -> Path:
 
 
 def activations() -> dict[str, np.ndarray]:
-    """A few of each kind, by name."""
+    """Write a few sources of each kind, and return them by name."""
     recorded = Recording()
     run(MODEL, np.array(TOKENS), [], Precision("float32"), recorded)
     return {name: recorded[name] for name in ("tok_embeddings", "layers.0.attention.q", "layers.0.attention.scores", "logits")}
@@ -236,7 +236,7 @@ TEXTS = [b"\0", b"\xff\xfe", b"{" * 5000, b"[" * 5000, b"../../", b"\n", b'"', b
 
 
 def place(rng: random.Random, size: int) -> int:
-    """Anywhere, but rather near the ends, where headers and directories are."""
+    """Choose a place, preferably near the ends, where headers and directories are."""
     near = min(size, rng.choice([16, 64, 512, 4096]))
     choice = rng.random()
     return rng.randrange(near) if choice < 0.5 else size - 1 - rng.randrange(near) if choice < 0.75 else rng.randrange(size)
@@ -269,7 +269,7 @@ def damage_bytes(rng: random.Random, data: bytes) -> bytes:
 
 
 def damage_json(rng: random.Random, data: bytes) -> bytes:
-    """A value somewhere in it replaced, taken out or put under another name."""
+    """Replace, remove or rename a value somewhere in the JSON."""
     value = json.loads(data)
     for _ in range(rng.choice([1, 1, 2, 4])):
         at = value
@@ -302,7 +302,7 @@ def damage_safetensors(rng: random.Random, data: bytes) -> bytes:
 
 
 def damage(rng: random.Random, source: Path) -> None:
-    """Spoil one or two of the source's files."""
+    """Damage one or two of the source's files."""
     files = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]
     tables = [file for file in files if file.suffix == ".json"]
     for _ in range(rng.choice([1, 1, 1, 2])):
@@ -332,7 +332,7 @@ def damage(rng: random.Random, source: Path) -> None:
 
 
 class TooSlow(BaseException):
-    """A case took longer than any damaged file should."""
+    """A case exceeded the time limit."""
 
 
 def too_slow(number: int, frame: object) -> None:
@@ -340,7 +340,7 @@ def too_slow(number: int, frame: object) -> None:
 
 
 def convert_source(source: Path, work: Path, rng: random.Random) -> None:
-    """Convert what was damaged. Raises AssertionError for a model that is not whole."""
+    """Convert a damaged source. Raises AssertionError for an incomplete model."""
     target = work / "model"
     sources.convert(source, target, dtype=rng.choice(["auto", "auto", "float32", "bfloat16"]), report=str)
     assert verify(target) == [], "the model is not whole"
@@ -349,12 +349,12 @@ def convert_source(source: Path, work: Path, rng: random.Random) -> None:
 
 @functools.cache
 def reference(folder: Path) -> Activations:
-    """The undamaged side of a comparison, which is written into the folder once."""
+    """Return the undamaged side of a comparison, written into the folder once."""
     return read_activations(write_trace(MODEL, TOKENS, folder / "reference", 1).path)
 
 
 def compare_source(source: Path, work: Path, rng: random.Random) -> None:
-    """Compare or draw what was damaged, and show the outcome in every way."""
+    """Compare or plot a damaged source, and print the outcome in every form."""
     folder = source if source.is_dir() else source.parent
     if source.name == "report.json":
         report = plot.read_report(source)
@@ -374,7 +374,7 @@ def compare_source(source: Path, work: Path, rng: random.Random) -> None:
 
 
 def run_case(good: Path, work: Path, rng: random.Random) -> str:
-    """Damage a copy of the source, read it, and return what came of it. Raises AssertionError for what must not be."""
+    """Damage a copy of the source, read it, and return the outcome. Raises AssertionError for a forbidden one."""
     shutil.rmtree(work, ignore_errors=True)
     source = work / "source"
     shutil.copytree(good, source)
@@ -405,7 +405,7 @@ def peak_memory() -> int:
 
 
 def limit_memory() -> None:
-    """Let an allocation beyond the bound fail, on top of the address space that the libraries took."""
+    """Limit the address space, so that allocations beyond the bound, in addition to the libraries' own, fail."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
@@ -414,7 +414,7 @@ def limit_memory() -> None:
 
 
 def fuzz(reader: str, seed: int, cases: Iterator[int], folder: Path) -> str | None:
-    """Run cases until there are no more; the first that fails as text, or None."""
+    """Run all cases; return the first failure as text, or None."""
     good, outcomes = folder / f"good-{reader}", Counter()
     good.mkdir()
     READERS[reader](good)

@@ -1,4 +1,4 @@
-"""Hugging Face's own modules under the names of the conformance suite's operations, in torch."""
+"""Wrap Hugging Face's own modules under the names of the conformance suite's operations, in torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import hf_reference as hf
 
 
 def functions(dtype: torch.dtype) -> dict[str, Callable[..., Any]]:
-    """What transformers computes, in float32 or bfloat16; arrays in, float32 arrays out."""
+    """Compute by transformers, in float32 or bfloat16; arrays in, float32 arrays out."""
 
     def tensor(x: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(x).to(dtype) if x.dtype == np.float32 else torch.from_numpy(x)

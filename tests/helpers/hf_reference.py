@@ -1,4 +1,4 @@
-"""Hugging Face's LlamaForCausalLM as the judge, with our parameters in it. Needs torch and transformers."""
+"""Hugging Face's LlamaForCausalLM with our parameters, as the reference. Needs torch and transformers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from npllama import Config, LinearRopeScaling
 
 
 def to_half_split(weight: torch.Tensor, n_heads: int) -> torch.Tensor:
-    """Rows of wq or wk from Meta's adjacent pairs to Hugging Face's halves, head by head."""
+    """Permute rows of wq or wk from Meta's adjacent pairs to Hugging Face's halves, head by head."""
     rows, dim = weight.shape
     return weight.view(n_heads, rows // n_heads // 2, 2, dim).transpose(1, 2).reshape(rows, dim)
 
@@ -45,7 +45,7 @@ def hf_config(config: Config) -> LlamaConfig:
 
 
 def state_dict(config: Config, params: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    """Our parameters under Hugging Face's names, queries and keys permuted."""
+    """Return our parameters under Hugging Face's names, queries and keys permuted."""
     tensors = {name: torch.from_numpy(np.array(x)) for name, x in params.items()}
     state = {"model.embed_tokens.weight": tensors["tok_embeddings.weight"], "model.norm.weight": tensors["norm.weight"]}
     state["lm_head.weight"] = tensors["tok_embeddings.weight" if config.tied_embeddings else "output.weight"]
@@ -66,7 +66,7 @@ def state_dict(config: Config, params: dict[str, np.ndarray]) -> dict[str, torch
 
 
 class Float64Rotary(torch.nn.Module):
-    """RoPE tables in float64, where Hugging Face's module forms them in float32 whatever the model's dtype."""
+    """Compute RoPE tables in float64; Hugging Face's module always uses float32."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -90,7 +90,7 @@ class Float64Rotary(torch.nn.Module):
 
 
 class Float64Norm(torch.nn.Module):
-    """torch's own rms_norm, where Hugging Face's module computes in float32 whatever the model's dtype."""
+    """Compute by torch's own rms_norm; Hugging Face's module always uses float32."""
 
     def __init__(self, norm):
         super().__init__()
@@ -103,8 +103,10 @@ class Float64Norm(torch.nn.Module):
 def hf_model(
     config: Config, params: dict[str, np.ndarray], dtype: str = "float32", frequencies: np.ndarray | None = None
 ) -> LlamaForCausalLM:
-    """The judge in float32 or truly in float64; `frequencies` replaces its RoPE frequencies, for positions so far out that one
-    unit in their last place shows."""
+    """Return the reference model, in float32 or entirely in float64.
+
+    `frequencies` replaces its RoPE frequencies, for positions so large that a difference in their last place is visible.
+    """
     model = LlamaForCausalLM(hf_config(config)).eval().to(getattr(torch, dtype))
     missing, unexpected = model.load_state_dict(state_dict(config, params), strict=False)
     assert not missing
@@ -122,22 +124,22 @@ def hf_model(
 
 @torch.inference_mode()
 def hf_logits(model: LlamaForCausalLM, tokens: np.ndarray) -> np.ndarray:
-    """Logits of one sequence or a batch.    int [..., T] -> [..., T, V]"""
+    """Return the logits of one sequence or a batch.    int [..., T] -> [..., T, V]"""
     batch = torch.from_numpy(np.atleast_2d(tokens))
     return model(batch, use_cache=False).logits.numpy().reshape(*np.shape(tokens), -1)
 
 
 def hf_greedy(model: LlamaForCausalLM, tokens: np.ndarray, n: int) -> list[int]:
-    """n tokens by Hugging Face's own greedy generate().    int [T] -> n ids"""
+    """Return n tokens by Hugging Face's own greedy generate().    int [T] -> n ids"""
     batch = torch.from_numpy(np.asarray(tokens)[None])
-    everything = torch.ones_like(batch)  # else it takes the ids equal to pad_token_id for padding
+    everything = torch.ones_like(batch)  # else ids equal to pad_token_id would count as padding
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "attention_mask": everything}
     return model.generate(batch, max_new_tokens=n, **options)[0, batch.shape[1] :].tolist()
 
 
 @torch.inference_mode()
 def hf_module_outputs(model: LlamaForCausalLM, tokens: np.ndarray) -> dict[str, np.ndarray]:
-    """What a forward hook sees of each module that returns a tensor, under the module's name.    int [T] -> [1, T, ...]"""
+    """Return the output of each module that returns a tensor, by the module's name.    int [T] -> name -> [1, T, ...]"""
     outputs: dict[str, np.ndarray] = {}
 
     def keep(name: str):
@@ -157,7 +159,7 @@ def hf_module_outputs(model: LlamaForCausalLM, tokens: np.ndarray) -> dict[str, 
 
 @torch.inference_mode()
 def hf_layer_outputs(model: LlamaForCausalLM, tokens: np.ndarray) -> list[np.ndarray]:
-    """The residual stream after each layer.    int [T] -> n_layers of [T, D]"""
+    """Return the residual stream after each layer.    int [T] -> n_layers of [T, D]"""
     outputs: list[np.ndarray] = []
     hooks = [layer.register_forward_hook(lambda _m, _i, out: outputs.append(out[0].numpy())) for layer in model.model.layers]
     model(torch.from_numpy(np.atleast_2d(tokens)), use_cache=False)
@@ -167,7 +169,7 @@ def hf_layer_outputs(model: LlamaForCausalLM, tokens: np.ndarray) -> list[np.nda
 
 
 def torch_frequencies(config_of_head: tuple) -> np.ndarray:
-    """The float32 RoPE frequencies of Hugging Face's own code for (head_dim, theta, scaling)."""
+    """Return the float32 RoPE frequencies of Hugging Face's own code for (head_dim, theta, scaling)."""
     head_dim, theta, scaling = config_of_head
     config = Config(
         dim=head_dim, n_layers=1, n_heads=1, n_kv_heads=1, head_dim=head_dim, ffn_dim=8, vocab_size=8, norm_eps=1e-5,
@@ -177,7 +179,7 @@ def torch_frequencies(config_of_head: tuple) -> np.ndarray:
 
 
 def torch_op(name: str, inputs: dict[str, np.ndarray]) -> np.ndarray:
-    """What torch makes of the inputs of one of cases.OPS."""
+    """Compute one of cases.OPS in torch."""
     x = {key: torch.from_numpy(np.asarray(value)) for key, value in inputs.items()}
     if name == "embed":
         y = F.embedding(x["tokens"], x["weight"])

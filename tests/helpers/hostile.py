@@ -1,4 +1,4 @@
-"""A model whose tokens are a text that would break a page which doesn't escape it."""
+"""Make a model whose tokens are text that breaks a page without escaping."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ HOSTILE = '</script><script>document.title="pwned"</script> "q" \'s\' $$x^2$$ <!
 
 
 class HostileTokenizer:
-    """Every token is the whole of HOSTILE: a real one may have </script> as one token, the embedded model's has not."""
+    """A tokenizer whose every token is HOSTILE: real ones may have </script> as one token, the embedded model's has not."""
 
     vocab_size, silent_ids, special_tokens = 10**6, frozenset(), {}
 

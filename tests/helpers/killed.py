@@ -1,4 +1,4 @@
-"""Do a piece of work again and again, each time ended by a signal at the next of its changes to the file system.
+"""Repeat a piece of work, each time ended by a signal at the next of its changes to the file system.
 
     python killed.py WORK FOLDER SIGNAL [BEFORE]
 
@@ -41,7 +41,7 @@ WORK: dict[str, Callable[[Path], None]] = {
 
 
 def at_each_change(work: str, folder: Path, number: int, before: Path | None = None) -> list[Path]:
-    """Run this script in a process of its own and return the folders of the runs that got the signal."""
+    """Run this script in a separate process, and return the folders of the runs that got the signal."""
     command = [sys.executable, __file__, work, str(folder), str(int(number)), *([str(before)] if before else [])]
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)

@@ -1,4 +1,4 @@
-"""llama.cpp's HTTP server on one GGUF file, in a process of its own: python tests/helpers/llamacpp_server.py FILE.gguf
+"""Run llama.cpp's HTTP server on one GGUF file, in a separate process: python tests/helpers/llamacpp_server.py FILE.gguf
 
 Prints its address, then answers until standard input ends. `LlamaCpp` starts it and asks it.
 """
@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 
 class LlamaCpp:
-    """A running server; a context manager, which ends it. It ends too when this process does, in whatever way."""
+    """A running server, as a context manager. The server ends with the context, and when this process ends in any way."""
 
     def __init__(self, path: Path):
         self.log = path.with_suffix(".log").open("w+", encoding="utf-8", errors="replace")
@@ -37,11 +37,11 @@ class LlamaCpp:
         return json.loads(answer)
 
     def tokenize(self, text: str) -> list[int]:
-        """The ids of the text, in which the spelling of a special token is plain text."""
+        """Return the ids of the text; the spelling of special tokens stays plain text."""
         return self.ask("/tokenize", content=text, add_special=False, parse_special=False)["tokens"]
 
     def tokenize_special(self, text: str) -> list[int]:
-        """The ids of the text, in which the spelling of a special token is that token."""
+        """Return the ids of the text; the spelling of special tokens is parsed as these tokens."""
         return self.ask("/tokenize", content=text, add_special=False, parse_special=True)["tokens"]
 
     def close(self) -> None:

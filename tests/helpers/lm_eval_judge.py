@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on tasks of local files, without a network: python tests/helpers/lm_eval_judge.py HF_FOLDER URL TASKS
+"""Run lm-evaluation-harness on local tasks, without a network: python tests/helpers/lm_eval_judge.py HF_FOLDER URL TASKS
 
 Evaluates the folder in torch by its own `hf` backend and the server at URL by `local-completions`, and prints both results:
 {"hf" | "api": {task: {"acc" ...: number, "samples": [[answer of each request] of each document]}}}.

@@ -1,4 +1,4 @@
-"""Mixed text that tokenizers get wrong: what the ids of the libraries and ours are compared on. A seed makes it anew anywhere.
+"""Write mixed text that tokenizers get wrong, to compare ids with those of the libraries. A seed reproduces it anywhere.
 
     python tests/helpers/make_corpus.py [N] [SEED] > corpus.jsonl        # a JSON string a line: many of the texts hold newlines
 
@@ -118,7 +118,7 @@ KINDS: list[Callable[[random.Random], str]] = [
 
 
 def make_corpus(n: int = 10_000, seed: int = 4) -> list[str]:
-    """n different texts."""
+    """Return n different texts."""
     rng = random.Random(seed)
     texts: dict[str, None] = {}
     while len(texts) < n:
@@ -127,7 +127,7 @@ def make_corpus(n: int = 10_000, seed: int = 4) -> list[str]:
 
 
 def as_unicode(text: str) -> str:
-    """The text with every half of a surrogate pair as U+FFFD."""
+    """Return the text with every lone surrogate replaced by U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 

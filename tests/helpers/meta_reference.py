@@ -1,4 +1,4 @@
-"""A torch Transformer of the structure of Meta's llama3/model.py, as the judge of what is captured from one. Needs torch.
+"""A torch Transformer structured like Meta's llama3/model.py, to test captures of such a model. Needs torch.
 
 Ours is written here, operation by operation as Meta's code has them. The real one needs fairscale, for which single-process
 stand-ins will do: it is loaded from the path in the environment variable NPLLAMA_META_MODEL (model.py of llama-models).
@@ -112,7 +112,7 @@ class Transformer(nn.Module):
 
 
 def real_transformer_class():
-    """The Transformer of the real model.py, on stand-ins for fairscale's layers; None without NPLLAMA_META_MODEL."""
+    """Return the Transformer of the real model.py, on stand-ins for fairscale's layers; None without NPLLAMA_META_MODEL."""
     path = os.environ.get("NPLLAMA_META_MODEL")
     if not path:
         return None
@@ -146,7 +146,7 @@ def real_transformer_class():
 
 
 def meta_model(config: Config, params: dict[str, np.ndarray], dtype: str = "float32", real: bool = False) -> nn.Module:
-    """Meta's Transformer, ours or the real one, with the parameters in it. head_dim must be dim / n_heads, ffn_dim 8/3 dim."""
+    """Return Meta's Transformer, ours or the real one, with the parameters. head_dim must be dim / n_heads, ffn_dim 8/3 dim."""
     assert config.head_dim * config.n_heads == config.dim
     assert not config.tied_embeddings
     c = SimpleNamespace(**config.to_dict(), use_scaled_rope=config.rope_scaling is not None, max_batch_size=2)

@@ -1,4 +1,4 @@
-"""Matrices packed as GPTQ's and AWQ's libraries do, loop by loop, for readers that take them apart in another way.
+"""Pack matrices as GPTQ's and AWQ's libraries do, in plain loops, independently of the readers under test.
 
 Source: auto_gptq 0.7.1, QuantLinear.pack() of nn_modules/qlinear/qlinear_cuda.py; gptqmodel, utils/model.py,
 convert_gptq_v2_to_v1_format_module(); autoawq 0.2.7, WQLinear_GEMM.from_linear() of modules/linear/gemm.py.
@@ -14,7 +14,7 @@ Parts = dict[str, np.ndarray]
 
 
 def _words(numbers: np.ndarray, bits: int, order: Sequence[int]) -> np.ndarray:
-    """Neighbours along the last axis into one word of 32 bits: number order[i] of each word at bit i · bits."""
+    """Pack neighbours along the last axis into 32-bit words: number order[i] of each word goes to bit i · bits."""
     per_word = 32 // bits
     packed = np.zeros((len(numbers), -(-numbers.shape[1] // per_word)), np.uint32)
     for column in range(packed.shape[1]):
@@ -25,7 +25,7 @@ def _words(numbers: np.ndarray, bits: int, order: Sequence[int]) -> np.ndarray:
 
 
 def gptq(q: np.ndarray, zeros: np.ndarray, scales: np.ndarray, groups: np.ndarray, bits: int, less: str = "one") -> Parts:
-    """q [out, in], zeros and scales [out, groups].
+    """Pack a matrix as GPTQ does.    q [out, in], zeros and scales [out, groups]
 
     less    how zero points are stored: "one" less each (v1), "one of words" (v1 by gptqmodel), or "none" (v2)
     """
@@ -38,12 +38,12 @@ def gptq(q: np.ndarray, zeros: np.ndarray, scales: np.ndarray, groups: np.ndarra
 
 
 def awq(q: np.ndarray, zeros: np.ndarray, scales: np.ndarray) -> Parts:
-    """q [out, in], zeros and scales [out, groups], of 4 bits."""
+    """Pack a 4-bit matrix as AWQ does.    q [out, in], zeros and scales [out, groups]"""
     order = (0, 2, 4, 6, 1, 3, 5, 7)
     parts = {"qweight": _words(q.T, 4, order), "qzeros": _words(zeros.T, 4, order), "scales": scales.T}
     return {name: x.view(np.int32) if x.dtype == np.uint32 else x for name, x in parts.items()}
 
 
 def numbers(q: np.ndarray, zeros: np.ndarray, scales: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """What all of them mean by it: scale · (q − zero), in float32, exact for scales of 16 bits."""
+    """Dequantise, as all these formats do: scale · (q − zero), in float32, exact for 16-bit scales."""
     return (scales.astype(np.float64)[:, groups] * (q.astype(int) - zeros.astype(int)[:, groups])).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Matrices quantised in groups, and models of them."""
+"""Make matrices quantised in groups, and models of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONFIG = tiny.config(n_layers=1, ffn_dim=192)
 
 
 def random_grouped(grouping: Grouping, shape: tuple[int, int], seed: int = 0) -> tuple[Grouped, np.ndarray]:
-    """Any whole numbers and scales, and the float64 numbers that they stand for, by the definition."""
+    """Return random quantised numbers and scales, and the float64 weights that they represent by definition."""
     random = np.random.RandomState(seed)
     n_out, levels, n_groups = shape[0], 1 + grouping.offset, shape[1] // grouping.group
     q = (
@@ -46,7 +46,7 @@ def random_grouped(grouping: Grouping, shape: tuple[int, int], seed: int = 0) ->
 
 
 def write(path: Path, grouping: Grouping = INT4, config=CONFIG, **changes) -> dict[str, Grouped | np.ndarray]:
-    """A model whose matrices are quantised, the embedding row by row."""
+    """Return a model whose matrices are quantised, the embedding row by row."""
     rows_first = Grouping(8, 32, "float16", rows_first=True)
     params = dict(tiny.random_params(config, seed=1))
     kinds = {name: "float32" if params[name].ndim == 1 else grouping if takes_int8(name) else rows_first for name in params}

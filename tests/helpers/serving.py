@@ -1,4 +1,4 @@
-"""The server in threads of this process. Needs starlette and uvicorn."""
+"""Run the server in threads of this process. Needs starlette and uvicorn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Why tests were skipped, by cause, each with the command that provides what is missing."""
+"""List the causes of skipped tests, each with the command that provides what is missing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ COMMANDS = {
 
 
 def command_for(reason: str) -> str:
-    """Return the command that provides what a skipped test missed; empty where none does."""
+    """Return the command that provides what a skipped test lacks; empty if none does."""
     return next((command for pattern, command in COMMANDS.items() if re.search(pattern, reason)), "")
 
 
@@ -48,5 +48,5 @@ def summary(skipped: Iterable[tuple[str, bool]]) -> list[str]:
 
 
 def reason_of(report: Any) -> str:
-    """Return why a pytest report is of a skip: its longrepr is (file, line, reason)."""
+    """Return the reason of a skip from a pytest report, whose longrepr is (file, line, reason)."""
     return str(report.longrepr[2] if isinstance(report.longrepr, tuple | list) else report.longrepr)

@@ -1,4 +1,4 @@
-"""Ranks in threads of this process: what each computes is seen at once, and no process is started."""
+"""Run ranks in threads of this process, so that tests see what each computes without starting processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from npllama.engine.ranks.passes import Spread
 
 
 class ThreadGroup:
-    """One rank of several threads. Every sum is kept in `sums`, for the ranks to be compared."""
+    """One rank, in a thread. Every sum is kept in `sums`, so that ranks can be compared."""
 
     def __init__(self, rank: int, size: int, board: list, meeting: threading.Barrier, messages: Sequence[queue.SimpleQueue]):
         self.rank, self.size, self._board, self._meeting, self._messages = rank, size, board, meeting, messages
@@ -25,7 +25,7 @@ class ThreadGroup:
         self.errors: list[BaseException] = []
 
     def everyones(self, x: np.ndarray) -> list[np.ndarray]:
-        board = self._board[self._turn]  # two in turn, so that one wait is enough
+        board = self._board[self._turn]  # two boards alternate, so that one barrier per sum is enough
         self._turn = 1 - self._turn
         board[self.rank] = np.array(x)
         self._meeting.wait(60)
@@ -76,7 +76,7 @@ def groups(size: int) -> list[ThreadGroup]:
 
 
 def spread(params: Mapping, config: Config, size: int) -> tuple[Spread, list[ThreadGroup]]:
-    """Return the parameters of rank 0, whose passes the other ranks make in threads, and the groups of all."""
+    """Return the parameters of rank 0, whose passes the other ranks follow in threads, and the groups of all ranks."""
     ranks = groups(size)
     parts = []
     for share, group in zip(shares.shares(config, size), ranks, strict=True):

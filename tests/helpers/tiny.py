@@ -1,4 +1,4 @@
-"""Tiny models with random weights that differ in what breaks ports."""
+"""Tiny models with random weights that differ in the properties that ports get wrong."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LLAMA_3_2 = RopeScaling(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, 
 
 
 def config(**changes) -> Config:
-    """Width 96; 6 query heads on 2 key/value heads, so that H/G = 3 is not G = 2; separate output matrix."""
+    """Return a config of width 96; 6 query heads on 2 key/value heads, so that H/G = 3 is not G = 2; separate output matrix."""
     values = {
         "dim": 96,
         "n_layers": 2,
@@ -44,7 +44,7 @@ CONFIGS = {
 
 
 def uniform(seed: int, shape: tuple[int, ...], std: float = 1.0) -> np.ndarray:
-    """Float32 numbers that are the same on every machine and in every NumPy.
+    """Return float32 numbers that are the same on every machine and in every NumPy.
 
     NumPy freezes RandomState's streams for good (NEP 19), which it does not for Generator's; integers times one number need no
     libm.
@@ -54,7 +54,7 @@ def uniform(seed: int, shape: tuple[int, ...], std: float = 1.0) -> np.ndarray:
 
 
 def random_params(config: Config, seed: int, dtype: str = "float32") -> dict[str, np.ndarray]:
-    """Weights of standard deviation 0.1, at which a float32 pass at width 96 is off by well under 1e-5; norms around 1."""
+    """Return weights of standard deviation 0.1, so that a float32 pass at width 96 errs by well under 1e-5; norms near 1."""
     params = {}
     for i, (name, shape) in enumerate(parameter_shapes(config).items()):
         x = uniform(seed * 1000 + i, shape, std=0.1)
@@ -67,12 +67,12 @@ def random_tokens(config: Config, seed: int, shape: tuple[int, ...] | int) -> np
 
 
 def byte_swapped(x: np.ndarray) -> np.ndarray:
-    """The same numbers in the byte order that is not this machine's."""
+    """Return the same numbers in the other byte order than this machine's."""
     return x.astype(x.dtype.newbyteorder("S"))
 
 
 def sha256_of(params: dict[str, np.ndarray]) -> str:
-    """One hash over all parameters: that recorded goldens and this machine speak of the same weights."""
+    """Return one hash over all parameters, to check that recorded goldens are of the same weights."""
     digest = hashlib.sha256()
     for name in sorted(params):
         digest.update(name.encode())
@@ -81,7 +81,7 @@ def sha256_of(params: dict[str, np.ndarray]) -> str:
 
 
 def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
-    """The largest difference over the largest expected magnitude."""
+    """Return the largest difference divided by the largest expected magnitude."""
     found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
     assert found.shape == expected.shape, f"shape {found.shape}, expected {expected.shape}"
     assert np.isfinite(found).all()

@@ -1,4 +1,4 @@
-"""The way back: a model directory as a torch checkpoint in Meta's form."""
+"""Convert a model directory back to a torch checkpoint in Meta's format."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def to_meta(model: str | Path, dst: str | Path, shards: int = 1, embedding_axis:
 
 
 def split_axis(name: str, embedding_axis: int) -> int:
-    """Along which axis Meta splits a matrix over shards."""
+    """Return the axis along which Meta splits a matrix into shards."""
     if name == "tok_embeddings.weight":
         return embedding_axis
     return 1 if name.endswith(ROW_PARALLEL) else 0
 
 
 def to_params(config: Config) -> dict[str, object]:
-    """The params.json that resolves to this config."""
+    """Return the params.json that resolves to this config."""
     params = {key: getattr(config, key) for key in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "norm_eps")}
     params |= {"rope_theta": config.rope_theta, "max_seq_len": config.max_seq_len, "multiple_of": config.ffn_dim}
     if config.head_dim * config.n_heads != config.dim:

@@ -1,4 +1,4 @@
-"""The 10,000 mixed texts, and which of them a tokenizer and its judge give different ids."""
+"""Compare a tokenizer with a reference on the 10,000 mixed texts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Judge = Callable[[str], list[int]]
 
 
 def mismatches(tokenizer: Tokenizer, judge: Judge, special: bool = False) -> list[str]:
-    """A line for each text whose ids differ; with special tokens, of those that may spell one."""
+    """Return a line for each text whose ids differ; with special tokens, of the texts that may spell one."""
     found = []
     for text in CORPUS if not special else [text for text in CORPUS if "<" in text]:
         ids, expected = tokenizer.encode(text, special=special), judge(as_unicode(text))

@@ -1,4 +1,4 @@
-"""A program as a user with a type checker writes it: test_typing.py has mypy read it. Nothing here is run."""
+"""A typed user's program, which test_typing.py checks with mypy. It is never run."""
 
 from __future__ import annotations
 

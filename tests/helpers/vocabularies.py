@@ -1,4 +1,4 @@
-"""GGUF metadata of other libraries' tokenizers, as llama.cpp's converters write it, and the tokenizer files we make of it."""
+"""Write GGUF metadata of other libraries' tokenizers, as llama.cpp's converters do, and read it as tokenizer files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def write(metadata: dict[str, object], folder: Path) -> Path:
 
 
 def metadata_of_json(path: Path, pre: object, **more: object) -> dict[str, object]:
-    """As llama.cpp's converter writes a tokenizer.json."""
+    """Return the metadata that llama.cpp's converter writes for a tokenizer.json."""
     values = json.loads(path.read_text(encoding="utf-8"))
     ids = values["model"]["vocab"] | {token["content"]: token["id"] for token in values["added_tokens"]}
     types = dict.fromkeys(ids, 1) | {token["content"]: 3 if token["special"] else 4 for token in values["added_tokens"]}
@@ -53,7 +53,7 @@ def metadata_of_sentencepiece(path: Path, **more: object) -> dict[str, object]:
 
 
 def metadata_of_tiktoken(path: Path) -> dict[str, object]:
-    """As in the GGUF files of Llama 3, whose published tokenizer.json was made of tiktoken's file."""
+    """Return the metadata of Llama 3's GGUF files, whose published tokenizer.json was made from tiktoken's file."""
     from tiktoken.load import load_tiktoken_bpe
 
     with pytest.MonkeyPatch.context() as patch:
@@ -83,6 +83,6 @@ def metadata_of_tiktoken(path: Path) -> dict[str, object]:
 
 
 def byte_of_char() -> dict[str, int]:
-    """GPT-2's alphabet as transformers spells it out."""
+    """Return GPT-2's byte alphabet, as in transformers."""
     convert = pytest.importorskip("transformers.convert_slow_tokenizer", reason="transformers is not installed")
     return {char: byte for byte, char in convert.bytes_to_unicode().items()}

@@ -412,7 +412,7 @@ def test_it_says_in_a_line_what_it_cannot_do(capsys):
     assert "--tokenizer" in fails(capsys, "x", "--beside", "y")
     assert "takes a text" in fails(capsys, "--tokenizer", "--tokens", "1")
     for option in ("--layer", "--head"):
-        assert "--tokenizer shows no layer and no head" in fails(capsys, "x", "--tokenizer", option, 0)
+        assert "--tokenizer shows no forward pass" in fails(capsys, "x", "--tokenizer", option, 0)
 
 
 def test_a_model_without_a_tokenizer_takes_ids(tmp_path, capsys):

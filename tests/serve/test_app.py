@@ -1,4 +1,4 @@
-"""The server, judged by OpenAI's own client."""
+"""Test the server with OpenAI's own client."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_echo_and_log_probabilities_are_those_of_the_logits(stream, client, mode
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_the_stop_id_that_ends_a_text_has_its_log_probability(stream, client, model, monkeypatch):
-    """As OpenAI has it: lm-eval cuts the last token off, and would cut one of the prompt's where it is not there."""
+    """OpenAI includes it, and lm-eval drops the last token: without the stop id it would drop a token of the prompt."""
     made = npllama.complete(model, PROMPT, max_tokens=9, logprobs=2)
     at = next(i for i in range(3, 9) if made.tokens[i] not in made.tokens[:i])
     monkeypatch.setattr(completion, "stop_ids_of", lambda model, ids: {made.tokens[at]})
@@ -272,7 +272,7 @@ def test_a_full_queue_is_429_and_one_that_goes_makes_room(model):
         with pytest.raises(openai.RateLimitError) as caught:
             client.completions.create(prompt="x", **arguments)
         assert caught.value.response.headers["retry-after"] == "1"
-        first.close()  # disconnects: its row is the second's now
+        first.close()  # disconnects, and the second request takes its row
         assert len(list(second)) > 5
         wait_until_idle(narrow.worker)
 

@@ -1,4 +1,4 @@
-"""The server, judged by programs that others wrote for OpenAI's API: lm-evaluation-harness, and the command llm."""
+"""Test the server with programs that others wrote for OpenAI's API: lm-evaluation-harness, and the command llm."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def write_tasks(folder) -> None:
 @pytest.mark.torch
 @pytest.mark.slow
 def test_lm_eval_finds_what_it_finds_in_torch(tmp_path, tiny_llama3_json_file):
-    """Its log-likelihoods, accuracies and texts by local-completions, against those of its own backend on the same weights."""
+    """Compare results by local-completions with those of lm-eval's own torch backend on the same weights."""
     if importlib.util.find_spec("lm_eval") is None:
         pytest.skip("lm-eval is not installed")
     hf = pytest.importorskip("hf_reference", reason="transformers is not installed", exc_type=ImportError)
@@ -117,13 +117,13 @@ def test_lm_eval_finds_what_it_finds_in_torch(tmp_path, tiny_llama3_json_file):
 
 
 def flat(samples: list) -> np.ndarray:
-    """Return all numbers of the answers: log-likelihoods, and whether the text is the likeliest."""
+    """Return all numbers of the answers: log-likelihoods, and whether greedy decoding gives the text."""
     return np.concatenate([np.ravel(answers).astype(float) for answers in samples])
 
 
 @pytest.fixture
 def llm(tmp_path):
-    """Return a function that runs the command llm, which knows the server's model for texts and for chats."""
+    """Return a function that runs the command llm, configured with the server's model for texts and for chats."""
     if importlib.util.find_spec("llm") is None:
         pytest.skip("llm is not installed")
     with served(npllama.load()) as server:
@@ -143,7 +143,7 @@ def llm(tmp_path):
 
 @pytest.mark.slow
 def test_llm_chats_and_completes(llm):
-    """Simon Willison's command for language models: texts, and a conversation of which it keeps the beginning."""
+    """Run Simon Willison's command for language models: a text, and a conversation whose history it sends again."""
     model = npllama.load()
     chat, other = (npllama.Conversation(model, sampling=npllama.Sampling(), max_tokens=30) for _ in range(2))
     assert llm("-m", "here-text", "ROMEO:") == npllama.complete(model, "ROMEO:", max_tokens=30).text

@@ -1,4 +1,4 @@
-"""The server's page in a real browser: a prompt, tokens as they come, and their probabilities."""
+"""Test the server's page in a real browser: a prompt, tokens as they arrive, and their probabilities."""
 
 from __future__ import annotations
 

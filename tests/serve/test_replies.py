@@ -1,4 +1,4 @@
-"""Tokens as texts and bytes, and OpenAI's two forms of log-probabilities."""
+"""Test tokens as texts and bytes, and OpenAI's two forms of log-probabilities."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests as JSON to checked values, without a server."""
+"""Test the checks of requests' JSON, without a server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A thousand requests, many of which end before their answers do: nothing of them stays in the server's process."""
+"""Send a thousand requests, many of which disconnect early: the server's memory, threads and files don't grow."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytest.importorskip("starlette", reason="starlette is not installed")
 CONFIG = tiny.config(dim=24, n_heads=4, n_kv_heads=2, head_dim=6, ffn_dim=40, vocab_size=90, n_layers=1)
 ROWS, QUEUE, CLIENTS = 4, 12, 8
 PATIENCE = 60.0
-PADDING = 20_000  # bytes of a request, in its parameter `user`, which changes nothing: whoever keeps requests keeps them too
+PADDING = 20_000  # bytes in each request's `user`, which has no effect: if requests were leaked, memory would grow visibly
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def refused(port: int, draw: random.Random, body: dict[str, object]) -> None:
 
 
 def gone(port: int, draw: random.Random, body: dict[str, object]) -> None:
-    """Send a request or the beginning of it, read the beginning of the answer or nothing, and go, rudely or not."""
+    """Send a request or its beginning, read the beginning of the answer or nothing, and disconnect, with a reset or without."""
     data = message({**body, "stream": draw.random() < 0.7, "n": draw.choice([1, 1, 3]), "max_tokens": 400})
     with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as connection:
         connection.sendall(data if draw.random() < 0.8 else data[: draw.randrange(len(data))])
@@ -95,7 +95,7 @@ def gone(port: int, draw: random.Random, body: dict[str, object]) -> None:
 
 
 def client(port: int, seed: int, n: int) -> Counter[str]:
-    """Send so many requests one after the other."""
+    """Send n requests one after the other, and count them by kind."""
     draw, done = random.Random(seed), Counter[str]()
     for _ in range(n):
         kind = draw.choices([whole, refused, gone], [3, 1, 6])[0]
@@ -105,7 +105,7 @@ def client(port: int, seed: int, n: int) -> Counter[str]:
             try:
                 kind(port, draw, body)
                 break
-            except AssertionError as error:  # a full queue is the clients' doing
+            except AssertionError as error:  # a full queue is expected: try again
                 if "queue_full" not in str(error):
                     raise
                 time.sleep(0.01)
@@ -114,7 +114,7 @@ def client(port: int, seed: int, n: int) -> Counter[str]:
 
 
 def has_free_rows(port: int) -> bool:
-    """Check that exactly all rows and places of the queue are free: so many texts of one request are taken, one more is not."""
+    """Check that all rows and the whole queue are free: a request of that many texts is accepted, one more is refused."""
     fits = post(port, {"prompt": [[1]] * (ROWS + QUEUE), "max_tokens": 1})[0]
     more = post(port, {"prompt": [[1]] * (ROWS + QUEUE + 1), "max_tokens": 1})[0]
     return (fits, more) == (200, 429)
@@ -137,7 +137,7 @@ def held_by(process: Path) -> tuple[int, int, int]:
 def test_a_thousand_requests_leave_nothing_behind(server):
     port, process = server
     with ThreadPoolExecutor(CLIENTS) as pool:
-        list(pool.map(lambda i: client(port, i, 30), range(CLIENTS)))  # fills what is kept on purpose: pools, caches
+        list(pool.map(lambda i: client(port, i, 30), range(CLIENTS)))  # fills pools and caches, which are kept on purpose
         assert wait_until(lambda: has_free_rows(port))
         before = held_by(process)
         done = sum(pool.map(lambda i: client(port, 100 + i, 125), range(CLIENTS)), Counter())
@@ -146,6 +146,6 @@ def test_a_thousand_requests_leave_nothing_behind(server):
     assert wait_until(lambda: has_free_rows(port))
     assert wait_until(lambda: held_by(process)[2] <= before[2]), "files stay open"
     memory, threads, _ = (after - first for after, first in zip(held_by(process), before, strict=True))
-    # Threads that wait for other work may be as many as there were clients. Requests that were kept would be 20 MB and more.
+    # The thread pool may keep a thread per client. Leaked requests would take 20 MB and more.
     assert threads <= CLIENTS
     assert memory < 12_000_000

@@ -1,4 +1,4 @@
-"""The worker's thread: what ends a text that can't go on."""
+"""Test the worker's thread: texts that can't continue, stop ids, and the chunks between decode steps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MODEL = Model(CONFIGS["grouped"], random_params(CONFIGS["grouped"], seed=1))
 
 
 def run(worker: Worker, n: int, stop_ids: Sequence[int] = (), **options: int) -> Job:
-    """Return a job of n tokens after it has ended."""
+    """Run a job of n tokens to its end, and return it."""
     ended = threading.Event()
     continuation = Continuation(MODEL, [1, 2], n, stop_ids=stop_ids)
     job = Job(continuation, Sampling(), [0], lambda text: job.ended and ended.set(), n, **options)

@@ -1,4 +1,4 @@
-"""The process that renders chat templates: what it renders, and what hostile templates can't do."""
+"""Test the process that renders chat templates: its output, and the limits on hostile templates."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_memory_is_measured_where_the_system_holds_no_limit(renderer: Renderer) 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="this system may not limit a process")
 def test_whatever_gets_past_the_sandbox_opens_no_file_or_socket_and_runs_no_program(tmp_path: Path) -> None:
-    """The limits alone, as if a template had reached Python."""
+    """Test the process's limits alone, as if a template had escaped the sandbox."""
     (tmp_path / "secret").write_text("secret")
     code = f"""
 import os, socket, subprocess
@@ -179,7 +179,7 @@ for attempt in (
         attempt()
     except (OSError, MemoryError) as error:
         print(type(error).__name__)
-print(os.system("true") == 0)  # no program finds its libraries
+print(os.system("true") == 0)  # no program can load its libraries
 print(dict(os.environ))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -218,7 +218,7 @@ def test_it_is_started_once_and_again_after_a_fork(renderer: Renderer) -> None:
     renderer.render("a", {})
     assert renderer.process is before
     with pytest.raises(TemplateError, match=r"^no$"):
-        renderer.render("{{ raise_exception('no') }}", {})  # a refusal is no reason to end it
+        renderer.render("{{ raise_exception('no') }}", {})  # an error of the template doesn't end the process
     assert renderer.process is before
     renderer.owner += 1
     assert renderer.render("a", {}) == "a"

@@ -1,4 +1,4 @@
-"""Texts that join and leave a batch: each gets what it gets alone."""
+"""Test continuous batching: each text gets the tokens that it gets alone."""
 
 from __future__ import annotations
 
@@ -84,7 +84,9 @@ def test_a_full_context_ends_a_text_and_no_other():
     batch = Batch(model, 2)
     full, other = batch.join(PROMPTS[3]), batch.join([5])
     rows = [[row for row, _ in batch.step()] for _ in range(6)]
-    assert sum(row.count(full) for row in rows) == 4  # 17 of the prompt, three read, one that isn't
+    assert (
+        sum(row.count(full) for row in rows) == 4
+    )  # the prompt has 17 tokens, three more are inputs, and the last is never one
     assert rows[-1] == [other]
     assert batch.busy
     batch.leave(other)
@@ -96,7 +98,7 @@ def test_a_batch_that_can_not_go_on_says_so():
     model = dataclasses.replace(MODEL, config=dataclasses.replace(CONFIG, max_seq_len=20))
     batch = Batch(model, 2, chunk=6)
     full, other = batch.join(PROMPTS[3]), batch.join([5])
-    # A chunk that is read is progress, and so is the other's token.
+    # Reading a chunk counts as progress, as does a token of the other text.
     rows = [[row for row, _ in batch.advance()] for _ in range(9)]
     assert sum(row.count(full) for row in rows) == 4
     batch.leave(other)

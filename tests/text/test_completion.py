@@ -1,4 +1,4 @@
-"""Text in, text out: the same tokens as generate(), where they end, and what is said of each."""
+"""Test complete(): the same tokens as generate(), stop conditions, and log-probabilities."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_stop_string_ends_the_text_before_it(model):
     assert found.tokens == whole.tokens[: len(found.tokens)]
     assert stop in model.tokenizer.decode(found.tokens)
     assert complete(model, PROMPT, max_tokens=40, stop=stop) == found
-    last = complete(model, PROMPT, max_tokens=len(found.tokens), stop=stop)  # in the last token that is allowed
+    last = complete(model, PROMPT, max_tokens=len(found.tokens), stop=stop)  # the stop string ends in the last token allowed
     assert last == found
 
 
@@ -82,7 +82,7 @@ def test_a_batch_is_each_prompt_alone(model):
         assert (a.text, a.tokens, a.finish_reason, a.prompt_tokens) == (b.text, b.tokens, b.finish_reason, b.prompt_tokens)
         assert [x.logprob for x in a.logprobs] == pytest.approx([x.logprob for x in b.logprobs], abs=1e-4)
     drawn = complete(model, [PROMPT] * 3, max_tokens=9, temperature=1.0, seed=4)
-    assert len({c.text for c in drawn}) == 3  # each has a stream of its own
+    assert len({c.text for c in drawn}) == 3  # each has a random stream of its own
     assert drawn == complete(model, [PROMPT] * 3, max_tokens=9, temperature=1.0, seed=4)
     assert [c.text for c in complete(model, [[1, 2], np.array([3])], max_tokens=0)] == ["", ""]
 
@@ -115,9 +115,9 @@ def test_a_model_without_a_tokenizer_takes_ids():
     found = complete(model, [5, 6, 7], max_tokens=6, logprobs=1)
     assert (found.text, found.tokens) == ("", list(generate(model, [5, 6, 7], max_tokens=6)))
     assert found.logprobs[0].piece == ""
-    with pytest.raises(ValueError, match="has no tokenizer, so it takes no text: expected token ids"):
+    with pytest.raises(ValueError, match="has no tokenizer: found text, expected token ids"):
         complete(model, "text")
-    with pytest.raises(ValueError, match="has no tokenizer, so there is no text that a stop string could end"):
+    with pytest.raises(ValueError, match="has no tokenizer, so stop strings can't be used"):
         complete(model, [5], stop="x")
 
 

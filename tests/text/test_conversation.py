@@ -1,4 +1,4 @@
-"""Conversation: what a turn computes, what is kept of it, and what is saved."""
+"""Test Conversation: what a turn computes, what stays in the cache, and what is saved."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def conversation(demo) -> Conversation:
 
 
 def fresh(conversation: Conversation, question: str) -> str:
-    """The answer with nothing kept."""
+    """Return the answer computed without a cache from earlier turns."""
     messages = [*conversation.messages, {"role": "user", "content": question}]
     ids = chat_format(conversation.model).prompt(messages).ids
     sampling = dataclasses.asdict(conversation.sampling)
@@ -42,7 +42,7 @@ def test_a_later_question_computes_only_what_is_new(demo, sampling):
         contents += [question, expected]
     assert [message["content"] for message in conversation.messages] == contents
     assert [message["role"] for message in conversation.messages] == ["system", *["user", "assistant"] * 3]
-    # Of the turn before: the answer's last token, which nothing came after, and the end of the turn; then the new turn.
+    # From the previous turn: the answer's last token, which was never an input, and the end of the turn; then the new turn.
     turn = len(chat_format(demo).prompt([{"role": "user", "content": "And I?"}]).ids) - 1
     assert computed[1] <= turn + 3
     assert max(computed[1:]) < computed[0] / 2
@@ -73,7 +73,7 @@ def test_an_answer_that_is_not_finished_is_kept_and_the_cache_stays_right(demo, 
     history = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who art thou?"}]
     history.append({"role": "assistant", "content": answer})
     copy = Conversation(demo, None, history, sampling=Sampling(), max_tokens=6)
-    assert conversation.say("And I?") == copy.say("And I?")  # where the stream was only left, this closes it
+    assert conversation.say("And I?") == copy.say("And I?")  # closes the stream if it was abandoned
     assert conversation.messages == copy.messages
 
 

@@ -1,4 +1,4 @@
-"""The examples in the reference are what one sees."""
+"""Run the examples in the reference."""
 
 from __future__ import annotations
 
