@@ -120,6 +120,7 @@ def _write_array(file: Path, shape: tuple[int, ...], dtype: np.dtype, fill: np.n
     array = np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape)
     if fill is not None:
         flat = array.reshape(-1)
+        fill = np.resize(fill, min(flat.size, max(fill.size, 1 << 20)))  # one number at a time would take minutes
         for start in range(0, flat.size, fill.size):
             part = flat[start : start + fill.size]
             part[:] = np.resize(fill, part.size)

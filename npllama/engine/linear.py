@@ -160,7 +160,7 @@ def _buffer(size: int) -> np.ndarray:
 def tile_size(n_threads: int) -> int:
     """Return how many numbers of a packed weight are widened at once.
 
-    One thread widens what takes a quarter of its second-level cache as float32. Several would wait for Python's lock after
+    One thread widens what takes half of its second-level cache as float32. Several would wait for Python's lock after
     each tile of that size, so theirs are larger.
     """
     if n_threads > 1:
@@ -169,7 +169,7 @@ def tile_size(n_threads: int) -> int:
         cache = os.sysconf("SC_LEVEL2_CACHE_SIZE")
     except (AttributeError, OSError, ValueError):  # not a POSIX system, or one that doesn't know the name
         cache = 0
-    return (cache if cache > 0 else 1 << 20) // 4 // 4
+    return (cache if cache > 0 else 1 << 20) // 2 // 4
 
 
 def _packed_product(rows: np.ndarray, weight: Packed) -> np.ndarray:
@@ -207,7 +207,7 @@ def _grouped_product(rows: np.ndarray, weight: Grouped) -> np.ndarray:
     """
     (n_out, n_in), N, n = weight.shape, len(rows), n_threads()
     group, few = weight.grouping.group, N <= FEW_ROWS
-    tile = (2 * tile_size(n) if n == 1 else tile_size(n) // 2) if few else TILE  # q and x are a part of what a cache holds
+    tile = (tile_size(n) if n == 1 else tile_size(n) // 2) if few else TILE  # q and x are a part of what a cache holds
     size = max(1, tile // (group if few else n_in))
     n_parts = -(-n_out // size)
     if weight.size * N >= SHARED:

@@ -184,6 +184,11 @@ def test_int4_takes_the_nearest_of_sixteen():
         assert (np.abs(others - groups) >= error * (1 - 1e-6) - 1e-9).all()
 
 
+def test_what_int4_makes_lies_as_it_is_read():
+    form = to_int4(np.random.default_rng(0).standard_normal((8, 64)))
+    assert all(part.flags.c_contiguous for part in form.parts().values())
+
+
 def test_int4_of_what_is_int4_already_changes_nothing():
     weight, _ = random_grouped(INT4, (20, 64))
     weight.scale[0] = np.abs(weight.scale[0])

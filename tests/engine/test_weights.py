@@ -169,9 +169,9 @@ def level2(monkeypatch):
 
 @pytest.mark.parametrize(
     ("answer", "numbers"),
-    [(2 << 20, 1 << 17), (512 << 10, 1 << 15), (0, 1 << 16), (-1, 1 << 16), (ValueError(), 1 << 16), (OSError(), 1 << 16)],
+    [(2 << 20, 1 << 18), (512 << 10, 1 << 16), (0, 1 << 17), (-1, 1 << 17), (ValueError(), 1 << 17), (OSError(), 1 << 17)],
 )
-def test_one_thread_s_tiles_take_a_quarter_of_the_second_level_cache(level2, answer, numbers):
+def test_one_thread_s_tiles_take_half_of_the_second_level_cache(level2, answer, numbers):
     level2(answer)
     assert linear.tile_size(1) == numbers
     assert type(linear.tile_size(1)) is int
