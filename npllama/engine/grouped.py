@@ -144,10 +144,11 @@ class Grouped(Packed):
         if grouping.bits == 4:
             half = grouping.group // 2
             columns = columns[:, :half] | columns[:, half:] << np.uint8(4)
-        parts = [None if part is None else part.swapaxes(1, 2) for part in (scale, unit)]
-        if not grouping.rows_first:  # the rows run along the last axis in memory too: read across it, they take five times as long
-            columns, *parts = (None if part is None else np.ascontiguousarray(part) for part in (columns, *parts))
-        form = cls(grouping, columns, *parts)
+        scale, unit = scale.swapaxes(1, 2), None if unit is None else unit.swapaxes(1, 2)
+        if not grouping.rows_first:  # read across memory, a matrix takes five times as long to multiply by
+            columns, scale = np.ascontiguousarray(columns), np.ascontiguousarray(scale)
+            unit = None if unit is None else np.ascontiguousarray(unit)
+        form = cls(grouping, columns, scale, unit)
         for (name, part), (shape, dtype) in zip(form.parts().items(), grouping.parts(q.shape).values(), strict=True):
             expected = (*shape[1:], shape[0]) if grouping.rows_first else shape
             if part.shape != expected or part.dtype.newbyteorder("=") != dtype.newbyteorder("="):
