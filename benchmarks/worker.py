@@ -11,6 +11,7 @@ for each line on standard input: a command and its numbers.
 | decode N [LAYERS] | N tokens, one by one, after a prompt of 16; of the first LAYERS layers, if said, and the output matrix |
 | batch B N | N steps of B sequences |
 | context S N | N tokens, one by one, after S others |
+| products T N | N times what the matrix products of a pass of T tokens take by themselves, in NumPy's BLAS |
 | load | opening the directory again |
 | bandwidth, sgemm N, copy BYTES | limit only: large matrix-vector products (PRODUCTS), one of N×N matrices, np.copy |
 | generate K N | N greedy tokens that repeat their prompt, with --lookup K; the answer has the tokens |
@@ -19,6 +20,7 @@ for each line on standard input: a command and its numbers.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -84,6 +86,21 @@ class Npllama:
         encode = self.model.tokenizer.encode
         ids = encode(f"{TEXT}\n\n{TEXT[: TEXT.index('.') + 1]}", bos=True)
         return lambda: list(npllama.generate(self.model, ids, n, stop_ids=[], lookup=lookup))
+
+    def products(self, n_rows: int, n: int) -> Run:
+        """Every matrix of the layers by n_rows rows, the output matrix by one, as a prompt has it; float32 weights only."""
+        params, ones = self.model.params, functools.partial(np.ones, dtype=np.float32)
+        layers = [w for name, w in params.items() if name.startswith("layers.") and w.ndim == 2]
+        output = params.get("output.weight", params["tok_embeddings.weight"])
+        pairs = [(w, ones((w.shape[1], n_rows)) if n_rows > 1 else ones(w.shape[1])) for w in layers]
+        pairs.append((output, ones(output.shape[1])))
+
+        def run() -> None:
+            for _ in range(n):
+                for weight, x in pairs:
+                    weight @ x
+
+        return run
 
     def load(self) -> Run:
         self.model = None
