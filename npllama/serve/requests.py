@@ -99,6 +99,9 @@ def chat_request(body: object, recommended: Mapping[str, Any]) -> ChatRequest:
         raise BadRequest("top_logprobs is given without logprobs: true", "top_logprobs")
     newer = fields.take("max_completion_tokens", whole(1), "1 or more", None)
     given = _generation(fields, recommended, newer, (top or 0) if wanted else None, least_tokens=1)
+    if newer not in (None, given["max_tokens"]):
+        found = f"max_completion_tokens is {newer} with max_tokens of {given['max_tokens']}"
+        raise BadRequest(f"{found}: expected one of them", "max_completion_tokens")
     fields.refuse_others()
     return ChatRequest(**given, messages=messages)
 

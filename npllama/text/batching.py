@@ -1,12 +1,12 @@
-"""Several texts decoded together, each of which joins and leaves by itself: continuous batching.
+"""Continuous batching: texts are decoded together, and each joins and leaves independently of the others.
 
     batch = Batch(model, rows=8)
     row = batch.join(ids, Sampling(temperature=0.8), seed=1)
     while batch.busy:
-        for row, step in batch.step():  # a token for each row, and a chunk of one prompt
-            ...                         # and batch.leave(row) when its text has ended
+        for row, step in batch.step():  # decode a token in each row, and prefill a chunk of prompts
+            ...                         # call batch.leave(row) when its text has ended
 
-A text gets the tokens that it gets alone, up to ties within rounding, whatever the other rows do.
+Each text gets the tokens that it gets alone, ties within rounding aside.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from ..generation import PREFILL_CHUNK, Step, check_counts, check_prompt, check_
 from ..model import forward
 from ..sampling import LogitsError, Sampling
 
+PADDED = 0.25  # at most this share of a prefill pass is padding: more costs longer than a pass of its own for each length
+
 
 class Stalled(NpllamaError):
-    """Texts are there, and no step can continue any of them."""
+    """No step can continue any of the texts that haven't left."""
 
 
 @dataclass
@@ -43,10 +45,10 @@ class _Text:
 
 
 class Batch:
-    """Rows of one cache, and the texts that are in them; not for use by several threads at once.
+    """Rows of one cache, each free or holding a text. Not thread-safe.
 
-    capacity  slots that a row has from the beginning: with as many as a text gets, no row is ever copied
-    chunk     tokens of a prompt that are read in one step, while the others wait
+    capacity  slots per row allocated at the start; if no text exceeds them, rows are never copied
+    chunk     most tokens of prompts, padding included, that one step prefills while the other texts wait
     """
 
     def __init__(self, model: Model, rows: int, capacity: int = 0, chunk: int = PREFILL_CHUNK):
@@ -63,7 +65,7 @@ class Batch:
 
     @property
     def busy(self) -> bool:
-        """Whether step() has anything to do: a text is there whose context isn't full."""
+        """Whether step() can continue a text: one whose context isn't full."""
         return any(text is not None and not self._is_full(row) for row, text in enumerate(self._texts))
 
     def join(
@@ -73,10 +75,10 @@ class Batch:
         seed: int | Sequence[int] = 0,
         watch: Callable[[np.ndarray], object] | None = None,
     ) -> int:
-        """Take in a prompt and return its row, the first that is free; step() reads it chunk by chunk.
+        """Put a prompt into the first free row and return the row; step() prefills it in chunks.
 
-        `watch` is called with the logits after each of the prompt's tokens, a chunk at a time.    [T, V]
-        Raises ValueError where no row is free, and for a prompt that generate() refuses.
+        `watch` is called for each chunk, with the logits after each of its tokens.    [T, V]
+        Raises ValueError if no row is free, and for a prompt that generate() refuses.
         """
         ids = check_prompt(tokens, self.model)
         check_counts(0, min(np.atleast_1d(seed)))
@@ -89,15 +91,15 @@ class Batch:
         return row
 
     def leave(self, row: int) -> None:
-        """Forget the row's text: the row is free."""
+        """Remove the row's text, so that the row is free."""
         self._texts[row] = None
         self.cache[row].truncate(0)
 
     def step(self) -> list[tuple[int, Step | LogitsError]]:
-        """Return a new token for each text whose prompt has been read, by its row; and read a chunk of one prompt.
+        """Decode a token in each row whose prompt has been read, prefill a chunk of prompts, and return the new tokens by row.
 
-        A row whose logits allow no token gets a LogitsError each time: it is for the caller to let it leave, as it is to end a
-        text at a stop id. A text whose context is full gets no more tokens.
+        A row with invalid logits gets a LogitsError at each step: the caller removes it, as it ends texts at a stop id. A text
+        whose context is full gets no more tokens.
         """
         self._decode()
         self._read_chunk()
@@ -116,9 +118,9 @@ class Batch:
         return made
 
     def advance(self) -> list[tuple[int, Step | LogitsError]]:
-        """Return what step() makes, for a loop that ends when all texts have left: such a loop must not turn for ever.
+        """Return the result of step(), for a loop that ends when all texts have left, which must not run for ever.
 
-        Raises Stalled where the step neither made a token nor read any of a prompt.
+        Raises Stalled if the step neither generated a token nor read one of a prompt.
         """
         before = self._n_read
         made = self.step()
@@ -134,12 +136,12 @@ class Batch:
         return sum(text.read for text in self._texts if text is not None)
 
     def _decode(self) -> None:
-        """Make one pass over the last token of each text that is being continued."""
+        """Run one pass over the last token of each text that is being continued."""
         going = np.array([t is not None and t.made > 0 and t.logits is None for t in self._texts])
         going &= self.cache.n_tokens < self.model.config.max_seq_len
         if not going.any():
             return
-        n = 1 + int(np.flatnonzero(going)[-1])  # rows after the last of them take no part
+        n = 1 + int(np.flatnonzero(going)[-1])  # later rows are left out of the pass
         column = [[text.ids[-1] if text and on else -1] for text, on in zip(self._texts, going[:n], strict=False)]
         cache = self.cache[:n].only(going[:n])
         logits = forward(self.model.params, self.model.config, column, cache, last_only=True, ops=self.model.ops)[:, -1]
@@ -148,20 +150,48 @@ class Batch:
                 text.logits = row
 
     def _read_chunk(self) -> None:
-        """Read a chunk of the shortest rest of a prompt, so that no short one waits for a long one."""
-        waiting = [(row, text) for row, text in enumerate(self._texts) if text and text.read < text.n_prompt]
-        if not waiting:
+        """Prefill in one pass the next tokens of the prompts in some neighbouring rows, padded on the left."""
+        rests = [min(self.chunk, text.n_prompt - text.read) if text else 0 for text in self._texts]
+        if not any(rests):
             return
-        row, text = min(waiting, key=lambda item: item[1].n_prompt - item[1].read)
-        ids = text.ids[text.read : min(text.read + self.chunk, text.n_prompt)]
-        model = self.model
-        logits = forward(model.params, model.config, ids, self.cache[row], last_only=text.watch is None, ops=model.ops)
-        text.read += len(ids)
-        if text.watch:
-            text.watch(logits)
-        if text.read == text.n_prompt:
-            text.logits = logits[-1]
+        rows = rows_to_read(rests, self.chunk)
+        texts = [text for text in self._texts[rows] if text]
+        width = max(rests[rows])
+        tokens = np.full((len(texts), width), -1)
+        for padded, text, n in zip(tokens, texts, rests[rows], strict=True):
+            padded[width - n :] = text.ids[text.read : text.read + n]
+        model, unwatched = self.model, all(text.watch is None for text in texts)
+        logits = forward(model.params, model.config, tokens, self.cache[rows], last_only=unwatched, ops=model.ops)
+        for text, after, n in zip(texts, logits, rests[rows], strict=True):  # after [width or 1, V]
+            text.read += n
+            if text.watch:
+                text.watch(after[width - n :])
+            if text.read == text.n_prompt:
+                text.logits = after[-1]
 
     def _is_full(self, row: int) -> bool:
         text = self._texts[row]
         return text is not None and text.made > 0 and self.cache.n_tokens[row] == self.model.config.max_seq_len
+
+
+def rows_to_read(rests: Sequence[int], chunk: int) -> slice:
+    """Choose neighbouring rows to prefill in one pass: as many tokens as possible, within the chunk and with little padding.
+
+    rests  tokens that each row has to read, at most chunk; 0 for none
+
+    The row with the fewest is always among them, so that no short prompt waits for a long one.
+    """
+    shortest = min((row for row, rest in enumerate(rests) if rest), key=rests.__getitem__)
+    best, most = slice(0), 0
+    for width in sorted({rest for rest in rests if rest}):
+        start = stop = shortest
+        while start > 0 and 0 < rests[start - 1] <= width:
+            start -= 1
+        while stop < len(rests) and 0 < rests[stop] <= width:
+            stop += 1
+        n = min(stop - start, chunk // width)
+        start = max(start, min(shortest, stop - n))
+        rows = slice(start, start + n)
+        if most < (n_tokens := sum(rests[rows])) >= (1 - PADDED) * n * width:
+            best, most = rows, n_tokens
+    return best

@@ -197,6 +197,12 @@ HELLO = [{"role": "user", "content": "Hello"}]
         ("chat/completions", {"messages": HELLO, "top_logprobs": 1}, "top_logprobs", "without logprobs"),
         (
             "chat/completions",
+            {"messages": HELLO, "max_tokens": 5, "max_completion_tokens": 9},
+            "max_completion_tokens",
+            "max_completion_tokens is 9 with max_tokens of 5: expected one of them",
+        ),
+        (
+            "chat/completions",
             {"messages": HELLO, "response_format": {"type": "json_object"}},
             "response_format",
             "not supported",

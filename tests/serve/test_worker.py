@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -12,10 +13,11 @@ from npllama import Model, Sampling, forward
 from npllama.errors import NpllamaError
 from npllama.sampling import log_probabilities
 from npllama.serve.worker import Job, Worker
+from npllama.text import batching
 from npllama.text.batching import Batch
 from npllama.text.completion import Continuation
 
-from tiny import CONFIGS, random_params
+from tiny import CONFIGS, random_params, random_tokens
 
 MODEL = Model(CONFIGS["grouped"], random_params(CONFIGS["grouped"], seed=1))
 
@@ -42,6 +44,48 @@ def test_a_batch_that_makes_nothing_ends_its_texts_and_not_the_worker(monkeypatc
     assert (job.error, len(job.continuation.completion.tokens)) == (None, 5)
     worker.close()
     assert worker.join(60)
+
+
+def test_between_two_tokens_of_a_text_the_others_read_at_most_a_chunk(monkeypatch):
+    """Count in tokens and passes, not in seconds, how long prompts that arrive meanwhile stall a running text."""
+    events: list[int | str] = []  # the number of tokens of each pass, padding included; "token" for each of the running text
+
+    def recorded(params, config, tokens, *args, **options):
+        events.append(np.size(tokens))
+        return forward(params, config, tokens, *args, **options)
+
+    monkeypatch.setattr(batching, "forward", recorded)
+    worker, ended = Worker(MODEL, rows=6, most=20, chunk=16), threading.Semaphore(0)
+    lengths = [100, 90, 5, 70, 6, 7, 5, 6]
+
+    def job(n_prompt: int, n: int, tell: Callable[[Job], object]) -> Job:
+        prompt = random_tokens(CONFIGS["grouped"], n_prompt, n_prompt).tolist()
+        made = Job(Continuation(MODEL, prompt, n, stop_ids=()), Sampling(), [0], lambda text: tell(made), n)
+        return made
+
+    others = [job(n, 2, lambda other: other.ended and ended.release()) for n in lengths]
+
+    def note(running: Job) -> None:
+        events.append("token")
+        if len(running.continuation.completion.tokens) == 5:
+            worker.submit(others)  # on the worker's thread: between two of its steps
+        if running.ended:
+            ended.release()
+
+    worker.submit([job(3, 60, note)])
+    for _ in range(len(lengths) + 1):
+        assert ended.acquire(timeout=60)
+    worker.close()
+    assert worker.join(60)
+    assert [len(other.continuation.completion.tokens) for other in others] == [2] * len(others)
+    last = len(events) - events[::-1].index("token")
+    stalls = [
+        list(passes) for is_token, passes in itertools.groupby(events[:last], lambda event: event == "token") if not is_token
+    ]
+    assert sum(map(sum, stalls)) > sum(lengths)  # the prompts were read while the text was running
+    assert all(len(passes) <= 2 for passes in stalls)  # its own step, and at most one more pass
+    assert all(passes[0] <= 6 and sum(passes[1:]) <= 16 for passes in stalls[1:])
+    assert max(len(passes) for passes in stalls) == 2
 
 
 def test_the_stop_id_that_ends_a_text_has_its_log_probability():

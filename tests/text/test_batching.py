@@ -9,6 +9,7 @@ import pytest
 
 from npllama import Model, Sampling, forward, generate_steps
 from npllama.sampling import LogitsError
+from npllama.text import batching
 from npllama.text.batching import Batch, Stalled
 
 from tiny import CONFIGS, random_params, random_tokens, relative_error
@@ -50,6 +51,52 @@ def test_a_chunk_of_a_prompt_and_a_token_of_each_other_text_are_a_step():
     assert [[row for row, _ in batch.step()] for _ in range(4)] == [[short], [short], [short, long], [short, long]]
     assert [len(logits) for logits in seen] == [30, 30, 30]
     assert relative_error(np.concatenate(seen), forward(MODEL.params, CONFIG, PROMPTS[4])) < 3e-6
+
+
+@pytest.fixture
+def passes(monkeypatch) -> list[tuple[int, ...]]:
+    """Collect the shape of the tokens of each pass that a batch makes."""
+    shapes = []
+
+    def recorded(params, config, tokens, *args, **options):
+        shapes.append(np.shape(tokens))
+        return forward(params, config, tokens, *args, **options)
+
+    monkeypatch.setattr(batching, "forward", recorded)
+    return shapes
+
+
+def test_prompts_that_wait_together_are_read_in_one_pass(passes):
+    lengths = [8, 10, 9, 8, 10, 9, 8, 7]
+    prompts = [random_tokens(CONFIG, 50 + i, n).tolist() for i, n in enumerate(lengths)]
+    batch, seen = Batch(MODEL, 8, chunk=128), []
+    for i, prompt in enumerate(prompts):
+        batch.join(prompt, watch=seen.append if i == 2 else None)
+    steps = [batch.step() for _ in range(5)]
+    assert passes == [(8, 10), *[(8, 1)] * 4]
+    assert [[row for row, _ in made] for made in steps] == [list(range(8))] * 5
+    for row, prompt in enumerate(prompts):
+        assert [made[row][1].token for made in steps] == [s.token for s in generate_steps(MODEL, prompt, 5, Sampling())]
+    (logits,) = seen
+    assert relative_error(logits, forward(MODEL.params, CONFIG, prompts[2])) < 3e-6
+
+
+@pytest.mark.parametrize(
+    ("rests", "rows"),
+    [
+        ([0, 5, 0], slice(1, 2)),
+        ([8, 8, 8, 8], slice(0, 4)),
+        ([40, 40, 40], slice(0, 1)),  # two would be more than a chunk
+        ([30, 20, 25, 30], slice(1, 3)),  # three would be more than a chunk
+        ([64, 3, 3, 64], slice(1, 3)),  # the longer ones would be padded or wait
+        ([3, 8, 8, 8], slice(0, 4)),  # 27 of 32 are no padding
+        ([3, 8, 0, 8], slice(0, 1)),  # 11 of 16 would be
+        ([64, 0, 64, 2], slice(3, 4)),
+        ([9, 9, 9, 9, 9, 9, 9, 8, 9], slice(2, 9)),  # seven fit, the shortest among them
+    ],
+)
+def testrows_to_read_fit_the_chunk_and_have_little_padding(rests, rows):
+    assert batching.rows_to_read(rests, 64) == rows
 
 
 def test_a_row_of_bad_logits_disturbs_no_other():
