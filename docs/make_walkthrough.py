@@ -1,4 +1,4 @@
-"""Make the walkthrough: docs/walkthrough.ipynb with its outputs, docs/walkthrough.md, and its pictures in docs/walkthrough/.
+"""Make the walkthrough: docs/walkthrough.ipynb with its outputs, docs/walkthrough.md, and the pictures in docs/walkthrough/.
 
     pip install '.[notebook]' && python docs/make_walkthrough.py
 
@@ -31,9 +31,9 @@ inside npllama: six layers, trained on Shakespeare. Its architecture is Llama 3'
 [walkthrough.ipynb](walkthrough.ipynb), in Jupyter or an editor that runs notebooks.
 
 Each table shows the numbers that the forward pass itself computed at that line of code, and each step ends with the
-function and the line. A few numbers the pass never holds by themselves: scores before the mask, silu of the gate, lengths
-and sizes, probabilities. These are computed from the others with the model's own functions. The same lesson, for any
-model and any prompt, is one command:
+function and the line. A few numbers are not activations: scores before the mask, silu of the gate, lengths and sizes,
+probabilities. They are computed from the activations with the model's own functions. The same lesson, for any model and
+any prompt, is one command:
 
 ```console
 $ npllama walkthrough "Before we proceed any further, hear me" --layer 3 --head 2
@@ -94,8 +94,8 @@ def tokenizer_at(variable):
 
 llama3, llama2 = tokenizer_at("NPLLAMA_LLAMA3_TOKENIZER"), tokenizer_at("NPLLAMA_LLAMA2_TOKENIZER")
 if llama3 and llama2:
-    beside = tokenizer_lesson(llama3, beside=[llama2])
-    comparison = show([beside[4], beside[-1]])  # the merges, and both side by side
+    both = tokenizer_lesson(llama3, others=[llama2])
+    comparison = show([both[4], both[-1]])  # the merges, and both side by side
 else:
     comparison = None
 comparison
@@ -191,7 +191,7 @@ This is the whole pass. Generating a text repeats it, once for each token.
 These four mistakes are common in tutorials and ports. None of them raises an error: the shapes fit, the program runs, and
 the answer is words. Here each is made in the right model through its public interface: the parameters, the operations,
 the configuration. To measure it, the model reads a passage from its training data, and we compute its surprise at each
-token: minus the logarithm of the probability that it gave to the token that came next, in nats. 0 is certainty; guessing
+token: minus the logarithm of the probability that it gave to the next token, in nats. 0 is certainty; guessing
 among all 2,256 ids is ln 2256 = 7.7.
 
 # %%
@@ -212,7 +212,7 @@ First, you know Caius Marcius is chief enemy to the people.
 """
 ids = model.tokenizer.encode(passage, bos=True)
 params, config = model.params, model.config
-BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"  # told apart by colour-blind people, and by their dashes
+BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"  # distinct for colour-blind readers; lines differ in their dashes too
 plt.rcParams.update({"figure.dpi": 100, "axes.titlesize": 9, "font.size": 9})
 plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 
@@ -272,7 +272,7 @@ plt.show()
 
 # %% text
 The attention maps of layer 0 are right: scores and weights have no difference at all, and these are what people plot. The
-values that they average are wrong, in every layer, and the model predicts little better than guessing.
+values that they average are wrong in every layer, and the model predicts little better than a guess.
 
 ### Layer 0's feed-forward in every layer
 

@@ -1,1 +1,1 @@
-"""For those who learn: walkthroughs, exercises, plots, the page."""
+"""Material for learners: walkthroughs, exercises, plots and the interactive page."""

@@ -1,4 +1,4 @@
-"""Write the files of the exercises, run the student's functions, and report in a line what is wrong.
+"""Write the exercise files, run the student's functions, and describe in one line what is wrong.
 
 The student's code runs in this process, which is the student's own: it is guarded against mistakes, not against malice.
 """
@@ -20,7 +20,7 @@ from ..checkpoint.atomic import write_file
 from ..errors import NpllamaError, printable
 from .exercises import EXERCISES, Exercise
 
-RTOL, ATOL = 1e-4, 1e-6  # float32 in any order of operations is inside, and every known mistake far outside
+RTOL, ATOL = 1e-4, 1e-6  # float32 in any order of operations is within it, every known mistake far outside
 
 TEMPLATE = '''\
 """Exercise {number} of {total}: {name}
@@ -48,7 +48,7 @@ class Outcome:
 
 
 class Unusable(NpllamaError):
-    """The student's file gives no result to compare; the message is the line to print."""
+    """Raised where the student's file gives no result to compare; the message is the line to print."""
 
 
 def file_name(exercise: Exercise) -> str:
@@ -57,7 +57,7 @@ def file_name(exercise: Exercise) -> str:
 
 
 def start(folder: Path) -> list[Path]:
-    """Write the file of each exercise that isn't there yet, and return those written. Existing files stay unchanged."""
+    """Write the missing exercise files and return their paths. Existing files stay unchanged."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for number, exercise in enumerate(EXERCISES, start=1):
@@ -97,7 +97,7 @@ def load(path: Path, name: str) -> Callable[..., np.ndarray]:
         where = f"line {error.lineno}" if error.lineno else path.name
         raise Unusable(f"Python can't read {where}: {one_line(error.msg)}") from None
     except (Exception, SystemExit) as error:
-        raise Unusable(told(error, path)) from None
+        raise Unusable(described(error, path)) from None
     function = namespace.get(name)
     if not callable(function):
         raise Unusable(f"there is no function {name} in {path.name}")
@@ -105,7 +105,7 @@ def load(path: Path, name: str) -> Callable[..., np.ndarray]:
 
 
 def results(exercise: Exercise, function: Callable[..., np.ndarray], path: Path) -> list[np.ndarray]:
-    """Run the student's function on each case. Raises Unusable for a result that is no array."""
+    """Run the student's function on each case. Raises Unusable if a result is not an array."""
     found = []
     for arguments in exercise.cases():
         before = copy.deepcopy(arguments)
@@ -114,7 +114,7 @@ def results(exercise: Exercise, function: Callable[..., np.ndarray], path: Path)
         except NotImplementedError:
             raise Unusable("not done yet") from None
         except (Exception, SystemExit) as error:
-            raise Unusable(told(error, path)) from None
+            raise Unusable(described(error, path)) from None
         if result is None:
             raise Unusable("it returned nothing: is there a `return`?")
         if not isinstance(result, np.ndarray | np.generic):
@@ -126,7 +126,7 @@ def results(exercise: Exercise, function: Callable[..., np.ndarray], path: Path)
 
 
 def judge(exercise: Exercise, found: list[np.ndarray]) -> Outcome:
-    """Decide between right, a known mistake, and unknown, with the place of the largest difference."""
+    """Compare results with the reference's: right, a known mistake, or wrong at the place of the largest difference."""
     expected = outputs(exercise, exercise.reference)
     if not all(map(same, found, expected)):
         hint = next((hint for hint, wrong in exercise.hints.items() if all(map(same, found, outputs(exercise, wrong)))), None)
@@ -142,19 +142,19 @@ def judge(exercise: Exercise, found: list[np.ndarray]) -> Outcome:
 
 
 def outputs(exercise: Exercise, function: Callable[..., np.ndarray]) -> list[np.ndarray]:
-    """Run the reference or a wrong function on each case; results are copied, since a cache writes into those it returned."""
+    """Run the reference or a wrong function on each case; results are copied, since later calls may write into a cache's."""
     with np.errstate(all="ignore"):
         return [np.array(function(*arguments, *exercise.rest)) for arguments in exercise.cases()]
 
 
 def same(a: np.ndarray, b: np.ndarray) -> bool:
-    """Check that two arrays have one shape and, but for rounding, the same numbers, NaN and infinities included."""
+    """Check that two arrays have the same shape and, within rounding, the same numbers, NaN and infinities included."""
     numeric = a.dtype.kind in "fiub" and b.dtype.kind in "fiub"
     return numeric and a.shape == b.shape and np.allclose(a, b, RTOL, ATOL, equal_nan=True)
 
 
 def difference(exercise: Exercise, found: list[np.ndarray], expected: list[np.ndarray]) -> str:
-    """Describe the first case that is wrong in a line: its shape, its NaN, or its largest difference."""
+    """Describe the first wrong case in one line: its shape, its NaNs, or its largest difference."""
     case = next(i for i, pair in enumerate(zip(found, expected, strict=True)) if not same(*pair))
     f, e = found[case], expected[case]
     shapes = ", ".join(shape_of(argument) for argument in exercise.cases()[case])
@@ -177,8 +177,8 @@ def shape_of(argument: object) -> str:
     return str(list(argument.shape)) if isinstance(argument, np.ndarray) else str(argument)
 
 
-def told(error: BaseException, path: Path) -> str:
-    """Describe an exception in a line: its kind, the line of the student's file that raised it, its message."""
+def described(error: BaseException, path: Path) -> str:
+    """Describe an exception in one line: its type, the line of the student's file that raised it, its message."""
     if isinstance(error, SystemExit):
         return f"it called exit(){where(error, path)}: return the result instead"
     message = one_line(str(error))
@@ -186,7 +186,7 @@ def told(error: BaseException, path: Path) -> str:
 
 
 def where(error: BaseException, path: Path) -> str:
-    """Return ` in line 12`, the last line of the student's file that was running; empty if none was."""
+    """Return ` in line 12`, the innermost line of the student's file that was running; empty if there is none."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     return f" in line {lines[-1]}" if lines else ""
 

@@ -1,6 +1,6 @@
-"""The parts of a lesson, which is a list of steps, and how it is shown in a terminal and in Markdown.
+"""Define a lesson, a list of steps, and format it for a terminal and as Markdown.
 
-What makes the steps (walkthrough.py, tokenizer_lesson.py) decides nothing about their layout; what shows them computes nothing.
+The modules that make the steps (walkthrough.py, tokenizer_lesson.py) decide nothing about the layout; this one only formats.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from types import CodeType
 
 Cell = str | int | float
 
-ROOT = Path(__file__).resolve().parent.parent.parent  # of the package's folder: what a Source's file is relative to
-LABEL_CELLS, HEADING_CELLS = 12, 8  # a token's piece is cut to so many columns of a terminal
+ROOT = Path(__file__).resolve().parent.parent.parent  # the folder that holds the package; a Source's file is relative to it
+LABEL_CELLS, HEADING_CELLS = 12, 8  # the width of a token's label, in terminal columns
 INDENT = " " * 4
 BOLD, DIM, PLAIN = "\033[1m", "\033[2m", "\033[0m"
 
@@ -60,9 +60,9 @@ class Source:
 
 @functools.cache
 def computed_at() -> dict[str, Source]:
-    """Find where model.py computes each activation: name, without `layers.N.`, -> the line of its call of `see`.
+    """Map each activation's name, without `layers.N.`, to the line of model.py that computes it and calls `see`.
 
-    Found in the syntax tree: from forward() on, into the functions that are given the scope.
+    Reads the syntax tree, from forward() into each function that takes the scope.
     """
     file = "npllama/model.py"
     functions = {node.name: node for node in _syntax(file).body if isinstance(node, ast.FunctionDef)}
@@ -80,7 +80,7 @@ def computed_at() -> dict[str, Source]:
 
 
 def _below(argument: ast.AST) -> str | None:
-    """Return the prefix of a scope that a function is given; None for an argument that is no scope."""
+    """Return the prefix that a scope passed as an argument adds; None if the argument is not a scope."""
     if isinstance(argument, ast.Call) and _called(argument) == "under":
         return f"{_text(argument.args[0])}."
     is_scope = getattr(argument, "id", None) == "s" or (isinstance(argument, ast.Call) and _called(argument) == "in_layer")
@@ -88,7 +88,7 @@ def _below(argument: ast.AST) -> str | None:
 
 
 def _text(argument: ast.AST) -> str:
-    """Return the string that a call has as an argument."""
+    """Return the value of a string literal."""
     return ast.literal_eval(argument)
 
 
@@ -99,12 +99,12 @@ def _syntax(file: str) -> ast.Module:
 
 @functools.cache
 def _code(file: str) -> str:
-    inside = importlib.resources.files("npllama").joinpath(*Path(file).parts[1:])  # which may be in a zip
+    inside = importlib.resources.files("npllama").joinpath(*Path(file).parts[1:])  # the package may be in a zip file
     return inside.read_text(encoding="utf-8")
 
 
 def _innermost(tree: ast.Module, line: int) -> ast.AST:
-    """Return the function that a line is in; the whole file if it is in none."""
+    """Return the function that contains a line; the whole file if none does."""
     functions = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
     around = [node for node in functions if node.lineno <= line <= (node.end_lineno or 0)]
     return max(around, key=lambda node: node.lineno) if around else tree
@@ -125,7 +125,7 @@ def _module(code: CodeType) -> str:
 
 @dataclass(frozen=True)
 class Table:
-    """A few numbers with their names: a row begins with its label. Floats are shown to about four digits."""
+    """A small table; each row begins with its label. Floats are shown with about four digits."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
@@ -134,7 +134,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Step:
-    """One thing to understand."""
+    """One step of a lesson: a title, one to three sentences, and the numbers that show it."""
 
     title: str
     sentence: str
@@ -142,7 +142,7 @@ class Step:
     shape: str = ""
     tables: tuple[Table, ...] = ()
     taps: tuple[str, ...] = ()  # the activations whose numbers are shown
-    sources: tuple[Source, ...] = ()  # what computes it
+    sources: tuple[Source, ...] = ()  # the functions that compute it
     called: Source | None = None  # the line of the forward pass that calls the first of them
 
 
@@ -150,7 +150,7 @@ class Step:
 
 
 def text(steps: Iterable[Step], width: int = 80, colour: bool = False) -> str:
-    """Format the steps for a terminal of that many columns."""
+    """Format the steps for a terminal of `width` columns."""
     return "\n\n".join(_step_text(i, step, width, colour) for i, step in enumerate(steps, start=1)) + "\n"
 
 
@@ -230,7 +230,7 @@ def number(x: float) -> str:
 
 
 def cell_width(s: str) -> int:
-    """Count the columns of a terminal that a text takes: Chinese characters take two, combining accents none."""
+    """Count the terminal columns of a text: Chinese characters take two, combining accents none."""
     return sum(
         0
         if unicodedata.combining(c) or unicodedata.category(c) in ("Mn", "Me", "Cf")
@@ -240,7 +240,7 @@ def cell_width(s: str) -> int:
 
 
 def label(piece: str, cells: int = LABEL_CELLS) -> str:
-    """Quote a token's piece for a table, so that spaces are seen, and shorten a long one."""
+    """Quote a token's piece for a table, so that its spaces are visible, and shorten a long one."""
     room = cells - 2
     if cell_width(piece) > room:
         kept = ""
@@ -258,7 +258,7 @@ def label(piece: str, cells: int = LABEL_CELLS) -> str:
 def markdown(steps: Sequence[Step], link: Callable[[Source], str] | None = None) -> str:
     """Format the steps as Markdown.
 
-    link  source -> its address, such as ../npllama/ops.py#L19; None for plain text
+    link  maps a source to its address, such as ../npllama/ops.py#L19; None: no links
     """
     parts = []
     for step in steps:
@@ -292,5 +292,5 @@ def _table_markdown(table: Table) -> str:
 
 
 def _escaped(s: str) -> str:
-    """Replace what Markdown would interpret by entities, which every dialect of it knows."""
+    """Replace the characters that Markdown interprets with entities, which every dialect supports."""
     return "".join(f"&#{ord(c)};" if c in "&\\`*_[]<>|#$~" else c for c in s)

@@ -1,7 +1,7 @@
-"""Tokenization as a lesson: the file's lines, the split, the merges, the special tokens, a comparison with other tokenizers.
+"""Explain tokenization step by step: the file's lines, the split, the merges, special tokens, a comparison of tokenizers.
 
-The ids are the tokenizer's own. The library that computes them doesn't show its steps, so split() and merges() repeat them from
-the pattern and the ranks; a test holds that they give the same ids.
+The ids are the tokenizer's own. Its library doesn't expose the steps in between, so split() and merges() recompute them from
+the pattern and the ranks; a test checks that they give the same ids.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ from ..tokenizer import (
 )
 from .lesson import Cell, Source, Step, Table, cell_width, label
 
-# Its parts match each of the seven alternatives.
+# Its parts together use all seven alternatives of the pattern.
 SENTENCE = "Don't panic:\n  42 llamas can't eat 12345 mangosteens\n"
 
-# Names for the alternatives of LLAMA3_PATTERN, in their order.
+# What each alternative of LLAMA3_PATTERN matches, in order.
 ALTERNATIVES = (
     "the end of a contraction",
     "a word with a leading character",
     "up to three digits",
     "punctuation",
-    "line ends",
-    "spaces, but for the last",
+    "line breaks",
+    "spaces, except the last",
     "spaces",
 )
-CHAIN_CELLS, PAIRS_CELLS = 36, 33  # columns of a terminal for a word in bytes, and for its pairs
-SENTENCE_CELLS, SENTENCE_LINES = 64, 12  # columns of the sentence itself, and lines
+CHAIN_CELLS, PAIRS_CELLS = 36, 33  # terminal columns for a word's parts, and for its pairs
+SENTENCE_CELLS, SENTENCE_LINES = 64, 12  # terminal columns and lines for the sentence itself
 SPECIAL_SHOWN = 12
 TOKENS_SHOWN = 40
 IDS_CELLS = 24
 
 
 def alternatives(pattern: str = LLAMA3_PATTERN) -> list[str]:
-    """Cut a pattern into its alternatives, at each `|` outside of brackets."""
+    """Split a regular expression into its alternatives, at each `|` outside of brackets."""
     found, depth, escaped = [""], 0, False
     for c in pattern:
         if not escaped:
@@ -59,14 +59,14 @@ def alternatives(pattern: str = LLAMA3_PATTERN) -> list[str]:
 
 
 def split(text: str) -> list[tuple[str, int]]:
-    """Cut a text into its pieces before any merging, each with the index of the alternative that matched it."""
+    """Split a text into parts, before merging; each comes with the index of the alternative that matched it."""
     pattern = import_regex("the split pattern").compile("|".join(f"({alternative})" for alternative in alternatives()))
     return [(match[0], match.lastindex - 1) for match in pattern.finditer(text)]
 
 
 @dataclass(frozen=True)
 class Merge:
-    """One round of byte-pair encoding: the parts, and the adjacent pairs that together are a piece, the lowest rank first."""
+    """One round of byte-pair encoding: the parts, and the adjacent pairs that form a piece, lowest rank first."""
 
     parts: tuple[bytes, ...]
     pairs: tuple[tuple[int, bytes], ...]  # rank, piece; the first is merged next
@@ -87,10 +87,11 @@ def merges(piece: bytes, ranks: Mapping[bytes, int]) -> list[Merge]:
 # ------------------------------------------------------------------------------------------------------------------ the steps
 
 
-def tokenizer_lesson(tokenizer: Tokenizer, sentence: str = SENTENCE, beside: Sequence[Tokenizer] = ()) -> list[Step]:
-    """Show the steps of encoding a sentence; `beside` holds other tokenizers to compare with.
+def tokenizer_lesson(tokenizer: Tokenizer, sentence: str = SENTENCE, others: Sequence[Tokenizer] = ()) -> list[Step]:
+    """Explain how a sentence is encoded; `others` are tokenizers to compare with.
 
-    A file as Llama 3's has lines, a split and merges to show; other kinds have only ids, special tokens and the comparison.
+    A tiktoken tokenizer (Llama 3's) has a file, a split and merges to show; other kinds show only ids, special tokens and the
+    comparison.
     """
     steps = [_sentence(tokenizer, sentence)]
     if isinstance(tokenizer, TiktokenTokenizer):
@@ -101,8 +102,8 @@ def tokenizer_lesson(tokenizer: Tokenizer, sentence: str = SENTENCE, beside: Seq
     else:
         steps.append(_pieces(tokenizer, sentence))
     steps.append(_special(tokenizer))
-    if beside:
-        steps.append(_beside([tokenizer, *beside], sentence))
+    if others:
+        steps.append(_comparison([tokenizer, *others], sentence))
     return steps
 
 
@@ -113,7 +114,7 @@ def _sentence(tokenizer: Tokenizer, sentence: str) -> Step:
         rows.append(("…",))
     return Step(
         "The sentence",
-        r"A tokenizer reads characters; spaces and line ends (\n) count too.",
+        r"A tokenizer reads characters; spaces and line breaks (\n) count too.",
         shape=f"{len(sentence)} characters  ->  {len(tokenizer.encode(sentence))} ids",
         tables=(Table(("",), tuple(rows)),),
         sources=(Source.of(Tokenizer.encode),),
@@ -130,7 +131,7 @@ def _lines(tokenizer: TiktokenTokenizer, sentence: str) -> Step:
     return Step(
         "A line of tokenizer.model",
         f"The file has {n:,} lines: a piece in base64, a space and its rank. The pieces are bytes, not characters, and all 256 "
-        "single bytes are among them, so that any text can be spelled. The rank is the token's id and also its priority: in "
+        "single bytes are among them, so that any text can be encoded. The rank is the token's id and also its priority: in "
         "training, pieces were added one at a time, the most frequent pair first, and merging goes in the same order.",
         formula="line = base64(piece) + ' ' + rank",
         shape=f"{n:,} pieces + {len(tokenizer.special_tokens)} special tokens = {tokenizer.vocab_size:,} ids",
@@ -146,11 +147,11 @@ def _pattern() -> Step:
     )
     return Step(
         "The split pattern",
-        "Before any merging the text is split, so that no token crosses a word boundary. The pattern has seven alternatives; "
-        "at each place the first that matches is taken, and its match is cut off. A word includes one character before it, "
-        "mostly a space; of several spaces the last is left for the word after them.",
+        "Before merging, a regular expression splits the text, so that no token crosses a word boundary. It has seven "
+        "alternatives; at each position the first one that matches gives the next part. A word includes one character before "
+        "it, usually a space; the last of several spaces goes to the word after them.",
         formula="pattern = 1 | 2 | 3 | 4 | 5 | 6 | 7",
-        tables=(Table(("", "it matches", "alternative (␣ is a space)"), rows),),
+        tables=(Table(("", "matches", "alternative (␣ is a space)"), rows),),
         sources=(Source.of(TiktokenTokenizer.__init__),),
     )
 
@@ -164,12 +165,12 @@ def _split(tokenizer: TiktokenTokenizer, sentence: str, ranks: Mapping[bytes, in
     if len(parts) > TOKENS_SHOWN:
         rows.append(("…",) * 4)
     n_used = len({which for _, which in parts})
-    used = "all seven" if n_used == len(ALTERNATIVES) else f"{n_used} of the seven"
-    told = f"The sentence falls into {len(parts)} part{'s' * (len(parts) != 1)}, using {used} alternatives. "
+    count = "all seven" if n_used == len(ALTERNATIVES) else f"{n_used} of the seven"
+    used = f"The sentence falls into {len(parts)} part{'s' * (len(parts) != 1)}, using {count} alternatives. "
     return Step(
         "The pattern at work",
-        (told if parts else "The sentence is empty: there is nothing to cut. ")
-        + "A part that is in the vocabulary is a token at once; any other is merged from its bytes.",
+        (used if parts else "The sentence is empty: there is nothing to split. ")
+        + "A part that is in the vocabulary is one token; any other is merged from its bytes.",
         shape=f"{len(sentence)} characters  ->  {len(parts)} parts  ->  {len(tokenizer.encode(sentence))} ids",
         tables=(Table(("part", "", "matched by", "ids"), tuple(rows)),),
         sources=(Source.of(TiktokenTokenizer._encode),),
@@ -177,7 +178,7 @@ def _split(tokenizer: TiktokenTokenizer, sentence: str, ranks: Mapping[bytes, in
 
 
 def _word(sentence: str, ranks: Mapping[bytes, int]) -> bytes | None:
-    """Choose the part whose merging shows most and fits: the longest, preferably one that is no piece itself."""
+    """Choose the part to show merging with: the longest that fits, preferably one that is not a piece itself."""
     parts = [part.encode() for part, _ in split(_as_text(sentence))]
     fitting = [part for part in parts if cell_width(_chain(part[i : i + 1] for i in range(len(part)))) <= CHAIN_CELLS]
     return max(fitting, key=lambda part: (part not in ranks, len(part)), default=None)
@@ -189,13 +190,13 @@ def _merges(tokenizer: TiktokenTokenizer, word: bytes, ranks: Mapping[bytes, int
         lowest = _fitting([f"{_bytes_text(piece)} {rank}" for rank, piece in merge.pairs], PAIRS_CELLS)
         rows.append((i, _chain(merge.parts), lowest or "none: done"))
     ids = ids_of(word, ranks)
-    end = f"Those that remain are its tokens: {', '.join(map(str, ids))}."
+    end = f"The pieces that remain are its tokens: {', '.join(map(str, ids))}."
     if word in ranks:
-        end = f"The whole part is in the vocabulary, as {ranks[word]}, so that the library skips the merging."
+        end = f"The whole part is in the vocabulary, as {ranks[word]}, so the library skips the merging."
     return Step(
         f"Merging {label(_visible(word.decode()))}",
-        "The part begins as single bytes. In each round, of the adjacent pairs that together are a piece, the one of the "
-        f"lowest rank is merged. {end}",
+        "The part starts as single bytes. Each round merges one adjacent pair: of those that form a piece of the vocabulary, "
+        f"the one with the lowest rank. {end}",
         formula="merge the pair with the smallest rank, until no pair is a piece",
         shape=f"{len(word)} bytes  ->  {len(ids)} id{'s' * (len(ids) != 1)}",
         tables=(Table(("", "pieces (␣ is a space)", "pairs that are pieces, with their rank"), tuple(rows)),),
@@ -210,8 +211,8 @@ def _pieces(tokenizer: Tokenizer, sentence: str) -> Step:
         rows.append(("…", "…"))
     return Step(
         "The sentence's tokens",
-        f"This is a {type(tokenizer).__name__}, run by a library; the split and the merges are shown for a tokenizer.model as "
-        "Llama 3's, such as the embedded model's.",
+        f"This is a {type(tokenizer).__name__}, which runs in a library; the split and the merges are shown only for a "
+        "tiktoken file, such as Llama 3's tokenizer.model or the embedded model's.",
         shape=f"{len(sentence)} characters  ->  {len(ids)} ids",
         tables=(Table(("id", "piece"), tuple(rows)),),
         sources=(Source.of(type(tokenizer)._encode),),
@@ -247,7 +248,7 @@ def _role(tokenizer: Tokenizer, id: int) -> str:
     return "generation ends here" if id in tokenizer.stop_ids else ""
 
 
-def _beside(tokenizers: Sequence[Tokenizer], sentence: str) -> Step:
+def _comparison(tokenizers: Sequence[Tokenizer], sentence: str) -> Step:
     encoded = [tokenizer.encode(sentence) for tokenizer in tokenizers]
     longest = max(map(len, encoded))
     rows: list[tuple[str | int, ...]] = []
@@ -258,16 +259,16 @@ def _beside(tokenizers: Sequence[Tokenizer], sentence: str) -> Step:
         rows.append(tuple(row))
     if longest > TOKENS_SHOWN:
         rows.append(("…",) * (2 * len(tokenizers)))
-    told = "The same sentence. "
+    sentences = "The same sentence in each. "
     if any(isinstance(tokenizer, SentencePieceTokenizer) for tokenizer in tokenizers):
-        told += (
-            "SentencePiece, LLaMA 1 and 2's, merges characters by a score instead of bytes by a rank, writes a space as ▁ and "
-            "puts one before the text, keeps digits apart, and falls back to single bytes such as <0x0A> for characters that "
-            "no piece has. "
+        sentences += (
+            "SentencePiece, the tokenizer of LLaMA 1 and 2, merges characters by score instead of bytes by rank, writes a "
+            "space as ▁ and puts one before the text, makes each digit a token, and encodes a character without a piece as "
+            "bytes, such as <0x0A>. "
         )
     return Step(
         "Compared with other tokenizers",
-        told + "A larger vocabulary makes fewer tokens, hence less to compute for a text, and a larger embedding.",
+        sentences + "A larger vocabulary gives fewer tokens, hence less computation per text, and a larger embedding.",
         shape="\n".join(
             f"{_kind(tokenizer)}, {tokenizer.vocab_size:,} ids  ->  {len(ids)} tokens"
             for tokenizer, ids in zip(tokenizers, encoded, strict=True)
@@ -278,7 +279,7 @@ def _beside(tokenizers: Sequence[Tokenizer], sentence: str) -> Step:
 
 
 def _kind(tokenizer: Tokenizer) -> str:
-    """Return the usual name of the kind."""
+    """Return the usual name of a tokenizer's kind."""
     kinds = {TiktokenTokenizer: "tiktoken", SentencePieceTokenizer: "SentencePiece", HuggingFaceTokenizer: "tokenizer.json"}
     return kinds[type(tokenizer)]
 
@@ -292,7 +293,7 @@ def _as_text(sentence: str) -> str:
 
 
 def _folded(text: str) -> list[str]:
-    """Break a text into lines: after each newline, and where a line is full."""
+    """Break a text into lines, after each newline and where a line is full."""
     lines = [""]
     for c in text:
         if lines[-1].endswith("\n") or cell_width(_visible(lines[-1] + c)) > SENTENCE_CELLS:
@@ -306,7 +307,7 @@ def _visible(s: str) -> str:
 
 
 def _bytes_text(data: bytes) -> str:
-    """Format a part of a word for a chain of parts."""
+    """Format one part of a word; bytes that are not UTF-8 as `<E2>`."""
     text = "".join(
         f"<{ord(c) - 0xDC00:02X}>" if "\udc80" <= c <= "\udcff" else _visible(c)
         for c in data.decode("utf-8", "surrogateescape")
@@ -319,7 +320,7 @@ def _chain(parts: Iterable[bytes]) -> str:
 
 
 def _fitting(items: Iterable[str], room: int) -> str:
-    """Join items in a line of so many columns, with dots for those that don't fit."""
+    """Join as many items as fit in `room` columns; an ellipsis stands for the others."""
     items, line = list(items), ""
     for i, item in enumerate(items):
         longer = f"{line}, {item}" if line else item

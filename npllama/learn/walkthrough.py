@@ -1,13 +1,13 @@
-"""The forward pass of a prompt as a lesson: every step with its formula, its shapes, its numbers and the line that computes it.
+"""Explain the forward pass of a prompt step by step: formula, shapes, numbers, and the line of code that computes them.
 
     steps = walkthrough(npllama.load(), [2000, 51, 86])
     print(lesson.text(steps))
 
-Activations are what forward() gave to its tap; frequencies, rotation and mask are what its operations returned in that same
-pass. What a pass never holds by itself is computed from these with the model's own functions: the scores before the mask, silu
-of the gate, the probabilities and the choice; so are lengths, directions, sums and root mean squares. Formulas and sentences
-are the activation table's; a step has its own where it shows more than one row of the table does, or less. The line of model.py
-is the one that calls the step's function.
+Activations come from forward()'s tap; frequencies, rotation and mask are the results of its operations in the same pass. The
+other numbers are computed from these with the model's own functions: the scores before the mask, silu of the gate, the
+probabilities and the choice, and lengths, directions, sums and root mean squares. Formulas and sentences come from the
+activation table; a step has its own where it shows more or less than one row of the table. The line of model.py is the one that
+calls the step's function.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ CANDIDATES = 5
 
 
 class Pass:
-    """One forward pass that remembers what it computed, and the layer and the head that the steps show.
+    """One recorded forward pass, with the layer and the head that the steps show.
 
-    taps      name -> activation, of the chosen layer, of what is in no layer, and every layer's `out`
-    returned  operation -> its result, for operations whose result is no activation
+    taps      name -> activation: those of the chosen layer, those outside of layers, and every layer's `out`
+    returned  operation -> its result, for operations whose result is not an activation
     pieces    the label of each token
-    shown     the positions that tables of tokens show; None stands for those left out
+    shown     the positions that tables of tokens show; None stands for the omitted ones
     """
 
     def __init__(self, m: Model, ids: Sequence[int], layer: int = 0, head: int = 0, tap: Tap | None = None):
@@ -82,7 +82,7 @@ class Pass:
 
     @property
     def last_token(self) -> str:
-        """The caption of tables that show one token."""
+        """The caption of a table that shows the last token."""
         return f"the last token, {self.pieces[self.last]}"
 
     def formulas(self, *kinds: str) -> str:
@@ -97,10 +97,10 @@ class Pass:
 def walkthrough(m: Model, tokens: Sequence[int], layer: int = 0, head: int = 0, tap: Tap | None = None) -> list[Step]:
     """Run a prompt and return its steps, in the order of computation.
 
-    layer, head  the ones that are shown; the others do the same with other weights
-    tap          as forward() takes it: what it puts in an activation's place is what the steps show
+    layer, head  the ones to show; the others compute the same with other weights
+    tap          a tap for forward(); the steps show the values that it returns
 
-    Raises ValueError for a layer or head that the model lacks and for tokens that it can't take.
+    Raises ValueError for a layer or head that the model doesn't have, and for invalid tokens.
     """
     for name, value, n in (("layer", layer, m.config.n_layers), ("head", head, m.config.n_heads)):
         if not 0 <= value < n:
@@ -113,7 +113,7 @@ def walkthrough(m: Model, tokens: Sequence[int], layer: int = 0, head: int = 0, 
 
 
 def prompt(p: Pass) -> Step:
-    """Cut the text into tokens."""
+    """Split the text into tokens."""
     rows = [(i, p.ids[i], p.pieces[i]) if i is not None else ("…", "…", "…") for i in _some(len(p.ids), PROMPT_SHOWN)]
     if p.model.tokenizer is None:
         return Step(
@@ -125,7 +125,7 @@ def prompt(p: Pass) -> Step:
         )
     return Step(
         "Tokens",
-        "The tokenizer cuts the text into pieces that it knows, and gives each piece's number in its vocabulary of "
+        "The tokenizer splits the text into pieces of its vocabulary and gives the id of each, one of "
         f"{p.model.tokenizer.vocab_size:,}: these numbers are all that the model sees.",
         formula="ids = encode(text)",
         shape=f"tokens [T] = [{len(p.ids)}]",
@@ -139,7 +139,7 @@ def embeddings(p: Pass) -> Step:
     c = p.config
     step = Step(
         "Embeddings",
-        f"{p.sentences('tok_embeddings')} Its {c.dim} learned numbers stand for the token, wherever in the text it is.",
+        f"{p.sentences('tok_embeddings')} Its {c.dim} learned numbers represent the token, wherever it is in the text.",
         formula=f"{p.formulas('tok_embeddings')},  E = tok_embeddings.weight",
         shape=f"weight [V, D] = [{c.vocab_size}, {c.dim}]  ->  x [T, D] = [{len(p.ids)}, {c.dim}]",
         tables=(_token_table(p, p["tok_embeddings"]),),
@@ -170,11 +170,11 @@ def projections(p: Pass) -> Step:
 
 
 def heads(p: Pass) -> Step:
-    """Cut the rows into heads."""
+    """Split the rows into heads."""
     c, kinds = p.config, ("attention.q", "attention.k", "attention.v")
     share = c.n_heads // c.n_kv_heads
     if share == 1:
-        sharing = "every head has keys and values of its own."
+        sharing = "each head has keys and values of its own."
     else:
         sharing = (
             f"{share} query heads share each key/value head (grouped queries), so that query head {p.head} uses "
@@ -186,7 +186,7 @@ def heads(p: Pass) -> Step:
     ]
     step = Step(
         "Heads",
-        f"The long rows are cut into heads of {c.head_dim} numbers, which attend to the text independently; {sharing}",
+        f"Each row is split into heads of {c.head_dim} numbers, which attend to the text independently; {sharing}",
         formula="q.reshape(T, H, K),  k.reshape(T, G, K),  v.reshape(T, G, K)",
         shape=f"q [T, H, K] = {_shape(p['attention.q'])};  k, v [T, G, K] = {_shape(p['attention.k'])}",
         tables=(_numbers_table(rows, p.last_token),),
@@ -203,12 +203,12 @@ def frequencies(p: Pass) -> Step:
     scaled = "" if c.rope_scaling is None else "; this model's slow pairs are slowed further, for a longer context"
     return Step(
         "RoPE: a speed for each pair",
-        "A head's numbers are taken in adjacent pairs, and each pair is a point on a plane that rotates as the position "
-        "grows: pair 0 by one radian per token, the later ones ever more slowly, so that some tell adjacent tokens apart and "
-        f"some whole passages{scaled}.",
+        "Each adjacent pair of a head's numbers is a point in a plane that rotates as the position grows: pair 0 by one "
+        "radian per token, later pairs ever more slowly, so that fast pairs tell adjacent tokens apart and slow pairs whole "
+        f"passages{scaled}.",
         formula=f"θ_j = theta^(-2j/K),  theta = {c.rope_theta:g},  K = {c.head_dim};  angle = m·θ_j",
         shape=f"frequencies [K/2] = {_shape(θ)}",
-        tables=(Table(("pair j", "θ_j", "tokens per turn", f"angle at m = {p.last}"), tuple(rows)),),
+        tables=(Table(("pair j", "θ_j", "tokens per rotation", f"angle at m = {p.last}"), tuple(rows)),),
         sources=(Source.of(ops.rope_frequencies), Source.of(ops.rope_rotation)),
         called=_line("norm").calling(ops.rope_frequencies),
     )
@@ -249,7 +249,7 @@ def scores(p: Pass) -> Step:
     unmasked = ops.attention_scores(p["attention.q_rope"][:, [p.head]], keys, no_mask)[0]
     return Step(
         "Scores",
-        "Every query is multiplied with every key, and the larger the product, the better they match; the division by √K "
+        "Each query is multiplied with each key, and the larger the product, the better they match; the division by √K "
         "keeps the products from growing with the head's width.",
         formula=f"{p.formulas(kind)},  sqrt({K}) = {math.sqrt(K):.4f}",
         shape=f"q [T, H, K], k [G, S, K]  ->  [H, T, S] = {_shape(p[kind])}",
@@ -260,12 +260,12 @@ def scores(p: Pass) -> Step:
 
 
 def mask(p: Pass) -> Step:
-    """Hide later positions."""
+    """Mask later positions."""
     kind = "attention.scores"
     return Step(
         "The causal mask",
-        "A token may attend to itself and to what came before it: minus infinity is added to the scores of all that comes "
-        "after, so that no position sees the answer that it is to predict.",
+        "A token may attend to itself and to earlier tokens: minus infinity is added to the scores of later ones, so that no "
+        "position sees the token that it has to predict.",
         formula="mask = 0 where the key's position ≤ the query's, else -inf",
         shape=f"mask [1, T, S] = {_shape(p.returned['causal_mask'])}",
         tables=(_square(p, p[kind][p.head], f"head {p.head}, masked"),),
@@ -276,7 +276,7 @@ def mask(p: Pass) -> Step:
 
 
 def softmax(p: Pass) -> Step:
-    """Make weights of the scores."""
+    """Turn scores into weights."""
     kind = "attention.weights"
     weights = p[kind][p.head]
     most = np.argsort(-weights[p.last], kind="stable")[:CANDIDATES]
@@ -288,7 +288,7 @@ def softmax(p: Pass) -> Step:
         shape=f"[H, T, S] = {_shape(p[kind])}",
         tables=(
             _square(p, weights, f"head {p.head}; the last column is the row's sum", sums=True),
-            Table(("piece", "position", "weight"), attended, f"what {p.last_token}, attends to"),
+            Table(("piece", "position", "weight"), attended, f"the positions that {p.last_token}, attends to most"),
         ),
     )
     return _computed(p, step, (kind,), ops.softmax)
@@ -368,11 +368,11 @@ def layers(p: Pass) -> Step:
         rows.append((names[i], float(x[p.last, 0]), float(rms[p.last]), float(np.mean(rms))))
     return Step(
         "All the layers",
-        f"The same block runs {p.config.n_layers} times in a loop, with other weights each time, and each layer adds "
-        f"to what runs through, the residual stream, which mostly grows.{_outlier(p, names)}",
+        f"The same block runs {p.config.n_layers} times in a loop, each time with other weights. Each layer adds to the "
+        f"residual stream, which mostly grows.{_outlier(p, names)}",
         formula=f"for layer in range({p.config.n_layers}):  x = block(x, layer)",
         shape=f"x [T, D] = {_shape(p.taps[names[-1]])} after every layer",
-        tables=(Table(("after", "last token's x[0]", "its root mean square", "of all tokens"), tuple(rows)),),
+        tables=(Table(("after", "last token's x[0]", "last token's RMS", "mean RMS"), tuple(rows)),),
         taps=("layers.N.out",),
         sources=(Source.of(model.block),),
         called=_line("norm").calling(model.block),
@@ -400,7 +400,7 @@ def logits(p: Pass) -> Step:
 
 
 def candidates(p: Pass) -> Step:
-    """Make probabilities of the last row of the logits."""
+    """Turn the last row of the logits into probabilities."""
     row = p["logits"][p.last]
     probabilities = ops.softmax(row)
     best = np.argsort(-row, kind="stable")[:CANDIDATES]
@@ -423,7 +423,7 @@ def choice(p: Pass) -> Step:
     id = sampling.sample(row, sampling.Sampling(), np.random.default_rng(0))
     return Step(
         "The chosen token",
-        f"Greedily, the likeliest: {p.piece(id)}, id {id}. It is appended, and the pass runs again on that token "
+        f"Greedy decoding takes the likeliest: {p.piece(id)}, id {id}. It is appended, and the next pass runs on this token "
         "alone: the keys and values of the others are in the cache.",
         formula="next = argmax(logits[last])",
         shape=f"[V] = {_shape(row)}  ->  one id",
@@ -462,7 +462,7 @@ STEPS: tuple[Callable[[Pass], Step], ...] = (
 
 
 def _computed(p: Pass, step: Step, kinds: Sequence[str], *functions: Callable) -> Step:
-    """Add to a step its activations, the functions that compute them, and the line that calls the first function."""
+    """Add a step's activations, the functions that compute them, and the line that calls the first function."""
     return replace(
         step,
         taps=tuple(map(p.name, kinds)),
@@ -499,7 +499,7 @@ def _norm(p: Pass, title: str, kind: str) -> Step:
 
 
 def _residual(p: Pass, title: str, function: Callable, *kinds: str) -> Step:
-    """Tell of a sum, the last of the kinds; the function makes what is added."""
+    """Show a residual connection, the last of `kinds`; `function` computes the added term."""
     row = p.rows[kinds[-1]]
     left, _, right = row.formula.partition(" = ")
     stream, _, added = right.partition(" + ")
@@ -516,7 +516,7 @@ def _residual(p: Pass, title: str, function: Callable, *kinds: str) -> Step:
 
 
 def _outlier(p: Pass, names: Sequence[str]) -> str:
-    """Return a sentence, where in a line of the table one token makes the mean of all much larger than the last token's."""
+    """Name the token that alone makes a row's mean RMS much larger than the last token's; empty if there is none."""
     shown = [names[i] for i in _some(len(names), LAYERS_SHOWN) if i is not None]
     rms = np.array([np.sqrt(np.mean(np.square(p.taps[name], dtype=np.float64), axis=-1)) for name in shown])  # [., T]
     line = int(np.argmax(rms.mean(axis=1) / rms[:, p.last]))
@@ -535,7 +535,7 @@ def _token_table(p: Pass, x: Array, caption: str = "") -> Table:
 
 
 def _square(p: Pass, x: Array, caption: str, sums: bool = False) -> Table:
-    """Show some tokens against the same.    x [T, S]"""
+    """Show a matrix of queries (rows) by keys (columns).    x [T, S]"""
     names = [p.piece(p.ids[i], HEADING_CELLS) if i is not None else "…" for i in p.shown]
     rows: list[tuple[Cell, ...]] = []
     for i in p.shown:
@@ -548,7 +548,7 @@ def _square(p: Pass, x: Array, caption: str, sums: bool = False) -> Table:
 
 
 def _some(n: int, most: int) -> list[int | None]:
-    """Return indices below n: all, or the first and the last with None for those left out between."""
+    """Return the indices below n: all, or the first and the last with None for the omitted ones between."""
     if n <= most:
         return list(range(n))
     tail = most // 2
@@ -560,7 +560,7 @@ def _shape(x: Array) -> str:
 
 
 def _numbers_table(rows: Sequence[tuple[str, Array] | None], caption: str = "", shown: int = SHOWN) -> Table:
-    """Show the first numbers of rows that are as long as each other; None is a row left out."""
+    """Show the first numbers of rows of equal length; None stands for omitted rows."""
     width = next(len(row[1]) for row in rows if row is not None)
     n = min(width, shown)
     more = ("…",) if width > n else ()

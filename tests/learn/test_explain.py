@@ -1,4 +1,4 @@
-"""What the page holds is what the taps show, whatever the prompt; tests/learn/test_explain_browser.py opens it."""
+"""Check that the page's data is the trace's, whatever the prompt; test_explain_browser.py opens the page."""
 
 from __future__ import annotations
 

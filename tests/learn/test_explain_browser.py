@@ -1,4 +1,4 @@
-"""The page in a real browser: it loads without an error or a request, and what it shows is what the taps do.
+"""Open the page in a real browser: it loads without errors or requests, and shows the trace's numbers.
 
 Needs chromium (or NPLLAMA_CHROMIUM, a path to one) and playwright's Python package; its own browsers are not needed.
 """
@@ -63,7 +63,7 @@ def file(model, ids, tmp_path_factory):
 
 @pytest.fixture
 def opened(browser, file):
-    """Open a page as asked for; at the end no page may have complained, or asked the network for anything."""
+    """Open pages; at the end, check that none logged an error or made a network request."""
     contexts, complaints, requests = [], [], []
 
     def open_page(path=file, **options):
@@ -226,7 +226,7 @@ def test_tab_reaches_every_control(opened):
 @pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_light_and_dark_wide_and_narrow(viewport, scheme, opened, tmp_path):
-    """Screenshots, where NPLLAMA_SCREENSHOTS names a folder, are for eyes."""
+    """Check colours and width; screenshots go to the folder that NPLLAMA_SCREENSHOTS names."""
     page = opened(viewport=viewport, color_scheme=scheme, has_touch=viewport is PHONE)
     assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
 
@@ -235,7 +235,7 @@ def test_light_and_dark_wide_and_narrow(viewport, scheme, opened, tmp_path):
         return sum(numbers[:3]) / 3
 
     def sides() -> list[bool]:
-        """Whether the page, and the inverse of the figures' text, are dark."""
+        """Return whether the page is dark, and whether the figures' text is light."""
         paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
         text = page.evaluate("models.lens.left[0].major_label_text_color")
         return [brightness(paper) < 128, brightness(text) >= 128]

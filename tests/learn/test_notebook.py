@@ -1,4 +1,4 @@
-"""docs/walkthrough.ipynb: what is stored is what docs/make_walkthrough.py makes, it runs, and its lines of code are there."""
+"""Check docs/walkthrough.ipynb: docs/make_walkthrough.py makes the same, it runs, and the lines of code that it names exist."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_page_is_the_notebook(script, stored):
 
 
 def test_the_lines_of_code_it_names_are_there(script):
-    """A change of the code moves lines: then the page is made again."""
+    """Fail when a change of the code has moved lines: the page must be made again."""
     places = re.findall(
         r"`(\w+)\.([\w.]+)` \(\[(npllama/[\w/]+\.py):(\d+)\]\(\.\./\3#L\4\)\)", script.MARKDOWN.read_text("utf-8")
     )

@@ -1,4 +1,4 @@
-"""The tokenizer's lesson: what it tells of the split and the merges ends in the ids that the real tokenizer gives."""
+"""Check that the split and the merges of the tokenizer's lesson give the real tokenizer's ids."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_the_sentence_meets_every_alternative():
 
 
 def check_ids(tokenizer, texts) -> int:
-    """Split, then merge, against the real one; returns how many parts there were."""
+    """Split and merge, compare with the real tokenizer, and return the number of parts."""
     ranks, checked = tokenizer.ranks, set()
     for text in texts:
         parts = [part for part, _ in split(text)]
@@ -96,7 +96,7 @@ def test_merges_take_the_lowest_rank_and_the_leftmost():
 
 @pytest.mark.parametrize("text", TEXTS, ids=repr)
 def test_the_lesson_of_any_text(demo, text):
-    steps = tokenizer_lesson(demo, text, beside=[demo])
+    steps = tokenizer_lesson(demo, text, others=[demo])
     shown = lesson.text(steps)
     assert max(map(cell_width, shown.splitlines())) <= 80, max(shown.splitlines(), key=cell_width)
     assert f"-> {len(demo.encode(text))} ids" in " ".join(shown.split())
@@ -119,7 +119,7 @@ def test_the_sentence_itself_comes_first(demo):
         (SENTENCE, "falls into 16 parts, using all seven alternatives."),
         ("hear me 12", "falls into 4 parts, using 3 of the seven alternatives."),
         ("hear", "falls into 1 part, using 1 of the seven alternatives."),
-        ("", "is empty: there is nothing to cut."),
+        ("", "is empty: there is nothing to split."),
     ],
 )
 def test_how_much_of_the_pattern_a_sentence_uses(demo, text, words):
@@ -147,16 +147,16 @@ def test_the_special_tokens_are_the_tokenizer_s(demo):
 
 def test_other_kinds_of_tokenizer(tiny_sentencepiece, tiny_chatml, demo):
     for tokenizer in (tiny_sentencepiece, tiny_chatml):
-        steps = tokenizer_lesson(tokenizer, "a 12\n", beside=[demo])
+        steps = tokenizer_lesson(tokenizer, "a 12\n", others=[demo])
         ids = tokenizer.encode("a 12\n")
         assert [row[0] for row in steps[1].tables[0].rows] == ids
         assert [row[0] for row in steps[-1].tables[0].rows][: len(ids)] == ids
         assert max(map(cell_width, lesson.text(steps).splitlines())) <= 80
-    assert "SentencePiece" in tokenizer_lesson(demo, "x", beside=[tiny_sentencepiece])[-1].sentence
+    assert "SentencePiece" in tokenizer_lesson(demo, "x", others=[tiny_sentencepiece])[-1].sentence
 
 
-def test_llama_3_beside_llama_2(llama3_tokenizer, llama2_tokenizer, capsys):
-    steps = tokenizer_lesson(llama3_tokenizer, "This is 🦙.cpp", beside=[llama2_tokenizer])
+def test_llama_3_compared_with_llama_2(llama3_tokenizer, llama2_tokenizer, capsys):
+    steps = tokenizer_lesson(llama3_tokenizer, "This is 🦙.cpp", others=[llama2_tokenizer])
     rows = steps[-1].tables[0].rows
     assert [row[2] for row in rows if row[2] != ""] == [910, 338, 29871, 243, 162, 169, 156, 29889, 8223]  # as published
     assert rows[0] == (2028, "'This'", 910, "'▁This'")

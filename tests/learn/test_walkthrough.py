@@ -1,4 +1,4 @@
-"""The lesson of a pass: its numbers are the pass's own, its lines are where the code is, and it fits a terminal."""
+"""Check the lesson of a pass: its numbers are the pass's own, its lines are where the code is, and it fits a terminal."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def numbers_of(x: object) -> set[float]:
 
 @pytest.mark.parametrize(("layer", "head"), [(0, 0), (4, 5)])
 def test_the_numbers_are_the_taps(demo, layer, head):
-    """Each float of a step is one of an activation that a recording of the same pass holds, or one that is derived by name."""
+    """Each float of a step is in a recording of the same pass, or derived from it as stated here."""
     ids = demo.tokenizer.encode("First Citizen:\nBefore we proceed", bos=True)
     seen = npllama.record(demo, ids)
     name, last = f"layers.{layer}.", len(ids) - 1
@@ -172,7 +172,7 @@ def test_the_chosen_token_is_the_one_that_generation_takes(demo):
 
 
 def definitions(file: str) -> dict[str, int]:
-    """Qualified name -> line of `def`, read without importing."""
+    """Map each qualified name to the line of its `def`, without importing the module."""
     found = {}
 
     def visit(node: ast.AST, prefix: str) -> None:
@@ -192,7 +192,7 @@ def check_source(source: Source) -> None:
 
 
 def files(module: str) -> list[str]:
-    """Every file of the package that is the source of a module of this name, as a lesson names it."""
+    """List the package's files that are the source of a module of this name."""
     return [path.relative_to(ROOT).as_posix() for path in (ROOT / "npllama").rglob(f"{module}.py")]
 
 
@@ -233,7 +233,7 @@ def test_the_line_is_the_one_that_calls_the_function(demo):
 
 
 def test_the_syntax_tree_has_the_lines_that_a_pass_comes_by(demo):
-    """Each activation's line, as the frame of the running pass has it."""
+    """Compare each activation's line with the frame of the running pass."""
     passed = {}
 
     def tap(name, x):
@@ -261,8 +261,8 @@ def test_a_call_is_looked_for_in_its_function_alone_and_not_below():
     assert calls(first + 5, npllama.engine.linear.embed) == first + 5
 
 
-def test_each_step_is_told_in_a_few_words(demo):
-    """One sentence, or up to three that are short."""
+def test_each_step_has_few_words(demo):
+    """A step has one sentence, or up to three short ones."""
     for layer, tokens in ((0, [2000]), (1, [2000, 5, 7])):
         for step in walkthrough(demo, tokens, layer=layer):
             assert step.sentence.endswith("."), step.sentence
@@ -273,7 +273,7 @@ def test_each_step_is_told_in_a_few_words(demo):
 
 
 def test_one_token_that_is_much_larger_than_the_others_is_named(demo):
-    """Else the column that is a mean of all tokens can't be understood; SmolLM2's first token is such a one."""
+    """Without this sentence the column of means is a riddle; SmolLM2's first token is such a token."""
     ids = demo.tokenizer.encode("First Citizen:\nBefore", bos=True)
 
     def sentence(which: int, factor: float) -> str:
@@ -298,7 +298,7 @@ def test_one_token_that_is_much_larger_than_the_others_is_named(demo):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_kind_of_model(name):
-    """Grouped queries and none, tied and not, scaled RoPE, odd widths; without a tokenizer, with one token and with many."""
+    """Cover grouped queries and none, tied and untied, scaled RoPE, odd widths, no tokenizer, one token and many."""
     model = tiny_model(name)
     config = model.config
     for tokens in ([3], [3, 1], list(range(40))):
@@ -318,7 +318,7 @@ def test_every_kind_of_model(name):
 
 @pytest.mark.parametrize("dtype", ["stored", "float64"])
 def test_packed_and_float64_models(demo, dtype):
-    """bfloat16 weights widen exactly, so that what is shown is what the float32 model shows; float64 shows its own numbers."""
+    """bfloat16 weights widen exactly, so the numbers are the float32 model's; float64 shows its own."""
     ids = [2000, 5, 7]
     expected, found = walkthrough(demo, ids, 3, 2), walkthrough(npllama.load(dtype=dtype), ids, 3, 2)
     for a, b in zip(expected, found, strict=True):
@@ -372,7 +372,7 @@ def test_markdown_has_every_cell_and_nothing_that_breaks_a_table(demo):
 
 
 def test_it_costs_no_more_memory_than_a_layer(demo):
-    """Of the layers that are not shown only `out` is kept."""
+    """Only `out` is kept of the layers that are not shown."""
     seen = Pass(demo, [2000, 5], layer=2)
     others = {name for name in seen.taps if name.startswith("layers.") and not name.startswith("layers.2.")}
     assert others == {f"layers.{i}.out" for i in (0, 1, 3, 4, 5)}

@@ -1,7 +1,7 @@
-"""Ten functions to write oneself, from softmax to the KV cache, one file each: statement, reference, cases, usual mistakes.
+"""Ten functions for students to write, from softmax to the KV cache, a file each: statement, reference, cases, usual mistakes.
 
-The usual mistakes are those of golden/mistakes.py: a student's numbers are recognised as those of a wrong function
-(grading.py). The references are the functions that the model itself runs. Shapes are in the dimension key of model.py.
+The usual mistakes come from golden/mistakes.py: grading.py compares a student's numbers with those of each wrong function. The
+references are the functions that the model itself runs. Shapes use the dimension key of model.py.
 """
 
 from __future__ import annotations

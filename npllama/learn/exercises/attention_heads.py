@@ -1,4 +1,4 @@
-"""Exercise 7, attention_heads: the values, averaged by the weights."""
+"""Exercise 7, attention_heads: average the values by the weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Average the values that each query attends to, by its weights.
 
     heads = weights · v        weights [H, T, S], values [G, S, K] -> [T, H, K]
 
-Heads share values as they share keys: the first H/G weights go with value head 0, and so on.""",
+Heads share values as they share keys: the first H/G query heads use value head 0, and so on.""",
     real="ops.attention_heads",
     reference=ops.attention_heads,
     cases=cases,

@@ -12,7 +12,7 @@ def cases() -> list[tuple]:
     """Return queries and keys of several shapes, and masks of several kinds.
 
     Four query heads on two key heads; decode, with one query and a mask of zeros; as many key heads as query heads; masks that
-    are no triangle: after a slot of padding, and of finite numbers.
+    are not triangular: after a slot of padding, and of finite numbers.
     """
     triangle = ops.causal_mask(np.arange(3), np.arange(3), np.float32)
     padded = ops.causal_mask(np.array([1, 2]), np.array([9, 0, 1, 2]), np.float32)

@@ -1,4 +1,4 @@
-"""Exercise 10, cache_update: keys kept for the next token."""
+"""Exercise 10, cache_update: keep keys for the next token."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def cases() -> list[tuple]:
 
 
 def reference(store: np.ndarray, length: int, k: np.ndarray) -> np.ndarray:
-    """Return what KVCache does for the new keys after `length` others, and write it to `store` too, for the next call."""
+    """Append the new keys to `length` others with KVCache, and write them to `store` too, for the next call."""
     config = SimpleNamespace(max_seq_len=store.shape[1], n_layers=1)  # all that a cache reads of one
     cache = KVCache(cast(Config, config))
     for new in (store[:, :length].swapaxes(0, 1), k):
@@ -38,7 +38,7 @@ EXERCISE = Exercise(
     name="cache_update",
     arguments="store, length, k",
     statement="""\
-Take a layer's new keys, and return those of every token so far.
+Store a layer's new keys, and return the keys of all tokens so far.
 
     slots length, length + 1, ..., length + T - 1 of the store take the new keys; slots 0 to length + T - 1 are returned
 

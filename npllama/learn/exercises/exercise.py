@@ -1,4 +1,4 @@
-"""The parts of an exercise."""
+"""Define an exercise."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from ...golden.mistakes import MISTAKES
 
 @dataclass(frozen=True)
 class Exercise:
-    """A function to write.
+    """A function for the student to write.
 
     name, arguments   of the function that the student's file defines
     statement         a sentence, the formula, the shapes
-    real              where npllama has the function, `module.function`
-    reference         the solution: the same arguments and `rest`, right result
-    cases             the arguments of each call; every call of `cases` returns new arrays of the same numbers
-    mistakes          the usual ones, by their names in the list of mistakes
-    rest              further arguments of the reference, which the student's function doesn't take
+    real              npllama's own function, `module.function`
+    reference         the solution; it takes the same arguments, then `rest`
+    cases             the arguments of each call; every call of cases() returns new arrays with the same numbers
+    mistakes          names of the usual ones in golden/mistakes.py
+    rest              further arguments that only the reference takes
     any_float         whether float64 is as good as float32
-    in_place          whether it is meant to write into its arguments
+    in_place          whether the function has to write into its arguments
     """
 
     name: str
@@ -43,7 +43,7 @@ class Exercise:
 
     @property
     def hints(self) -> dict[str, Callable[..., np.ndarray]]:
-        """The sentence of each usual mistake, and the wrong function that recognises it."""
+        """Map the sentence of each usual mistake to the wrong function that recognises it."""
         found = {}
         for mistake in map(MISTAKES.__getitem__, self.mistakes):
             wrong = mistake.function(self.name)

@@ -11,7 +11,7 @@ from .exercise import Exercise
 
 
 def cases() -> list[tuple]:
-    """Return logits in no order, at several temperatures; where one token alone has top_p; where nothing is cut; and an edge.
+    """Return unsorted logits at several temperatures; one token that alone reaches top_p; top_p = 1; and an exact edge.
 
     At (2.0, 0.8) and (0.5, 0.75) top_p keeps other tokens than it would without the temperature, 4 and 2 instead of 3. The last
     case is 1/2, 1/4 and 1/4, to the bit, in float32 and in float64: the first token reaches 1/2 exactly.
@@ -23,7 +23,7 @@ def cases() -> list[tuple]:
 
 
 def reference(logits: np.ndarray, temperature: float, top_p: float) -> np.ndarray:
-    """Call sampling.probabilities() with settings as the samplers have them."""
+    """Call sampling.probabilities() with these settings."""
     return probabilities(logits, Sampling(temperature, top_p=top_p))
 
 

@@ -1,4 +1,4 @@
-"""The exercises: solutions pass, every mistake gets its own hint, and whatever a student's file does is told in one line."""
+"""Check the exercises: solutions pass, each mistake gets its own hint, and any failure of a student's file is one line."""
 
 from __future__ import annotations
 
@@ -105,8 +105,8 @@ BLUNDERS = [
         "rope",
         """
         half = x.shape[-1] // 2
-        turned = np.concatenate([-x[..., half:], x[..., :half]], axis=-1)
-        return x * np.concatenate([cos, cos], -1) + turned * np.concatenate([sin, sin], -1)
+        swapped = np.concatenate([-x[..., half:], x[..., :half]], axis=-1)
+        return x * np.concatenate([cos, cos], -1) + swapped * np.concatenate([sin, sin], -1)
         """,
         "Hugging Face's layout",
     ),
@@ -236,12 +236,12 @@ BLUNDERS = [
         "at = length + (length > 0); store[:, at:at + len(k)] = k.swapaxes(0, 1); return store[:, :at + len(k)]",
         "an empty slot after the prompt",
     ),
-    ("cache_update", "store[:, length:length + len(k)] = k.swapaxes(0, 1); return store", "the whole store is returned"),
+    ("cache_update", "store[:, length:length + len(k)] = k.swapaxes(0, 1); return store", "the whole store is reswapped"),
 ]
 
 
 def write(folder, name: str, body: str) -> None:
-    """A student's file; `body` stands inside the function."""
+    """Write a student's file with `body` as the function's body."""
     exercise = find(name)
     lines = [line.strip("\n") for line in body.splitlines() if line.strip()]
     margin = min(len(line) - len(line.lstrip()) for line in lines)
@@ -276,7 +276,7 @@ def test_the_real_one_exists(exercise):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_one_case_of_probabilities_is_on_the_edge_to_the_bit(dtype):
-    """Only there "reach" differs from "exceed"; and rounding must not decide it."""
+    """Only there does "reach" differ from "exceed", and rounding must not decide it."""
     logits, temperature, top_p = find("probabilities").cases()[-1]
     p = np.exp(logits.astype(dtype) / temperature)
     assert p.dtype == dtype
@@ -295,7 +295,7 @@ def test_a_solution_passes(tmp_path, name):
 
 @pytest.mark.parametrize("exercise", EXERCISES, ids=NAMES)
 def test_its_mistakes_are_all_of_the_list_that_are_in_this_function(exercise):
-    """In the list's order, as the first of several that explain the same numbers is named."""
+    """The order is the list's, since the first of several that explain the same numbers is named."""
     assert exercise.mistakes == tuple(mistake.name for mistake in MISTAKES.values() if mistake.function(exercise.name))
     assert len(exercise.hints) == len(exercise.mistakes) >= 3
 
@@ -312,7 +312,7 @@ def test_every_mistake_is_wrong_and_gets_its_own_hint(exercise):
 
 @pytest.mark.parametrize("exercise", EXERCISES, ids=NAMES)
 def test_no_two_mistakes_look_alike(exercise):
-    """Else one's hint would be given for the other."""
+    """If two did, one's hint would be given for the other."""
     functions = [exercise.reference, *exercise.hints.values()]
     for a, b in itertools.combinations([outputs(exercise, function) for function in functions], 2):
         assert not all(map(same, a, b))
@@ -391,9 +391,9 @@ def test_float64_is_said(tmp_path, name):
         ("raise ValueError('two\\n\\x1b[31mlines')", "ValueError in line 5: two \\x1b[31mlines"),
         ("raise ValueError(10**4 * 'long ')", "…"),
         ("exit()", "it called exit() in line 5: return the result instead"),
-        ("np.exp(x)", "it returned nothing: is there a `return`?"),
-        ("return x.tolist()", "it returned a list, expected an array"),
-        ("return (x, x)", "it returned a tuple, expected an array"),
+        ("np.exp(x)", "it reswapped nothing: is there a `return`?"),
+        ("return x.tolist()", "it reswapped a list, expected an array"),
+        ("return (x, x)", "it reswapped a tuple, expected an array"),
         ("return x[0, 0]", "case 1 of 3, softmax([2, 3, 5]): the result has shape [5], expected [2, 3, 5]"),
         ("return x.sum()", "the result has shape [], expected [2, 3, 5]"),
         ("return x * np.nan", "case 1 of 3, softmax([2, 3, 5]): 30 of 30 numbers are NaN"),
@@ -437,7 +437,7 @@ def test_whatever_is_wrong_with_the_file_is_one_line(tmp_path, content, line):
 
 
 def test_a_change_within_a_second_counts(tmp_path):
-    """A compiled copy of a file of the same size and second would be taken for it."""
+    """A compiled copy would be taken for a file of the same size and second."""
     for body, passed in (("return -np.exp(x)", False), (SOLUTIONS["softmax"], True), ("return +np.exp(x)", False)):
         assert check_body(tmp_path, "softmax", body).passed is passed
     assert not (tmp_path / "__pycache__").exists()
