@@ -81,6 +81,8 @@ def print_outcome(folder: Path, exercise: Exercise) -> Outcome:
         print(f"npllama exercise: {exercise.name} interrupted{line}: is there a loop without an end?", file=sys.stderr)
         raise
     tell(f"{exercise.name:<17} {outcome.line}")
+    for line in (outcome.example or "").splitlines():
+        tell(f"{'':<17} {line}")
     if outcome.hint:
         tell(f"{'':<17} hint: {outcome.hint}")
     return outcome

@@ -6,6 +6,7 @@ The student's code runs in this process, which is the student's own: it is guard
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import traceback
 import warnings
@@ -45,6 +46,7 @@ class Outcome:
     passed: bool
     line: str
     hint: str | None = None
+    example: str | None = None  # lines: a small wrong call, its result, the expected one
 
 
 class Unusable(NpllamaError):
@@ -83,7 +85,9 @@ def check(folder: Path, exercise: Exercise) -> Outcome:
     try:
         with warnings.catch_warnings(), np.errstate(all="ignore"):  # a NaN is reported as one, once
             warnings.simplefilter("ignore")
-            return judge(exercise, results(exercise, load(path, exercise.name), path))
+            function = load(path, exercise.name)
+            outcome = judge(exercise, results(exercise, function, path))
+            return outcome if outcome.passed else dataclasses.replace(outcome, example=counterexample(exercise, function))
     except Unusable as error:
         return Outcome(False, str(error))
 
@@ -141,10 +145,10 @@ def judge(exercise: Exercise, found: list[np.ndarray]) -> Outcome:
     return Outcome(True, f"ok; npllama's own is {exercise.real}")
 
 
-def outputs(exercise: Exercise, function: Callable[..., np.ndarray]) -> list[np.ndarray]:
+def outputs(exercise: Exercise, function: Callable[..., np.ndarray], cases: list[tuple] | None = None) -> list[np.ndarray]:
     """Run the reference or a wrong function on each case; results are copied, since later calls may write into a cache's."""
     with np.errstate(all="ignore"):
-        return [np.array(function(*arguments, *exercise.rest)) for arguments in exercise.cases()]
+        return [np.array(function(*arguments, *exercise.rest)) for arguments in (exercise.cases() if cases is None else cases)]
 
 
 def same(a: np.ndarray, b: np.ndarray) -> bool:
@@ -170,6 +174,47 @@ def difference(exercise: Exercise, found: list[np.ndarray], expected: list[np.nd
     at = np.unravel_index(np.argmax(np.abs(gap)), gap.shape)
     index = ", ".join(map(str, at))
     return f"{given}: found {wide_f[at]:.6g} at [{index}], expected {wide_e[at]:.6g}"
+
+
+def counterexample(exercise: Exercise, function: Callable[..., np.ndarray]) -> str | None:
+    """Run the small inputs; show the first that fails, its result and the expected one; None if none fails."""
+    expected = outputs(exercise, exercise.reference, exercise.small())
+    for i, (arguments, right) in enumerate(zip(exercise.small(), expected, strict=True)):
+        try:
+            found = np.array(function(*arguments))
+        except (Exception, SystemExit):  # wrong on other inputs: their line says so
+            return None
+        if not same(found, right):
+            return f"small failing input: {call(exercise, i)}\ngot       {numbers(found)}\nexpected  {numbers(right)}"
+    return None
+
+
+def call(exercise: Exercise, i: int) -> str:
+    """Format the call with small input i as Python code; where it writes into a store, after the calls that filled it."""
+    cases = exercise.small()
+    if not exercise.in_place:
+        return f"{exercise.name}({', '.join(map(literal, cases[i]))})"
+    store = cases[i][0]
+    calls = [f"{exercise.name}(store, {', '.join(map(literal, case[1:]))})" for case in cases[: i + 1] if case[0] is store]
+    return "; ".join([f"store = {literal(store)}", *calls])
+
+
+def literal(argument: object) -> str:
+    """Format an argument as Python code, such as `np.float32([3, 4])`."""
+    if not isinstance(argument, np.ndarray):
+        return repr(argument)
+    text = numbers(argument).replace("inf", "np.inf")
+    return f"np.float32({text})" if argument.dtype == np.float32 else f"np.array({text})"
+
+
+def numbers(x: np.ndarray) -> str:
+    """Format an array as nested lists of numbers with up to six digits."""
+    x = np.asarray(x)  # an element of an array of objects is none
+    if x.size > 64:
+        return f"{x.size} numbers of shape {list(x.shape)}"
+    if x.ndim:
+        return f"[{', '.join(map(numbers, x))}]"
+    return f"{x:.6g}" if x.dtype.kind in "fiu" else one_line(str(x))
 
 
 def shape_of(argument: object) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ... import ops
-from .exercise import Exercise, normal
+from .exercise import Exercise, floats, normal
 
 
 def cases() -> list[tuple]:
@@ -12,6 +12,16 @@ def cases() -> list[tuple]:
         (ops.softmax(normal(1, 4, 3, 3)), normal(2, 2, 3, 8)),
         (ops.softmax(normal(3, 6, 1, 5)), normal(4, 2, 5, 4)),
         (ops.softmax(normal(5, 2, 3, 3)), normal(6, 2, 3, 4)),
+    ]
+
+
+def small() -> list[tuple]:
+    """Return one head that averages two values; two heads; two heads and tokens; grouped heads."""
+    return [
+        (floats([[0.25, 0.75]]), floats([[0], [4]])),
+        (floats([[1]], [[1]]), floats([[1]], [[2]])),
+        (floats([[1], [1]], [[1], [1]]), floats([[1]], [[2]])),
+        (floats([[1]], [[1]], [[1]], [[1]]), floats([[1]], [[2]])),
     ]
 
 
@@ -34,4 +44,5 @@ Heads share values as they share keys: the first H/G query heads use value head 
         "heads_before_tokens",
         "heads_reshaped",
     ),
+    small=small,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ... import ops
-from .exercise import Exercise, normal
+from .exercise import Exercise, floats, normal
 
 
 def cases() -> list[tuple]:
@@ -23,6 +23,18 @@ def cases() -> list[tuple]:
         (normal(5, 3, 2, 4), normal(6, 2, 3, 4), triangle),
         (normal(7, 2, 2, 4), normal(8, 1, 4, 4), padded),
         (normal(9, 2, 2, 4), normal(10, 2, 3, 4), finite),
+    ]
+
+
+def small() -> list[tuple]:
+    """Return one query and key; a mask; two heads; two queries; grouped heads."""
+    zero = floats([[0]])
+    return [
+        (floats([[2, 0, 0, 0]]), floats([[3, 0, 0, 0]]), zero),
+        (floats([[2, 0, 0, 0]]), floats([[1, 0, 0, 0], [3, 0, 0, 0]]), floats([[0, -1]])),
+        (floats([[1], [2]]), floats([[3]], [[5]]), zero),
+        (floats([[1]], [[2]]), floats([[1], [3]]), floats([[0, -np.inf], [0, 0]])),
+        (floats([[1], [1], [1], [1]]), floats([[1]], [[2]]), zero),
     ]
 
 
@@ -50,4 +62,5 @@ H is a multiple of G: the first H/G query heads share key head 0, the next H/G k
         "keys_of_the_last_head",
         "keys_of_head_0",
     ),
+    small=small,
 )

@@ -9,7 +9,7 @@ import numpy as np
 
 from ...cache import KVCache
 from ...config import Config
-from .exercise import Exercise, normal
+from .exercise import Exercise, floats, normal
 
 
 def cases() -> list[tuple]:
@@ -32,6 +32,12 @@ def reference(store: np.ndarray, length: int, k: np.ndarray) -> np.ndarray:
         cache.commit()
     store[:, : keys.shape[1]] = keys
     return keys
+
+
+def small() -> list[tuple]:
+    """Return two calls of a cache with one number per key; then a prompt of two tokens with two heads."""
+    store, heads = np.zeros((1, 3, 1), np.float32), np.zeros((2, 2, 1), np.float32)
+    return [(store, 0, floats([[1]])), (store, 1, floats([[2]])), (heads, 0, floats([[1], [2]], [[3], [4]]))]
 
 
 EXERCISE = Exercise(
@@ -57,5 +63,6 @@ It is called for the prompt, then for each new token, with the same store. Value
         "cache_not_kept",
         "cache_reshaped",
     ),
+    small=small,
     in_place=True,
 )

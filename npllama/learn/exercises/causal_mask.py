@@ -14,6 +14,12 @@ def cases() -> list[tuple]:
     return [prompt, decode, chunk, (np.array([1, 2]), np.array([2, 0, 1]))]
 
 
+def small() -> list[tuple]:
+    """Return one query and one slot; two of each; decode; slots that are not in order."""
+    positions = [([0], [0]), ([0], [1]), ([1], [0, 1]), ([0, 1], [0, 1]), ([1, 2], [2, 0])]
+    return [(np.array(queries), np.array(slots)) for queries, slots in positions]
+
+
 EXERCISE = Exercise(
     name="causal_mask",
     arguments="query_positions, slot_positions",
@@ -43,5 +49,6 @@ In decoding, T is 1 and S is all tokens so far. Slots need not be in order.""",
         "mask_multiplied_reversed",
         "mask_axes_exchanged",
     ),
+    small=small,
     rest=(np.float32,),
 )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -20,6 +20,8 @@ class Exercise:
     reference         the solution; it takes the same arguments, then `rest`
     cases             the arguments of each call; every call of cases() returns new arrays with the same numbers
     mistakes          names of the usual ones in golden/mistakes.py
+    variants          further wrong functions that this exercise alone recognises: sentence -> function
+    small             inputs of a few numbers, the smallest first, run in order: the first that fails is shown in full
     rest              further arguments that only the reference takes
     any_float         whether float64 is as good as float32
     in_place          whether the function has to write into its arguments
@@ -33,6 +35,8 @@ class Exercise:
     cases: Callable[[], list[tuple]]
     mistakes: tuple[str, ...]
     rest: tuple = ()
+    variants: Mapping[str, Callable[..., np.ndarray]] = field(default_factory=dict)
+    small: Callable[[], list[tuple]] = list
     any_float: bool = False
     in_place: bool = False
 
@@ -43,14 +47,19 @@ class Exercise:
 
     @property
     def hints(self) -> dict[str, Callable[..., np.ndarray]]:
-        """Map the sentence of each usual mistake to the wrong function that recognises it."""
+        """Map the sentence of each recognised mistake to its wrong function."""
         found = {}
         for mistake in map(MISTAKES.__getitem__, self.mistakes):
             wrong = mistake.function(self.name)
             if wrong is None:
                 raise KeyError(f"{mistake.name} is no mistake in {self.name}")
             found[mistake.sentence] = wrong
-        return found
+        return found | dict(self.variants)
+
+
+def floats(*numbers: object) -> np.ndarray:
+    """Make a float32 array of numbers or of nested lists."""
+    return np.array(numbers, np.float32)
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:

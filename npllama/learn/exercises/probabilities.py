@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from ...sampling import Sampling, probabilities
-from .exercise import Exercise
+from .exercise import Exercise, floats
 
 
 def cases() -> list[tuple]:
@@ -25,6 +25,18 @@ def cases() -> list[tuple]:
 def reference(logits: np.ndarray, temperature: float, top_p: float) -> np.ndarray:
     """Call sampling.probabilities() with these settings."""
     return probabilities(logits, Sampling(temperature, top_p=top_p))
+
+
+def small() -> list[tuple]:
+    """Return two logits at several temperatures; three at several top_p, sorted and not; a large one; the edge of cases()."""
+    pair, three = floats(1, 0), floats(2, 1, 0)
+    return [
+        *((pair, temperature, 1.0) for temperature in (1.0, 2.0)),
+        *((three, *setting) for setting in ((1.0, 0.5), (1.0, 0.7), (2.0, 0.6))),
+        (floats(0, 1, 2), 1.0, 0.7),
+        (floats(1000, 0), 1.0, 1.0),
+        cases()[-1],
+    ]
 
 
 EXERCISE = Exercise(
@@ -52,5 +64,6 @@ At least one token is always kept, and top_p = 1 keeps all. The result may be fl
         "no_top_p",
         "sampling_overflow",
     ),
+    small=small,
     any_float=True,
 )

@@ -2,16 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from ... import ops
-from .exercise import Exercise, normal
+from .exercise import Exercise, floats, normal
 
 
 def cases() -> list[tuple]:
     """Return rows of very different size, so small that eps counts, and far from zero in the mean."""
     sizes = np.array([[1], [0.01], [100]], np.float32)
     return [(normal(1, 3, 8) * sizes, normal(2, 8), 1e-5), (normal(3, 2, 3, 8) * 0.03 + 0.02, normal(4, 8), 1e-3)]
+
+
+def small() -> list[tuple]:
+    """Return one token; one with other weights; one where eps counts; two tokens."""
+    ones = floats(1, 1)
+    return [
+        (floats(3, 4), ones, 1e-5),
+        (floats(3, 4), floats(1, 2), 1e-5),
+        (ones, ones, 3.0),
+        (floats([3, 4], [0, 1]), ones, 1e-5),
+    ]
+
+
+def _centred(x: np.ndarray) -> np.ndarray:
+    return x - np.mean(x, axis=-1, keepdims=True)
+
+
+def _std(x: np.ndarray) -> np.ndarray:
+    return np.std(x, axis=-1, keepdims=True)
+
+
+# A standard deviation with eps in other places than norm_variance and layer_norm have it.
+STD = "np.std is the centred standard deviation, it subtracts the mean: RMSNorm divides by sqrt(mean(x²) + eps)"
+STD_NORM = "LayerNorm by a centred standard deviation: RMSNorm subtracts no mean, it divides by sqrt(mean(x²) + eps)"
+VARIANTS: dict[str, Callable[..., np.ndarray]] = {
+    f"{STD}; eps belongs inside the root": lambda x, weight, eps: x / (_std(x) + eps) * weight,
+    f"{STD}; eps is missing": lambda x, weight, eps: x / _std(x) * weight,
+    f"{STD_NORM}; eps belongs inside the root": lambda x, weight, eps: _centred(x) / (_std(x) + eps) * weight,
+    f"{STD_NORM}; eps is missing": lambda x, weight, eps: _centred(x) / _std(x) * weight,
+}
 
 
 EXERCISE = Exercise(
@@ -38,4 +70,6 @@ Each token, a row of D numbers, is scaled by itself.""",
         "norm_without_root",
         "no_eps",
     ),
+    variants=VARIANTS,
+    small=small,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ... import ops
-from .exercise import Exercise, normal
+from .exercise import Exercise, floats, normal
 
 
 def cases() -> list[tuple]:
@@ -13,6 +13,14 @@ def cases() -> list[tuple]:
     frequencies = ops.rope_frequencies(8, 10000.0, None, np.float32)
     positions = (np.arange(4), np.array([3, 70, 500]))
     return [(normal(1, len(m), 2, 8), *ops.rope_rotation(m, frequencies)) for m in positions]
+
+
+def small() -> list[tuple]:
+    """Return one pair rotated by 90 degrees, then two pairs by different angles."""
+    return [
+        (floats([[1, 0]]), floats([[0]]), floats([[1]])),
+        (floats([[1, 2, 3, 4]]), floats([[0, 0.6]]), floats([[1, 0.8]])),
+    ]
 
 
 EXERCISE = Exercise(
@@ -38,4 +46,5 @@ The pairs are those of Meta's checkpoints: (x[0], x[1]), (x[2], x[3]), ...""",
         "cos_sin_exchanged",
         "half_of_the_head_rotated",
     ),
+    small=small,
 )

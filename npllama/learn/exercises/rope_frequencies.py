@@ -13,6 +13,11 @@ def cases() -> list[tuple]:
     return [(8, 10000.0), (64, 500000.0)]
 
 
+def small() -> list[tuple]:
+    """Return a head of one pair, and one of two."""
+    return [(2, 100.0), (4, 100.0)]
+
+
 EXERCISE = Exercise(
     name="rope_frequencies",
     arguments="head_dim, theta",
@@ -34,5 +39,6 @@ The first pair is rotated by 1 radian per position, each further one by less."""
         "theta_10000",
         "theta_500000",
     ),
+    small=small,
     rest=(None, np.float32),
 )

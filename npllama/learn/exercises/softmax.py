@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ... import ops
-from .exercise import Exercise, normal
+from .exercise import Exercise, floats, normal
 
 
 def cases() -> list[tuple]:
@@ -13,6 +13,12 @@ def cases() -> list[tuple]:
     masked = normal(2, 4, 4) + np.triu(np.full((4, 4), -np.inf, np.float32), k=1)
     apart = normal(3, 3, 5) + np.array([[0], [1000], [-1000]], np.float32)
     return [(normal(1, 2, 3, 5),), (masked,), (apart,)]
+
+
+def small() -> list[tuple]:
+    """Return two scores; two rows; large scores; rows far apart; a masked score."""
+    apart = floats([0, 0], [1000, 1000])
+    return [(floats(0, 1),), (floats([0, 0], [0, 1]),), (floats(1000, 1000),), (apart,), (floats(0, -np.inf),)]
 
 
 EXERCISE = Exercise(
@@ -34,4 +40,5 @@ A score may be 1000, and may be -inf, which gives exactly 0.""",
         "softmax_first_axis",
         "softmax_unnormalised",
     ),
+    small=small,
 )

@@ -5,12 +5,17 @@ from __future__ import annotations
 import numpy as np
 
 from ... import ops
-from .exercise import Exercise, normal
+from .exercise import Exercise, floats, normal
 
 
 def cases() -> list[tuple]:
     """Return ordinary numbers, and gates so large that exp overflows."""
     return [(normal(1, 3, 8), normal(2, 3, 8)), (normal(3, 4) + np.array([1000, -1000, 1, 0], np.float32), normal(4, 4))]
+
+
+def small() -> list[tuple]:
+    """Return one channel, an ordinary gate first, then large ones."""
+    return [(floats(gate), floats(2)) for gate in (1, 1000, -1000)]
 
 
 EXERCISE = Exercise(
@@ -38,4 +43,5 @@ A gate may be 1000 or -1000.""",
         "silu_overflow",
         "silu_wrong_sign",
     ),
+    small=small,
 )

@@ -86,6 +86,18 @@ BLUNDERS = [
     ("rms_norm", "return x / (np.sqrt((x ** 2).mean(-1, keepdims=True)) + eps) * weight", "it belongs inside"),
     ("rms_norm", "return x / np.sqrt(x.var(axis=-1, keepdims=True) + eps) * weight", "np.var and np.std subtract the mean"),
     ("rms_norm", "return x / np.sqrt(x.std(-1, keepdims=True) ** 2 + eps) * weight", "np.var and np.std subtract the mean"),
+    ("rms_norm", "return x / x.std(axis=-1, keepdims=True) * weight", "centred standard deviation"),
+    ("rms_norm", "return x / (x.std(axis=-1, keepdims=True) + eps) * weight", "centred standard deviation"),
+    (
+        "rms_norm",
+        "return (x - x.mean(-1, keepdims=True)) / (x.std(-1, keepdims=True) + eps) * weight",
+        "LayerNorm by a centred standard deviation",
+    ),
+    (
+        "rms_norm",
+        "m = x.mean(-1, keepdims=True); return (x - m) / x.std(-1, keepdims=True) * weight",
+        "RMSNorm subtracts no mean",
+    ),
     (
         "rope_frequencies",
         "return (1.0 / 10000 ** (np.arange(0, head_dim, 2) / head_dim)).astype('f4')",
@@ -236,7 +248,7 @@ BLUNDERS = [
         "at = length + (length > 0); store[:, at:at + len(k)] = k.swapaxes(0, 1); return store[:, :at + len(k)]",
         "an empty slot after the prompt",
     ),
-    ("cache_update", "store[:, length:length + len(k)] = k.swapaxes(0, 1); return store", "the whole store is reswapped"),
+    ("cache_update", "store[:, length:length + len(k)] = k.swapaxes(0, 1); return store", "the whole store is returned"),
 ]
 
 
@@ -297,7 +309,8 @@ def test_a_solution_passes(tmp_path, name):
 def test_its_mistakes_are_all_of_the_list_that_are_in_this_function(exercise):
     """The order is the list's, since the first of several that explain the same numbers is named."""
     assert exercise.mistakes == tuple(mistake.name for mistake in MISTAKES.values() if mistake.function(exercise.name))
-    assert len(exercise.hints) == len(exercise.mistakes) >= 3
+    assert len(exercise.hints) == len(exercise.mistakes) + len(exercise.variants)
+    assert len(exercise.mistakes) >= 3
 
 
 @pytest.mark.parametrize("exercise", EXERCISES, ids=NAMES)
@@ -308,6 +321,51 @@ def test_every_mistake_is_wrong_and_gets_its_own_hint(exercise):
             outcome = judge(exercise, found)
         assert not outcome.passed
         assert outcome.hint == hint
+
+
+@pytest.mark.parametrize("exercise", EXERCISES, ids=NAMES)
+def test_every_mistake_shows_a_small_failing_input_that_can_be_pasted(exercise):
+    for hint, wrong in exercise.hints.items():
+
+        def function(*arguments, wrong=wrong):
+            return wrong(*arguments, *exercise.rest)
+
+        with np.errstate(all="ignore"):
+            example = grading.counterexample(exercise, function)
+        assert example, hint
+        call, got, expected = example.splitlines()
+        *before, call = call.removeprefix("small failing input: ").split("; ")
+        for line, run in ((got, function), (expected, lambda *a: exercise.reference(*a, *exercise.rest))):
+            namespace = {"np": np, exercise.name: run}
+            exec("\n".join(before), namespace)
+            with np.errstate(all="ignore"):
+                assert grading.numbers(np.array(eval(call, namespace))) == line.split(maxsplit=1)[1], (hint, example)
+        assert len(call) < 160
+
+
+@pytest.mark.parametrize("exercise", EXERCISES, ids=NAMES)
+def test_a_right_function_has_no_failing_input(exercise):
+    assert grading.counterexample(exercise, lambda *a: exercise.reference(*a, *exercise.rest)) is None
+
+
+def test_a_wrong_answer_shows_input_result_and_expected(tmp_path, capsys):
+    write(tmp_path, "rms_norm", "return x / (x.std(-1, keepdims=True) + eps) * weight")
+    assert main(["exercise", "check", str(tmp_path), "rms_norm"]) == 1
+    first, *example, hint = capsys.readouterr().out.splitlines()
+    assert first.startswith("rms_norm          case 1 of 2, rms_norm([3, 8], [8], 1e-05): found ")
+    assert [line.strip() for line in example] == [
+        "small failing input: rms_norm(np.float32([3, 4]), np.float32([1, 1]), 1e-05)",
+        "got       [5.99988, 7.99984]",
+        "expected  [0.848528, 1.13137]",
+    ]
+    assert "np.std is the centred standard deviation" in hint
+
+
+def test_a_function_that_fails_on_large_inputs_alone_shows_no_small_one(tmp_path):
+    body = "e = np.exp(x - x.max(-1, keepdims=True)); return e / e.sum(-1, keepdims=True) + (x.size > 16)"
+    outcome = check_body(tmp_path, "softmax", body)
+    assert not outcome.passed
+    assert outcome.example is None
 
 
 @pytest.mark.parametrize("exercise", EXERCISES, ids=NAMES)
@@ -391,9 +449,9 @@ def test_float64_is_said(tmp_path, name):
         ("raise ValueError('two\\n\\x1b[31mlines')", "ValueError in line 5: two \\x1b[31mlines"),
         ("raise ValueError(10**4 * 'long ')", "…"),
         ("exit()", "it called exit() in line 5: return the result instead"),
-        ("np.exp(x)", "it reswapped nothing: is there a `return`?"),
-        ("return x.tolist()", "it reswapped a list, expected an array"),
-        ("return (x, x)", "it reswapped a tuple, expected an array"),
+        ("np.exp(x)", "it returned nothing: is there a `return`?"),
+        ("return x.tolist()", "it returned a list, expected an array"),
+        ("return (x, x)", "it returned a tuple, expected an array"),
         ("return x[0, 0]", "case 1 of 3, softmax([2, 3, 5]): the result has shape [5], expected [2, 3, 5]"),
         ("return x.sum()", "the result has shape [], expected [2, 3, 5]"),
         ("return x * np.nan", "case 1 of 3, softmax([2, 3, 5]): 30 of 30 numbers are NaN"),
