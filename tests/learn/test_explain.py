@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import json
 import os
@@ -15,7 +14,7 @@ import pytest
 from npllama import load, record
 from npllama.activations import TABLE, activation_shapes
 from npllama.cli import main
-from npllama.learn.explain import explain, page_data, steps
+from npllama.learn.explain import explain, packed, page_data, prompt_text, quoted, steps, unpacked
 from npllama.learn.lens import logit_lens, residual_names, visible
 
 from hostile import HOSTILE, hostile_model
@@ -24,7 +23,7 @@ MILLION = 1_000_000
 
 
 def array(text: str, dtype: str, *shape: int) -> np.ndarray:
-    return np.frombuffer(base64.b64decode(text), dtype).reshape(shape)
+    return unpacked(text, dtype).reshape(shape)
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +54,27 @@ def test_the_data_is_the_trace(n_tokens, model):
     order = np.argsort(-last, kind="stable")
     assert np.array_equal(array(data["logits"], "<f4", config.vocab_size), last[order])
     assert [candidate["id"] for candidate in data["candidates"]] == order[:20].tolist()
-    assert set(data["numbers"]) == set(recording)
+    assert list(data["numbers"]) == list(TABLE)
     for name, n_heads in (("q_rope", H), ("k", config.n_kv_heads), ("heads", H)):
-        numbers = array(data["numbers"][f"layers.2.attention.{name}"], "<f4", T, n_heads, 4)
-        assert np.array_equal(numbers, recording[f"layers.2.attention.{name}"][..., :4])
-    weights = array(data["numbers"]["layers.2.attention.weights"], "<f4", T, H, min(T, 4))
-    assert np.array_equal(weights, recording["layers.2.attention.weights"].swapaxes(0, 1)[..., :4])
-    assert np.array_equal(array(data["numbers"]["layers.3.out"], "<f4", T, 4), recording["layers.3.out"][:, :4])
+        numbers = array(data["numbers"][f"attention.{name}"], "<f4", L, T, n_heads, 4)
+        assert np.array_equal(numbers[2], recording[f"layers.2.attention.{name}"][..., :4])
+    weights = array(data["numbers"]["attention.weights"], "<f4", L, T, H, min(T, 4))
+    assert np.array_equal(weights[2], recording["layers.2.attention.weights"].swapaxes(0, 1)[..., :4])
+    assert np.array_equal(array(data["numbers"]["out"], "<f4", L, T, 4)[3], recording["layers.3.out"][:, :4])
+    assert np.array_equal(array(data["numbers"]["norm"], "<f4", 1, T, 4)[0], recording["norm"][:, :4])
+
+
+def test_arrays_are_unpacked_to_the_bit():
+    for dtype, numbers in (("<f4", [0.1, -np.inf, 1e-42, -0.0]), ("<u2", [0, 1, 65535]), ("<i4", [-2, 10**6]), ("<f4", [])):
+        x = np.array(numbers, dtype)
+        assert unpacked(packed(x, dtype), dtype).tobytes() == x.tobytes()
+
+
+def test_the_prompt_is_text_without_special_tokens(model):
+    ids = model.tokenizer.encode("What light\nthrough", bos=True)
+    assert prompt_text(model.tokenizer, ids) == "What light through"
+    assert prompt_text(model.tokenizer, ids[:1]) == f"tokens {ids[0]}"
+    assert prompt_text(None, [3, 1]) == "tokens 3, 1"
 
 
 def test_every_activation_has_its_step_with_shape_line_and_code(model):
@@ -100,18 +113,19 @@ def test_a_hostile_prompt_ends_no_script(tmp_path):
     assert len(page.encode()) == size < 5 * MILLION
     assert len(re.findall("</script", page, re.IGNORECASE)) == 4
     [data] = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
-    assert json.loads(data)["labels"] == [visible(HOSTILE)] * 2
+    assert json.loads(data)["labels"] == [quoted(visible(HOSTILE))] * 2
     title = re.search("<title>(.*?)</title>", page)[1]
     assert "<" not in title
-    assert "{{" not in re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL), "no part of the template is left unfilled"
+    shell = re.sub(r"<(script|title|h1).*?</\1>", "", page, flags=re.DOTALL)
+    assert "{{" not in shell, "no part of the template is left unfilled"
     assert not re.search(r'(src|href)\s*=\s*["\']?(https?:)?//', re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL))
 
 
-def test_32_tokens_of_smollm2_are_at_most_5_mb(smollm2, tmp_path):
+def test_72_tokens_of_smollm2_are_at_most_5_mb(smollm2, tmp_path):
     pytest.importorskip("bokeh", reason="bokeh is not installed")
     model = load(smollm2)
-    ids = model.tokenizer.encode("The quick brown fox jumps over the lazy dog, " * 4)[:32]
-    assert len(ids) == 32
+    ids = model.tokenizer.encode("The quick brown fox jumps over the lazy dog, and the hen, too. " * 6)[:72]
+    assert len(ids) == 72
     assert explain(model, ids, tmp_path / "page.html") <= 5 * MILLION
 
 
