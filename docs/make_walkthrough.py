@@ -9,8 +9,7 @@ NPLLAMA_LLAMA2_TOKENIZER.
 
 from __future__ import annotations
 
-import base64
-import io
+import re
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import nbformat
 FOLDER = Path(__file__).resolve().parent
 NOTEBOOK, MARKDOWN, PICTURES = FOLDER / "walkthrough.ipynb", FOLDER / "walkthrough.md", FOLDER / "walkthrough"
 SECONDS = 300  # the longest a cell may take
+SVG = "image/svg+xml"
 
 # The cells in their order: "# %% text" begins one of Markdown, "# %%" one of code.
 CELLS = r'''
@@ -47,6 +47,7 @@ import os
 import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import Markdown
+from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 import npllama
 from npllama import ops
@@ -61,7 +62,8 @@ model.config
 
 # %% text
 `dim` is D, the width of everything that follows; `n_heads` is H, `n_kv_heads` G, `head_dim` K, `ffn_dim` F,
-`vocab_size` V. T is the number of tokens. The whole page uses these letters, as the code does.
+`vocab_size` V. T is the number of tokens. The whole page uses these letters, as the code does. In formulas, t counts
+tokens, n keys, h query heads and j pairs; m is a token's position, and R = H/G query heads share a key/value head.
 
 ## 1. Text becomes numbers
 
@@ -213,8 +215,10 @@ First, you know Caius Marcius is chief enemy to the people.
 ids = model.tokenizer.encode(passage, bos=True)
 params, config = model.params, model.config
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"  # distinct for colour-blind readers; lines differ in their dashes too
-plt.rcParams.update({"figure.dpi": 100, "axes.titlesize": 9, "font.size": 9})
+plt.rcParams.update({"axes.titlesize": "medium", "svg.fonttype": "none", "svg.hashsalt": "npllama"})
 plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
+set_matplotlib_formats("svg")
+WIDTH = 4.8  # inches: a phone shows the letters in their size
 
 
 def run(params=params, ops=PLAIN):
@@ -237,8 +241,15 @@ def divergence(wrong):
 def draw_divergence(ax, wrong):
     """Draw a bar for each token, with the mean surprise in the title."""
     ax.bar(np.arange(len(ids)), divergence(wrong), color=ORANGE, width=0.8)
-    title = f"surprise: {surprise(right).mean():.2f} right, {surprise(wrong).mean():.2f} mistaken"
-    ax.set(xlabel="position", ylabel="KL divergence, nats", title=title)
+    means = f"mean surprise {surprise(wrong).mean():.2f} nats instead of {surprise(right).mean():.2f}"
+    ax.set(xlabel="position", ylabel="nats", title=f"KL divergence of the next token's probabilities\n{means}")
+
+
+def draw_differences(ax, names, wrong_seen, title, prefix=""):
+    """Draw a bar for each activation: how much the mistake changes it."""
+    sizes = [difference(*(seen[prefix + name] for seen in (right_seen, wrong_seen))) for name in names]
+    ax.barh(names[::-1], sizes[::-1], color=ORANGE)
+    ax.set(xlabel="largest difference / largest number", title=title)
 
 
 def difference(a, b):
@@ -262,12 +273,11 @@ for n in range(config.n_layers):
     mistaken[f"layers.{n}.attention.wv.weight"] = params[f"layers.{n}.attention.wk.weight"]
 wrong, wrong_seen = run(mistaken)
 
-figure, (left, axis) = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
-draw_divergence(left, wrong)
+figure, (top, bottom) = plt.subplots(2, 1, figsize=(WIDTH, 5.2), layout="constrained")
+draw_divergence(top, wrong)
 names = ["q", "k", "v", "q_rope", "k_rope", "scores", "weights", "heads", "out"]
-sizes = [difference(*(seen[f"layers.0.attention.{name}"] for seen in (right_seen, wrong_seen))) for name in names]
-axis.barh(names[::-1], sizes[::-1], color=ORANGE, hatch="//", edgecolor="white")
-axis.set(xlabel="relative difference", title="layer 0's attention: scores and weights are right")
+title = "Difference of each activation in layer 0's attention"
+draw_differences(bottom, names, wrong_seen, title, "layers.0.attention.")
 plt.show()
 
 # %% text
@@ -285,12 +295,10 @@ for n in range(config.n_layers):
         mistaken[f"layers.{n}.feed_forward.{w}.weight"] = params[f"layers.0.feed_forward.{w}.weight"]
 wrong, wrong_seen = run(mistaken)
 
-figure, (left, axis) = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
-draw_divergence(left, wrong)
+figure, (top, bottom) = plt.subplots(2, 1, figsize=(WIDTH, 5), layout="constrained")
+draw_divergence(top, wrong)
 names = ["tok_embeddings", *(f"layers.{n}.out" for n in range(config.n_layers))]
-sizes = [difference(right_seen[name], wrong_seen[name]) for name in names]
-axis.barh(names[::-1], sizes[::-1], color=ORANGE, hatch="//", edgecolor="white")
-axis.set(xlabel="relative difference", title="the residual stream, layer by layer")
+draw_differences(bottom, names, wrong_seen, "Difference of the residual stream, layer by layer")
 plt.show()
 
 # %% text
@@ -312,15 +320,15 @@ def half_split(x, cos, sin):
 
 wrong, wrong_seen = run(ops=dataclasses.replace(PLAIN, rope=half_split))
 
-figure, (left, one, two) = plt.subplots(1, 3, figsize=(9, 3.2), layout="constrained", width_ratios=[4, 3, 3])
-draw_divergence(left, wrong)
+figure, panels = plt.subplot_mosaic([["top", "top"], ["right", "half-split"]], figsize=(WIDTH, 5), layout="constrained")
+draw_divergence(panels["top"], wrong)
 layer, head, n = 4, 2, 24
-for axis, seen, title in ((one, right_seen, "right"), (two, wrong_seen, "half-split")):
+for title, seen in (("right", right_seen), ("half-split", wrong_seen)):
     weights = seen[f"layers.{layer}.attention.weights"][head, :n, :n]
-    image = axis.imshow(weights, cmap="cividis", vmin=0, vmax=0.6)
-    axis.set(title=f"{title}: layer {layer}, head {head}", xlabel="key position")
-one.set_ylabel("query position")
-figure.colorbar(image, ax=two, shrink=0.8, label="weight")
+    image = panels[title].imshow(weights, cmap="cividis", vmin=0, vmax=0.6)
+    panels[title].set(title=f"Weights of layer {layer},\nhead {head}: {title}", xlabel="key position")
+panels["right"].set_ylabel("query position")
+figure.colorbar(image, ax=[panels["right"], panels["half-split"]], shrink=0.8, label="weight")
 plt.show()
 print("position 0 is right to the last bit:", np.array_equal(right[0], wrong[0]))
 print("KL divergence at positions 0 to 7, nats:", *(f"{x:.3f}" for x in divergence(wrong)[:8]))
@@ -357,18 +365,18 @@ for end in range(CHUNK, N + 1, CHUNK):
 windows = np.concatenate(windows)
 whole, scaled = read(None), read(npllama.RopeScaling(2.0, 1.0, 4.0, 512))
 
-figure, axis = plt.subplots(figsize=(8, 3.6), layout="constrained")
+figure, axis = plt.subplots(figsize=(WIDTH, 4.2), layout="constrained")
 for s, colour, dashes, name in (
-    (windows, BLUE, "-", "read in windows of 384 tokens"),
-    (whole, ORANGE, "--", "read whole, positions up to 1,023"),
-    (scaled, GREEN, ":", "read whole, with Llama 3.1's RoPE scaling, factor 2"),
+    (windows, BLUE, "-", "windows of 384 tokens"),
+    (whole, ORANGE, "--", "positions up to 1,023"),
+    (scaled, GREEN, ":", "the same, RoPE scaled by 2 as in Llama 3.1"),
 ):
-    mean = np.convolve(s, np.ones(64) / 64, mode="valid")
-    axis.plot(np.arange(len(mean)) + 64, mean, colour, ls=dashes, lw=1.8, label=f"{name}: {s[512:].mean():.2f} past 512")
+    mean, label = np.convolve(s, np.ones(64) / 64, mode="valid"), f"{name}: {s[512:].mean():.2f} past 512"
+    axis.plot(np.arange(len(mean))[::4] + 64, mean[::4], colour, ls=dashes, lw=1.8, label=label)
 axis.axvline(512, color="black", lw=0.8)
-axis.annotate("trained up to here", (512, 1), (4, 2), xycoords=("data", "axes fraction"), textcoords="offset points", va="top")
-axis.set(xlabel="position", ylabel="surprise, nats\n(mean of 64 tokens)")
-axis.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1))
+axis.annotate("trained up to here", (512, 0), (4, 4), xycoords=("data", "axes fraction"), textcoords="offset points")
+axis.set(xlabel="position", ylabel="nats, mean of 64 tokens", title="Surprise at each token of a long text")
+figure.legend(frameon=False, loc="outside lower center")
 plt.show()
 
 # %% text
@@ -399,13 +407,19 @@ def make_notebook() -> nbformat.NotebookNode:
     return notebook
 
 
-def smaller(png: str) -> str:
-    """Reduce a picture to 256 colours, base64 before and after: a fifth of the bytes, and no visible difference."""
-    from PIL import Image
+# Where the reader prefers dark, the picture's paper and ink are exchanged; a program that ignores this shows it on white.
+DARK = """<style>@media (prefers-color-scheme: dark) {
+svg { fill: #e6e8ec }
+[style*="fill: #ffffff"] { fill: #1c1f25 !important }
+[style*="stroke: #000000"] { stroke: #e6e8ec !important }
+}</style>"""
 
-    image, out = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB"), io.BytesIO()
-    image.quantize(256, Image.Quantize.MAXCOVERAGE).save(out, "png", optimize=True)
-    return base64.b64encode(out.getvalue()).decode()
+
+def for_light_and_dark(svg: str) -> str:
+    """Remove the date from a picture of matplotlib's, and add its colours for readers who prefer dark."""
+    svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    start = svg.index(">", svg.index("<svg")) + 1
+    return f"{svg[:start]}\n{DARK}{svg[start:]}"
 
 
 def execute(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
@@ -417,8 +431,8 @@ def execute(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         for output in cell.get("outputs", []):
-            if "image/png" in output.get("data", {}):
-                output["data"] = {"image/png": smaller(output["data"]["image/png"])}
+            if SVG in output.get("data", {}):
+                output["data"] = {SVG: for_light_and_dark(output["data"][SVG])}
     return notebook
 
 
@@ -435,9 +449,9 @@ def to_markdown(notebook: nbformat.NotebookNode) -> tuple[str, dict[str, bytes]]
         parts.append(f"```python\n{cell.source}\n```")
         for output in cell.outputs:
             data = output.get("data", {})
-            if "image/png" in data:
-                name = f"picture-{len(pictures) + 1}.png"
-                pictures[name] = base64.b64decode(data["image/png"])
+            if SVG in data:
+                name = f"picture-{len(pictures) + 1}.svg"
+                pictures[name] = data[SVG].encode()
                 parts.append(f"![{heading}: what it does to the output]({PICTURES.name}/{name})")
             elif "text/markdown" in data:
                 parts.append(data["text/markdown"].strip())
@@ -453,7 +467,7 @@ def main() -> None:
     page, pictures = to_markdown(notebook)
     MARKDOWN.write_text(page, encoding="utf-8")
     PICTURES.mkdir(exist_ok=True)
-    for file in PICTURES.glob("picture-*.png"):
+    for file in PICTURES.glob("picture-*"):
         file.unlink()
     for name, content in pictures.items():
         (PICTURES / name).write_bytes(content)

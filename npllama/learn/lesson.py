@@ -138,7 +138,9 @@ class Step:
 
     title: str
     sentence: str
-    formula: str = ""
+    formula: str = ""  # in plain text; several stand on lines of their own
+    tex: tuple[str, ...] = ()  # the same for typesetting; none where the formula is code
+    given: str = ""  # the values of the formula's constants
     shape: str = ""
     tables: tuple[Table, ...] = ()
     taps: tuple[str, ...] = ()  # the activations whose numbers are shown
@@ -169,7 +171,7 @@ def _step_text(number: int, step: Step, width: int, colour: bool) -> str:
 
     lines = [paint(BOLD, f"{number:>2}  {step.title}"), *wrapped(step.sentence), ""]
     if step.formula:
-        lines += wrapped(step.formula, "formula")
+        lines += wrapped(",  ".join(filter(None, (step.formula, step.given))), "formula")
     if step.shape:
         lines += wrapped(step.shape, "shape")
     for table in step.tables:
@@ -256,14 +258,15 @@ def label(piece: str, cells: int = LABEL_CELLS) -> str:
 
 
 def markdown(steps: Sequence[Step], link: Callable[[Source], str] | None = None) -> str:
-    """Format the steps as Markdown.
+    """Format the steps as Markdown, with the formulas in TeX between `$$`, which GitHub, Jupyter and the site typeset.
 
     link  maps a source to its address, such as ../npllama/ops.py#L19; None: no links
     """
     parts = []
     for step in steps:
         parts += [f"### {_escaped(step.title)}", _escaped(step.sentence)]
-        facts = [("formula", step.formula), ("shape", step.shape)]
+        parts += [f"$$\n{tex}\n$$" for tex in step.tex]
+        facts = [("formula", "" if step.tex else step.formula), ("given", step.given), ("shape", step.shape)]
         if given := [f"{name:<9}{line}" for name, value in facts for line in value.splitlines()]:
             parts.append("```text\n" + "\n".join(given) + "\n```")
         parts += [_table_markdown(table) for table in step.tables]

@@ -89,6 +89,10 @@ class Pass:
         """Join the formulas of the activation table in one line."""
         return ",  ".join(self.rows[kind].formula for kind in kinds)
 
+    def tex(self, *kinds: str) -> tuple[str, ...]:
+        """Return the same formulas in TeX."""
+        return tuple(self.rows[kind].tex for kind in kinds)
+
     def sentences(self, *kinds: str) -> str:
         """Join the sentences of the activation table."""
         return " ".join(self.rows[kind].sentence for kind in kinds)
@@ -140,7 +144,9 @@ def embeddings(p: Pass) -> Step:
     step = Step(
         "Embeddings",
         f"{p.sentences('tok_embeddings')} Its {c.dim} learned numbers represent the token, wherever it is in the text.",
-        formula=f"{p.formulas('tok_embeddings')},  E = tok_embeddings.weight",
+        formula=p.formulas("tok_embeddings"),
+        tex=p.tex("tok_embeddings"),
+        given="E = tok_embeddings.weight",
         shape=f"weight [V, D] = [{c.vocab_size}, {c.dim}]  ->  x [T, D] = [{len(p.ids)}, {c.dim}]",
         tables=(_token_table(p, p["tok_embeddings"]),),
     )
@@ -163,6 +169,7 @@ def projections(p: Pass) -> Step:
         "Queries, keys and values",
         p.sentences(*kinds),
         formula=p.formulas(*kinds),
+        tex=(r", \quad ".join(p.tex(*kinds)),),
         shape="\n".join(shapes),
         tables=(_numbers_table([(kind[-1], p[kind][p.last].reshape(-1)) for kind in kinds], p.last_token),),
     )
@@ -206,7 +213,9 @@ def frequencies(p: Pass) -> Step:
         "Each adjacent pair of a head's numbers is a point in a plane that rotates as the position grows: pair 0 by one "
         "radian per token, later pairs ever more slowly, so that fast pairs tell adjacent tokens apart and slow pairs whole "
         f"passages{scaled}.",
-        formula=f"θ_j = theta^(-2j/K),  theta = {c.rope_theta:g},  K = {c.head_dim};  angle = m·θ_j",
+        formula="angle = m·θ_j,  θ_j = theta^(-2j/K)",
+        tex=(r"\mathrm{angle} = m\,\theta_j, \quad \theta_j = \mathrm{theta}^{-2j/K}",),
+        given=f"theta = {c.rope_theta:g},  K = {c.head_dim}",
         shape=f"frequencies [K/2] = {_shape(θ)}",
         tables=(Table(("pair j", "θ_j", "tokens per rotation", f"angle at m = {p.last}"), tuple(rows)),),
         sources=(Source.of(ops.rope_frequencies), Source.of(ops.rope_rotation)),
@@ -228,7 +237,9 @@ def rotation(p: Pass) -> Step:
     step = Step(
         "RoPE: one pair followed",
         f"{p.sentences(*kinds)} " + ("At position 0 nothing is rotated." if m == 0 else "Values are not rotated."),
-        formula=f"{p.formulas('attention.q_rope')},  here j = {j}",
+        formula=p.formulas("attention.q_rope"),
+        tex=p.tex("attention.q_rope"),
+        given=f"here j = {j}",
         shape=f"q [T, H, K] = {_shape(p['attention.q_rope'])},  k [T, G, K] = {_shape(p['attention.k_rope'])}",
         tables=(
             Table(
@@ -251,7 +262,9 @@ def scores(p: Pass) -> Step:
         "Scores",
         "Each query is multiplied with each key, and the larger the product, the better they match; the division by √K "
         "keeps the products from growing with the head's width.",
-        formula=f"{p.formulas(kind)},  sqrt({K}) = {math.sqrt(K):.4f}",
+        formula=p.formulas(kind),
+        tex=p.tex(kind),
+        given=f"sqrt({K}) = {math.sqrt(K):.4f}",
         shape=f"q [T, H, K], k [G, S, K]  ->  [H, T, S] = {_shape(p[kind])}",
         tables=(_square(p, unmasked, f"head {p.head} before the mask; rows: queries, columns: keys"),),
         sources=(Source.of(ops.query_key_products), Source.of(ops.attention_scores)),
@@ -267,6 +280,7 @@ def mask(p: Pass) -> Step:
         "A token may attend to itself and to earlier tokens: minus infinity is added to the scores of later ones, so that no "
         "position sees the token that it has to predict.",
         formula="mask = 0 where the key's position ≤ the query's, else -inf",
+        tex=(r"\mathrm{mask}_{tn} = 0 \ \mathrm{where}\ m_n \leq m_t, \quad -\infty \ \mathrm{elsewhere}",),
         shape=f"mask [1, T, S] = {_shape(p.returned['causal_mask'])}",
         tables=(_square(p, p[kind][p.head], f"head {p.head}, masked"),),
         taps=(p.name(kind),),
@@ -285,6 +299,7 @@ def softmax(p: Pass) -> Step:
         "Softmax",
         p.sentences(kind),
         formula=p.formulas(kind),
+        tex=p.tex(kind),
         shape=f"[H, T, S] = {_shape(p[kind])}",
         tables=(
             _square(p, weights, f"head {p.head}; the last column is the row's sum", sums=True),
@@ -304,6 +319,7 @@ def values(p: Pass) -> Step:
         "Values, averaged",
         p.sentences(kind),
         formula=p.formulas(kind),
+        tex=p.tex(kind),
         shape=f"[H, T, S], [G, S, K]  ->  [T, H, K] = {_shape(p[kind])}",
         tables=(_numbers_table(rows, f"the last token in head {p.head}, its largest weights first", shown=SHOWN - 1),),
     )
@@ -317,6 +333,7 @@ def joined(p: Pass) -> Step:
         "Heads joined, and wo",
         p.sentences(kind),
         formula=p.formulas(kind),
+        tex=p.tex(kind),
         shape=f"[T, H, K]  ->  [T, H·K] = [{len(p.ids)}, {width}]  ->  [T, D] = {_shape(p[kind])}",
         tables=(_token_table(p, p[kind]),),
     )
@@ -341,7 +358,9 @@ def swiglu(p: Pass) -> Step:
     step = Step(
         "SwiGLU",
         p.sentences(*kinds),
-        formula=p.formulas(*kinds) + "\nsilu(z) = z / (1 + exp(-z)), nearly z for a large z and never below -0.28",
+        formula=p.formulas(*kinds) + "\nsilu(z) = z / (1 + exp(-z))",
+        tex=(r", \quad ".join(p.tex(*kinds[:2])), *p.tex(kinds[2])),
+        given="silu(z) ≈ z for a large z, and silu(z) > -0.28 for all z",
         shape=f"w1, w3 [F, D] = [{c.ffn_dim}, {c.dim}]  ->  gate, up, act [T, F] = {_shape(p['feed_forward.act'])}",
         tables=(_numbers_table(rows, p.last_token),),
     )
@@ -392,7 +411,9 @@ def logits(p: Pass) -> Step:
         "Logits",
         f"{row.sentence} The output matrix is {output}. Row t scores what comes after token t, so one text trains T "
         "predictions; the last row predicts what comes next.",
-        formula=f"{row.formula},  {letter} = {row.parameter(c, None)}",
+        formula=row.formula,
+        tex=(row.tex,),
+        given=f"{letter} = {row.parameter(c, None)}",
         shape=f"{letter} [V, D] = [{c.vocab_size}, {c.dim}]  ->  [T, V] = {_shape(p['logits'])}",
         tables=(_token_table(p, p["logits"], f"the scores of ids 0 to {min(SHOWN, c.vocab_size) - 1}"),),
     )
@@ -410,6 +431,7 @@ def candidates(p: Pass) -> Step:
         f"Softmax of the last row: how likely each of the {len(row):,} tokens is to come next; the first "
         f"{len(best)} have {float(probabilities[best].sum()):.1%} together.",
         formula="p = softmax(logits[last])",
+        tex=(r"p = \mathrm{softmax}(\mathrm{logits}_{T-1})",),
         shape=f"[V] = {_shape(probabilities)}, sums to {float(probabilities.sum()):.6f}",
         tables=(Table(("id", "piece", "logit", "probability"), rows),),
         taps=("logits",),
@@ -426,6 +448,7 @@ def choice(p: Pass) -> Step:
         f"Greedy decoding takes the likeliest: {p.piece(id)}, id {id}. It is appended, and the next pass runs on this token "
         "alone: the keys and values of the others are in the cache.",
         formula="next = argmax(logits[last])",
+        tex=(r"\mathrm{next} = \mathrm{argmax}(\mathrm{logits}_{T-1})",),
         shape=f"[V] = {_shape(row)}  ->  one id",
         tables=(Table(("id", "piece", "logit"), ((id, p.piece(id), float(row[id])),)),),
         taps=("logits",),
@@ -486,7 +509,9 @@ def _norm(p: Pass, title: str, kind: str) -> Step:
     step = Step(
         title,
         row.sentence,
-        formula=f"{row.formula},  eps = {p.config.norm_eps:g}",
+        formula=row.formula,
+        tex=(row.tex,),
+        given=f"eps = {p.config.norm_eps:g}",
         shape=f"{letter} [T, D], weight [D]  ->  y [T, D] = {_shape(p[kind])}",
         tables=(
             _numbers_table(
@@ -509,6 +534,7 @@ def _residual(p: Pass, title: str, function: Callable, *kinds: str) -> Step:
         title,
         p.sentences(*kinds),
         formula=p.formulas(*kinds),
+        tex=p.tex(*kinds),
         shape=f"[T, D] = {_shape(p[row.name])}",
         tables=(_numbers_table(rows, p.last_token, shown=SHOWN - 1),),
     )

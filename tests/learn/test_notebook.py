@@ -41,7 +41,14 @@ def test_the_page_is_the_notebook(script, stored):
     assert script.MARKDOWN.read_text(encoding="utf-8") == page, "run docs/make_walkthrough.py again"
     assert {file.name: file.read_bytes() for file in script.PICTURES.iterdir()} == pictures
     assert len(pictures) == 4
-    assert all(len(content) < 40_000 for content in pictures.values())
+    for name, content in pictures.items():
+        assert name.endswith(".svg")
+        assert len(content) < 60_000
+        svg = content.decode()
+        assert "@media (prefers-color-scheme: dark)" in svg
+        assert 'style="fill: #ffffff"' in svg, "the paper, which the dark colours replace"
+        width = float(re.search(r'<svg [^>]*width="([\d.]+)pt"', svg.replace("\n", " "))[1])
+        assert width * 96 / 72 < 480, "on a phone of 390 pixels letters are nearly as large as on a desktop"
 
 
 def test_the_lines_of_code_it_names_are_there(script):

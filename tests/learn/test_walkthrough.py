@@ -16,6 +16,7 @@ import pytest
 
 import npllama
 from npllama import checkpoint, ops
+from npllama.activations import table_of
 from npllama.checkpoint import Model
 from npllama.cli import main
 from npllama.learn import lesson
@@ -313,7 +314,7 @@ def test_every_kind_of_model(name):
     else:
         assert f"= {config.n_kv_heads - 1}." in sharing
     assert ("(tied)" in step_of(steps, "Logits").sentence) == config.tied_embeddings
-    assert "output.weight" in step_of(steps, "Logits").formula or config.tied_embeddings
+    assert "output.weight" in step_of(steps, "Logits").given or config.tied_embeddings
 
 
 @pytest.mark.parametrize("dtype", ["stored", "float64"])
@@ -369,6 +370,32 @@ def test_markdown_has_every_cell_and_nothing_that_breaks_a_table(demo):
     assert [row.count("|") - 1 for row in rows] == widths
     assert "<" not in "".join(rows)
     assert f"(../npllama/ops.py#L{definitions('npllama/ops.py')['rms_norm']})" in page
+
+
+def test_formulas_are_typeset_in_markdown_and_plain_in_the_terminal(demo):
+    steps = walkthrough(demo, [2000, 5, 7])
+    page, shown = lesson.markdown(steps), " ".join(lesson.text(steps).split())
+    assert "$$" not in shown
+    blocks = re.findall(r"^\$\$\n(.+)\n\$\$$", page, re.MULTILINE)
+    assert blocks == [tex for step in steps for tex in step.tex]
+    assert page.count("$") == 4 * len(blocks)
+    for step in steps:
+        assert bool(step.tex) != ("(" in step.formula and step.title in ("Tokens", "Heads", "All the layers")), step.title
+        for line in (*step.formula.splitlines(), step.given):
+            assert " ".join(line.split()) in shown
+        section = page.partition(f"### {step.title}")[2].partition("### ")[0]
+        assert ("formula  " in section) == (not step.tex), step.title
+        assert not step.given or f"given    {step.given}" in section
+    for row in table_of(demo.config):
+        assert any(row.tex in tex for tex in blocks) or row.name == "attention.k_rope", row.name
+        assert " ".join(row.formula.split()) in shown or row.name == "attention.k_rope", row.name
+
+
+def test_the_formulas_of_a_step_s_own_are_tex(demo):
+    mathtext = pytest.importorskip("matplotlib.mathtext", reason="matplotlib is not installed")
+    for step in walkthrough(demo, [2000, 5, 7]):
+        for tex in step.tex:
+            mathtext.MathTextParser("path").parse(f"${tex}$")
 
 
 def test_it_costs_no_more_memory_than_a_layer(demo):
