@@ -22,6 +22,7 @@ import argparse
 import ast
 import contextlib
 import difflib
+import functools
 import hashlib
 import importlib.metadata
 import itertools
@@ -38,7 +39,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -118,22 +119,33 @@ class Mutant:
 
 
 class Site:
-    """A node of a module's syntax tree, the functions and classes around it, and the nodes mutmut's operators replace it by."""
+    """A place in a source: its line, the functions and classes around it, and what mutmut makes of the source."""
 
-    def __init__(self, tree, node, line: int, around: str, variants: list):
-        self.tree, self.node, self.line, self.around, self.variants = tree, node, line, around, variants
+    def __init__(self, line: int, around: str, variants: list[Callable[[], str]]):
+        self.line, self.around, self.variants = line, around, variants
 
 
 def sites(source: str, only: tuple[str, ...] = ()) -> list[Site]:
     """Return every place of a module that an operator of mutmut changes, in the order of the text."""
     import libcst as cst
-    from libcst.metadata import MetadataWrapper, PositionProvider
+    from libcst.metadata import ByteSpanPositionProvider, MetadataWrapper, PositionProvider
     from mutmut.mutation import mutators
 
     left_out = {mutators.operator_string, mutators.operator_assignment}
     operators = [(kind, operator) for kind, operator in mutators.mutation_operators if operator not in left_out]
     wrapper = MetadataWrapper(cst.parse_module(source))
-    positions, found = wrapper.resolve(PositionProvider), []
+    positions, spans, found = wrapper.resolve(PositionProvider), wrapper.resolve(ByteSpanPositionProvider), []
+    text = source.encode()
+
+    def replaced(node: cst.CSTNode, new: cst.CSTNode) -> str:
+        """Return the source with another node: libcst's deep_replace() takes as long as a test."""
+        start, stop = spans[node].start, spans[node].start + spans[node].length
+        old = text[start:stop].decode()
+        if getattr(new, "lpar", ()):  # the span is without the parentheses
+            new = new.with_changes(lpar=[], rpar=[])
+        code = wrapper.module.code_for_node(new).strip()
+        before, after = old[: len(old) - len(old.lstrip())], old[len(old.rstrip()) :]
+        return text[:start].decode() + before + code + after + text[stop:].decode()
 
     class Visitor(cst.CSTVisitor):
         def __init__(self) -> None:
@@ -156,7 +168,8 @@ def sites(source: str, only: tuple[str, ...] = ()) -> list[Site]:
                 variants = [new for kind, operator in operators if isinstance(node, kind) for new in operator(node)]
                 variants = [new for new in variants if not (isinstance(node, cst.Call) and pointless(node, new))]
                 if variants:
-                    found.append(Site(wrapper.module, node, positions[node].start.line, ".".join(self.around), variants))
+                    made = [functools.partial(replaced, node, new) for new in variants]
+                    found.append(Site(positions[node].start.line, ".".join(self.around), made))
             return True
 
         def on_leave(self, node: cst.CSTNode) -> None:
@@ -196,8 +209,7 @@ def draw(root: Path, modules: tuple[Module, ...], seed: int, n: int) -> Iterator
         if n == 0:
             return
         module, site = places[key]
-        variant = site.variants[int(sha256(key), 16) % len(site.variants)]
-        before, after = sources[module], site.tree.deep_replace(site.node, variant).code
+        before, after = sources[module], site.variants[int(sha256(key), 16) % len(site.variants)]()
         if same_program(before, after):
             continue
         n -= 1
