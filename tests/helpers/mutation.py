@@ -341,7 +341,8 @@ def fate(launcher: Launcher, copy: Path, module: Module, limit: float, window: f
 
     limit is in seconds of the processor. A test that waits for ever takes none of them: it ends after window seconds of that.
     """
-    arguments = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", *(f"tests/{name}.py" for name in module.tests.split())]
+    arguments = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+    arguments += [f"tests/{name}.py" for name in module.tests.split()]
     folder = copy.parent
     job = {
         "tree": str(copy),
@@ -460,15 +461,15 @@ def write(out: Path, results: dict) -> None:
         render()
 
 
-def earlier_results(out: Path, results: dict) -> dict[str, Mutant]:
-    """Return the mutants of an earlier run whose outcome stands, by their key.
+def earlier_results(out: Path, results: dict) -> tuple[dict[str, float], dict[str, Mutant]]:
+    """Return the seconds of an earlier run, and its mutants whose outcome stands, by their key.
 
     One that was killed stays so, and a survivor as long as neither code nor tests changed: its digest is the same.
     """
-    earlier = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"mutants": []}
+    earlier = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"seconds": {}, "mutants": []}
     same = earlier.get("digest") == results["digest"]
     mutants = [Mutant(**mutant) for mutant in earlier["mutants"]]
-    return {mutant.key: mutant for mutant in mutants if mutant.outcome != "survived" or same}
+    return earlier["seconds"], {mutant.key: mutant for mutant in mutants if mutant.outcome != "survived" or same}
 
 
 def git_revision() -> str:
@@ -481,7 +482,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--n", type=int, default=600, help="how many mutants")
-    parser.add_argument("--modules", nargs="+", metavar="PART", help="only modules whose path has one of these in it")
+    parser.add_argument("--modules", nargs="+", metavar="PART", help="only mutants of modules with one of these in the path")
     parser.add_argument("--jobs", type=int, default=1, help="how many at once")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no mutant after that; run again to go on")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the results as JSON")
@@ -492,15 +493,13 @@ def main() -> int:
     if args.render:
         render()
         return 0
-    modules = tuple(m for m in CORE if not args.modules or any(part in m.path for part in args.modules))
     if args.list:
-        for number, (_, mutant, _) in enumerate(draw(ROOT, modules, args.seed, args.n)):
+        for number, (_, mutant, _) in enumerate(draw(ROOT, CORE, args.seed, args.n)):
             print(f"{number:4} {mutant.module}:{mutant.line}: {mutant.change}")
         return 0
     packages = ("numpy", "pytest", "mutmut", "libcst")
     results = {
-        "command": f"python tests/helpers/mutation.py --seed {args.seed} --n {args.n}"
-        + (f" --modules {' '.join(args.modules)}" if args.modules else ""),
+        "command": f"python tests/helpers/mutation.py --seed {args.seed} --n {args.n}",
         "date": time.strftime("%Y-%m-%d"),
         "revision": git_revision(),
         "versions": [f"Python {platform.python_version()}", *(f"{p} {importlib.metadata.version(p)}" for p in packages)],
@@ -510,18 +509,22 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="mutation-") as folder, contextlib.ExitStack() as stack:
         tree = snapshot(ROOT, Path(folder).resolve())
         results["digest"] = digest(tree)
-        drawn = list(draw(tree, modules, args.seed, args.n))
+        drawn = list(draw(tree, CORE, args.seed, args.n))
         results["drawn"] = len(drawn)
-        done = {} if args.afresh else earlier_results(args.out, results)
+        seconds, done = ({}, {}) if args.afresh else earlier_results(args.out, results)
         done = {m.key: replace(done[m.key], line=m.line) for _, m, _ in drawn if m.key in done}
+        left = [
+            (module, mutant, source)
+            for module, mutant, source in drawn
+            if mutant.key not in done and any(part in module.path for part in args.modules or [""])
+        ]
         for _ in range(args.jobs):
             launchers.put(launcher := Launcher())
             stack.callback(launcher.close)
-        processor = {}
-        for module in modules:
-            processor[module] = right_code(launcher, tree, module)
-            print(f"{processor[module]:.1f} s of the processor: {module.path}", flush=True)
-        results["seconds"] = {module.path: round(took, 1) for module, took in processor.items()}
+        for module in (module for module in CORE if any(module is other for other, _, _ in left)):
+            seconds[module.path] = round(right_code(launcher, tree, module), 1)
+            print(f"{seconds[module.path]:.1f} s of the processor: {module.path}", flush=True)
+        results["seconds"] = {module.path: seconds[module.path] for module in CORE if module.path in seconds}
         lock = threading.Lock()
 
         def record() -> None:
@@ -530,13 +533,13 @@ def main() -> int:
         def run(number: int) -> None:
             if time.monotonic() > end:
                 return
-            module, mutant, source = drawn[number]
+            module, mutant, source = left[number]
             launcher = launchers.get()
             with copy_of(tree) as copy:
                 (copy / module.path).write_text(source, encoding="utf-8")
-                mutant.outcome, seconds = fate(launcher, copy, module, processor[module] * FACTOR + EXTRA)
+                mutant.outcome, took = fate(launcher, copy, module, seconds[module.path] * FACTOR + EXTRA)
             launchers.put(launcher)
-            mutant.seconds, mutant.revision = round(seconds, 1), results["revision"]
+            mutant.seconds, mutant.revision = round(took, 1), results["revision"]
             where = f"{mutant.module}:{mutant.line}: {mutant.change}"
             print(f"{number:4} {mutant.outcome:8} {mutant.seconds:5} s  {where}", flush=True)
             with lock:
@@ -546,7 +549,7 @@ def main() -> int:
         record()
         with ThreadPoolExecutor(args.jobs) as pool:
             try:
-                list(pool.map(run, [number for number, (_, mutant, _) in enumerate(drawn) if mutant.key not in done]))
+                list(pool.map(run, range(len(left))))
             except BaseException:  # such as Ctrl-C: those that run end, the others don't begin
                 pool.shutdown(cancel_futures=True)
                 raise
