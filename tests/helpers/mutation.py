@@ -243,11 +243,32 @@ def change(before: str, after: str) -> str:
 # Forks a process for each line of standard input and runs pytest in it, in a copy of the tree, with limits of its own. It has
 # imported what the tests import from elsewhere, which takes longer than most of them. No core files: a mutant may well crash.
 LAUNCHER = """
-import contextlib, importlib, json, os, resource, sys, tempfile, traceback
+import contextlib, importlib, json, os, pathlib, resource, sys, tempfile, traceback
 import pytest
 for name in {imports}:
     with contextlib.suppress(ImportError):
         importlib.import_module(name)
+
+class Quick:
+    \"\"\"Run tests in the order of the seconds that they take on right code, which job["quick"] holds, or records.\"\"\"
+
+    def __init__(self, path):
+        self.path, self.seconds = pathlib.Path(path), {{}}
+        self.known = self.path.exists()
+        if self.known:
+            self.seconds = json.loads(self.path.read_text())
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items):
+        items.sort(key=lambda item: int(20 * self.seconds.get(item.nodeid, 0)))  # in steps: fixtures are shared by neighbours
+
+    def pytest_runtest_logreport(self, report):
+        if not self.known:
+            self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0) + report.duration
+
+    def pytest_sessionfinish(self):
+        if not self.known:
+            self.path.write_text(json.dumps(self.seconds))
 
 def run(job):
     os.setsid()
@@ -262,7 +283,7 @@ def run(job):
     import npllama, npllama_convert
     for package in (npllama, npllama_convert):
         assert os.path.realpath(package.__file__).startswith(job["tree"] + os.sep), package.__file__
-    return int(pytest.main(job["arguments"]))
+    return int(pytest.main(job["arguments"], plugins=[Quick(job["quick"])]))
 
 for line in sys.stdin:
     pid = os.fork()
@@ -336,10 +357,13 @@ def copy_of(tree: Path) -> Iterator[Path]:
         yield copy
 
 
-def fate(launcher: Launcher, copy: Path, module: Module, limit: float, window: float = WINDOW) -> tuple[str, float]:
+def fate(
+    launcher: Launcher, copy: Path, module: Module, limit: float, window: float = WINDOW, quick: Path | None = None
+) -> tuple[str, float]:
     """Run a module's tests in a copy: the outcome, one of Mutant's, and the seconds of the processor that it took.
 
     limit is in seconds of the processor. A test that waits for ever takes none of them: it ends after window seconds of that.
+    quick is a file with the seconds of each test, the quickest first; it is written where it is not there.
     """
     arguments = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
     arguments += [f"tests/{name}.py" for name in module.tests.split()]
@@ -348,6 +372,7 @@ def fate(launcher: Launcher, copy: Path, module: Module, limit: float, window: f
         "tree": str(copy),
         "arguments": arguments + (["-k", module.k] if module.k else []),
         "output": str(folder / "output"),
+        "quick": str(quick or folder / "quick"),
         "seconds": math.ceil(limit),
         "environment": {"PYTHONPATH": str(copy), "HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp")},
     }
@@ -367,10 +392,10 @@ def processor_seconds(session: int) -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def right_code(launcher: Launcher, tree: Path, module: Module) -> float:
+def right_code(launcher: Launcher, tree: Path, module: Module, quick: Path | None = None) -> float:
     """Return the seconds of the processor that a module's tests take on right code; SystemExit if they don't pass."""
     with copy_of(tree) as copy:
-        outcome, seconds = fate(launcher, copy, module, limit=600)
+        outcome, seconds = fate(launcher, copy, module, limit=600, quick=quick)
         if outcome != "survived":
             output = (copy.parent / "output").read_text(errors="replace")
             raise SystemExit(f"{module.path}: its tests fail without a mutant ({outcome}):\n{output[-3000:]}")
@@ -507,7 +532,8 @@ def main() -> int:
     end = time.monotonic() + 60 * args.minutes
     launchers: queue.Queue[Launcher] = queue.Queue()
     with tempfile.TemporaryDirectory(prefix="mutation-") as folder, contextlib.ExitStack() as stack:
-        tree = snapshot(ROOT, Path(folder).resolve())
+        tree = snapshot(ROOT, Path(folder).resolve() / "tree")
+        quick = {module: tree.parent / f"quick{i}" for i, module in enumerate(CORE)}
         results["digest"] = digest(tree)
         drawn = list(draw(tree, CORE, args.seed, args.n))
         results["drawn"] = len(drawn)
@@ -522,7 +548,7 @@ def main() -> int:
             launchers.put(launcher := Launcher())
             stack.callback(launcher.close)
         for module in (module for module in CORE if any(module is other for other, _, _ in left)):
-            seconds[module.path] = round(right_code(launcher, tree, module), 1)
+            seconds[module.path] = round(right_code(launcher, tree, module, quick[module]), 1)
             print(f"{seconds[module.path]:.1f} s of the processor: {module.path}", flush=True)
         results["seconds"] = {module.path: seconds[module.path] for module in CORE if module.path in seconds}
         lock = threading.Lock()
@@ -537,7 +563,8 @@ def main() -> int:
             launcher = launchers.get()
             with copy_of(tree) as copy:
                 (copy / module.path).write_text(source, encoding="utf-8")
-                mutant.outcome, took = fate(launcher, copy, module, seconds[module.path] * FACTOR + EXTRA)
+                limit = seconds[module.path] * FACTOR + EXTRA
+                mutant.outcome, took = fate(launcher, copy, module, limit, quick=quick[module])
             launchers.put(launcher)
             mutant.seconds, mutant.revision = round(took, 1), results["revision"]
             where = f"{mutant.module}:{mutant.line}: {mutant.change}"
