@@ -99,6 +99,10 @@ def test_the_longest_match_is_proposed_and_of_those_the_latest():
     assert known.propose(3) == [9, 2, 3]  # 1 2 3 came before; 2 3 alone later
     known.add(4)
     assert known.propose(3) == []
+    first = _Lookup()
+    for token in (1, 2, 3, 1, 2):  # the text's first two
+        first.add(token)
+    assert first.propose(2) == [3, 1]
     for token in (2, 3):
         known.add(token)
     assert known.propose(2) == [4, 2]

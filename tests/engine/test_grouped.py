@@ -131,7 +131,7 @@ def test_foreign_byte_order_gives_the_same_bits(name):
 
 def test_every_float16_scale_is_widened_exactly():
     every = np.arange(1 << 16).astype(np.uint16).view(np.float16)
-    for some in (every, every[np.isfinite(every)], every[:0], every[1 << 15 :][:31744]):
+    for some in (every, every[np.isfinite(every)], every[:0], every[1 << 15 :][:31744], every[np.isinf(every)]):
         np.testing.assert_array_equal(to_float32(some).view(np.uint32), some.astype(np.float32).view(np.uint32))
 
 
@@ -143,7 +143,9 @@ WRONG = {
     "dtype": ({"scale": "float64"}, r"scale is 'float64', expected float32, float16, bfloat16 with unit 0"),
     "levels": ({"scale": "uint8"}, r"scale is 'uint8', expected float32, float16, bfloat16 with unit 0"),
     "unit": ({"unit": 2}, r"scale is 'float16', expected int8, uint8 with unit 2"),
-    "zero": ({"zero": 1000}, r"zero is 1000"),
+    "zero": ({"zero": 256}, r"zero is 256 and unit 0, expected -255 to 255 and 0 or more"),
+    "below": ({"zero": -256}, r"zero is -256"),
+    "negative": ({"unit": -1}, r"unit -1, expected -255 to 255 and 0 or more"),
     "truth": ({"offset": 1}, r"offset is 1, expected bool"),
 }
 
@@ -153,6 +155,26 @@ def test_what_is_no_grouping_is_refused(fault):
     changes, expected = WRONG[fault]
     with pytest.raises(ValueError, match=expected):
         Grouping(**({"bits": 4, "group": 32, "scale": "float16"} | changes))
+
+
+@pytest.mark.parametrize("zero", [-255, -128, -3, 0, 7, 8, 255])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_largest_magnitude_is_that_of_all_numbers_of_a_group_of_two(bits, zero):
+    grouping = Grouping(bits, 2, "float16", zero=zero)
+    every = np.arange(16, dtype=np.uint8) if bits == 4 else np.arange(-128, 128).astype(np.int8)
+    weight = Grouped.of(grouping, every.reshape(-1, 2), np.ones((1, len(every) // 2, 1), np.float16))
+    assert np.abs(weight.widen()).max() == grouping.most
+
+
+@pytest.mark.parametrize("n_rows", [1, 5])
+def test_a_product_is_the_same_whatever_its_buffer_takes(stored, n_rows):
+    weight, exact = stored
+    (n_out, n_in), group = weight.shape, weight.grouping.group
+    x = uniform(n_rows, (n_rows, n_in))
+    for n_groups in (1, 2, 3, n_in // group):
+        out = np.full((n_rows, n_out), np.nan, np.float32)
+        weight.multiply(x.reshape(n_rows, -1, group).swapaxes(0, 1), np.empty(n_groups * group * n_out, np.float32), out)
+        assert relative_error(out, x.astype(np.float64) @ exact.T) < 1e-6
 
 
 def test_parts_of_another_form_are_refused():
