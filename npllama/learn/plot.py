@@ -1,27 +1,26 @@
-"""`npllama plot`: pictures of one pass, drawn with matplotlib from the activations that the taps show.
+"""`npllama plot`: pictures of one pass, drawn with matplotlib from the activations that the taps record.
 
 | kind | shows |
 |---|---|
-| rope | how one position rotates each pair of a query; the frequencies, scaled and unscaled |
-| attention | one head's scores, masked scores and softmax; every head of the layer |
+| rope | how RoPE rotates each pair of a query at one position; the frequencies, scaled and unscaled |
+| attention | one head's scores, masked scores and softmax, and every head of the layer; or the heads that are chosen |
 | mask | which keys each query may attend to |
 | residual | the residual stream's norm, layer by layer |
 | logit-lens | the likeliest next token after each layer, at each position |
 | tokens | the text, coloured by token, with ids |
 | error | a comparison's errors and their noise floor, layer by layer |
 
-Colours are viridis and cividis for sizes, PuOr for signed numbers, Okabe and Ito's eight for categories: all can be told apart
-without red or green.
+Colours are viridis and cividis for sizes, PuOr for signed numbers, Okabe and Ito's eight for categories: none of them relies on
+telling red from green.
 """
 
 from __future__ import annotations
 
 import functools
-import io
+import itertools
 import math
 import sys
-import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,18 +30,17 @@ import numpy as np
 
 from .. import ops
 from ..checkpoint import Model, foreign
-from ..checkpoint.atomic import write_file
 from ..config import Config
 from ..errors import shown
 from ..golden.compare.names import place
 from ..golden.trace import Recording, Selection, record
+from .figure import CHAR, LINE, SMALL, Sheet, cells, cut, drawable, label_between, label_cells, label_decades, show
 from .lens import lens_names, logit_lens, residual_names, residual_norms, token_labels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
     from matplotlib.colors import Normalize
-    from matplotlib.figure import Figure
+    from matplotlib.figure import SubFigure
 
 ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
     "#E69F00",
@@ -54,170 +52,111 @@ ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
     "#CC79A7",
 )  # Okabe & Ito 2008, "Color Universal Design"; black is the eighth
 GREY = "#767676"
-FORMATS = (".png", ".svg")
-MOST_LABELS = 44  # more on one axis can't be read
-LONGEST_LABEL = 14
+MASKED = {"facecolor": "#ebebeb", "edgecolor": "#a8a8a8"}  # hatched: no colour of a scale looks like it
+MOST_PAIRS = 64  # circles that can be told apart in one figure
+LONGEST, SHORTER = 24, 13  # columns of a token at an axis, and where there is less room
+LENS_CELL = 6 * CHAR  # inches: five letters and a margin
 
 Report = dict[str, Any]  # a comparison, as compare.report.as_dict() returns it
 
 
 @dataclass(frozen=True)
 class Subject:
-    """The subject of a picture: a pass of these tokens, and for some kinds one layer and one head of it."""
+    """The subject of a picture: a pass of these tokens, and for some kinds one layer, some heads and one position of it.
+
+    heads     None for all
+    position  None for the last
+    """
 
     model: Model
     ids: Sequence[int]
     layer: int = 0
-    head: int = 0
+    heads: tuple[int, ...] | None = (0,)
+    position: int | None = None
 
-    def check(self) -> None:
-        """Raise ValueError for a layer or head that the model lacks."""
+    def check(self, kind: str) -> None:
+        """Raise ValueError for a layer, head or position that there isn't, or that this kind doesn't draw."""
         config = self.model.config
-        for name, value, n in (("layer", self.layer, config.n_layers), ("head", self.head, config.n_heads)):
+        chosen = [("layer", self.layer, config.n_layers), *(("head", head, config.n_heads) for head in self.heads or ())]
+        for name, value, n in chosen:
             if not 0 <= value < n:
                 raise ValueError(f"{name} {value} is not in this model, which has {name}s 0 to {n - 1}")
+        if kind != "attention" and (self.heads is None or len(self.heads) != 1):
+            raise ValueError(f"{kind} draws one head, and attention several: expected --head N")
+        if self.position is not None:
+            if kind != "rope":
+                raise ValueError(f"{kind} draws all positions, and rope one: --position is rope's")
+            if not 0 <= self.position < len(self.ids):
+                raise ValueError(f"position {self.position} is not in this text, which has positions 0 to {len(self.ids) - 1}")
 
     @property
     def labels(self) -> list[str]:
         """The visible text of each token."""
         return token_labels(self.model.tokenizer, self.ids)
 
+    @property
+    def head(self) -> int:
+        """The head of a kind that draws one."""
+        return self.heads[0] if self.heads else 0
+
     def record(self, *names: str) -> Recording:
         """Run the pass and keep these activations."""
         return record(self.model, list(self.ids), selection=Selection(taps=names))
 
 
-def plot(kind: str, subject: Subject, out: Path | None) -> None:
-    """Draw one of KINDS into a file, or into a window. Raises ValueError, and ImportError without matplotlib."""
-    subject.check()
-    show(functools.partial(KINDS[kind], subject=subject), out)
+def plot(kind: str, subject: Subject, out: Path | None, size: tuple[int, int] | None = None, font: float | None = None) -> None:
+    """Draw one of KINDS into a file, or into a window. Raises ValueError, and ImportError without matplotlib.
 
-
-def plot_error(report: Report, out: Path | None) -> None:
-    """Draw a comparison, as compare.report.as_dict() gives it."""
-    show(functools.partial(draw_error, report=report), out)
-
-
-def show(draw: Callable[[Figure], None], out: Path | None) -> None:
-    """Call `draw` with an empty figure, and write or show the result. A file appears complete or not at all.
-
-    Raises ValueError for a file that isn't PNG or SVG, and where a window is wanted and there is no display.
+    size  of the picture, in pixels
+    font  the text's size, in pixels
     """
-    if out is not None and out.suffix.lower() not in FORMATS:
-        raise ValueError(f"{out}: expected a file that ends in .png or .svg")
-    try:
-        import matplotlib
-    except ImportError:
-        raise ImportError("plots need matplotlib: pip install 'npllama[learn]'") from None
-    # Tokens may hold any character, `$` among them, which must not start a formula.
-    settings: Any = {"text.parse_math": False, "font.size": 9, "svg.hashsalt": "npllama", "figure.constrained_layout.use": True}
-    with matplotlib.rc_context(settings):
-        if out is None:
-            _in_a_window(draw)
-            return
-        from matplotlib.figure import Figure
-
-        figure = Figure()
-        draw(figure)
-        data, kind = io.BytesIO(), out.suffix.lower()[1:]
-        metadata = {"Date": None} if kind == "svg" else None  # the same input is the same file
-        figure.savefig(data, format=kind, dpi=110, metadata=metadata)
-    write_file(out, data.getvalue())
+    subject.check(kind)
+    show(functools.partial(KINDS[kind], subject=subject), out, size, font)
 
 
-def _in_a_window(draw: Callable[[Figure], None]) -> None:
-    try:
-        from matplotlib import pyplot
-
-        figure = pyplot.figure()
-    except Exception as error:  # each toolkit has an exception of its own for a missing display
-        raise ValueError(f"no window can be opened ({error}): write a file with -o FILE.png") from None
-    try:
-        if figure.canvas.required_interactive_framework is None:
-            raise ValueError("no window can be opened, there is no display: write a file with -o FILE.png")
-        draw(figure)
-        pyplot.show()
-    finally:
-        pyplot.close(figure)
+def plot_error(report: Report, out: Path | None, size: tuple[int, int] | None = None, font: float | None = None) -> None:
+    """Draw a comparison, as compare.report.as_dict() returns it."""
+    show(functools.partial(draw_error, report=report), out, size, font)
 
 
-# -------------------------------------------------------------------------------------------------------- the text of tokens
+# ----------------------------------------------------------------------------------------------------------------------- rope
 
 
-def drawable(labels: Iterable[str], longest: int = LONGEST_LABEL) -> list[str]:
-    """Shorten labels, with `<U+4F60>` where no installed font has the glyph, and select fonts for the text that follows."""
-    import matplotlib
-
-    labels = [label if len(label) <= longest else label[: longest - 1] + "…" for label in labels]
-    families, missing = fonts_for("".join(sorted({*"".join(labels)})))
-    matplotlib.rcParams["font.family"] = families
-    return ["".join(f"<U+{ord(char):04X}>" if char in missing else char for char in label) for label in labels]
-
-
-@functools.lru_cache(maxsize=8)
-def fonts_for(chars: str) -> tuple[list[str], frozenset[str]]:
-    """Find font families that together have a glyph for each character, matplotlib's own first; and the characters in none."""
-    from matplotlib import font_manager
-
-    own = font_manager.findfont("DejaVu Sans")
-    regular = [f for f in font_manager.fontManager.ttflist if f.style == "normal" and f.weight in (400, "normal", "regular")]
-    others = sorted({(" Sans" not in f.name, f.name): f.fname for f in regular if "Last Resort" not in f.name}.items())
-    families: list[str] = []
-    missing = set(chars)
-    for name, file in [("DejaVu Sans", own), *((name, file) for (_, name), file in others)]:
-        if families and not missing:
-            break
-        try:
-            font = font_manager.get_font(file)
-        except (OSError, RuntimeError, ValueError):  # one that matplotlib can't draw, such as one of bitmaps
-            continue
-        has = {char for char in missing if font.get_char_index(ord(char))}
-        if has or not families:
-            families.append(name)
-        missing -= has
-    return families, frozenset(missing)
-
-
-def label_axis(axis: Axis, labels: Sequence[str], rotation: int = 0) -> None:
-    """Label an axis of cells with tokens; of many, every n-th with its position before it."""
-    stride = math.ceil(len(labels) / MOST_LABELS)
-    shown = range(0, len(labels), stride)
-    texts = [labels[i] if stride == 1 else f"{i} {labels[i]}" for i in shown]
-    axis.set_ticks(list(shown), texts, rotation=rotation, fontsize=7)
-
-
-# ---------------------------------------------------------------------------------------------------------------------- kinds
-
-
-def draw_rope(figure: Figure, subject: Subject) -> None:
-    """Draw the query of the last token before and after RoPE, pair by pair, and the frequencies."""
-    config, layer, head, position = subject.model.config, subject.layer, subject.head, len(subject.ids) - 1
+def draw_rope(sheet: Sheet, subject: Subject) -> None:
+    """Draw the query of one token before and after RoPE, pair by pair, and the frequencies."""
+    config, layer, head = subject.model.config, subject.layer, subject.head
+    position = len(subject.ids) - 1 if subject.position is None else subject.position
     prefix = f"layers.{layer}.attention."
     seen = subject.record(prefix + "q", prefix + "q_rope")
     before, after = (
         x[position, head, 0::2].astype(np.float64) + 1j * x[position, head, 1::2]
         for x in (seen[prefix + "q"], seen[prefix + "q_rope"])
     )
-    token = drawable(subject.labels)[position]
+    token = cut(drawable(subject.labels)[position], LONGEST)
     n_pairs = config.head_dim // 2
-    columns = min(8, math.ceil(math.sqrt(1.6 * n_pairs)))
-    rows = math.ceil(n_pairs / columns)
-    figure.set_size_inches(15, max(5.5, 1.15 * rows + 1.2))
-    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=[1.25, 1]).flat
-    left.suptitle(f"RoPE rotates the query at position {position} ({token}), pair by pair: layer {layer}, head {head}")
-    left.supxlabel("grey: before; coloured: after; the title is the angle, modulo 360°", fontsize=8)
+    pairs = range(0, n_pairs, math.ceil(n_pairs / MOST_PAIRS))
+    height = sheet.fit(sheet.width * 9 / 16)
+    left, right = sheet.figure.subfigures(1, 2, squeeze=False, width_ratios=[1.25, 1]).flat
+    rows, columns = tiling(len(pairs), sheet.width * 1.25 / 2.25, height - 4 * LINE, 1.5 * LINE)
+    left.suptitle(
+        f"RoPE at position {position}, {token}: layer {layer}, head {head}\n"
+        "each pair of the query, grey before and coloured after; pair: angle modulo 360°",
+        fontsize=9,
+    )
     colours = _colours("viridis", n_pairs)
-    for j, axes in enumerate(left.subplots(rows, columns, squeeze=False).flat):
+    grid = left.subplots(rows, columns, squeeze=False).ravel().tolist()
+    for axes in grid:
         axes.set(xlim=(-1.15, 1.15), ylim=(-1.15, 1.15), aspect="equal", xticks=[], yticks=[])
         axes.set_frame_on(False)
-        if j >= n_pairs:
-            continue
+    for j, axes in zip(pairs, grid, strict=False):
         _circle(axes)
+        angle = "–"
         if abs(before[j]) > 0:
             _arrow(axes, before[j] / abs(before[j]), "#b0b0b0", 2.5)
             _arrow(axes, after[j] / abs(after[j]), colours[j], 1.6)
-            axes.set_title(f"pair {j}: {round(np.degrees(np.angle(after[j] / before[j]))) % 360}°", fontsize=7, pad=1)
-    _draw_frequencies(right.subplots(), config)
+            angle = f"{round(np.degrees(np.angle(after[j] / before[j]))) % 360}°"
+        axes.set_title(f"{j}: {angle}", fontsize=SMALL, pad=1)
+    _draw_frequencies(right.subplots(), config, height)
 
 
 def _circle(axes: Axes) -> None:
@@ -230,59 +169,146 @@ def _arrow(axes: Axes, z: complex, colour: object, width: float) -> None:
     axes.annotate("", xy=(z.real, z.imag), xytext=(0, 0), arrowprops=style)
 
 
-def _draw_frequencies(axes: Axes, config: Config) -> None:
+def _draw_frequencies(axes: Axes, config: Config, height: float) -> None:
     pairs = np.arange(config.head_dim // 2)
     unscaled = ops.rope_frequencies(config.head_dim, config.rope_theta, None, np.float64)
     label = "this model's" if config.rope_scaling is None else "unscaled"
     axes.plot(pairs, unscaled, "o-", color=BLUE, markersize=4, label=label)
+    lowest = unscaled
     if config.rope_scaling is not None:
-        scaled = ops.rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, np.float64)
-        axes.plot(pairs, scaled, "s--", color=VERMILION, markersize=3.5, label="scaled: this model's")
+        lowest = ops.rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, np.float64)
+        axes.plot(pairs, lowest, "s--", color=VERMILION, markersize=3.5, label="scaled: this model's")
     context = 2 * math.pi / config.max_seq_len
-    axes.axhline(context, color=GREY, linestyle=":", label=f"one turn in the context, {config.max_seq_len:,} positions")
+    axes.axhline(context, color=GREY, linestyle=":", label=f"one rotation in {config.max_seq_len:,} positions, the context")
     axes.set_title("frequencies" + ("; this model doesn't scale them" if config.rope_scaling is None else ""))
-    axes.set(xlabel="pair j", ylabel="radians per position")
-    axes.set_yscale("log")
-    _plain_numbers(axes.yaxis)
+    axes.set(xlabel="pair", ylabel="radians per position", yscale="log")
+    least, most = min(lowest.min(), context) / 2, 2.0
+    axes.set_ylim(least, most)
+    label_decades(axes.yaxis, least, most, 0.8 * height)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, fontsize=SMALL)
 
 
-def draw_attention(figure: Figure, subject: Subject) -> None:
-    """Draw one head's scores before the mask, after it, and their softmax; below, the weights of every head of the layer."""
-    config, layer, head, T = subject.model.config, subject.layer, subject.head, len(subject.ids)
+# ------------------------------------------------------------------------------------------------------------------ attention
+
+
+def draw_attention(sheet: Sheet, subject: Subject) -> None:
+    """Draw one head's scores, masked scores and softmax, and the weights of every head; of several heads, their weights."""
+    if subject.heads is None or len(subject.heads) != 1:
+        return _draw_heads(sheet, subject)
+    from matplotlib.colors import Normalize
+
+    config, layer, head = subject.model.config, subject.layer, subject.head
     prefix = f"layers.{layer}.attention."
     seen = subject.record(*(prefix + name for name in ("q_rope", "k_rope", "scores", "weights")))
     keys = seen[prefix + "k_rope"].swapaxes(0, 1)  # [G, S, K]
     no_mask = np.zeros((), keys.dtype)
     unmasked = ops.attention_scores(seen[prefix + "q_rope"], keys, no_mask)[head]
     masked, weights = seen[prefix + "scores"][head], seen[prefix + "weights"]  # [T, S], [H, T, S]
-
-    from matplotlib.colors import Normalize
+    hidden = np.isneginf(masked)
 
     labels = drawable(subject.labels)
-    rows = math.ceil(config.n_heads / 9)
-    columns = math.ceil(config.n_heads / rows)
-    side = float(np.clip(0.25 * T, 3.2, 8.5))
-    width = 3 * (side + 1.6)
-    small = (width - 1) / columns
-    figure.set_size_inches(width, side + 1.9 + rows * (small + 0.1) + 0.6)
-    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=[side + 1.9, rows * (small + 0.1) + 0.6]).flat
-    top.suptitle(f"layer {layer}, head {head}; rows: query positions, columns: key positions")
+    natural = sheet.width * 9 / 16
+    lower = math.ceil(config.n_heads / int(sheet.width - 1)) * 1.4 + 4 * LINE  # inches for all heads, an inch each
+    height = sheet.fit(natural * 0.66 + max(natural * 0.34, lower))
+    lower = height - natural * 0.66 if sheet.height is None else height * 0.34
+    upper = height - lower
+    top, bottom = sheet.figure.subfigures(2, 1, squeeze=False, height_ratios=[upper, lower]).flat
+    cell = min(sheet.width / 3 - 1.3, upper - 1.6) / len(labels)
     maps = top.subplots(1, 3)
     largest = float(np.abs(unmasked).max())
-    for axes, title, x in ((maps[0], "scores q·k / √K", unmasked), (maps[1], "masked: hatched is −∞", masked)):
-        _heat_map(axes, x, "PuOr_r", Normalize(-largest, largest), title, labels)
-    _heat_map(maps[2], weights[head], "viridis", _weights_norm(), "softmax: each row sums to 1", labels)
-    bottom.suptitle(f"all heads of layer {layer} after softmax, colours and axes as above")
-    grid = bottom.subplots(rows, columns, squeeze=False)
-    for h, axes in enumerate(grid.flat):
+    scores = Normalize(-largest, largest)
+    heat_map(maps[0], unmasked, None, "PuOr_r", scores, f"layer {layer}, head {head}\nscores q·k / √K", cell)
+    image = heat_map(maps[1], masked, hidden, "PuOr_r", scores, "masked: hatched is −∞", cell)
+    top.colorbar(image, ax=maps[:2], label="score (linear scale)", shrink=0.8, pad=0.01)
+    image = heat_map(maps[2], weights[head], hidden, "viridis", _weights_norm(), "softmax: each row sums to 1", cell)
+    _weights_bar(top, image, maps[2])
+    longest = LONGEST if cell >= LINE else SHORTER
+    for axes in maps:
+        label_cells(axes.xaxis, labels, cell, longest, rotation=90)
+        axes.set_xlabel("key position")
+        axes.set_yticks([])
+    label_cells(maps[0].yaxis, labels, cell, longest)
+    maps[0].set_ylabel("query position")
+
+    bottom.suptitle(f"all heads of layer {layer}: softmax, axes and colours as above", fontsize=10)
+    rows, columns = tiling(config.n_heads, sheet.width - 1, lower - 3 * LINE, 2 * LINE)
+    side = (sheet.width - 1) / columns
+    for h, axes in enumerate(bottom.subplots(rows, columns, squeeze=False).flat):
         if h >= config.n_heads:
             axes.axis("off")
             continue
-        axes.imshow(weights[h], cmap="viridis", norm=_weights_norm(), interpolation="nearest")
+        name = f"head {h}" if side > 9 * CHAR else str(h)
+        heat_map(axes, weights[h], hidden, "viridis", _weights_norm(), name, side / len(labels), numbers=False)
         axes.set(xticks=[], yticks=[])
-        axes.set_title(f"head {h}" + (" (above)" if h == head else ""), fontsize=8, pad=2)
+        axes.title.set(fontsize=SMALL, fontweight="bold" if h == head else "normal")
+
+
+def _draw_heads(sheet: Sheet, subject: Subject) -> None:
+    """Draw the weights of several heads, with the tokens at the left and lower maps."""
+    config, layer = subject.model.config, subject.layer
+    heads = range(config.n_heads) if subject.heads is None else subject.heads
+    prefix = f"layers.{layer}.attention."
+    seen = subject.record(prefix + "scores", prefix + "weights")
+    labels = drawable(subject.labels)
+    margin = min(max(map(cells, labels)) + 3, SHORTER) * CHAR + 3 * LINE  # of the tokens at the left and below
+    height = sheet.fit(sheet.width * 9 / 16)
+    rows, columns = tiling(len(heads), sheet.width - margin - 0.9, height - margin, 2 * LINE)
+    side = min((sheet.width - margin - 0.9) / columns, (height - margin) / rows - 2 * LINE) - LINE
+    grid = sheet.figure.subplots(rows, columns, squeeze=False)
+    cell = side / len(labels)
+    for i, (axes, head) in enumerate(zip(grid.flat, heads, strict=False)):
+        hidden = np.isneginf(seen[prefix + "scores"][head])
+        name = f"layer {layer}, head {head}" if side > 16 * CHAR else f"head {head}" if side > 7 * CHAR else str(head)
+        image = heat_map(axes, seen[prefix + "weights"][head], hidden, "viridis", _weights_norm(), name, cell)
+        axes.set(xticks=[], yticks=[])
+        if i % columns == 0:
+            label_cells(axes.yaxis, labels, cell, SHORTER)
+            axes.set_ylabel("query position", fontsize=SMALL)
+        if i + columns >= len(heads):  # none below it
+            label_cells(axes.xaxis, labels, cell, SHORTER, rotation=90)
+            axes.set_xlabel("key position", fontsize=SMALL)
+    for axes in grid.flat[len(heads) :]:
+        axes.axis("off")
+    _weights_bar(sheet.figure, image, grid.ravel().tolist())
+
+
+def tiling(n: int, width: float, height: float, title: float) -> tuple[int, int]:
+    """Find the rows and columns in which n squares, each below a title, are largest.    all in inches -> rows, columns"""
+
+    def side(rows: int) -> float:
+        return min(width / math.ceil(n / rows), height / rows - title)
+
+    rows = max(range(1, n + 1), key=side)
+    columns = math.ceil(n / rows)
+    return math.ceil(n / columns), columns
+
+
+def heat_map(
+    axes: Axes,
+    x: np.ndarray,
+    hidden: np.ndarray | None,
+    colours: str,
+    norm: Normalize,
+    title: str,
+    cell: float,
+    numbers: bool = True,
+) -> Any:
+    """Draw a cell for each number; where `hidden` says so, the hatched ground. Cells with room have their numbers."""
+    if hidden is None:
+        hidden = np.zeros(x.shape, bool)
+    axes.patch.set(hatch="////" if cell > 0.05 else "///", **MASKED)
+    image = axes.imshow(np.ma.masked_where(hidden, x), cmap=colours, norm=norm, interpolation="nearest")
+    axes.set_title(title)
+    if numbers and cell >= 0.22:
+        for row, column in np.argwhere(hidden & np.isneginf(x)):
+            axes.text(column, row, "−∞", ha="center", va="center", fontsize=7)
+    if numbers and cell >= 0.42:
+        ground = {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 1}
+        for row, column in np.argwhere(~hidden):
+            axes.text(column, row, f"{x[row, column]:.2f}", ha="center", va="center", fontsize=7, bbox=ground)
+    return image
 
 
 def _weights_norm() -> Normalize:
@@ -292,115 +318,141 @@ def _weights_norm() -> Normalize:
     return PowerNorm(0.5, 0, 1)
 
 
-def _heat_map(axes: Axes, x: np.ndarray, colours: str, norm: Normalize, title: str, labels: Sequence[str]) -> None:
-    """Draw cells with tokens on both axes; those that are -inf show the hatched ground. Small maps have numbers."""
-    hidden = np.isneginf(x)
-    axes.patch.set(hatch="////", facecolor="#eeeeee", edgecolor="#a8a8a8")
-    image = axes.imshow(np.ma.masked_where(hidden, x), cmap=colours, norm=norm, interpolation="nearest")
-    axes.set_title(title)
-    label_axis(axes.xaxis, labels, rotation=90)
-    label_axis(axes.yaxis, labels)
-    if len(x) <= 24:
-        for row, column in np.argwhere(hidden):
-            axes.text(column, row, "−∞", ha="center", va="center", fontsize=6)
-    if len(x) <= 6:
-        for row, column in np.argwhere(~hidden):
-            ground = {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 1.5}
-            axes.text(column, row, f"{x[row, column]:.2f}", ha="center", va="center", fontsize=8, bbox=ground)
-    axes.figure.colorbar(image, ax=axes, shrink=0.8)
+def _weights_bar(figure: SubFigure, image: Any, ax: Any) -> None:
+    """Add the colour bar of attention weights."""
+    bar = figure.colorbar(image, ax=ax, label="weight (square-root scale)", shrink=0.8, pad=0.01)
+    bar.set_ticks([0, 0.01, 0.1, 0.25, 0.5, 1], labels=["0", "0.01", "0.1", "0.25", "0.5", "1"], fontsize=SMALL)
 
 
-def draw_mask(figure: Figure, subject: Subject) -> None:
+def draw_mask(sheet: Sheet, subject: Subject) -> None:
     """Draw where the scores of the pass are -inf."""
+    from matplotlib.colors import ListedColormap, Normalize
+
     name = f"layers.{subject.layer}.attention.scores"
     hidden = np.isneginf(subject.record(name)[name][subject.head])  # [T, S]
     labels, T = drawable(subject.labels), len(hidden)
-    side = float(np.clip(0.3 * T, 3.2, 10))
-    figure.set_size_inches(side + 2.2, side + 1.8)
-    axes = figure.subplots()
-    axes.patch.set(hatch="////", facecolor="#eeeeee", edgecolor="#a8a8a8")
-    from matplotlib.colors import ListedColormap
-
-    axes.imshow(np.ma.masked_where(hidden, np.zeros(hidden.shape)), cmap=ListedColormap([SKY]), interpolation="nearest")
-    label_axis(axes.xaxis, labels, rotation=90)
-    label_axis(axes.yaxis, labels)
-    if T <= 24:
+    height = sheet.fit(sheet.width * 9 / 16, sheet.width * 10 / 16)
+    cell = (min(sheet.width, height) - 2) / T
+    axes = sheet.figure.subplots()
+    zeros = np.where(hidden, -np.inf, 0.0)
+    sky: Any = ListedColormap([SKY])
+    heat_map(axes, zeros, hidden, sky, Normalize(-1, 1), "the causal mask: blue is 0, hatched is −∞", cell, numbers=False)
+    if cell >= 0.22:
         for row, column in np.ndindex(hidden.shape):
             axes.text(column, row, "−∞" if hidden[row, column] else "0", ha="center", va="center", fontsize=7)
+    label_cells(axes.xaxis, labels, cell, LONGEST, rotation=90)
+    label_cells(axes.yaxis, labels, cell, LONGEST)
     axes.set(xlabel="key position", ylabel="query position")
-    axes.set_title("the causal mask:\nblue is 0, hatched is −∞")
 
 
-def draw_residual(figure: Figure, subject: Subject) -> None:
+# ------------------------------------------------------------------------------------------------------- residual, logit lens
+
+
+def draw_residual(sheet: Sheet, subject: Subject) -> None:
     """Draw the norm of each token's vector after each attention and each layer."""
     config, T = subject.model.config, len(subject.ids)
     norms = residual_norms(subject.record(*residual_names(config)), config)  # [1 + 2L, T]
     labels = drawable(subject.labels)
-    figure.set_size_inches(11, 5.5)
-    axes = figure.subplots()
-    layers = np.arange(len(norms)) / 2  # 0.5 is after layer 0's attention, 1 after layer 0
+    height = sheet.fit(sheet.width * 9 / 16)
+    axes = sheet.figure.subplots()
+    depth = np.arange(len(norms)) / 2  # 0.5 is after layer 0's attention, 1 after layer 0
+    colours = _colours("viridis", T)
     for t in range(T):
-        axes.plot(layers, norms[:, t], color=_colours("viridis", T)[t], linewidth=0.9, alpha=0.35 if T > 40 else 0.8)
+        axes.plot(depth, norms[:, t], color=colours[t], linewidth=0.9, alpha=0.35 if T > 40 else 0.8)
     if T > 2:
-        axes.plot(layers, np.median(norms, axis=1), color="black", linewidth=2.2, label="median of the tokens")
+        axes.plot(depth, np.median(norms, axis=1), color="black", linewidth=2.2, label="median of the tokens")
     largest = int(np.argmax(norms[-1]))
-    axes.plot(
-        layers,
-        norms[:, largest],
-        "--",
-        color=VERMILION,
-        linewidth=2.2,
-        label=f"largest at the end: position {largest}, {labels[largest]}",
-    )
+    name = f"largest at the end: position {largest}, {cut(labels[largest], LONGEST)}"
+    axes.plot(depth, norms[:, largest], "--", color=VERMILION, linewidth=2.2, label=name)
     axes.set_yscale("log")
-    _plain_numbers(axes.yaxis)
-    axes.set_xticks(range(0, config.n_layers + 1, math.ceil((config.n_layers + 1) / 40)))
-    axes.set(xlabel="layers passed; half steps are after attention", ylabel="‖x‖")
+    least, most = max(float(norms.min()), 1e-30) / 1.2, max(float(norms.max()), 1e-30) * 1.2
+    axes.set(xlim=(-0.05, config.n_layers + 0.05), ylim=(least, most), ylabel="norm ‖x‖ of the residual stream")
+    label_decades(axes.yaxis, least, most, 0.8 * height)
+    inches = (sheet.width - 1) / config.n_layers
+    label_between(axes.xaxis, range(config.n_layers + 1), [str(i) for i in range(config.n_layers)], inches)
+    axes.set_xlabel("layer: after its attention in the middle, after its feed-forward at the end")
     axes.set_title("the residual stream's norm, a line for each token" + ("; dark is early, bright late" if T > 1 else ""))
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, fontsize=SMALL)
 
 
-def draw_logit_lens(figure: Figure, subject: Subject) -> None:
+def draw_logit_lens(sheet: Sheet, subject: Subject) -> None:
     """Draw the likeliest next token after each layer at each position, its probability as colour; long prompts in strips."""
     config, T = subject.model.config, len(subject.ids)
     ids, p = (x[..., 0] for x in logit_lens(subject.model, subject.record(*lens_names(config)), 1))  # [1 + L, T]
-    texts = token_labels(subject.model.tokenizer, ids.ravel())
-    texts = drawable([*texts, *subject.labels])
-    predicted = [texts[i * T : (i + 1) * T] for i in range(len(ids))]
+    texts = drawable([*token_labels(subject.model.tokenizer, ids.ravel()), *subject.labels])
     labels = texts[ids.size :]
-    a_strip = 25
-    strips = math.ceil(T / a_strip)
-    height = 0.2 * len(ids) + 1.1
-    figure.set_size_inches(max(6, 0.8 * min(T, a_strip) + 3), strips * height + 0.6)
-    figure.suptitle("logit lens: the likeliest next token after each layer\n(the model's final norm and output matrix)")
-    for strip, axes in enumerate(figure.subplots(strips, 1, squeeze=False).flat):
-        at = slice(strip * a_strip, min((strip + 1) * a_strip, T))
-        shown = p[:, at]
-        image = axes.imshow(shown, cmap="cividis", vmin=0, vmax=1, aspect="auto", origin="lower", interpolation="nearest")
-        for row, column in np.ndindex(shown.shape):
-            dark = shown[row, column] < 0.55
-            text = _short(predicted[row][at][column])
-            axes.text(column, row, text, ha="center", va="center", fontsize=6.5, color="white" if dark else "black")
-        axes.set_xlim(-0.5, min(T, a_strip) - 0.5)
-        axes.set_xticks(range(shown.shape[1]), [f"{i}\n{_short(labels[i])}" for i in range(T)[at]], fontsize=7)
-        axes.set_yticks(range(len(ids)), ["embedding", *map(str, range(config.n_layers))], fontsize=7)
-        axes.set_ylabel("after layer")
-    figure.colorbar(image, ax=figure.axes, label="its probability", shrink=min(1.0, 4 / (strips * height)), aspect=25)
+    margin, row, ticks = 1.9, 1.2 * LINE, 4 * LINE  # inches: beside the cells, of a cell, below and above a strip
+    strips = math.ceil(T / max(int((sheet.width - margin) / LENS_CELL), 1))
+    columns = math.ceil(T / strips)  # strips of the same length
+    height = sheet.fit(strips * (len(ids) * row + ticks) + 3 * LINE)
+    room = (height - 3 * LINE - strips * ticks) / strips / row  # layers that fit
+    stride = math.ceil(len(ids) / max(room + 0.01, 1))
+    layers = list(range(len(ids)))[::-stride][::-1]  # the last one always
+    longest = max(int((sheet.width - margin) / columns / CHAR) - 1, 1)
+    which = "each" if stride == 1 else f"every {_ordinal(stride)}"
+    grid = sheet.figure.subplots(strips, 1, squeeze=False).ravel().tolist()
+    for strip, axes in enumerate(grid):
+        at = slice(strip * columns, min((strip + 1) * columns, T))
+        probability = p[layers, at]
+        image = axes.imshow(probability, cmap="cividis", vmin=0, vmax=1, aspect="auto", origin="lower", interpolation="nearest")
+        for i, column in np.ndindex(probability.shape):
+            text = cut(texts[layers[i] * T + at.start + column], longest)
+            colour = "white" if probability[i, column] < 0.55 else "black"
+            axes.text(column, i, text, ha="center", va="center", fontsize=SMALL, color=colour)
+        axes.set_xlim(-0.5, columns - 0.5)
+        names = [f"{i}\n{cut(labels[i], longest)}" for i in range(T)[at]]
+        axes.set_xticks(range(len(names)), names, fontsize=SMALL)
+        names = ["embedding" if layer == 0 else f"layer {layer - 1}" for layer in layers]
+        axes.set_yticks(range(len(layers)), names, fontsize=SMALL)
+        axes.spines[["top", "right"]].set_visible(False)
+    grid[0].set_title(f"logit lens: the likeliest next token after {which} layer, by the final norm and output matrix")
+    grid[-1].set_xlabel("position and its token")
+    shrink = min(1.0, 4 / height)
+    bar = sheet.figure.colorbar(image, ax=grid, label="probability (linear scale)", shrink=shrink, aspect=25, pad=0.01)
+    bar.ax.tick_params(labelsize=SMALL)
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= 9 else text[:8] + "…"
+def _ordinal(n: int) -> str:
+    return {2: "second", 3: "third"}.get(n, f"{n}th")
 
 
-def draw_tokens(figure: Figure, subject: Subject) -> None:
+# --------------------------------------------------------------------------------------------------------------------- tokens
+
+
+def draw_tokens(sheet: Sheet, subject: Subject) -> None:
     """Draw the text as boxes, one per token, its id below; adjacent ones differ in colour, and a newline ends the line."""
-    labels = drawable(subject.labels)
     import matplotlib
+    from matplotlib.patches import Rectangle
 
+    labels = drawable(subject.labels)
     matplotlib.rcParams["font.family"] = ["DejaVu Sans Mono", *matplotlib.rcParams["font.family"]]
-    widths = [max(sum(map(_cells, label)), 0.75 * len(str(id))) + 0.8 for label, id in zip(labels, subject.ids, strict=True)]
-    longest = max(92.0, *widths)
+    widths = [max(cells(label), 0.75 * len(str(id))) + 0.8 for label, id in zip(labels, subject.ids, strict=True)]
+    cell, line, title = 0.11, 0.5, 0.5  # inches, at a text of 13 points
+    scale = 1.0 if sheet.height is None else 1.8
+    while True:  # as large as fits, if the height is given
+        columns = max((sheet.width - 0.4) / (cell * scale), *widths)
+        places = _in_lines(labels, widths, columns)
+        needed = line * scale * (places[-1][1] + 1) + title
+        if sheet.height is None or needed <= sheet.height or scale < 0.2:
+            break
+        scale *= 0.95
+    scale *= min(1.0, (sheet.width - 0.4) / (cell * scale) / columns)  # one token longer than a line
+    height = sheet.fit(needed)
+    axes = sheet.figure.subplots()
+    axes.set(xlim=(-0.5, columns + 0.5), ylim=((height - title) / (line * scale) - 0.1, -0.1))
+    axes.axis("off")
+    axes.set_title(f"{len(labels)} token{'s' * (len(labels) != 1)}; · is a space, ↵ a newline", loc="left")
+    tints = [_tint(colour) for colour in (SKY, ORANGE, GREEN, YELLOW, PURPLE)]
+    for i, ((x, y), width) in enumerate(zip(places, widths, strict=True)):
+        box = {"facecolor": tints[i % len(tints)], "edgecolor": "#606060", "linewidth": 0.5}
+        axes.add_patch(Rectangle((x + 0.06, y), width - 0.12, 0.52, **box))
+        axes.text(x + width / 2, y + 0.27, labels[i], ha="center", va="center", fontsize=12 * scale)
+        axes.text(x + width / 2, y + 0.7, str(subject.ids[i]), ha="center", va="center", fontsize=8 * scale, color="#404040")
+
+
+def _in_lines(labels: Sequence[str], widths: Sequence[float], longest: float) -> list[tuple[float, int]]:
+    """Place boxes of these widths in lines.    -> for each its left edge and its line"""
     places, x, y = [], 0.0, 0
     for label, width in zip(labels, widths, strict=True):
         if x and x + width > longest:
@@ -409,45 +461,26 @@ def draw_tokens(figure: Figure, subject: Subject) -> None:
         x += width
         if label.endswith("↵"):
             x, y = 0.0, y + 1
-    used = max(x + width for (x, _), width in zip(places, widths, strict=True))
-    n_lines = places[-1][1] + 1
-    cell, line = 0.11, 0.5  # inches
-    figure.set_size_inches(cell * max(used, 30) + 0.4, line * n_lines + 0.7)
-    axes = figure.subplots()
-    axes.set(xlim=(-0.5, max(used, 30) + 0.5), ylim=(n_lines - 0.1, -0.1))
-    axes.axis("off")
-    axes.set_title(f"{len(labels)} token{'s' * (len(labels) != 1)}; ␣ space, ↵ newline", loc="left", fontsize=9)
-    from matplotlib.patches import Rectangle
-
-    tints = [_tint(colour) for colour in (SKY, ORANGE, GREEN, YELLOW, PURPLE)]
-    for i, ((x, y), width) in enumerate(zip(places, widths, strict=True)):
-        tint = tints[i % len(tints)]
-        axes.add_patch(Rectangle((x + 0.06, y), width - 0.12, 0.52, facecolor=tint, edgecolor="#606060", linewidth=0.5))
-        axes.text(x + width / 2, y + 0.27, labels[i], ha="center", va="center", fontsize=11)
-        axes.text(x + width / 2, y + 0.7, str(subject.ids[i]), ha="center", va="center", fontsize=7.5, color="#404040")
+    return places
 
 
-def _cells(char: str) -> int:
-    """Count the columns of a monospaced font that a character takes."""
-    if unicodedata.combining(char):
-        return 0
-    return 2 if unicodedata.east_asian_width(char) in "WF" else 1
+# ---------------------------------------------------------------------------------------------------------------------- error
 
 
-def draw_error(figure: Figure, report: Report) -> None:
+def draw_error(sheet: Sheet, report: Report) -> None:
     """Draw each activation's error and its floor, in the order of computation; then the worst of each layer, in floors."""
     measured = [a for a in report["activations"] if a["accumulated"]]
     if not measured:
         raise ValueError("the comparison measured no activation: there is nothing to draw")
-    entries = [SimpleNamespace(place=place(a["name"]), passed=a["passed"]) for a in measured]
+    entries = [SimpleNamespace(name=a["name"], place=place(a["name"]), passed=a["passed"]) for a in measured]
     error, floor, ratio = (np.array([float(a["accumulated"][key]) for a in measured]) for key in ("error", "floor", "ratio"))
     for values in (error, floor, ratio):  # an axis of more decades than these can't be drawn
         values[values > 1e100], values[values < 1e-100] = np.inf, 0
     passed = np.array([a.passed for a in entries])
     limit = None if report["limit"] is None else float(report["limit"])  # JSON's integers have any size, NumPy's 64 bits
     groups = _by_layer(entries)
-    figure.set_size_inches(float(np.clip(0.09 * len(entries), 9, 24)), 8)
-    upper, lower = figure.subplots(2, 1)
+    height = sheet.fit(sheet.width * 9 / 16)
+    upper, lower = sheet.figure.subplots(2, 1, height_ratios=[1.2, 1])
     x = np.arange(len(entries))
     finite = np.concatenate([v[np.isfinite(v) & (v > 0)] for v in (error, floor)])
     bottom, ceiling = (finite.min() / 3, finite.max() * max(30, limit or 0)) if finite.size else (1e-9, 1.0)
@@ -460,19 +493,15 @@ def draw_error(figure: Figure, report: Report) -> None:
         upper.plot(x, inside(limit * floor), "--", color=GREY, linewidth=1.2, label=f"limit: {limit:g} times the floor")
     upper.plot(x, inside(error), "o-", color=BLUE, markersize=3, linewidth=1, label="error; at the bottom edge: none")
     upper.plot(x[~passed], inside(error)[~passed], "X", color=VERMILION, markersize=7, label="different")
-    starts = [indices[0] for indices in groups.values()]
-    for i, start in enumerate(starts):
-        end = starts[i + 1] if i + 1 < len(starts) else len(x)
-        if i % 2:
-            upper.axvspan(start - 0.5, end - 0.5, color="#f2f2f2", zorder=0)
-    wide = [(indices[0], name) for name, indices in groups.items() if len(indices) > 2]
-    stride = math.ceil(len(wide) / MOST_LABELS) or 1
-    upper.set_xticks([start for start, _ in wide[::stride]], [name for _, name in wide[::stride]], fontsize=8, ha="left")
+    bounds = [*(indices[0] - 0.5 for indices in groups.values()), len(x) - 0.5]
+    for left, right in list(itertools.pairwise(bounds))[1::2]:
+        upper.axvspan(left, right, color="#f2f2f2", zorder=0)
     upper.set(xlim=(-0.5, len(x) - 0.5), ylim=(bottom, ceiling), ylabel="relative error")
+    label_between(upper.xaxis, bounds, list(groups), (sheet.width - 1) / len(x))
 
-    worst = {name: float(ratio[indices].max()) for name, indices in groups.items()}
+    worst = [float(ratio[indices].max()) for indices in groups.values()]
     failed = [not passed[indices].all() for indices in groups.values()]
-    heights = np.array(list(worst.values()))
+    heights = np.array(worst)
     sound = heights[np.isfinite(heights)]
     edge = max(10 * (limit or 1), 3 * sound.max() if sound.size else 1)
     colours = [VERMILION if bad else BLUE for bad in failed]
@@ -482,16 +511,35 @@ def draw_error(figure: Figure, report: Report) -> None:
     if limit is not None:
         lower.axhline(limit, color=GREY, linestyle="--", linewidth=1.2)
     lower.axhline(1, color=GREY, linewidth=2)
-    stride = math.ceil(len(worst) / MOST_LABELS)
-    lower.set_xticks(range(0, len(worst), stride), list(worst)[::stride], fontsize=8)
-    lower.set(xlabel="layer", xlim=(-0.6, len(worst) - 0.4), ylabel="worst error, in noise floors", ylim=(0.01, edge))
-    for axes in (upper, lower):
+    lower.set(xlabel="layer; hatched: an activation of it is different", ylabel="worst error,\nin noise floors")
+    lower.set(xlim=(-0.6, len(worst) - 0.4), ylim=(0.01, edge))
+    label_between(lower.xaxis, [i - 0.5 for i in range(len(worst) + 1)], list(groups), (sheet.width - 1) / len(worst))
+    lower.tick_params(axis="x", which="major", length=0)
+    for axes, least, most, share in ((upper, bottom, ceiling, 0.4), (lower, 0.01, edge, 0.3)):
         axes.set_yscale("log")
-        _plain_numbers(axes.yaxis)
+        axes.set_ylim(least, most)
+        label_decades(axes.yaxis, least, most, share * height)
         axes.grid(axis="y", alpha=0.25)
-    upper.legend(frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    [verdict] = drawable([report["verdict"]], longest=150)  # it may have a name of the port's
-    figure.suptitle(verdict, fontsize=10)
+    if not passed.all():
+        first = int(np.argmin(passed))
+        at = next(i for i, indices in enumerate(groups.values()) if first in indices)
+        _mark_first(upper, first, f"first divergence: {cut(drawable([entries[first].name])[0], 60)}")
+        _mark_first(lower, at, "")
+    [verdict] = drawable([report["verdict"]])  # it may have a name of the port's
+    upper.set_title(cut(verdict, int(sheet.width / 0.088)), loc="left")
+    sheet.figure.legend(*upper.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=SMALL)
+
+
+def _mark_first(axes: Axes, at: float, text: str) -> None:
+    """Mark a place on the x axis by a line, with a text at its top."""
+    axes.axvline(at, color=VERMILION, linestyle=":", linewidth=1.5, zorder=1)
+    left, right = axes.get_xlim()
+    before = at > (left + right) / 2
+    offset = {"textcoords": "offset points", "xytext": (-5 if before else 5, -5)}
+    ground = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1}
+    align = {"ha": "right" if before else "left", "va": "top", "fontsize": SMALL, "color": "#a03c00"}
+    if text:
+        axes.annotate(text, (at, 1), xycoords=axes.get_xaxis_transform(), bbox=ground, **offset, **align)
 
 
 def _by_layer(entries: Sequence[SimpleNamespace]) -> dict[str, list[int]]:
@@ -557,14 +605,6 @@ def _tint(colour: str) -> tuple[float, ...]:
     from matplotlib.colors import to_rgb
 
     return tuple(1 - 0.45 * (1 - part) for part in to_rgb(colour))
-
-
-def _plain_numbers(axis: Axis) -> None:
-    """Write 1e-05 where matplotlib would write a formula: formulas are off, since tokens may hold a `$`."""
-    from matplotlib.ticker import FuncFormatter, NullFormatter
-
-    axis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
 
 
 KINDS: dict[str, Callable[..., None]] = {

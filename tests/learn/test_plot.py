@@ -1,9 +1,11 @@
-"""Every picture comes out at every length, with whatever tokens, and shows the numbers that the taps do."""
+"""Plots: each kind at every length, size and font, with any tokens; its numbers are those that the taps record."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import struct
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -13,6 +15,7 @@ import pytest
 
 matplotlib = pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 from npllama import Precision, load, ops, record  # noqa: E402
@@ -21,6 +24,7 @@ from npllama.cli import main  # noqa: E402
 from npllama.golden import trace  # noqa: E402
 from npllama.golden.compare import compare  # noqa: E402
 from npllama.golden.compare.report import as_dict, write_report  # noqa: E402
+from npllama.learn import figure as figures  # noqa: E402
 from npllama.learn import plot  # noqa: E402
 from npllama.learn.lens import logit_lens, residual_norms  # noqa: E402
 
@@ -68,11 +72,8 @@ def subject(model, n_tokens=17, **choice) -> plot.Subject:
     return plot.Subject(model, random_tokens(model.config, 3, n_tokens).tolist(), **choice)
 
 
-def drawn(draw, **given) -> Figure:
-    figure = Figure()
-    with matplotlib.rc_context({"text.parse_math": False}):
-        draw(figure, **given)
-    return figure
+def drawn(draw, size=None, font=None, **given) -> Figure:
+    return figures.drawn(functools.partial(draw, **given), size, font)
 
 
 def images(figure: Figure) -> list[np.ma.MaskedArray]:
@@ -84,12 +85,22 @@ def texts(figure: Figure) -> list[str]:
     return [text.get_text() for text in found]
 
 
+def between_ticks(axis) -> list[tuple[float, float, str]]:
+    """Each label of an axis with the ticks before and after it."""
+    major, minor = axis.get_majorticklocs(), axis.get_minorticklocs()
+    labels = [text.get_text() for text in axis.get_ticklabels(minor=True)]
+    return [
+        (max(x for x in major if x < at), min(x for x in major if x > at), label)
+        for at, label in zip(minor, labels, strict=True)
+    ]
+
+
 @pytest.mark.parametrize("kind", plot.KINDS)
 @pytest.mark.parametrize("n_tokens", [1, 17, 200])
 def test_every_kind_at_every_length(kind, n_tokens, model, tmp_path):
     """Warnings are errors here: a glyph that no font has would be one."""
     out = tmp_path / f"{kind}.png"
-    plot.plot(kind, subject(model, n_tokens, layer=1, head=5), out)
+    plot.plot(kind, subject(model, n_tokens, layer=1, heads=(5,)), out)
     assert out.read_bytes().startswith(b"\x89PNG")
     assert os.listdir(tmp_path) == [out.name]
 
@@ -103,7 +114,7 @@ def test_svg_is_the_same_each_time(model, tmp_path):
 
 
 def test_attention_shows_what_the_taps_do(model):
-    given = subject(model, layer=1, head=4)
+    given = subject(model, layer=1, heads=(4,))
     seen = record(model, given.ids)
     scores, weights = seen["layers.1.attention.scores"][4], seen["layers.1.attention.weights"]
     shown = images(drawn(plot.draw_attention, subject=given))
@@ -113,9 +124,17 @@ def test_attention_shows_what_the_taps_do(model):
     assert np.isfinite(unmasked).all(), "the first map is from before the mask"
     assert np.array_equal(np.ma.getmaskarray(masked), ~visible)
     assert np.array_equal(masked.compressed(), scores[visible])
-    assert np.array_equal(softmax, weights[4])
-    assert np.array_equal(np.stack(heads), weights)
-    assert texts(drawn(plot.draw_attention, subject=given)).count("−∞") == 17 * 16 / 2
+    for shown, expected in ((softmax, weights[4]), *zip(heads, weights, strict=True)):
+        assert np.array_equal(np.ma.getmaskarray(shown), ~visible)
+        assert np.array_equal(shown.compressed(), expected[visible])
+
+
+def test_few_tokens_have_numbers_in_their_cells(model):
+    given = subject(model, 5)
+    weights = record(model, given.ids)["layers.0.attention.weights"][0]
+    found = texts(drawn(plot.draw_attention, subject=given))
+    assert found.count("−∞") == 5 * 4 / 2
+    assert set(found) >= {f"{weight:.2f}" for weight in weights[np.tril_indices(5)]}
 
 
 def test_mask_is_where_the_scores_are_minus_infinity(model):
@@ -130,9 +149,11 @@ def test_mask_is_where_the_scores_are_minus_infinity(model):
 def test_residual_has_a_line_for_each_token(model):
     given = subject(model)
     norms = residual_norms(record(model, given.ids), model.config)
-    lines = drawn(plot.draw_residual, subject=given).axes[0].lines
+    axes = drawn(plot.draw_residual, subject=given).axes[0]
+    lines = axes.lines
     assert np.array_equal(np.stack([line.get_ydata() for line in lines[:17]], axis=1), norms)
     assert lines[-1].get_label().startswith(f"largest at the end: position {norms[-1].argmax()}, ")
+    assert between_ticks(axes.xaxis) == [(i, i + 1, str(i)) for i in range(model.config.n_layers)]
 
 
 @pytest.mark.parametrize("n_tokens", [17, 60])
@@ -140,32 +161,28 @@ def test_logit_lens_shows_every_layer_and_position_once(n_tokens):
     config = CONFIGS["odd_ffn"]
     given = subject(Model(config, random_params(config, seed=1)), n_tokens)
     ids, p = logit_lens(given.model, record(given.model, given.ids), 1)
-    figure = drawn(plot.draw_logit_lens, subject=given)
-    assert np.array_equal(np.concatenate(images(figure)[:-1] if len(images(figure)) > 3 else images(figure), axis=1), p[..., 0])
-    cells = [text for axes in figure.axes for text in axes.texts]
-    strips = [axes for axes in figure.axes if axes.texts]
-    found = np.full(ids.shape[:2], -1)
-    start = 0
+    strips = [axes for axes in drawn(plot.draw_logit_lens, subject=given).axes if axes.texts]
+    assert np.array_equal(np.concatenate([axes.images[0].get_array() for axes in strips], axis=1), p[..., 0])
+    found, start = np.full(ids.shape[:2], -1), 0
     for axes in strips:
         for text in axes.texts:
             column, row = text.get_position()
             found[row, start + column] = int(text.get_text())
-        start += 25
-    assert len(cells) == ids.shape[0] * n_tokens
+        start += axes.images[0].get_array().shape[1]
     assert np.array_equal(found, ids[..., 0])
 
 
-def test_rope_says_how_far_each_pair_turns(model):
-    given = subject(model, 9, layer=1, head=2)
+@pytest.mark.parametrize("position", [None, 0, 5])
+def test_rope_says_how_far_each_pair_is_rotated(position, model):
+    given, at = subject(model, 9, layer=1, heads=(2,), position=position), 8 if position is None else position
     frequencies = ops.rope_frequencies(model.config.head_dim, model.config.rope_theta, model.config.rope_scaling, np.float64)
     figure = drawn(plot.draw_rope, subject=given)
-    turns = [axes.get_title() for axes in figure.axes[: model.config.head_dim // 2]]
-    expected = [f"pair {j}: {round(np.degrees(8 * frequency)) % 360}°" for j, frequency in enumerate(frequencies)]
-    assert turns == expected
+    titles = [axes.get_title() for axes in figure.axes[: model.config.head_dim // 2]]
+    assert titles == [f"{j}: {round(np.degrees(at * frequency)) % 360}°" for j, frequency in enumerate(frequencies)]
     unscaled, scaled = (line.get_ydata() for line in figure.axes[-1].lines[:2])
     assert np.array_equal(scaled, frequencies)
     assert [line.get_xdata().tolist() for line in figure.axes[-1].lines[:2]] == [list(range(len(frequencies)))] * 2
-    assert any(text.startswith("RoPE rotates the query at position 8 (") for text in texts(figure))
+    assert any(text.startswith(f"RoPE at position {at}, ") for text in texts(figure))
     assert (unscaled >= scaled).all()
     assert unscaled[-1] == pytest.approx(8 * scaled[-1])  # Llama 3.1's factor
 
@@ -174,17 +191,149 @@ def test_tokens_are_all_there_with_their_ids(model):
     given = subject(model, 60)
     shown = [text.get_text() for text in drawn(plot.draw_tokens, subject=given).axes[0].texts]
     assert shown[1::2] == [str(id) for id in given.ids]
-    assert set(shown[0::2]) >= {"␣", "↵", "⇥", "$x$"}
+    assert set(shown[0::2]) >= {"·", "↵", "⇥", "$x$"}
 
 
 def test_where_no_font_has_a_glyph_its_code_is_shown(monkeypatch):
     from matplotlib import font_manager
 
     monkeypatch.setattr(font_manager.fontManager, "ttflist", [])
-    plot.fonts_for.cache_clear()
+    figures.fonts_for.cache_clear()
     with matplotlib.rc_context():
-        assert plot.drawable(["你好", " é"]) == ["<U+4F60><U+597D>", " é"]
-    plot.fonts_for.cache_clear()
+        assert figures.drawable(["你好", "␣é", "·"]) == ["<U+4F60><U+597D>", "·é", "<U+00B7>"]
+    figures.fonts_for.cache_clear()
+
+
+# ------------------------------------------------------------------------------------------------- size, text, colours
+
+
+SLIDE = (1280, 720)
+LOOKS = [(kind, 60, SLIDE, None) for kind in [*plot.KINDS, "heads"]]
+LOOKS += [("attention", 60, SLIDE, 20), ("logit-lens", 60, SLIDE, 20), ("attention", 6, (640, 480), None)]
+
+
+@pytest.mark.parametrize(("kind", "n_tokens", "size", "font"), LOOKS, ids=str)
+def test_texts_do_not_overlap_and_are_within_the_figure(kind, n_tokens, size, font, monkeypatch):
+    model = load()
+    text = "Two households, both alike in dignity, in fair Verona, where we lay our scene. "
+    ids = model.tokenizer.encode(text * 4, bos=True)
+    draw, choice = (plot.draw_attention, {"heads": None}) if kind == "heads" else (plot.KINDS[kind], {})
+    assert_readable(drawn(draw, size, font, subject=plot.Subject(model, ids[:n_tokens], layer=2, **choice)), monkeypatch)
+
+
+def assert_readable(figure, monkeypatch):
+    """Check the boxes of all texts that are drawn, less the space above and below a line's letters."""
+    texts, draw = [], matplotlib.text.Text.draw
+
+    def keep(self, renderer):
+        texts.append(self)
+        return draw(self, renderer)
+
+    monkeypatch.setattr(matplotlib.text.Text, "draw", keep)
+    FigureCanvasAgg(figure).draw()
+    pixels = figure.dpi / 72
+    texts = [text for text in texts if text.get_visible() and text.get_text().strip()]
+    boxes = [text.get_window_extent().padded(-0.15 * text.get_fontsize() * pixels) for text in texts]
+    page, edges = figure.bbox, np.array([box.extents for box in boxes])
+    for text, box in zip(texts, boxes, strict=True):
+        assert page.x0 <= box.x0 <= box.x1 <= page.x1, text
+        assert page.y0 <= box.y0 <= box.y1 <= page.y1, text
+    x0, y0, x1, y1 = edges.T
+    apart = (
+        (x0[:, None] >= x1) | (x1[:, None] <= x0) | (y0[:, None] >= y1) | (y1[:, None] <= y0) | np.eye(len(boxes), dtype=bool)
+    )
+    assert apart.all(), [(texts[i].get_text(), texts[j].get_text()) for i, j in np.argwhere(~apart)[:5]]
+    assert min(text.get_fontsize() for text in texts) * pixels >= 0.6 * (figure.dpi / 7.2), (
+        "text that is far smaller than the font"
+    )
+
+
+def test_a_picture_has_the_pixels_that_are_asked_for(model, tmp_path):
+    for size in (SLIDE, (641, 479)):
+        plot.plot("mask", subject(model), tmp_path / "a.png", size)
+        assert struct.unpack(">II", (tmp_path / "a.png").read_bytes()[16:24]) == size
+
+
+def test_text_grows_with_the_picture_and_with_the_font(model):
+    def pixels(size, font):
+        figure = drawn(plot.draw_mask, size, font, subject=subject(model))
+        return figure.axes[0].title.get_fontsize() * figure.dpi / 72
+
+    assert pixels((1280, 720), None) == pytest.approx(14)
+    assert pixels((2560, 1440), None) == pytest.approx(28)
+    assert pixels((1280, 720), 21) == pytest.approx(21)
+    assert pixels(None, 21) == pytest.approx(21)
+
+
+@pytest.mark.parametrize("heads", [(0,), (1, 2), None])
+def test_a_masked_cell_looks_unlike_a_weight_of_zero(heads, model):
+    figure = drawn(plot.draw_attention, subject=subject(model, heads=heads))
+    maps = [axes for axes in figure.axes if axes.images and np.ma.getmaskarray(axes.images[0].get_array()).any()]
+    assert len(maps) == {1: 2 + 6, 2: 2}[len(heads)] if heads else 6
+    for axes in maps:
+        [image] = axes.images
+        zero, ground = np.array(image.cmap(image.norm(0.0))), np.array(axes.patch.get_facecolor())
+        assert axes.patch.get_hatch()
+        if image.get_array().min() >= 0:  # weights; among scores a zero is white, and the hatching alone differs
+            assert np.abs(zero - ground)[:3].max() > 0.5
+
+
+def test_several_heads_are_drawn_in_the_order_asked_for(model):
+    given = subject(model, layer=1, heads=(4, 2))
+    weights = record(model, given.ids)["layers.1.attention.weights"]
+    figure = drawn(plot.draw_attention, subject=given)
+    for x, head in zip(images(figure), (4, 2), strict=False):
+        assert np.array_equal(x.filled(0), weights[head])
+    assert [axes.get_title() for axes in figure.axes[:2]] == ["layer 1, head 4", "layer 1, head 2"]
+
+
+@pytest.mark.parametrize("kind", ["attention", "mask"])
+def test_axes_say_query_position_and_key_position(kind, model):
+    axes = drawn(plot.KINDS[kind], subject=subject(model)).axes
+    assert axes[0].get_ylabel() == "query position"
+    assert axes[0].get_xlabel() == "key position"
+
+
+def test_a_colour_bar_says_whether_it_is_linear(model):
+    found = texts(drawn(plot.draw_attention, subject=subject(model)))
+    assert {"score (linear scale)", "weight (square-root scale)"} <= set(found)
+    assert "probability (linear scale)" in texts(drawn(plot.draw_logit_lens, subject=subject(model)))
+
+
+def test_tokens_are_whole_where_there_is_room():
+    model = load()
+    long = "Constantinopolitan"
+    model.__dict__["tokenizer"] = SimpleNamespace(
+        vocab_size=9, silent_ids=frozenset(), special_tokens={}, token_bytes=lambda id, opening: long.encode()
+    )
+    for kind in ("attention", "mask", "tokens", "logit-lens"):
+        assert any(long in text for text in texts(drawn(plot.KINDS[kind], subject=plot.Subject(model, [1, 2, 3])))), kind
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.001, "0.001"), (0.5, "0.5"), (20, "20"), (10_000, "10,000"), (1e-6, "10⁻⁶"), (2e-7, "2·10⁻⁷"), (1e12, "10¹²")],
+)
+def test_ticks_are_numbers_that_people_write(value, text):
+    assert figures.written(value) == text
+
+
+@pytest.mark.parametrize(
+    ("least", "most", "ticks"),
+    [
+        (0.9, 110, ["1", "2", "5", "10", "20", "50", "100"]),
+        (2.2, 6.5, ["3", "4", "5", "6"]),
+        (1e-8, 2.0, ["10⁻⁸", "10⁻⁷", "10⁻⁶", "10⁻⁵", "10⁻⁴", "0.001", "0.01", "0.1", "1"]),
+        (1e-24, 1.0, ["10⁻²⁴", "10⁻²²", "10⁻²⁰"]),
+    ],
+)
+def test_ticks_of_a_logarithmic_axis(least, most, ticks):
+    axes = Figure().subplots()
+    axes.set(yscale="log", ylim=(least, most))
+    figures.label_decades(axes.yaxis, least, most, room=4)
+    found = [text.get_text() for text in axes.yaxis.get_ticklabels()]
+    assert found[: len(ticks)] == ticks
+    assert len(found) <= 4 / figures.LINE
 
 
 # ---------------------------------------------------------------------------------------------------------------------- error
@@ -213,6 +362,11 @@ def traces(tmp_path_factory):
 def test_error_shows_a_comparison(candidate, traces):
     comparison = compare(traces / "reference", traces / candidate)
     figure = drawn(plot.draw_error, report=as_dict(comparison))
+    names = ["emb.", *map(str, range(load().config.n_layers)), "end"]
+    for axes in figure.axes:
+        assert [label for _, _, label in between_ticks(axes.xaxis)] == names
+    marked = [text.get_text() for text in figure.axes[0].texts]
+    assert marked == ([] if comparison.equal else [f"first divergence: {comparison.first.name}"])
     lines = {line.get_label(): line.get_ydata() for line in figure.axes[0].lines}
     floor, limit = lines["noise floor"], lines["limit: 32 times the floor"]
     error = lines["error; at the bottom edge: none"]
@@ -233,7 +387,9 @@ def test_traces_without_any_difference_are_identical(traces):
     comparison = compare(traces / "right", traces / "right")
     assert comparison.equal
     assert comparison.verdict == f"identical: {len(comparison.rows)} activations"
-    assert comparison.verdict in texts(drawn(plot.draw_error, report=as_dict(comparison)))
+    figure = drawn(plot.draw_error, report=as_dict(comparison))
+    assert figure.axes[0].get_title(loc="left") == comparison.verdict
+    assert not figure.axes[0].texts
 
 
 def test_error_at_the_command_line(traces, tmp_path, capsys):
@@ -313,6 +469,12 @@ def test_a_picture_at_the_command_line(tmp_path):
         (["-o", "nowhere/a.png"], "a.png: No such file or directory"),
         (["-o", "folder.png"], "folder.png is a folder, expected a file to write"),
         (["trace", "-o", "a.png"], "residual draws a prompt, not trace"),
+        (["--head", "1,2", "-o", "a.png"], "residual draws one head, and attention several"),
+        (["--head", "all", "-o", "a.png"], "residual draws one head, and attention several"),
+        (["--position", "1", "-o", "a.png"], "residual draws all positions, and rope one"),
+        (["--size", "20x720", "-o", "a.png"], "a width of 20 pixels: expected 100 to 10000"),
+        (["--size", "1280x99999", "-o", "a.png"], "a height of 99999 pixels: expected 100 to 10000"),
+        (["--font", "nan", "-o", "a.png"], "a font of nan pixels: expected 4 to 200"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(options, said, tmp_path, capsys, monkeypatch):
@@ -321,6 +483,18 @@ def test_what_is_wrong_is_said_in_one_line(options, said, tmp_path, capsys, monk
     assert main(["plot", "residual", *options, "--prompt", "hello"]) == 2
     assert said in one_line(capsys)
     assert os.listdir(tmp_path) == ["folder.png"]
+
+
+@pytest.mark.parametrize(("option", "value"), [("--size", "big"), ("--size", "1280"), ("--head", "1,two"), ("--head", "")])
+def test_an_option_of_another_form_is_refused(option, value, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["plot", "mask", option, value])
+    assert f"argument {option}: expected" in capsys.readouterr().err
+
+
+def test_a_position_that_the_text_lacks_is_refused(tmp_path, capsys):
+    assert main(["plot", "rope", "--tokens", "1,2,3", "--position", "3", "-o", str(tmp_path / "a.png")]) == 2
+    assert "position 3 is not in this text, which has positions 0 to 2" in one_line(capsys)
 
 
 def test_without_matplotlib_the_extra_is_named(tmp_path, capsys, monkeypatch):
@@ -347,11 +521,11 @@ def test_a_picture_that_fails_leaves_the_old_one(tmp_path):
     out = tmp_path / "a.png"
     out.write_bytes(b"old")
 
-    def draw(figure):
+    def draw(sheet):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        plot.show(draw, out)
+        figures.show(draw, out)
     assert out.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["a.png"]
 
@@ -362,7 +536,7 @@ def test_a_window_gets_the_picture(monkeypatch):
     figure = Figure()
     figure.canvas = SimpleNamespace(required_interactive_framework="qt", manager=None)
     shown = []
-    monkeypatch.setattr(pyplot, "figure", lambda: figure)
+    monkeypatch.setattr(pyplot, "figure", lambda dpi: figure)
     monkeypatch.setattr(pyplot, "show", lambda: shown.append(len(figure.axes)))
     monkeypatch.setattr(pyplot, "close", lambda closed: shown.append(closed is figure))
     plot.plot("mask", plot.Subject(load(), [1, 2, 3]), None)

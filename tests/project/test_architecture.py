@@ -1,4 +1,4 @@
-"""The house: who may import whom, and what `import npllama` costs."""
+"""The architecture: which module may import which, and the cost of `import npllama`."""
 
 from __future__ import annotations
 
@@ -115,6 +115,7 @@ ORDER = [
     "learn.exercises",
     "learn.grading",
     "learn.lens",
+    "learn.figure",
     "learn.plot",
     "learn.explain",
     "learn",
@@ -169,7 +170,7 @@ HEAVY = {
 
 
 def module_of(path: Path) -> str:
-    """The name below npllama: `engine.linear`, `engine` for its __init__.py, `__init__` for the package's own."""
+    """Return a file's module below npllama: `engine.linear`, `engine` for its __init__.py, `__init__` for the package's own."""
     parts = path.relative_to(ROOT / "npllama").with_suffix("").parts
     return ".".join(parts[:-1]) if parts[-1] == "__init__" and len(parts) > 1 else ".".join(parts)
 
@@ -178,7 +179,7 @@ FILES = {module_of(path): path for path in sorted((ROOT / "npllama").rglob("*.py
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:
-    """Imported modules: our own as `.engine.linear`, others by their first part."""
+    """Return the modules that a file imports: our own as `.engine.linear`, others by their first part."""
     tree, found = ast.parse(path.read_text(encoding="utf-8")), set()
     package = path.parent.relative_to(ROOT / "npllama").parts
     for node in tree.body if top_level_only else ast.walk(tree):
@@ -220,7 +221,7 @@ def test_nothing_heavy_at_the_top_and_no_torch_anywhere(name):
 
 TESTS = [path for path in sorted((ROOT / "tests").rglob("*.py")) if "ports" not in path.relative_to(ROOT).parts]
 HELPERS = {path.stem for path in TESTS if path.parent.name == "helpers"}
-# Beside them, in tests/ itself, stand the programs that a developer runs.
+# In tests/ itself, next to the tests, are the programs that a developer runs.
 PROGRAMS = {
     "make_goldens.py",
     "record_conformance.py",
@@ -242,7 +243,7 @@ def imported_names(path: Path) -> set[str]:
 
 
 def test_no_test_imports_another():
-    """What tests share is in tests/helpers, and a helper is no test."""
+    """Code that tests share is in tests/helpers, and a helper is not a test."""
     for path in TESTS:
         tests = {name for name in imported_names(path) if re.match(r"(.*\.)?(test_\w+|conftest)(\.|$)", name)}
         assert not {name for name in tests if not name.startswith("npllama")}, path
@@ -250,7 +251,7 @@ def test_no_test_imports_another():
 
 @pytest.mark.parametrize("path", TESTS, ids=lambda path: path.stem)
 def test_tests_use_no_private_member(path):
-    """A test of what only its own module calls holds the code in its present form; what a test replaces has a public name."""
+    """A test of a private function freezes the code in its present form; a function that a test replaces has a public name."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     own = set()
     for node in ast.walk(tree):
@@ -273,13 +274,13 @@ def test_helpers_live_in_one_place():
             assert path.name.startswith("test_"), f"{path}: no test, so its place is tests/helpers"
 
 
-# Found by name, not imported: a test there calls the command or solves the exercise.
+# A test of these rooms need not import the module: it calls the command, or solves the exercise, by its name.
 BY_NAME = {"cli", "learn.exercises"}
 MODULES = sorted(name for name, path in FILES.items() if path.stem not in ("__init__", "__main__"))
 
 
 def used_modules(path: Path) -> set[str]:
-    """Return the modules of npllama that a file takes something from, also by way of a room's own names."""
+    """Return the modules of npllama from which a file imports, also through the names of a room's __init__.py."""
     found = set()
     for name in imported_names(path):
         if name.startswith("npllama."):
@@ -291,7 +292,7 @@ def used_modules(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_each_module_has_a_test_in_the_folder_of_its_room(name):
-    """A file named for it, or one that uses it, there or in a folder inside."""
+    """The test file has the module's name or imports it; it is in the room's folder or below."""
     room, _, own = name.rpartition(".")
     files = sorted((ROOT / "tests" / room.replace(".", "/")).glob("**/test_*.py" if room else "test_*.py"))
     named = any(path.name == f"test_{own}.py" for path in files)
@@ -314,7 +315,7 @@ def test_the_math_sees_no_file_and_no_tokenizer():
 
 
 def test_one_reader_of_json():
-    """What others wrote is read with limits of size and depth; json's own readers have none."""
+    """Foreign JSON is read with limits of size and depth, which the json module doesn't have."""
     readers = {"load", "loads", "JSONDecoder", "raw_decode"}
     for path in (path for folder in ("npllama", "convert") for path in (ROOT / folder).rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -333,7 +334,7 @@ def run(code: str) -> str:
 
 
 def test_import_brings_numpy_and_nothing_heavy():
-    """All public names do: the package loads each when it is first asked for."""
+    """Importing all public names is meant: the package loads each one at its first use."""
     code = "import sys; from npllama import *; print(*{name.split('.')[0] for name in sys.modules})"
     loaded = run(code).split()
     assert "numpy" in loaded
@@ -341,7 +342,7 @@ def test_import_brings_numpy_and_nothing_heavy():
 
 
 def test_the_command_line_starts_without_what_one_command_needs():
-    """Its parsers are built for every command, so `npllama --help` and `npllama info` would pay for all of them."""
+    """All parsers are built for every command, so a heavy import in one would slow down `npllama --help` and `npllama info`."""
     code = "import sys; from npllama.cli import build_parser; build_parser(); print(*sys.modules)"
     loaded = set(run(code).split())
     assert "npllama.cli.exercise" in loaded
@@ -351,7 +352,7 @@ def test_the_command_line_starts_without_what_one_command_needs():
 
 
 def test_every_error_of_ours_has_one_base():
-    """So that a caller tells them from everything else."""
+    """One base class lets a caller distinguish our errors from all others."""
     builtin = {name for name, value in vars(builtins).items() if isinstance(value, type) and issubclass(value, BaseException)}
     for path in (path for folder in ("npllama", "convert") for path in (ROOT / folder).rglob("*.py")):
         for node in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)):
@@ -360,7 +361,7 @@ def test_every_error_of_ours_has_one_base():
 
 
 def test_import_costs_at_most_a_tenth_of_a_second_beyond_numpy():
-    """Or as much as NumPy does, where that is more: on a slow machine."""
+    """Or at most as much as NumPy itself, if that is more, as on a slow machine."""
     code = "from time import process_time as t; a = t(); import numpy; b = t(); from npllama import load; print(b - a, t() - b)"
     of_numpy, ours = zip(*(map(float, run(code).split()) for _ in range(5)), strict=True)
     assert min(ours) < max(0.1, min(of_numpy))
@@ -372,7 +373,7 @@ def test_model_py_can_be_read_in_one_sitting():
 
 @pytest.mark.skipif(os.environ.get("NPLLAMA_WITHOUT_TORCH") != "1", reason="NPLLAMA_WITHOUT_TORCH is not 1: torch may be here")
 def test_torch_is_really_absent():
-    """CI's first environment sets NPLLAMA_WITHOUT_TORCH, so that what passes there has passed without torch."""
+    """CI's first environment sets NPLLAMA_WITHOUT_TORCH, which proves that its tests passed without torch."""
     with pytest.raises(ModuleNotFoundError, match="No module named 'torch'"):
         import torch  # noqa: F401
 

@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say: the baseline is right, models open, workers answer. No speed is tested."""
+"""The benchmarks: the baseline computes correctly, models open, workers answer. No speed is tested."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_a_line_is_met_where_ratio_and_share_are(line, met):
 
 
 def test_small_rows_run_from_the_command_line(tmp_path):
-    """CI runs all with --quick; these need nothing installed."""
+    """These need no other package; CI runs all of them with --quick."""
     command = [sys.executable, "-m", "benchmarks", "--quick", "--only", "batch", "opening", "8b-whole", "--json"]
     target = tmp_path / "found.json"
     done = subprocess.run([*command, str(target)], capture_output=True, text=True, cwd=ROOT, env=os.environ)
@@ -211,7 +211,7 @@ def test_the_table_of_several_machines_is_the_script_s():
 
 @pytest.mark.parametrize("name", scale.MODELS)
 def test_the_ranks_together_have_every_weight(name):
-    """Where no key/value head is copied; the embedding is looked up."""
+    """Counted without copies of key/value heads; the embedding is a lookup, so it is not counted."""
     config = scale.MODELS[name]
     expected = npllama.n_parameters(config) - config.vocab_size * config.dim
     norms = (2 * config.n_layers + 1) * config.dim
@@ -221,7 +221,7 @@ def test_the_ranks_together_have_every_weight(name):
 
 
 def test_an_8b_in_q4_k_m_takes_at_most_six_gigabytes(tmp_path, capsys):
-    """In the shapes of Llama 3 8B, as llama.cpp quantises it; the files are sparse, so that they take no room here."""
+    """The shapes are Llama 3 8B's, as llama.cpp quantises it; the files are sparse, so they take no disk space."""
     kinds = models.q4_k_m(models.LLAMA_8B)
     path = models.write(tmp_path / "model", models.LLAMA_8B, kinds, sparse=True)
     shapes = npllama.parameter_shapes(models.LLAMA_8B)

@@ -1,4 +1,4 @@
-"""The embedded model: what ships, what it answers, and the same model as a torch checkpoint."""
+"""The embedded model: its files, its answers, and the same model as a torch checkpoint."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_its_greedy_tokens_are_hugging_face_s(recorded, dtype):
 
 
 def test_it_writes_speeches():
-    """Within 200 tokens, a line that is a name in capitals and a colon, and lines of verse below it."""
+    """200 tokens contain a line with a name in capitals and a colon, and lines of verse."""
     model = npllama.load()
     ids = model.tokenizer.encode("ROMEO:", bos=True)
     text = model.tokenizer.decode(list(npllama.generate(model, ids, max_tokens=200, temperature=0.8, top_p=0.95)))

@@ -1,4 +1,4 @@
-"""Every reader against damaged files, each group of readers in a process of its own: a crash is a failure too.
+"""Damaged files for every reader, each group of readers in a process of its own: a crash is a failure too.
 
 NPLLAMA_FUZZ_SECONDS is for how long, for all groups together; without it a few seconds' worth, the same at every run.
 """
@@ -29,7 +29,7 @@ GROUP_CASES = ["with neither", "with matplotlib", pytest.param("with torch", mar
 
 
 def needs(group: str) -> None:
-    """Skip where what draws a report is missing; torch has a marker."""
+    """Skip if a package that the reader needs is missing; torch has a marker."""
     if group == "with matplotlib":
         pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
@@ -50,7 +50,7 @@ def test_damaged_files_become_a_whole_model_or_one_line(group):
 
 @pytest.mark.parametrize("group", GROUP_CASES)
 def test_a_good_source_of_each_kind_converts(group, tmp_path, quick_conversion):
-    """Else the damage would be done to nothing."""
+    """Otherwise the damage would be done to an unreadable file."""
     needs(group)
     for name in GROUPS[group]:
         folder = tmp_path / name
@@ -71,7 +71,7 @@ class Evil:
 
 @pytest.fixture
 def source(tmp_path, monkeypatch):
-    """A folder of Meta's with one shard, and the working directory where evil would leave its mark."""
+    """Return a checkpoint of Meta's format with one shard, in the working directory where malicious code would leave a file."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     folder = tmp_path / "source"
@@ -105,7 +105,7 @@ def test_a_pickle_that_runs_code_is_refused(source, form):
 
 
 def rewritten(path: Path, change) -> None:
-    """The same zip with its members changed."""
+    """Return the same zip with its members changed."""
     members = {info.filename: data for info, data in read_zip(path)}
     with zipfile.ZipFile(path, "w") as archive:
         for name, data, how in change(members):
@@ -151,7 +151,7 @@ def test_a_zip_that_means_harm_is_refused(source, fault):
 
 @pytest.mark.torch
 def test_a_zip_of_absurd_tensors_takes_no_memory(source):
-    """A tensor of 2**50 numbers in a storage of a few bytes."""
+    """Claim a tensor of 2**50 numbers in a storage of a few bytes."""
     import torch
 
     torch.save({"tok_embeddings.weight": torch.zeros(7)}, source / "consolidated.00.pth")
@@ -177,7 +177,7 @@ sys.exit(main(["convert", *sys.argv[1:]]))
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the size of the address space is not known on this system")
 @pytest.mark.parametrize("form", ["gguf", "huggingface", "index", "bin"])
 def test_gigabytes_that_a_header_claims_are_never_taken(tmp_path, form):
-    """Sparse files of 8 GB whose headers claim all of it, in half a gigabyte of address space."""
+    """Sparse files of 8 GB, whose headers claim all of it, are opened in half a gigabyte of address space."""
     for package in ("sentencepiece", "tokenizers", "huggingface_hub"):
         pytest.importorskip(package, reason=f"{package} is not installed")
     size, folder = 8 << 30, tmp_path / "source"

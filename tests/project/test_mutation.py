@@ -1,4 +1,4 @@
-"""The drawing of mutants: what is changed, that a seed is a draw, and that a mutant hurts its copy alone."""
+"""Mutation testing: which code is changed, that a seed determines the sample, and that a mutant changes only its copy."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_the_table_names_what_there_is():
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """A snapshot of a repository with the least that the launcher looks for."""
+    """Create a snapshot of a repository with the least that the launcher needs."""
     root = tmp_path_factory.mktemp("root")
     for name in ("npllama/__init__.py", "convert/__init__.py", "tests/test_x.py"):
         (root / name).parent.mkdir(exist_ok=True)

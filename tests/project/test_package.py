@@ -1,4 +1,4 @@
-"""What `pip install .` brings: needs npllama installed, as CI does it."""
+"""The installed package: its dependencies, extras and files. Needs npllama installed, as in CI."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def distribution():
     + [(machine, "regex") for machine in ("armv7l", "i686", "s390x", "ppc64le", "riscv64", "ARM64")],
 )
 def test_the_core_is_numpy_and_what_encodes_text_there(distribution, machine, encoder):
-    """tiktoken where it has wheels, else what our own merging needs."""
+    """tiktoken where it has wheels, else regex, which our own BPE needs."""
     markers = pytest.importorskip("packaging.requirements", reason="packaging is not installed")
     requirements = [markers.Requirement(line) for line in distribution.requires if "extra ==" not in line]
     here = {"platform_machine": machine}
@@ -41,7 +41,7 @@ def test_the_core_is_numpy_and_what_encodes_text_there(distribution, machine, en
 
 
 def test_the_command_is_ready_for_ctrl_c_before_it_loads_anything():
-    """Were the entry point in the command line's own module, its imports would come first."""
+    """An entry point in npllama.cli itself would run that module's imports before it could handle Ctrl-C."""
     assert setup()["options.entry_points"]["console_scripts"].split() == ["npllama", "=", "npllama.__main__:main"]
     code = "import sys; before = {*sys.modules}; import npllama.__main__; print(*{*sys.modules} - before)"
     brought = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
@@ -73,7 +73,7 @@ OLD = {"hf", "gguf", "sentencepiece", "safetensors", "fetch", "remote", "fast", 
 
 
 def brought_by(extra: str) -> set[str]:
-    """Return the packages of an extra and of those that it names."""
+    """Return the packages of an extra and of the extras that it includes."""
     found = set()
     for line in filter(None, EXTRAS[extra]):
         own = re.fullmatch(r"npllama\[(.+)\]", line)
@@ -95,7 +95,7 @@ def test_only_what_asks_for_torch_brings_it(extra):
 
 
 def messages() -> list[tuple[str, str, str]]:
-    """Return (file, message, extra) for all that the library and the converter say of extras, with {} for what they fill in."""
+    """Return (file, message, extra) for each message of the code that names an extra, with {} for inserted values."""
     found = []
     for path in sorted(path for folder in ("npllama", "convert", "benchmarks") for path in (ROOT / folder).rglob("*.py")):
         nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
@@ -108,7 +108,7 @@ def messages() -> list[tuple[str, str, str]]:
 
 
 def test_a_message_names_an_extra_that_brings_the_package():
-    """The package stands in the message; of npllama fetch, it is whichever of those that it needs is missing."""
+    """The message names the package; that of npllama fetch inserts whichever of its packages is missing."""
     packages, said = set().union(*map(brought_by, EXTRAS)), messages()
     assert len({file for file, _, _ in said}) >= 8
     for file, text, extra in said:

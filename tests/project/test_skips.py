@@ -1,4 +1,4 @@
-"""The summary of skips: causes counted, each with the command that provides what is missing."""
+"""The summary of skipped tests: causes with counts, each with the command that installs what is missing."""
 
 from __future__ import annotations
 
