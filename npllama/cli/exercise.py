@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def add_parser(commands: Commands) -> None:
     """Declare the command, its actions and their options."""
-    p = add_command(commands, "exercise", run, "write ten functions yourself, from softmax to the KV cache, and check each")
+    p = add_command(commands, "exercise", run, "write functions yourself, from softmax to the KV cache, and check each")
     actions = p.add_subparsers(dest="action", required=True, metavar="ACTION")
     actions.add_parser("list", help="list the exercises")
     action = actions.add_parser("start", help="write a file to fill in for each exercise; existing files are kept")
@@ -80,9 +80,6 @@ def print_outcome(folder: Path, exercise: Exercise) -> Outcome:
         line = grading.where(error, folder / grading.file_name(exercise))
         print(f"npllama exercise: {exercise.name} interrupted{line}: is there a loop without an end?", file=sys.stderr)
         raise
-    tell(f"{exercise.name:<17} {outcome.line}")
-    for line in (outcome.example or "").splitlines():
-        tell(f"{'':<17} {line}")
-    if outcome.hint:
-        tell(f"{'':<17} hint: {outcome.hint}")
+    for line in grading.lines(exercise, outcome):
+        tell(line)
     return outcome

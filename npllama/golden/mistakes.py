@@ -77,7 +77,7 @@ class Mistake:
 
     def function(self, name: str) -> Callable[..., Array] | None:
         """Return the wrong function, where the mistake is in this function alone: an operation or one of the exercises'."""
-        functions = dict(self.ops) | {"cache_update": self.cache, "probabilities": self.sampling}
+        functions = dict(self.outside) | dict(self.ops) | {"cache_update": self.cache, "probabilities": self.sampling}
         return functions.get(name) if len(self.ops) < 2 else None
 
     def params(self, params: Params, config: Config) -> Params:

@@ -19,7 +19,8 @@ import numpy as np
 
 from ..checkpoint.atomic import write_file
 from ..errors import NpllamaError, printable
-from .exercises import EXERCISES, Exercise
+from .exercises import EXERCISES, Exercise, find
+from .exercises.exercise import Result
 
 RTOL, ATOL = 1e-4, 1e-6  # float32 in any order of operations is within it, every known mistake far outside
 
@@ -82,17 +83,34 @@ def check(folder: Path, exercise: Exercise) -> Outcome:
     path = folder / file_name(exercise)
     if not path.is_file():
         return Outcome(False, f"{path.name} is not there: `npllama exercise start {folder}` writes it again")
+    return _checked(exercise, lambda: load(path, exercise.name), path)
+
+
+def grade(function: Callable[..., Result]) -> None:
+    """Check a function by its name and print what `npllama exercise check` prints: for notebooks, where it is in no file."""
+    exercise = find(function.__name__)
+    print("\n".join(lines(exercise, _checked(exercise, lambda: function, Path(function.__code__.co_filename)))))
+
+
+def _checked(exercise: Exercise, get: Callable[[], Callable[..., Result]], path: Path) -> Outcome:
+    """Get the student's function, which is in the file of this path, and check it."""
     try:
         with warnings.catch_warnings(), np.errstate(all="ignore"):  # a NaN is reported as one, once
             warnings.simplefilter("ignore")
-            function = load(path, exercise.name)
+            function = get()
             outcome = judge(exercise, results(exercise, function, path))
             return outcome if outcome.passed else dataclasses.replace(outcome, example=counterexample(exercise, function))
     except Unusable as error:
         return Outcome(False, str(error))
 
 
-def load(path: Path, name: str) -> Callable[..., np.ndarray]:
+def lines(exercise: Exercise, outcome: Outcome) -> list[str]:
+    """Format an outcome for people: a line, then a small failing input and a hint where there are some."""
+    more = (outcome.example or "").splitlines() + ([f"hint: {outcome.hint}"] if outcome.hint else [])
+    return [f"{exercise.name:<17} {outcome.line}", *(f"{'':<17} {line}" for line in more)]
+
+
+def load(path: Path, name: str) -> Callable[..., Result]:
     """Load a function from the student's file, from its source: a compiled copy could be out of date within a second."""
     namespace: dict[str, Any] = {"__name__": path.stem, "__file__": str(path)}
     try:
@@ -108,7 +126,7 @@ def load(path: Path, name: str) -> Callable[..., np.ndarray]:
     return function
 
 
-def results(exercise: Exercise, function: Callable[..., np.ndarray], path: Path) -> list[np.ndarray]:
+def results(exercise: Exercise, function: Callable[..., Result], path: Path) -> list[np.ndarray]:
     """Run the student's function on each case. Raises Unusable if a result is not an array."""
     found = []
     for arguments in exercise.cases():
@@ -121,7 +139,7 @@ def results(exercise: Exercise, function: Callable[..., np.ndarray], path: Path)
             raise Unusable(described(error, path)) from None
         if result is None:
             raise Unusable("it returned nothing: is there a `return`?")
-        if not isinstance(result, np.ndarray | np.generic):
+        if not isinstance(result, np.ndarray | np.generic | int | float):
             raise Unusable(f"it returned a {type(result).__name__}, expected an array")
         if not exercise.in_place and not all(map(np.array_equal, before, arguments)):
             raise Unusable("it changed the array that it was given: make a new one, the caller still needs the old")
@@ -135,6 +153,10 @@ def judge(exercise: Exercise, found: list[np.ndarray]) -> Outcome:
     if not all(map(same, found, expected)):
         hint = next((hint for hint, wrong in exercise.hints.items() if all(map(same, found, outputs(exercise, wrong)))), None)
         return Outcome(False, difference(exercise, found, expected), hint)
+    if expected[0].dtype.kind == "i":
+        if wrong := {array.dtype.name for array in found if array.dtype.kind not in "iu"}:
+            return Outcome(False, f"the numbers are right, but they are {wrong.pop()}, expected whole numbers")
+        return Outcome(True, f"ok; npllama's own is {exercise.real}")
     allowed = {"float32", "float64"} if exercise.any_float else {"float32"}
     if wrong := {array.dtype.name for array in found} - allowed:
         return Outcome(
@@ -145,7 +167,7 @@ def judge(exercise: Exercise, found: list[np.ndarray]) -> Outcome:
     return Outcome(True, f"ok; npllama's own is {exercise.real}")
 
 
-def outputs(exercise: Exercise, function: Callable[..., np.ndarray], cases: list[tuple] | None = None) -> list[np.ndarray]:
+def outputs(exercise: Exercise, function: Callable[..., Result], cases: list[tuple] | None = None) -> list[np.ndarray]:
     """Run the reference or a wrong function on each case; results are copied, since later calls may write into a cache's."""
     with np.errstate(all="ignore"):
         return [np.array(function(*arguments, *exercise.rest)) for arguments in (exercise.cases() if cases is None else cases)]
@@ -154,6 +176,8 @@ def outputs(exercise: Exercise, function: Callable[..., np.ndarray], cases: list
 def same(a: np.ndarray, b: np.ndarray) -> bool:
     """Check that two arrays have the same shape and, within rounding, the same numbers, NaN and infinities included."""
     numeric = a.dtype.kind in "fiub" and b.dtype.kind in "fiub"
+    if "i" in a.dtype.kind + b.dtype.kind:  # ids and counts are right or wrong
+        return numeric and np.array_equal(a, b)
     return numeric and a.shape == b.shape and np.allclose(a, b, RTOL, ATOL, equal_nan=True)
 
 
@@ -172,11 +196,12 @@ def difference(exercise: Exercise, found: list[np.ndarray], expected: list[np.nd
     wide_f, wide_e = f.astype(np.float64), e.astype(np.float64)
     gap = np.subtract(wide_f, wide_e, out=np.zeros_like(wide_f), where=wide_f != wide_e)  # inf - inf would be NaN
     at = np.unravel_index(np.argmax(np.abs(gap)), gap.shape)
-    index = ", ".join(map(str, at))
-    return f"{given}: found {wide_f[at]:.6g} at [{index}], expected {wide_e[at]:.6g}"
+    digits = 15 if e.dtype.kind == "i" else 6
+    place = f" at [{', '.join(map(str, at))}]" if at else ""
+    return f"{given}: found {wide_f[at]:.{digits}g}{place}, expected {wide_e[at]:.{digits}g}"
 
 
-def counterexample(exercise: Exercise, function: Callable[..., np.ndarray]) -> str | None:
+def counterexample(exercise: Exercise, function: Callable[..., Result]) -> str | None:
     """Run the small inputs; show the first that fails, its result and the expected one; None if none fails."""
     expected = outputs(exercise, exercise.reference, exercise.small())
     for i, (arguments, right) in enumerate(zip(exercise.small(), expected, strict=True)):

@@ -269,7 +269,7 @@ def markdown(steps: Sequence[Step], link: Callable[[Source], str] | None = None)
         facts = [("formula", "" if step.tex else step.formula), ("given", step.given), ("shape", step.shape)]
         if given := [f"{name:<9}{line}" for name, value in facts for line in value.splitlines()]:
             parts.append("```text\n" + "\n".join(given) + "\n```")
-        parts += [_table_markdown(table) for table in step.tables]
+        parts += [table_markdown(table) for table in step.tables]
         if step.sources:
             parts.append(_code_markdown(step, link))
     return "\n\n".join(parts) + "\n"
@@ -285,7 +285,9 @@ def _code_markdown(step: Step, link: Callable[[Source], str] | None) -> str:
     return line + ("; tap " + ", ".join(f"`{tap}`" for tap in step.taps) if step.taps else "") + "."
 
 
-def _table_markdown(table: Table) -> str:
+def table_markdown(table: Table) -> str:
+    """Format a table in Markdown; columns of numbers are aligned on the right."""
+
     def line(cells: Iterable[str]) -> str:
         return "| " + " | ".join(_escaped(cell).replace("' ", "'&nbsp;").replace("  ", "&nbsp; ") for cell in cells) + " |"
 

@@ -1,4 +1,6 @@
-"""Ten functions for students to write, from softmax to the KV cache, a file each: statement, reference, cases, usual mistakes.
+"""Functions for students to write, a file each: statement, reference, cases, usual mistakes.
+
+The first ten lead from softmax to the KV cache; the others belong to the course (docs/course/), which uses all of them.
 
 The usual mistakes come from golden/mistakes.py: grading.py compares a student's numbers with those of each wrong function. The
 references are the functions that the model itself runs. Shapes use the dimension key of model.py.
@@ -9,12 +11,19 @@ from __future__ import annotations
 from . import (
     attention_heads,
     attention_scores,
+    byte_pair,
+    cache_bytes,
     cache_update,
     causal_mask,
+    draw,
+    linear,
     probabilities,
+    relative_error,
     rms_norm,
     rope,
     rope_frequencies,
+    round_bfloat16,
+    scaled_rope,
     softmax,
     swiglu,
 )
@@ -31,6 +40,13 @@ EXERCISES: tuple[Exercise, ...] = (
     swiglu.EXERCISE,
     probabilities.EXERCISE,
     cache_update.EXERCISE,
+    linear.EXERCISE,
+    byte_pair.EXERCISE,
+    scaled_rope.EXERCISE,
+    cache_bytes.EXERCISE,
+    round_bfloat16.EXERCISE,
+    relative_error.EXERCISE,
+    draw.EXERCISE,
 )
 
 

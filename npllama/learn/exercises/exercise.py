@@ -9,6 +9,8 @@ import numpy as np
 
 from ...golden.mistakes import MISTAKES
 
+Result = np.ndarray | np.generic | float  # an int is a float to type checkers
+
 
 @dataclass(frozen=True)
 class Exercise:
@@ -31,11 +33,11 @@ class Exercise:
     arguments: str
     statement: str
     real: str
-    reference: Callable[..., np.ndarray]
+    reference: Callable[..., Result]
     cases: Callable[[], list[tuple]]
-    mistakes: tuple[str, ...]
+    mistakes: tuple[str, ...] = ()
     rest: tuple = ()
-    variants: Mapping[str, Callable[..., np.ndarray]] = field(default_factory=dict)
+    variants: Mapping[str, Callable[..., Result]] = field(default_factory=dict)
     small: Callable[[], list[tuple]] = list
     any_float: bool = False
     in_place: bool = False
@@ -46,9 +48,9 @@ class Exercise:
         return self.statement.splitlines()[0]
 
     @property
-    def hints(self) -> dict[str, Callable[..., np.ndarray]]:
+    def hints(self) -> dict[str, Callable[..., Result]]:
         """Map the sentence of each recognised mistake to its wrong function."""
-        found = {}
+        found: dict[str, Callable[..., Result]] = {}
         for mistake in map(MISTAKES.__getitem__, self.mistakes):
             wrong = mistake.function(self.name)
             if wrong is None:
