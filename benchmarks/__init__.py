@@ -1,1 +1,1 @@
-"""What npllama costs, measured: `python -m benchmarks`."""
+"""Measure npllama's speed and memory: `python -m benchmarks`."""

@@ -1,7 +1,7 @@
 """Measure everything on this machine:  python -m benchmarks [--quick] [--only ROW ...] [--json FILE] [--plot FILE]
 
-Prints ours, theirs and the limit beside each other, and writes JSON. Needs nothing running beside it. Hugging Face on torch,
-and llama.cpp, take part where they are installed.
+Prints our figures, those of others and the machine's limit in a table, and writes JSON. Nothing else should run meanwhile.
+Hugging Face on torch, and llama.cpp, are measured where they are installed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PACKAGES = ("threadpoolctl", "torch", "transformers", "xllamacpp")
 
 
 def machine(n_threads: int) -> dict[str, object]:
-    """What the figures were measured on."""
+    """Return the description of the machine and the packages."""
     cpu = platform.processor()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -52,7 +52,7 @@ def machine(n_threads: int) -> dict[str, object]:
 
 
 def table(lines: Sequence[Line]) -> str:
-    """The lines in Markdown, which a terminal shows as well."""
+    """Return the lines as a table in Markdown, aligned for a terminal."""
     head = ("work", "", "npllama", "theirs", "", "ratio", "wanted", "limit", "share", "wanted", "")
     rows = [head, tuple("---" for _ in head)]
     for line in lines:
@@ -70,7 +70,7 @@ def table(lines: Sequence[Line]) -> str:
 
 
 def number(x: float | None) -> str:
-    """Three digits that count."""
+    """Return a number with three significant digits."""
     return "" if x is None else f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}"
 
 

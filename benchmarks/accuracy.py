@@ -1,8 +1,9 @@
-"""How far npllama's numbers are from torch's:  python -m benchmarks.accuracy
+"""Measure the differences between npllama's numbers and torch's:  python -m benchmarks.accuracy
 
 Prints the table of docs/accuracy.md: the largest relative error (largest difference over the reference's largest magnitude) of
 each operation against torch.nn.functional, and of the tiny models' logits against Hugging Face's LlamaForCausalLM; in
-float64 against a judge that really computes in float64 (tests/helpers/hf_reference.py). Beside it, torch's own float32 error.
+float64 against a judge that really computes in float64 (tests/helpers/hf_reference.py). The last column is torch's own float32
+error.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from tiny import random_params, relative_error
 
 
 def run() -> dict[str, dict[str, float]]:
-    """Name -> error by dtype, and the bounds that the tests hold them to."""
+    """Return the errors: name -> dtype -> error."""
     errors: dict[str, dict[str, float]] = {}
     for name in cases.OPS:
         row = errors[name] = {}

@@ -1,4 +1,4 @@
-"""How fast `npllama convert` is, and how much anonymous memory it takes, on 4 GB of random weights in two shards.
+"""Measure the time and the anonymous memory of `npllama convert`, on 4 GB of random weights in two shards.
 
 By itself: python -m benchmarks.conversion [--quick]
 """
@@ -47,7 +47,7 @@ CONVERT = "import sys; from npllama_convert.sources import convert; convert(*sys
 
 
 def run_watched(command: list[str]) -> tuple[float, float, int | None]:
-    """Seconds, processor seconds, and the peak of anonymous memory in bytes (Linux only; mapped files are not counted)."""
+    """Run a command; return seconds, processor seconds and its peak anonymous memory in bytes (Linux; without mapped files)."""
     before = os.times()
     started = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
@@ -70,7 +70,7 @@ def copy_and_sync(src: Path, dst: Path) -> float:
 
 
 def run(quick: bool = False) -> dict[str, object]:
-    """Make a checkpoint, convert it and copy it in turn, print the figures. Needs torch, and 9 GB of disk (quick: 0.7)."""
+    """Make a checkpoint, convert it and copy it alternately, print the figures. Needs torch, and 9 GB of disk (quick: 0.7)."""
     params, rounds = PARAMS | ({"dim": 1024, "n_heads": 16, "n_layers": 2} if quick else {}), 1 if quick else 3
     with tempfile.TemporaryDirectory(prefix="npllama-conversion-") as name:
         folder = Path(name)

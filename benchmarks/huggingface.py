@@ -1,4 +1,4 @@
-"""Hugging Face's LlamaForCausalLM on torch as a peer, with the commands of benchmarks.worker. Needs torch and transformers."""
+"""Run Hugging Face's LlamaForCausalLM for benchmarks.worker's commands. Needs torch and transformers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Run = Callable[[], object]
 
 
 class HuggingFace:
-    """In float32, or with bfloat16 weights in bfloat16; the weights in torch's own memory."""
+    """The model in float32, or in bfloat16 with bfloat16 weights; the weights are in torch's own memory."""
 
     def __init__(self, path: str, dtype: str):
         torch.set_num_threads(n_threads())
@@ -31,7 +31,7 @@ class HuggingFace:
         self.config = model.config
         state = hf_reference.state_dict(model.config, model.params)
         for name, weight in state.items():
-            copy = weight.clone()  # aligned as torch likes it
+            copy = weight.clone()  # in memory aligned as torch expects
             state[name] = copy.view(torch.bfloat16) if copy.dtype == torch.uint16 else copy
         if self.config.tied_embeddings:
             state["lm_head.weight"] = state["model.embed_tokens.weight"]

@@ -1,11 +1,11 @@
-"""llama.cpp on our weights, as a peer: answers the commands of benchmarks.worker.
+"""Run llama.cpp on our weights: answers benchmarks.worker's commands.
 
     python -m benchmarks.llamacpp MODEL_DIRECTORY
 
-llama.cpp comes as xllamacpp, which has wheels of it; llama-cpp-python is compiled while it is installed. The weights go into a
-GGUF file in float32, so they are ours bit for bit. The settings are llama.cpp's own (its choice of flash attention, keys and
-values in float16), but for batches of 512 tokens and a prompt that is always computed anew. The times are those that its server
-takes: of the prompt, and of the tokens after the first, whose logits are the prompt's.
+llama.cpp is used through xllamacpp, which has wheels; llama-cpp-python is compiled while it is installed. The weights are
+written to a GGUF file in float32, so they are ours bit for bit. The settings are llama.cpp's defaults (its choice of flash
+attention, keys and values in float16), except for batches of 512 tokens and no reuse of an earlier prompt. The times are those
+that its server reports: of the prompt, and of the tokens after the first, whose logits are the prompt's.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CONTEXT = 1024  # room for a prompt of 512 tokens and what follows; llama.cpp fi
 
 
 def write_float32_gguf(path: Path, directory: str) -> None:
-    """The parameters under GGUF's names, and a vocabulary that means nothing: llama.cpp opens no file without."""
+    """Write the parameters under GGUF's names, with a dummy vocabulary: llama.cpp opens no file without one."""
     model = npllama.load(directory, dtype="float32")
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "helpers"))
     import foreign

@@ -1,4 +1,4 @@
-"""The shapes that are measured, as model directories of random or zero weights: their values do not change what they cost."""
+"""Write the measured shapes as model directories of random or zero weights: the values don't change the speed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Q6_K = Grouping(bits=8, group=16, scale="int8", unit=16)
 
 
 def q4_k_m(config: Config) -> dict[str, Storage]:
-    """How llama.cpp's Q4_K_M quantises a model: all in Q4_K, but the output matrix and half of wv and w2 in Q6_K.
+    """Return the storages of llama.cpp's Q4_K_M: Q4_K, but Q6_K for the output matrix and half of wv and w2.
 
     Source: llama.cpp, src/llama-quant.cpp, use_more_bits.
     """
@@ -63,7 +63,7 @@ def _storage(name: str, dtype: str | Mapping[str, Storage]) -> Storage:
 
 
 def write(path: Path, config: Config, dtype: str | Mapping[str, Storage], sparse: bool = False) -> Path:
-    """A model directory of random numbers, or of none: a sparse file takes no room on the disk and reads as zeros.
+    """Write a model directory of random numbers, or of sparse files, which take no room on the disk and read as zeros.
 
     checkpoint.create() would hash what it writes, which nothing here reads.
     """
@@ -86,7 +86,7 @@ def write(path: Path, config: Config, dtype: str | Mapping[str, Storage], sparse
 
 
 def _blocks(dtype: str) -> Iterator[np.ndarray]:
-    """The same four million random numbers again and again, begun at another place each time."""
+    """Yield the same four million random numbers again and again, rotated by another offset each time."""
     random = np.random.default_rng(0)
     numbers = random.standard_normal(1 << 22, dtype=np.float32)
     if dtype == "uint8":
@@ -129,12 +129,12 @@ def _write_array(file: Path, shape: tuple[int, ...], dtype: np.dtype, fill: np.n
 
 
 def bytes_per_token(config: Config, itemsize: float, n_layers: int | None = None) -> float:
-    """What a decode step reads of the weights: every matrix but an embedding that isn't the output matrix."""
+    """Return how many bytes of weights a decode step reads: every matrix but an embedding that isn't the output matrix."""
     return itemsize * (_layer_size(config) * (n_layers or config.n_layers) + config.vocab_size * config.dim)
 
 
 def prefill_flops(config: Config, n: int, n_layers: int | None = None) -> float:
-    """What a prompt's products of matrices take: the weights', attention's up to each query, and one row of logits."""
+    """Return the operations of a prompt's matrix products: weights, attention up to each query, one row of logits."""
     attention = 4 * config.n_heads * config.head_dim * n * (n + 1) / 2
     layer = 2 * n * _layer_size(config) + attention
     return layer * (n_layers or config.n_layers) + 2 * config.vocab_size * config.dim

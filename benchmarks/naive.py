@@ -1,10 +1,10 @@
-"""Llama as a first NumPy port writes it, the baseline that anyone has. Right, and slow for reasons that are easy to overlook:
+"""Compute Llama as a first NumPy port does, for a baseline. It is right, and slow for reasons that are easy to overlook:
 
 - np.sqrt() of a Python number is a float64 scalar, and so are the RoPE tables: after the first layer everything is float64,
   and each product copies its float32 weight into float64 first;
 - keys and values are repeated for every query head;
 - the cache grows by np.concatenate, which copies it for every token;
-- the RoPE tables are made anew in every pass, and the logits of every position with it.
+- every pass computes the RoPE tables again, and the logits of every position.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Cache = dict[int, tuple[np.ndarray, np.ndarray]]
 
 
 def forward(params: dict[str, np.ndarray], config: Config, tokens: np.ndarray, cache: Cache, start: int) -> np.ndarray:
-    """int [T] -> [T, V]; `start` tokens are in the cache."""
+    """Return the logits after each token, `start` tokens being in the cache.    int [T] -> [T, V]"""
     x = params["tok_embeddings.weight"][tokens]
     cos, sin = rope_tables(config, start + len(tokens))
     cos, sin = cos[start:, None], sin[start:, None]

@@ -1,11 +1,11 @@
-"""Tokens per second against the memory's limit by model size, and a token's cost by what came before it, as a PNG."""
+"""Draw tokens per second against the memory's limit by model size, and a token's time by context length, as a PNG."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-# Okabe and Ito's colours, which can be told apart without red or green.
+# Okabe and Ito's colours, distinguishable to the colour-blind.
 COLOURS = {
     "npllama": "#0072B2",
     "Hugging Face": "#E69F00",

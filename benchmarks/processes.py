@@ -1,4 +1,4 @@
-"""Implementations in processes of their own, asked in turn."""
+"""Run each implementation in a process of its own, and measure them alternately."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PAUSE = 0.05  # seconds until the threads of the one asked before, which spin for a while, have gone to sleep
-# These slow a current NumPy down, or change what torch computes with; nobody's own settings are to have a part in the result.
+PAUSE = 0.05  # seconds until the threads of the previous worker, which spin for a while, are asleep
+# These slow a current NumPy down, or change the instructions that torch uses: no user's settings may influence the result.
 REMOVED = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "ONEDNN_MAX_CPU_ISA", "KMP_BLOCKTIME", "OMP_WAIT_POLICY")
 THREADS = ("NPLLAMA_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def prepare_environment(n_threads: int) -> None:
-    """For this process's children, and for itself as far as it hasn't read it yet."""
+    """Set the environment of this process's children, and its own for the libraries that are not loaded yet."""
     for name in REMOVED:
         os.environ.pop(name, None)
     os.environ.update(dict.fromkeys(THREADS, str(n_threads)))
@@ -45,7 +45,7 @@ class Worker:
         return self._answer()
 
     def peak_anonymous(self, command: str) -> int | None:
-        """The largest anonymous memory in bytes while a command runs, looked at from outside every few milliseconds."""
+        """Return the peak anonymous memory in bytes while a command runs, sampled every few milliseconds."""
         self._send(command)
         peak = watch(self.process.pid, lambda: not _readable(self.process.stdout))
         self._answer()
@@ -81,7 +81,7 @@ def _readable(stream: object) -> bool:
 
 
 def anonymous_memory(pid: int) -> int | None:
-    """Bytes of a process's memory that no file backs; None where /proc doesn't tell."""
+    """Return how many bytes of a process's memory no file backs; None without /proc."""
     try:
         status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
         return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon"))
@@ -90,7 +90,7 @@ def anonymous_memory(pid: int) -> int | None:
 
 
 def watch(pid: int, running) -> int | None:
-    """The largest anonymous memory while running() is true."""
+    """Return the peak anonymous memory while running() is true."""
     peak = None
     while running():
         if (now := anonymous_memory(pid)) is not None:
@@ -109,7 +109,7 @@ class Ask:
 
 
 def alternate(workers: Mapping[str, Worker], asks: Iterable[Ask], rounds: int) -> dict[tuple[str, str], float]:
-    """Ask everyone in turn, round after round; the median seconds of each (worker, command)."""
+    """Ask the workers alternately, round after round; return the median seconds of each (worker, command)."""
     asks = list(asks)
     seconds: dict[tuple[str, str], list[float]] = {(ask.worker, ask.command): [] for ask in asks}
     for i in range(rounds):

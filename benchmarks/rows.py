@@ -1,4 +1,4 @@
-"""The rows of the table: each group measures one model, or one kind of work, and returns lines of ours against theirs."""
+"""Measure the rows of the table: each function measures one model, or one kind of work, and returns comparisons."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ LOOKUP = 8  # tokens proposed
 
 @dataclass
 class Line:
-    """One comparison. `limit` is what the machine allows, in the unit of ours and theirs."""
+    """One comparison. `limit` is the machine's limit, in the unit of ours and theirs."""
 
     row: str
     work: str
@@ -61,7 +61,7 @@ class Line:
 
     @property
     def met(self) -> bool | None:
-        """Whether it is what is wanted; None if nothing is."""
+        """Return whether the goals are met; None if there is none."""
         checks = [(self.ratio, self.wanted, self.less_is_better), (self.share, self.wanted_share, self.less_is_better)]
         known = [found <= wanted if less else found >= wanted for found, wanted, less in checks if None not in (found, wanted)]
         return all(known) if known else None
@@ -69,7 +69,7 @@ class Line:
 
 @dataclass
 class Bench:
-    """Where models are made and who takes part; `points` collects what the plots show."""
+    """The folder of the models and the packages that are installed; `points` collects the data of the plots."""
 
     folder: Path
     quick: bool = False
@@ -80,7 +80,7 @@ class Bench:
     has_llama_cpp = all(importlib.util.find_spec(name) for name in ("xllamacpp", "gguf"))
 
     def shape(self, config: Config) -> Config:
-        """The config itself, or a tiny one in its place."""
+        """Return the config itself, or with --quick a tiny one in its place."""
         return replace(models.TINY, tied_embeddings=config.tied_embeddings) if self.quick else config
 
     def rounds(self, n: int) -> int:
@@ -90,14 +90,14 @@ class Bench:
         return "sgemm 512" if self.quick else "sgemm 4096"
 
     def model(self, config: Config, dtype: str, sparse: bool = False) -> str:
-        """The directory of this shape, made when first asked for."""
+        """Return the directory of this shape, written on first use."""
         kind = "-tied" * config.tied_embeddings + "-sparse" * sparse
         path = self.folder / f"{config.dim}x{config.n_layers}-{dtype}{kind}"
         return str(path if path.exists() else models.write(path, config, dtype, sparse))
 
     @contextlib.contextmanager
     def workers(self, kinds: Mapping[str, tuple[str, ...]]) -> Iterator[dict[str, Worker]]:
-        """Name -> (kind, path, dtype) as running workers; those whose packages are absent are left out."""
+        """Start the workers that name -> (kind, path, dtype) lists; those whose packages are absent are left out."""
         with contextlib.ExitStack() as stack:
             started = {}
             for name, (kind, path, dtype) in kinds.items():
@@ -121,7 +121,7 @@ def compared(
     row: str, work: str, unit: str, rates: Mapping[str, float], limit: float | None = None,
     wanted: Mapping[str, float] | None = None,
 ) -> list[Line]:  # fmt: skip
-    """A line for each of the others, ours against it; the limit's share is wanted once, in the first."""
+    """Return a line for each of the others, ours against it; only the first has the goal for the share of the limit."""
     wanted = wanted or {}
     others = [name for name in rates if name != OURS]
     lines = [Line(row, work, unit, rates[OURS], name, rates[name], wanted.get(name), limit) for name in others]
@@ -137,7 +137,7 @@ def dense(
     bench: Bench, row: str, title: str, config: Config, names: tuple[str, ...], n_decode: int, n_prefill: int, rounds: int,
     wanted: Mapping[str, Mapping[str, float]], prefill_rounds: int = 7,
 ) -> list[Line]:  # fmt: skip
-    """float32 weights: tokens one by one, and a prompt, of a whole model."""
+    """Measure decode and prefill of a whole model with float32 weights."""
     shape = bench.shape(config)
     path = bench.model(shape, "float32")
     kinds = {OURS: "npllama", HF: "torch", LLAMA_CPP: "llamacpp", NAIVE: "naive", LIMIT: "limit"}
@@ -196,12 +196,12 @@ def tinyllama(bench: Bench) -> list[Line]:
 
 
 def sgemm_rate(square: str, found: Mapping[tuple[str, str], float]) -> float:
-    """Operations a second of one large product of square matrices."""
+    """Return the operations per second of one large product of square matrices."""
     return 2 * int(square.split()[1]) ** 3 / found[LIMIT, square]
 
 
 def of_all_layers(few: float, one: float, n_few: int, n_layers: int) -> float:
-    """Seconds of a pass of n_layers, from those of a few layers and of one, the output matrix in each."""
+    """Return the seconds of a pass of n_layers, from those of a few layers and of one, each with the output matrix."""
     return few + (n_layers - n_few) * (few - one) / (n_few - 1)
 
 
@@ -223,7 +223,7 @@ def llama_3b(bench: Bench) -> list[Line]:
 
 
 def llama_8b(bench: Bench) -> list[Line]:
-    """Packed storage, memory-mapped and warm, in the shapes of Llama 3 8B: four layers and the output matrix."""
+    """Measure packed storage, memory-mapped and warm, in the shapes of Llama 3 8B: four layers and the output matrix."""
     shape, n_few, n, prompt = bench.shape(models.LLAMA_8B), 4, 4, 64 if bench.quick else 512
     bfloat16, int8, int4 = (bench.model(replace(shape, n_layers=n_few), dtype) for dtype in ("bfloat16", "int8", "int4"))
     kinds = {
@@ -261,7 +261,7 @@ def llama_8b(bench: Bench) -> list[Line]:
 
 
 def processes(bench: Bench) -> list[Line]:
-    """Threads of one process against a process for each processor: four layers of 8B's widths and the output matrix."""
+    """Compare the threads of one process with one process per core: four layers of 8B's widths and the output matrix."""
     shape, n = replace(bench.shape(models.LLAMA_8B), n_layers=4), 4
     n_ranks = min(available_cpus(), shape.n_heads)
     if n_ranks < 2:
@@ -281,7 +281,7 @@ def processes(bench: Bench) -> list[Line]:
 
 
 def whole_8b(bench: Bench) -> list[Line]:
-    """All 16 GB, warm: in sparse files, whose zeros the system keeps in memory as it does any file's content."""
+    """Measure all 16 GB, warm: in sparse files, whose zeros the system caches as it does any file's content."""
     shape = bench.shape(models.LLAMA_8B)
     n_bytes = 2 * n_parameters(shape)
     if available_memory() < 1.15 * n_bytes:
@@ -297,7 +297,7 @@ def whole_8b(bench: Bench) -> list[Line]:
 
 
 def most(row: str, work: str, unit: str, found: float | None, allowed: float) -> list[Line]:
-    """A figure that has a ceiling; nothing where it couldn't be measured."""
+    """Return the line of a figure that has a ceiling; nothing where it couldn't be measured."""
     if found is None:
         return []
     return [Line(row, work, unit, found, "at most", allowed, 1.0, less_is_better=True)]
@@ -323,7 +323,7 @@ def batch(bench: Bench) -> list[Line]:
 
 
 def context(bench: Bench) -> list[Line]:
-    """A token's cost by what is in the cache before it."""
+    """Measure a token's time by the number of tokens in the cache."""
     shape, n = bench.shape(models.SMOLLM2_135M), 4
     path = bench.model(shape, "float32")
     lengths = (16, 256) if bench.quick else (16, 256, 512, 1024, 2048, 4096, 8000)
@@ -340,7 +340,7 @@ def context(bench: Bench) -> list[Line]:
 
 
 def prompt_memory(bench: Bench) -> list[Line]:
-    """Anonymous memory until the first token, without weights and cache; with the interpreter and its libraries."""
+    """Measure anonymous memory until the first token, without weights and cache; with the interpreter and its libraries."""
     config = bench.shape(models.SMOLLM2_135M)
     path = bench.model(config, "float32")
     lengths = (256, 512) if bench.quick else (1024, 2048, 4096)
@@ -375,7 +375,7 @@ print(time.perf_counter() - started, flush=True)
 
 
 def opening(bench: Bench) -> list[Line]:
-    """The directory is one of sparse files: what opening reads of them, their headers, is real."""
+    """Measure opening an 8B directory of sparse files, of which opening reads only the headers."""
     path = bench.model(bench.shape(models.LLAMA_8B), "bfloat16", sparse=True)
 
     def seconds(what: str) -> float:
@@ -408,9 +408,9 @@ print(time.perf_counter() - started, flush=True)
 
 
 def cold(bench: Bench) -> list[Line]:
-    """Opening and a first token when nothing of the files is in memory, against reading them; each time in a new process."""
+    """Measure opening and a first token with no file in memory, against reading the files; each time in a new process."""
     if not hasattr(os, "posix_fadvise"):
-        print("cold: left out, this system can't be told to forget a file")
+        print("cold: left out, this system can't drop a file from its cache")
         return []
     path = bench.model(bench.shape(models.TINYLLAMA_1B), "bfloat16")
     files = sorted(str(file) for file in Path(path).rglob("*.npy"))
@@ -418,7 +418,7 @@ def cold(bench: Bench) -> list[Line]:
     def seconds(what: str, forgotten: bool = True) -> float:
         for file in files if forgotten else ():
             with open(file, "rb") as opened:
-                os.fsync(opened.fileno())  # what isn't on the disk yet can't be forgotten
+                os.fsync(opened.fileno())  # pages that aren't on the disk yet can't be dropped
                 os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         command = [sys.executable, "-c", COLD, path, what, *files]
         return float(subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout)
@@ -433,7 +433,7 @@ def cold(bench: Bench) -> list[Line]:
 
 
 def widening(bench: Bench) -> list[Line]:
-    """load(dtype="float32") of bfloat16 that is in memory, against np.copy of as many bytes."""
+    """Measure load(dtype="float32") of bfloat16 that is in memory, against np.copy of as many bytes."""
     lines = []
     for title, config in (("SmolLM2-360M", models.SMOLLM2_360M), ("1.1B", models.TINYLLAMA_1B)):
         shape = bench.shape(config)
@@ -463,7 +463,7 @@ def converting(bench: Bench) -> list[Line]:
 
 
 def lookup(bench: Bench) -> list[Line]:
-    """Greedy decoding of a text that repeats its prompt: SmolLM2 where it was fetched, else the embedded model."""
+    """Measure greedy decoding of a text that repeats its prompt: of SmolLM2 where it was fetched, else the embedded model."""
     path = _smollm2() if not bench.quick else None
     n = 16 if bench.quick else 72  # about as long as the text that it repeats
     with bench.workers({OURS: ("npllama", str(path or demo_path()), "float32")}) as workers:
@@ -476,7 +476,7 @@ def lookup(bench: Bench) -> list[Line]:
 
 
 def _smollm2() -> Path | None:
-    """SmolLM2-135M-Instruct as `npllama fetch smollm2-135m` got it."""
+    """Return the directory of SmolLM2-135M-Instruct that `npllama fetch smollm2-135m` made; None without one."""
     homes = [os.environ.get("NPLLAMA_TEST_MODELS")]
     places = [Path(home) / "models" / "smollm2-135m" for home in homes if home] + [locate("smollm2-135m")]
     return next((place for place in places if (place / "manifest.json").is_file()), None)

@@ -34,7 +34,7 @@ CORES = 2  # of each machine, one rank on each
 # Packed weights that one rank multiplies by in a second, of bfloat16: one core of an Intel Xeon with AVX-512, NumPy 2.4.6.
 RATE = 2.87e9
 CONTEXT = 8192  # tokens in the cache, float32
-# Gbit/s -> seconds that a message takes besides its bytes: usual figures of TCP over Ethernet, and of InfiniBand
+# Gbit/s -> latency of a message in seconds: usual figures of TCP over Ethernet, and of InfiniBand
 NETWORKS = {1: 50e-6, 10: 30e-6, 100: 5e-6}
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "scale.md"
 BEGIN, END = "<!-- python -m benchmarks.scale --write -->\n", "<!-- end -->\n"

@@ -1,9 +1,9 @@
-"""Tokens a second of `npllama serve` with one client and with several at once, on the loopback address.
+"""Measure the tokens per second of `npllama serve` with one client and with several at once, on the loopback address.
 
 By itself: python -m benchmarks.serving [-m MODEL] [--clients 1,8] [--tokens 64] [--json FILE]
 
-Each client asks for one text, streamed, and counts what it gets. All have their answers at the end of a round; the numbers of
-clients take turns, round after round. The first number is what the others are compared with. Needs nothing running beside it.
+Each client asks for one text, streamed, and counts its tokens. A round ends when all have their answers; the numbers of clients
+alternate, round after round. The others are compared with the first number. Nothing else should run meanwhile.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MOST_SECONDS = 600  # for one answer
 
 @dataclass(frozen=True)
 class Answer:
-    """What one client got: tokens as the server counts them, seconds to the first of them and between two events at most."""
+    """One client's figures: tokens as the server counts them, seconds to the first, the longest seconds between two events."""
 
     tokens: int
     first: float
@@ -53,7 +53,7 @@ class Round:
 
     @property
     def rate(self) -> float:
-        """Tokens per second of all clients together, their prompts' time included."""
+        """Return the tokens per second of all clients together, including the time of their prompts."""
         return sum(answer.tokens for answer in self.answers) / self.seconds
 
 
@@ -103,7 +103,7 @@ def ask(port: int, client: int, n_tokens: int) -> Answer:
 
 
 def play(port: int, n_clients: int, n_tokens: int) -> Round:
-    """Let so many clients ask at once."""
+    """Have n_clients ask at once."""
     with ThreadPoolExecutor(n_clients) as pool:
         started = time.perf_counter()
         answers = list(pool.map(lambda client: ask(port, client, n_tokens), range(n_clients)))
@@ -111,7 +111,7 @@ def play(port: int, n_clients: int, n_tokens: int) -> Round:
 
 
 def lines_of(name: str, found: dict[int, list[Round]]) -> list[Line]:
-    """Return the figures of each number of clients, beside those of the first number."""
+    """Return the figures of each number of clients, compared with those of the first number."""
     base, lines = next(iter(found)), []
     of_base = f"{base} client{'s' * (base > 1)}"
     for n, rounds in found.items():
@@ -152,7 +152,7 @@ def run(model: str | None, clients: Sequence[int], n_tokens: int, rounds: int, n
 
 
 def numbers(text: str) -> list[int]:
-    """Read --clients. Raises ValueError, which argparse words."""
+    """Read --clients. Raises ValueError, from which argparse makes its message."""
     found = [int(part) for part in text.split(",")]
     if min(found) < 1 or len(set(found)) < len(found):
         raise ValueError

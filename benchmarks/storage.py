@@ -1,4 +1,4 @@
-"""What a model costs and what it loses in each storage dtype: bytes, perplexity, decoding speed of the stored weights.
+"""Measure each storage dtype of a model: bytes, perplexity, decoding speed of the stored weights.
 
 By itself: python -m benchmarks.storage MODEL_SOURCE TEXT [--share 0.1]
 """
@@ -32,7 +32,7 @@ PROMPT = 16  # tokens before a decode
 
 
 def open_source(path: str | Path) -> Source:
-    """What `npllama convert` takes, or a model directory."""
+    """Open a source of `npllama convert`, or a model directory."""
     if not (Path(path) / "manifest.json").is_file():
         return sources.read(path)
     model = checkpoint.open_model(path)
@@ -42,7 +42,7 @@ def open_source(path: str | Path) -> Source:
 
 
 def decode_rate(model: npllama.Model, n: int) -> float:
-    """Tokens per second, the prompt not counted."""
+    """Return the tokens per second, the prompt not counted."""
     ids, cache = np.arange(PROMPT + n) % model.config.vocab_size, npllama.KVCache(model.config)
     prefill(model, ids[:PROMPT], cache)
     started = time.perf_counter()
@@ -52,7 +52,7 @@ def decode_rate(model: npllama.Model, n: int) -> float:
 
 
 def measure(name: str, source: Source, ids: list[int], n_decode: int, rounds: int) -> dict[str, object]:
-    """A row of figures for each dtype; decoding is measured in alternation, the median counts."""
+    """Return a row of figures for each dtype; decoding is measured alternately, the median counts."""
     context = min(CONTEXT, source.config.max_seq_len)
     result: dict[str, object] = {"model": name, "context": context, "windows": len(ids) // context, "rounds": rounds}
     with tempfile.TemporaryDirectory(prefix="npllama-storage-") as folder:
@@ -73,7 +73,7 @@ def measure(name: str, source: Source, ids: list[int], n_decode: int, rounds: in
 
 
 def show(result: dict[str, object]) -> None:
-    """Return the figures as docs/running.md's table."""
+    """Print the figures as the table of docs/running.md."""
     print(f"\n{result['model']}: storage; perplexity on {result['windows']} windows of {result['context']} tokens")
     print("| `--dtype` | MB | perplexity | to float32 | decode, tokens/s |")
     print("|---|---|---|---|---|")
@@ -106,7 +106,7 @@ def run_on(path: str | Path, text: str, share: float) -> dict[str, object]:
 
 
 def run(quick: bool = False) -> list[dict[str, object]]:
-    """The embedded model on what it says itself, which needs no file; and SmolLM2 on Shakespeare, where both are there."""
+    """Measure the embedded model on its own samples, which needs no file; and SmolLM2 on Shakespeare, where both are given."""
     model = npllama.load(dtype="float32")
     n = min(CONTEXT, model.config.max_seq_len)
     prompts = [[model.tokenizer.bos_id]] * (2 if quick else 16)

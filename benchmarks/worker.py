@@ -1,4 +1,4 @@
-"""One implementation in a process of its own, so that its memory and its threads are its own: reads commands, answers in JSON.
+"""Run one implementation in a process of its own, with its own memory and threads: reads commands, answers in JSON.
 
     python -m benchmarks.worker npllama|processes|naive|torch|limit MODEL_DIRECTORY DTYPE
 
@@ -71,7 +71,7 @@ class Npllama:
         return lambda: self._steps(self.model, cache, n)
 
     def context(self, length: int, n: int) -> Run:
-        """What is in the cache is random: computing it takes long, and would not change what reading it takes."""
+        """Fill the cache with random numbers: computing them takes long, and would not change the time to read them."""
         cache, config = npllama.KVCache(self.config), self.config
         cache.extend(np.full(length, True))
         k = np.random.default_rng(0).standard_normal((length, config.n_kv_heads, config.head_dim), dtype=np.float32)
@@ -82,7 +82,7 @@ class Npllama:
         return lambda: self._steps(self.model, cache, n)
 
     def generate(self, lookup: int, n: int) -> Run:
-        """A text, and the beginning of the same text; the answer has the tokens."""
+        """Continue a text followed by its own beginning; the answer has the tokens."""
         encode = self.model.tokenizer.encode
         ids = encode(f"{TEXT}\n\n{TEXT[: TEXT.index('.') + 1]}", bos=True)
         return lambda: list(npllama.generate(self.model, ids, n, stop_ids=[], lookup=lookup))
@@ -141,7 +141,7 @@ class Naive:
 
 
 class Limit:
-    """What NumPy's BLAS and the memory give, without a model."""
+    """The speed of NumPy's BLAS and of the memory, without a model."""
 
     def __init__(self, path: str, dtype: str):
         self.matrix, self.x = np.ones(LARGE, np.float32), np.ones(LARGE[1], np.float32)
@@ -151,7 +151,7 @@ class Limit:
         return self.bandwidth()
 
     def bandwidth(self) -> Run:
-        """So many products that waking a thread is no part of it."""
+        """Multiply often enough that waking a thread takes no part of the time."""
 
         def run() -> None:
             for _ in range(PRODUCTS):
@@ -176,7 +176,7 @@ def torch_model(path: str, dtype: str) -> object:
 
 
 class Processes(Npllama):
-    """One for each processor."""
+    """One process per core."""
 
     def __init__(self, path: str, dtype: str):
         self.path, self.dtype = path, dtype
@@ -188,7 +188,7 @@ KINDS = {"npllama": Npllama, "processes": Processes, "naive": Naive, "limit": Li
 
 
 def peak_memory() -> int | None:
-    """The process's largest resident size so far, in bytes."""
+    """Return the process's peak resident size so far, in bytes."""
     try:
         import resource
     except ImportError:
@@ -207,7 +207,7 @@ def main() -> None:
         if command == "memory":
             answer = {"bytes": peak_memory(), "anonymous": anonymous_memory(os.getpid())}
         else:
-            run = getattr(implementation, command)(*map(int, numbers))  # what it prepares is not part of the time
+            run = getattr(implementation, command)(*map(int, numbers))  # its preparation is not timed
             started = time.perf_counter()
             made = run()
             answer = {"seconds": time.perf_counter() - started}

@@ -1,1 +1,1 @@
-"""How products are computed: stored weights, threads, memory. It may be clever; the mathematics that calls it doesn't know."""
+"""Compute products: stored weights, threads, memory, several processes. The mathematics that calls this knows nothing of it."""

@@ -1,10 +1,11 @@
-"""Faster forms of operations, for a pass without a tap: a long prompt is shared among the threads.
+"""Compute a pass without a tap faster: attention in tiles, and a long prompt shared among the threads.
 
-Attention goes by tiles of queries, small enough that their scores stay in a core's cache: they are never in memory whole, and
-scores after a tile's last query, about half of a prompt's, are never computed. Unlike FlashAttention (Dao et al. 2022,
-arXiv:2205.14135), a tile of queries sees all its keys at once, so no running maximum is needed. Arithmetic is moved to where
-the numbers are fewer: queries are scaled instead of scores, and, as in FlashAttention-2 (Dao 2023, arXiv:2307.08691), the
-output is divided by the sum of weights instead of each weight. The results are those of ops.py within rounding.
+Attention is computed in tiles of queries, small enough that their scores stay in a core's cache: the whole score matrix is
+never in memory, and scores of keys after a tile's last query, about half of a prompt's, are never computed. Unlike
+FlashAttention (Dao et al. 2022, arXiv:2205.14135), a tile of queries has all its keys at once, so no running maximum is needed.
+Arithmetic is done on the smaller arrays: queries are scaled instead of scores, and, as in FlashAttention-2 (Dao 2023,
+arXiv:2307.08691), the output is divided by the sum of weights instead of each weight. The results are those of ops.py within
+rounding.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ TOKENS = 256  # per thread, at least: with fewer, BLAS spends longer packing the
 def by_token(f: Callable[[np.ndarray, Scope], np.ndarray]) -> Callable[[np.ndarray, Scope], np.ndarray]:
     """Share the tokens of a long prompt among the threads, for a function that transforms each by itself.
 
-    x [..., T, D] -> like x. With a tap they stay together, as it is shown whole activations; and so they do where f waits for
-    other ranks, since these add up in one order.
+    x [..., T, D] -> like x. The tokens stay together with a tap, which is shown whole activations, and where f waits for other
+    ranks, which all have to make their sums in the same order.
     """
 
     @functools.wraps(f)
@@ -82,8 +83,8 @@ def tiled_attention(q: np.ndarray, keys: np.ndarray, values: np.ndarray, mask: n
 
     q [..., T, H, K], keys, values [..., G, S, K], mask [..., 1, T, S] -> [..., T, H, K]
 
-    Query t looks at no slot after S - T + t: in KVCache, a row's T queries are those of its last T slots, and no row fills more
-    than S.
+    Query t attends to no slot after S - T + t: in KVCache, a row's T queries are those of its last T slots, and no row fills
+    more than S.
     """
     *batch, T, H, K = q.shape
     G, S = keys.shape[-3:-1]
@@ -117,7 +118,7 @@ def tiled_attention(q: np.ndarray, keys: np.ndarray, values: np.ndarray, mask: n
 
 
 def faster(plain: Ops) -> Ops:
-    """Return the set with this module's operations in the place of those that they are faster than."""
+    """Return the operations with those of this module in place of their plain forms."""
     feed_forward = by_token(plain.feed_forward)
     whole = replace(plain, attention_scores=None, softmax=None, attention_heads=None)  # type: ignore[arg-type]  # none is called
     return replace(whole, attention=attention, feed_forward=feed_forward, rope_rotation=rope_rotation, rope=rope)

@@ -1,4 +1,4 @@
-"""Matrices quantised in groups of columns, the form of nearly all quantised checkpoints: w = scale · (q − zero) + offset.
+"""Multiply by matrices quantised in groups of columns, as most quantised checkpoints are: w = scale · (q − zero) + offset.
 
 q has 4 or 8 bits; each row has one scale, and perhaps one offset, for every `group` columns. In two levels (llama.cpp's
 K-quants) scales and offsets are themselves small whole numbers times a unit, in float16, that several groups share:
@@ -45,7 +45,7 @@ INT4_LIMIT = 15 * 65504 // 2  # the largest magnitude whose group has a float16 
 
 @dataclass(frozen=True)
 class Grouping:
-    """How a matrix is quantised in groups. Raises ValueError for what is none.
+    """The way a matrix is quantised in groups. Raises ValueError for an impossible one.
 
     bits        4: q is 0 to 15; 8: q is -128 to 127
     group       columns that share a scale; a whole row is a multiple
@@ -88,7 +88,7 @@ class Grouping:
 
     @property
     def most(self) -> int:
-        """The largest magnitude that q − zero can have."""
+        """Return the largest magnitude that q − zero can have."""
         least, largest = (0, 15) if self.bits == 4 else (-128, 127)
         return max(abs(least - self.zero), abs(largest - self.zero))
 
@@ -132,7 +132,7 @@ class Grouped(Packed):
 
     @classmethod
     def of(cls, grouping: Grouping, q: np.ndarray, scale: np.ndarray, unit: np.ndarray | None = None) -> Grouped:
-        """Pack some rows that are quantised already: what a converter calls for each block of rows that it reads.
+        """Pack rows that are quantised already. Converters call this for each block of rows that they read.
 
         q       whole numbers [n, in]: 0 to 15 (uint8) for 4 bits, -128 to 127 (int8) for 8
         scale   [1 or 2, n, in / group] in the dtype that grouping.scale names (bfloat16 as uint16): scales, then offsets
@@ -181,7 +181,7 @@ class Grouped(Packed):
         return Grouped(self.grouping, self.values[..., part], self.scale[..., part], unit)
 
     def columns(self, part: slice) -> Grouped:
-        """Return some columns: where they are not whole groups or units, in smaller ones with the same scales."""
+        """Return some columns; where they cut a group or a unit, in smaller groups with the same scales."""
         start, stop, step = part.indices(self.shape[1])
         stop = max(start, stop)
         group = math.gcd(start, stop, self.grouping.group)
@@ -292,8 +292,8 @@ class Grouped(Packed):
 def to_float32(x: np.ndarray) -> np.ndarray:
     """Widen scales of any dtype in SCALES, exactly.
 
-    float16's bits are moved to where float32 has them (weights.Float16 says how), in three times the speed of NumPy's own; that
-    is wrong for what is infinite or NaN.
+    The bits of a float16 are moved to their places in a float32 (see weights.Float16), three times as fast as NumPy's own cast.
+    Infinite numbers and NaN, for which that is wrong, are cast by NumPy.
     """
     x = native(x)
     if x.dtype == np.uint16:

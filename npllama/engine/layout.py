@@ -1,8 +1,8 @@
-"""Where dense weights lie in memory. What costs is reading them, and BLAS reads long runs of numbers faster than short ones.
+"""Lay dense weights out in memory. Reading them is what takes time, and BLAS reads long runs of numbers faster than short ones.
 
-The rows of a matrix with few columns are short: such a matrix is kept transposed, so that what lies together are its columns.
+The rows of a matrix with few columns are short: such a matrix is kept transposed, each column in one run.
 (SmolLM2-135M has rows of 576 numbers; benchmarks/README.md says what it gains.) Matrices that are multiplied with the same x
-lie side by side, to be multiplied as one. linear.py takes a weight as it lies; its shape says the same in any order.
+are adjacent in memory, to be multiplied as one. linear.py takes a weight in either order; its shape is the same.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TILE = 1 << 18  # numbers filled in at once
 
 
 def groups(config: Config) -> Iterator[tuple[str, ...]]:
-    """Every parameter's name once, those together that are multiplied with the same x."""
+    """Yield every parameter's name once, in groups that are multiplied with the same x."""
     together = {"wq": ("wq", "wk", "wv"), "w1": ("w1", "w3")}
     for name in parameter_shapes(config):
         *path, leaf, weight = name.split(".")
@@ -30,23 +30,23 @@ def groups(config: Config) -> Iterator[tuple[str, ...]]:
 
 
 def new_bytes(params: Mapping[str, Weight], config: Config, dtype: DTypeLike) -> int:
-    """What in_memory() would allocate."""
+    """Return how many bytes in_memory() would allocate."""
     n = 0
     for names in groups(config):
         weights = [params[name] for name in names]
-        if _turns(names, weights, config) or any(weight.dtype != dtype for weight in weights):
+        if _transposes(names, weights, config) or any(weight.dtype != dtype for weight in weights):
             n += sum(weight.size for weight in weights)
     return n * np.dtype(dtype).itemsize
 
 
 def in_memory(params: Mapping[str, Weight], config: Config, dtype: DTypeLike) -> dict[str, Weight]:
-    """The parameters as dense arrays of this dtype, in memory where that reads faster than where they are."""
+    """Return the parameters as dense arrays of this dtype, copied to memory where that makes them faster to read."""
     dense: dict[str, Weight] = {}
     jobs: list[tuple[np.ndarray, Form]] = []
     for names in groups(config):
         weights = [params[name] for name in names]
         sizes = [weight.shape[0] for weight in weights]
-        if _turns(names, weights, config):
+        if _transposes(names, weights, config):
             block = np.empty((weights[0].shape[1], sum(sizes)), dtype).T
             targets = SideBySide.of(block, sizes) if len(sizes) > 1 else [block]
         elif any(weight.dtype != dtype for weight in weights):
@@ -71,10 +71,10 @@ def in_memory(params: Mapping[str, Weight], config: Config, dtype: DTypeLike) ->
     return {name: dense[name] for name in params}
 
 
-def _turns(names: tuple[str, ...], weights: Sequence[Weight], config: Config) -> bool:
-    """Whether the matrices of a group are better kept transposed: their rows are short, and shorter than their columns.
+def _transposes(names: tuple[str, ...], weights: Sequence[Weight], config: Config) -> bool:
+    """Return whether the matrices of a group are better kept transposed: their rows are short, and shorter than their columns.
 
-    Not an embedding that isn't the output matrix too: its rows are taken, not multiplied.
+    An embedding that isn't also the output matrix never is: its rows are looked up, not multiplied.
     """
     if weights[0].ndim != 2 or (names == ("tok_embeddings.weight",) and not config.tied_embeddings):
         return False

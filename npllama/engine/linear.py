@@ -1,12 +1,12 @@
-"""y = x Wᵀ for every form of weight (weights.py) and every number of rows.
+"""Compute y = x Wᵀ for every form of weight (weights.py) and every number of rows.
 
-What costs is reading the weight: once from memory, whatever the number of rows. With dense weights, a single row of x goes
-straight to BLAS, which reads the weight as fast as the machine does. Many rows are multiplied by BLAS too, each of our threads
+Reading the weight is what takes time: once from memory, whatever the number of rows. With dense weights, a single row of x goes
+straight to BLAS, which reads the weight at the memory's bandwidth. Many rows are multiplied by BLAS too, each of our threads
 taking a part of the weight. A few rows are the problem: BLAS copies the whole weight into an order of its own first, so that
 two rows cost as much as eight. Tiles small enough for its kernels that read in place avoid that. A packed weight is widened
 tile by tile into a buffer that stays in a core's cache, and multiplied from there. benchmarks/README.md has figures.
 
-N is the number of rows of x, here alone: the tokens of all sequences of a batch.
+In this file N is the number of rows of x: the tokens of all sequences of a batch.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def products(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _few_rows_product(rows: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """[N, in] by [out, in] -> [N, out] for a few rows, tiles of the weight shared among the threads."""
+    """Multiply a few rows, the threads sharing tiles of the weight.    [N, in] by [out, in] -> [N, out]"""
     n_out = len(weight)
     y = np.empty((n_out, len(rows)), weight.dtype)
     n_parts = n_threads() if weight.size * len(rows) >= SHARED else 1
@@ -113,10 +113,9 @@ def _few_rows_product(rows: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
 
 def _many_rows_product(rows: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """[N, in] by [out, in] -> [N, out], parts of the weight shared among our threads.
+    """Multiply many rows, our threads sharing parts of the weight.    [N, in] by [out, in] -> [N, out]
 
-    BLAS would do it in its own threads as well, but these spin for a while when they are done, in the way of those that do the
-    attention next.
+    BLAS has threads of its own, but these spin for a while after a product, on the cores that attention needs next.
     """
     n_out = len(weight)
     y = np.empty((len(rows), n_out), weight.dtype)
@@ -131,9 +130,9 @@ def _many_rows_product(rows: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
 
 def few_columns(weight: np.ndarray, columns: np.ndarray, out: np.ndarray) -> None:
-    """weight [..., out, in] @ columns [..., in, N] for small N, as one stack of tiles.    out [..., out, N]
+    """Multiply a weight [..., out, in] by columns [..., in, N] for small N, as one stack of tiles.    out [..., out, N]
 
-    The last two axes of the weight may be in memory in either order: taken apart, the first of them stays a view.
+    The last two axes of the weight may be in memory in either order: splitting the first of them always gives a view.
     """
     *stack, n_out, n_in = weight.shape
     N = columns.shape[-1]
@@ -150,7 +149,7 @@ _buffers = threading.local()
 
 
 def _buffer(size: int) -> np.ndarray:
-    """Return this thread's buffer of so many uint32, to be overwritten: made once, since new memory costs more to touch."""
+    """Return this thread's buffer of `size` uint32, to be overwritten. It is kept, since new memory is slower to write to."""
     if getattr(_buffers, "words", np.empty(0)).size < size:
         _buffers.words = np.empty(size, np.uint32)
     return _buffers.words[:size]
@@ -173,7 +172,7 @@ def tile_size(n_threads: int) -> int:
 
 
 def _packed_product(rows: np.ndarray, weight: Packed) -> np.ndarray:
-    """[N, in] by a packed [out, in] -> [N, out] in float32, tiles shared among the threads."""
+    """Multiply by a packed weight, the threads sharing its tiles.    [N, in] by [out, in] -> float32 [N, out]"""
     (n_out, n_in), N, n = weight.shape, len(rows), n_threads()
     sides = weight.sides(rows)  # [P, N, in / P]
     columns = sides.swapaxes(-1, -2)
@@ -199,11 +198,11 @@ def _packed_product(rows: np.ndarray, weight: Packed) -> np.ndarray:
 
 
 def _grouped_product(rows: np.ndarray, weight: Grouped) -> np.ndarray:
-    """[N, in] by [out, in] quantised in groups -> [N, out] in float32, tiles shared among the threads.
+    """Multiply by a weight quantised in groups, the threads sharing its tiles.    [N, in] by [out, in] -> float32 [N, out]
 
     For a few rows of x, q is multiplied as it is stored, and each group's partial sums are multiplied by its scales: less work
-    than for each number of the weight. A tile is as wide as it can be and has a few of the groups, since what takes time runs
-    along its width. For many rows the numbers themselves are made first, of all groups, for one large product.
+    than scaling each number of the weight. A tile is as wide as it can be and has a few of the groups, since the slow loops run
+    along its width. For many rows the weight is widened first, all groups of a tile, for one large product.
     """
     (n_out, n_in), N, n = weight.shape, len(rows), n_threads()
     group, few = weight.grouping.group, N <= FEW_ROWS

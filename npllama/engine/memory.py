@@ -1,10 +1,10 @@
-"""How much memory there is to take: of the machine, within the limits of the control groups (cgroups) of this process, and
-within its address space.
+"""Find how much memory this process may use: what the machine has free, the limits of its control groups (cgroups), its
+address space.
 
-A container's limit, or a batch system's, is a control group's. Beyond it a process is killed, or slowed down
+Containers and batch systems set limits by control groups. Beyond such a limit a process is killed, or slowed down
 (memory.high), whatever the machine has free. The kernel's Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst
-describe the files read here. An address space ends where pointers of 32 bits do, or earlier (RLIMIT_AS, `ulimit -v`); mapped
-files are in it too.
+describe the files read here. An address space is limited by the size of pointers (32 bits), or by RLIMIT_AS (`ulimit -v`); it
+includes mapped files.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ KERNEL_S_SHARE = 1 << 30  # of the 4 GB that 32 bits can address, as Linux divid
 
 
 def available_memory() -> int:
-    """Bytes that this process can allocate without pushing anything out."""
+    """Return how many bytes this process can allocate without swapping or dropping anything from memory."""
     return max(0, min(free_memory(), _address_space_left()))
 
 
 def free_memory() -> int:
-    """Bytes that can be in memory without pushing anything out; what is mapped needs no more address space for that."""
+    """Return how many bytes fit in memory without swapping, whatever the address space: a mapping is in that already."""
     return max(0, min([_of_the_machine(), *_of_its_cgroups()]))
 
 
 def address_space() -> int:
-    """Bytes that this process can address at most, mapped files included; NO_LIMIT with 64 bits and no limit set."""
+    """Return how many bytes this process can address, mapped files included; NO_LIMIT with 64 bits and no limit set."""
     limit = NO_LIMIT if sys.maxsize > 1 << 32 else 1 << 32
     with contextlib.suppress(ImportError, OSError):  # Windows has no such module
         import resource
@@ -61,7 +61,7 @@ def _of_the_machine() -> int:
 
 
 def _of_its_cgroups() -> Iterator[int]:
-    """What the limits of this process's groups, and of the groups these are in, leave free; files in memory count as free."""
+    """Yield the bytes that each limit of this process's groups and their parents leaves free; cached files count as free."""
     for folder, limits, used, stat in _folders():
         files = 0
         with contextlib.suppress(OSError, ValueError):  # a limit holds without memory.stat too
@@ -73,7 +73,7 @@ def _of_its_cgroups() -> Iterator[int]:
 
 
 def _folders() -> Iterator[tuple[Path, tuple[str, ...], str, str]]:
-    """Each group's folder, what version 1 or 2 calls the files of limits and use, and what memory.stat's names begin with."""
+    """Yield each group's folder, the names of its files of limits and of use, and the prefix of the names in memory.stat."""
     try:
         lines = os.fsdecode((PROC / "self" / "cgroup").read_bytes()).split("\n")
     except OSError:
@@ -94,11 +94,11 @@ def _folders() -> Iterator[tuple[Path, tuple[str, ...], str, str]]:
 
 
 def _table(path: Path) -> dict[str, int]:
-    """Lines of a name and a number."""
+    """Read lines of a name and a number."""
     rows = (line.split() for line in path.read_text().splitlines())
     return {row[0]: int(row[1]) for row in rows if len(row) > 1}
 
 
 def size_text(n_bytes: int) -> str:
-    """For people: 16.1 GB, 0.5 MB."""
+    """Return a size for people to read: 16.1 GB, 0.5 MB."""
     return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.1f} MB"

@@ -1,9 +1,9 @@
-"""How many threads compute, and work shared among them.
+"""Share work among threads.
 
-NumPy lets go of Python's lock inside its loops and inside BLAS, so that Python threads compute side by side as long as each
-call has enough to do. BLAS has threads of its own: while ours work, it gets one, through threadpoolctl. Of a BLAS that
-threadpoolctl doesn't know, the threads can't be set: ours then stay at one and BLAS keeps its own, which is slower for packed
-weights and long prompts.
+NumPy releases Python's lock (the GIL) inside its loops and inside BLAS, so that Python threads compute in parallel as long as
+each call has enough to do. BLAS has threads of its own: while ours work, it is limited to one, through threadpoolctl. With a
+BLAS that threadpoolctl doesn't know, we use one thread and BLAS keeps its own, which is slower for packed weights and long
+prompts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ VARIABLE = "NPLLAMA_NUM_THREADS"
 
 
 class _Blas(Protocol):
-    """What is used of a threadpoolctl.LibController."""
+    """The methods of a threadpoolctl.LibController that are used here."""
 
     def get_num_threads(self) -> int: ...
 
@@ -28,7 +28,7 @@ class _Blas(Protocol):
 
 
 class _State:
-    """Per-process thread settings; reset after a fork, where no other thread lives on."""
+    """Per-process thread settings; reset after a fork, which other threads don't survive."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -46,9 +46,9 @@ _this_thread = threading.local()  # .region: whose tasks it runs
 
 def _forget() -> None:
     global _state
-    told = _state.n_threads
+    n_threads = _state.n_threads
     _state = _State()
-    _state.n_threads = told
+    _state.n_threads = n_threads
 
 
 if hasattr(os, "register_at_fork"):
@@ -56,16 +56,16 @@ if hasattr(os, "register_at_fork"):
 
 
 def available_cpus() -> int:
-    """The processors this process may run on."""
+    """Return how many processors this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def n_threads() -> int:
-    """How many threads compute: what set_threads() said, else NPLLAMA_NUM_THREADS, else one for each processor.
+    """Return how many threads compute: set_threads()'s number, else NPLLAMA_NUM_THREADS, else one for each processor.
 
-    One within a task of parallel(): the others have tasks of their own.
+    It is one within a task of parallel(), as the other threads have tasks of their own.
     """
     region = getattr(_this_thread, "region", None)
     if region is not None and not region.over:
@@ -86,7 +86,7 @@ def _whole(text: str) -> int:
 
 
 def set_threads(n: int) -> None:
-    """Compute with n threads from now on, in BLAS too. Raises ValueError below 1."""
+    """Compute with n threads from now on, in BLAS too. Raises ValueError for n below 1."""
     if n < 1:
         raise ValueError(f"the number of threads is {n}, expected 1 or more")
     state, libraries = _state, _blas()
@@ -102,21 +102,24 @@ def set_threads(n: int) -> None:
 
 
 def controls_blas() -> bool:
-    """Whether BLAS's own threads can be set: threadpoolctl knows the BLAS that NumPy uses."""
+    """Return whether the number of BLAS's own threads can be set: whether threadpoolctl knows NumPy's BLAS."""
     return bool(_blas())
 
 
 def _blas() -> list[_Blas]:
     with _state.lock:
         if _state.blas is None:
-            from threadpoolctl import ThreadpoolController  # it looks at every library of the process: not at import
+            from threadpoolctl import ThreadpoolController  # slow, as it inspects every library of the process: not at import
 
             _state.blas = ThreadpoolController().select(user_api="blas").lib_controllers
         return _state.blas
 
 
 def _set(library: _Blas, n: int) -> None:
-    """From any thread: threadpoolctl 3.8 otherwise obeys the first that asked, and no other. Ours take turns by the lock."""
+    """Set a BLAS's number of threads, from any thread of ours that holds the lock.
+
+    threadpoolctl 3.8 by itself obeys only the first thread that asked.
+    """
     release = getattr(library, "clear_controlling_thread", lambda force=False: None)
     release(force=True)
     library.set_num_threads(n)
@@ -124,11 +127,11 @@ def _set(library: _Blas, n: int) -> None:
 
 
 # An interrupt (Ctrl-C) may come between any two steps of the main thread, here too. So nothing is held that a thread could wait
-# for in vain, and what one region could not put back, the next one of the same thread does.
+# for forever, and a setting that one region could not restore is restored by the same thread's next one.
 
 
 def _hold(state: _State) -> None:
-    """BLAS at one thread, while at least one thread of ours is in a region."""
+    """Limit BLAS to one thread, while at least one thread of ours is in a region."""
     with state.lock:
         if not state.holders - {threading.get_ident()}:
             if state.before is None:
@@ -139,7 +142,7 @@ def _hold(state: _State) -> None:
 
 
 def _release(state: _State) -> None:
-    """The last to leave a region gives BLAS back the threads that it had."""
+    """Restore the threads that BLAS had, as the last to leave a region."""
     with state.lock:
         state.holders.discard(threading.get_ident())
         if not state.holders:
@@ -153,7 +156,7 @@ def _restore(state: _State) -> None:
 
 
 class _Region:
-    """Tasks that threads take in turn, until none is left or one has failed."""
+    """Tasks, of which each thread takes the next, until none is left or one has failed."""
 
     def __init__(self, task: Callable[[int], object], n: int):
         self.task, self.n = task, n
@@ -174,7 +177,7 @@ class _Region:
 
 
 class _Share:
-    """One worker's part of a region, which the caller takes back if no worker has come to it."""
+    """One worker's part of a region; the caller takes it back if no worker has begun it."""
 
     def __init__(self, region: _Region):
         self.region, self.taken, self.ended = region, threading.Lock(), threading.Lock()
@@ -195,7 +198,7 @@ class _Share:
 
 
 def _serve(shares: SimpleQueue[_Share | None]) -> None:
-    """Run share after share, as a worker. It keeps none, as their tasks hold arrays."""
+    """Run share after share, as a worker. None is kept afterwards, as their tasks hold arrays."""
     while (share := shares.get()) is not None:
         share.run()
         del share
@@ -204,8 +207,8 @@ def _serve(shares: SimpleQueue[_Share | None]) -> None:
 def parallel(task: Callable[[int], object], n: int) -> None:
     """Run task(0) to task(n - 1), each thread taking the next when it is done with one. An exception of any is raised.
 
-    A task that calls this again runs those tasks itself. When this returns or raises, all tasks that were begun have ended, but
-    for an interrupt while it waits for them.
+    A task that calls this again runs those tasks itself. When this returns or raises, all tasks that were begun have ended,
+    unless an interrupt comes while it waits for them.
     """
     workers = min(n_threads(), n)
     if workers < 2 or not controls_blas():

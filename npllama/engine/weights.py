@@ -1,4 +1,4 @@
-"""Weight matrices in the forms they are stored in. A form is one class; linear.py multiplies by any of them.
+"""Hold weight matrices in the forms they are stored in. A form is one class; linear.py multiplies by any of them.
 
 | array's dtype | form | what it holds | computed in |
 |---|---|---|---|
@@ -12,7 +12,7 @@ Parameters are given as arrays, whose dtype says the form (form_of), or in a for
 
     shape, dtype, ndim, size, nbytes
     rows(part), columns(part)    a part in the same form; rows also by an array of row numbers
-    widen(out=None)              its numbers, to compute with
+    widen(out=None)              the numbers to compute with
 
 and a packed form, which is multiplied tile by tile, also sides(), tile() and finish(): see Packed.
 """
@@ -34,7 +34,7 @@ Part = slice | np.ndarray  # row numbers
 def native(array: np.ndarray) -> np.ndarray:
     """Return an array in this machine's byte order: itself where it is, so that a mapped file stays mapped, else a copy.
 
-    NumPy computes in either order, but `dtype == np.uint16` and `view` know one: whoever uses them begins with this.
+    NumPy computes in either order, but `dtype == np.uint16` and `view` assume the native one: call this before them.
     """
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
@@ -49,27 +49,27 @@ class Form:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """As an array's."""
+        """Return the shape, as of an array."""
         return self.values.shape
 
     @property
     def dtype(self) -> np.dtype:
-        """The dtype that the numbers are stored in."""
+        """Return the dtype that the numbers are stored in."""
         return self.values.dtype
 
     @property
     def ndim(self) -> int:
-        """As an array's."""
+        """Return the number of axes."""
         return self.values.ndim
 
     @property
     def size(self) -> int:
-        """As an array's."""
+        """Return how many numbers there are."""
         return self.values.size
 
     @property
     def nbytes(self) -> int:
-        """The bytes that the numbers are stored in, scales included."""
+        """Return how many bytes the numbers take, scales included."""
         return self.values.nbytes
 
     def rows(self, part: Part) -> Form:
@@ -100,14 +100,14 @@ class Dense(Form):
 class Packed(Form):
     """Numbers in 16 bits or fewer, widened to float32 a tile at a time.
 
-    x [N, in] times a tile of n rows is the sum over p of sides[p] @ tile[p]ᵀ: a form may take its columns apart in P ways that
-    lie together in memory (P is 1 if it doesn't), and x likewise. What is the same for a whole row is left to finish().
+    x [N, in] times a tile of n rows is the sum over p of sides[p] @ tile[p]ᵀ: a form may split its columns into P sets, each
+    contiguous once widened (P is 1 if it doesn't), and x likewise. A factor of a whole row is left to finish().
     """
 
     __slots__ = ()
 
     def sides(self, x: np.ndarray) -> np.ndarray:
-        """Take x apart as tile() takes the columns apart.    [N, in] -> [P, N, in / P]"""
+        """Split the columns of x as tile() splits those of the weight.    [N, in] -> [P, N, in / P]"""
         return np.ascontiguousarray(x[None])
 
     def tile(self, part: slice, n_sides: int, words: np.ndarray) -> np.ndarray:
@@ -116,12 +116,12 @@ class Packed(Form):
         return rows.widen(words.view(np.float32).reshape(rows.shape))[None]
 
     def finish(self, y: np.ndarray) -> np.ndarray:
-        """Return the product [N, out] with what tile() left out; y may be changed."""
+        """Return the product [N, out] with the factors that tile() left out; y may be changed."""
         return y
 
 
 class _SixteenBits(Packed):
-    """Numbers of 16 bits. Two neighbours are taken apart as one word of 32 bits, which is faster than widening each."""
+    """Numbers of 16 bits. Two neighbours are split as one word of 32 bits, which is faster than widening each."""
 
     __slots__ = ()
 
@@ -175,7 +175,7 @@ class Float16(_SixteenBits):
         return out
 
     def sides(self, x: np.ndarray) -> np.ndarray:
-        """Take x apart, 2^112 times as large where the pairs come out 2^-112 times as large."""
+        """Split x, multiplied by 2^112 where the widened pairs are 2^-112 times as large as the numbers."""
         if np.max(np.abs(x), initial=0) < HALF_LIMIT and len(sides := super().sides(x)) == 2:
             sides *= HALF_SCALE
             return sides
@@ -183,11 +183,11 @@ class Float16(_SixteenBits):
 
     @staticmethod
     def _take_apart(packed: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> None:
-        """Move sign, 5 bits of exponent and 10 of mantissa to where float32 has them.
+        """Move sign, 5 bits of exponent and 10 of mantissa to their places in a float32.
 
-        An arithmetic shift copies the sign over the three bits that float32's exponent has more, and the mask clears them
-        again. What comes out is the number times 2^-112, exactly, as the two exponents are counted from 15 and 127; subnormal
-        ones included.
+        An arithmetic shift copies the sign over the three additional bits of float32's exponent, and the mask clears them
+        again. The result is the number times 2^-112, exactly, as the biases of the exponents are 15 and 127; also if
+        subnormal.
         """
         packed, lower, upper = packed.view(np.int32), lower.view(np.int32), upper.view(np.int32)
         np.left_shift(packed, np.int32(16), out=lower)
@@ -198,7 +198,7 @@ class Float16(_SixteenBits):
 
 
 class Int8(Packed):
-    """A matrix quantized row by row: row i is values[i] · scale[i].
+    """A matrix quantised row by row: row i is values[i] · scale[i].
 
     values  int8 [out, in], -127 to 127
     scale   float32 [out]
@@ -226,7 +226,7 @@ class Int8(Packed):
         return np.multiply(self.values, native(self.scale)[:, None], out=out)
 
     def tile(self, part: slice, n_sides: int, words: np.ndarray) -> np.ndarray:
-        """Widen the values alone: a scale for each number of the result is less work than one for each number of the weight."""
+        """Widen the values alone: to scale each number of the result is less work than to scale each number of the weight."""
         values = self.values[part]
         out = words.view(np.float32).reshape(1, *values.shape)
         np.copyto(out[0], values)
@@ -239,7 +239,7 @@ class Int8(Packed):
 
 
 class Shard(Form):
-    """One rank's part of a matrix, whose products join() makes those of the whole matrix, with the other ranks' (ranks/).
+    """One rank's part of a matrix: join() combines its product with the other ranks' into that of the whole matrix (ranks/).
 
     part   what this rank multiplies by
     table  the whole matrix, where its rows are looked up: an embedding that is the output matrix too
@@ -253,7 +253,7 @@ class Shard(Form):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the part."""
+        """Return the shape of the part."""
         return self.part.shape
 
     @property
@@ -278,7 +278,7 @@ FORMS = {"H": Bfloat16, "e": Float16}  # by an array's dtype.char
 
 
 def form_of(weight: Weight) -> Form:
-    """Return a weight in its form, which an array's dtype says; in native byte order."""
+    """Return a weight in its form, which is found from an array's dtype; in native byte order."""
     if isinstance(weight, Form):
         return weight
     weight = native(weight)
@@ -286,7 +286,7 @@ def form_of(weight: Weight) -> Form:
 
 
 def is_packed(weight: Weight) -> bool:
-    """Whether the weight is stored in 16 bits or fewer, to be widened before it is computed with."""
+    """Return whether the weight is stored in 16 bits or fewer, to be widened before it is computed with."""
     return isinstance(form_of(weight), Packed)
 
 
@@ -297,7 +297,7 @@ def widen(weight: Weight, out: np.ndarray | None = None) -> np.ndarray:
 
 
 class SideBySide(np.ndarray):
-    """A dense matrix that lies in one block with others, which are multiplied by the same x: linears() takes the block whole.
+    """A dense matrix in one block of memory with others that are multiplied by the same x: linears() multiplies the block.
 
     whole  all their rows    [sum of the others' and its own, in]
     start  where its own begin
@@ -331,19 +331,19 @@ def block_of(weights: Sequence[Weight]) -> np.ndarray | None:
 
 
 def to_bfloat16(x: np.ndarray) -> np.ndarray:
-    """Round float32 to the nearest bfloat16, ties to even, as uint16 bits; NaN stays NaN, what is too large becomes infinite.
+    """Round float32 to the nearest bfloat16, ties to even, as uint16 bits; NaN stays NaN, too large numbers become infinite.
 
     Adding just under half a unit of the last place kept, plus one bit where that place is odd, carries into it exactly when
-    the nearest lies above.
+    the nearest bfloat16 is the next larger one.
     """
     bits = np.asarray(x, np.float32).view(np.uint32)
     nearest = (bits + (0x7FFF + (bits >> 16 & 1))) >> 16
-    quiet_nan = bits >> 16 | 0x0040  # the carry would turn some NaN into zero or infinity
+    quiet_nan = bits >> 16 | 0x0040  # the carry would make zero or infinity of some NaN
     return np.where(np.isnan(x), quiet_nan, nearest).astype(np.uint16)
 
 
 def to_int8(x: np.ndarray) -> Int8:
-    """Quantize each row to the 255 multiples of its scale that reach from -max|row| to max|row|.    float [out, in]
+    """Quantise each row to the 255 multiples of its scale that reach from -max|row| to max|row|.    float [out, in]
 
     scale = max|row| / 127, values = row / scale to the nearest, ties to even. A row of zeros has scale 0. Dividing in float64
     leaves no float32 on the wrong side of a tie.

@@ -80,7 +80,7 @@ def test_rows_are_those_of_the_numbers_in_the_same_form(stored, part):
 
 @pytest.mark.parametrize("part", [(0, 192), (64, 128), (128, 192), (64, 64), (16, 96), (0, 48), (8, 64), (2, 190)], ids=str)
 def test_columns_are_those_of_the_numbers_wherever_they_are_cut(stored, part):
-    """In groups and units that are as large as the cut leaves them whole."""
+    """Cut columns at, and inside of, groups and units: they stay as large as the cut allows."""
     weight, _ = stored
     columns = weight.columns(slice(*part))
     numbers = weight.widen()[:, slice(*part)]

@@ -1,4 +1,4 @@
-"""Where weights lie: every value where its name says, matrices of one x side by side, and what that takes told beforehand."""
+"""Check the layout of weights: every value under its name, matrices of one x adjacent, and the memory predicted exactly."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_foreign_byte_order_is_made_native(storage):
 
 @pytest.mark.parametrize("packed", ["w1", "w3"])
 def test_a_group_stored_in_two_ways_is_widened_where_it_is_packed(packed, monkeypatch):
-    monkeypatch.setattr(layout, "SHORT_ROW", 8)  # nothing is turned
+    monkeypatch.setattr(layout, "SHORT_ROW", 8)  # nothing is transposed
     params = random_params(CONFIG, seed=3)
     name = f"layers.0.feed_forward.{packed}.weight"
     params[name] = linear.to_bfloat16(params[name])
@@ -98,7 +98,7 @@ def test_each_group_of_short_rows_is_one_block():
 @pytest.mark.parametrize("short_row", [24, 25])
 @pytest.mark.parametrize("ffn_dim", [11, 12])
 def test_rows_that_are_short_and_no_longer_than_the_columns_are_transposed(short_row, ffn_dim, monkeypatch):
-    """Columns of a group count together: those of wq, wk and wv are 12 numbers long, of w1 and w3 22 or 24."""
+    """Count the rows of a group together: columns of wq, wk and wv have 12 numbers, those of w1 and w3 22 or 24."""
     config = tiny.config(dim=24, n_heads=1, n_kv_heads=1, head_dim=4, ffn_dim=ffn_dim, vocab_size=50, tied_embeddings=False)
     monkeypatch.setattr(layout, "SHORT_ROW", short_row)
     dense = layout.in_memory(random_params(config, seed=1), config, np.float32)
@@ -144,13 +144,13 @@ def test_the_pass_is_the_same(config):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_what_it_takes_is_told(config, dtype):
     params = random_params(config, seed=6)
-    told = layout.new_bytes(params, config, dtype)
+    predicted = layout.new_bytes(params, config, dtype)
     layout.in_memory(params, config, dtype)
     tracemalloc.start()
     dense = layout.in_memory(params, config, dtype)
     taken = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
-    assert told <= taken < told + 60_000 + 600 * len(dense)
+    assert predicted <= taken < predicted + 60_000 + 600 * len(dense)
 
 
 @MAPPED
@@ -194,16 +194,16 @@ def test_an_embedding_that_is_not_the_output_is_left_where_it_is():
 
 
 class Mapping:
-    """Stands in for a file's mapping, and notes what the system is told about it."""
+    """A stand-in for a file's mapping that records the advice given for it."""
 
-    def __init__(self, name: str, n_bytes: int, told: list[tuple[str, int]]):
-        self.name, self.n_bytes, self.told = name, n_bytes, told
+    def __init__(self, name: str, n_bytes: int, given: list[tuple[str, int]]):
+        self.name, self.n_bytes, self.given = name, n_bytes, given
 
     def __len__(self) -> int:
         return self.n_bytes
 
     def madvise(self, advice: int) -> None:
-        self.told.append((self.name, advice))
+        self.given.append((self.name, advice))
 
 
 @MAPPED
@@ -214,9 +214,9 @@ def test_the_system_is_told_how_mapped_weights_will_be_read(tmp_path, fits, monk
     with checkpoint.create(tmp_path / "m", CONFIG, "bfloat16", source={"kind": "test"}) as writer:
         for name, x in params.items():
             writer.add(name, x)
-    model, told = checkpoint.open_model(tmp_path / "m"), []
+    model, given = checkpoint.open_model(tmp_path / "m"), []
     for name, x in model.params.items():
-        x.base._mmap = Mapping(name, x.nbytes, told)
+        x.base._mmap = Mapping(name, x.nbytes, given)
     n_bytes = sum(x.nbytes for x in model.params.values())
     monkeypatch.setattr(reading, "free_memory", lambda: n_bytes - (not fits))
     reading.read_ahead(model.params)
@@ -224,5 +224,5 @@ def test_the_system_is_told_how_mapped_weights_will_be_read(tmp_path, fits, monk
         if thread.name == "npllama-read-ahead":
             thread.join()
     advice = mmap.MADV_WILLNEED if fits else mmap.MADV_SEQUENTIAL
-    assert told == [(name, advice) for name in params]
+    assert given == [(name, advice) for name in params]
     assert ("from the disk again" in caplog.text) == (not fits)

@@ -1,4 +1,4 @@
-"""y = x Wᵀ by every path: how many rows, how the weight is stored, how it is cut into tiles, how many threads."""
+"""Compute y = x Wᵀ by every path: numbers of rows, storages, tiles, numbers of threads."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PACK = {
 
 @pytest.fixture(autouse=True, params=[1, 2, 3], ids=lambda n: f"{n}threads")
 def n_threads(request, monkeypatch):
-    """Each test on one thread and on more; all work, however small, is shared."""
+    """Run each test on one thread and on more; all work, however small, is shared."""
     before = threads.n_threads()
     threads.set_threads(request.param)
     monkeypatch.setattr(linear, "SHARED", 1)
@@ -54,7 +54,7 @@ def test_every_path_is_the_product(storage, shape, rows, monkeypatch):
 
 @pytest.mark.parametrize("storage", PACK)
 def test_a_row_is_the_same_in_any_batch(storage):
-    """Within rounding: what a token gets doesn't depend on who is computed beside it."""
+    """Compare within rounding: a token's result doesn't depend on the other tokens of the batch."""
     x, weight = uniform(1, (24, 96)), PACK[storage](uniform(2, (300, 96)))
     together = linear.linear(x.astype(linear.widen(weight).dtype), weight)
     for rows in (1, 2, 5, 16):
@@ -64,7 +64,7 @@ def test_a_row_is_the_same_in_any_batch(storage):
 
 @pytest.mark.parametrize("rows", [1, 3, 30])
 def test_every_float16_is_widened_exactly(rows):
-    """Each of the 63,488 finite ones, subnormal and zero too, by a product with one and zeros."""
+    """Multiply each of the 63,488 finite ones, subnormal and zero too, by one and zeros."""
     bits = np.arange(1 << 16).astype(np.uint16).view(np.float16)
     weight = np.where(np.isfinite(bits), bits, np.float16(0)).reshape(-1, 64)
     for column in (0, 1, 62, 63):
@@ -76,7 +76,7 @@ def test_every_float16_is_widened_exactly(rows):
 
 @pytest.mark.parametrize("large", [3e4, 7e4, 1e6, 1e30, np.inf, np.nan])
 def test_float16_weights_take_any_input(large):
-    """The scaled form would overflow beyond 2^15; such rows take the other path."""
+    """Multiply rows beyond 2^15, where the scaled form would overflow: they take the other path."""
     x, weight = uniform(3, (2, 64)), uniform(4, (50, 64)).astype(np.float16)
     x[1, 5] = large
     y = linear.linear(x, weight)
@@ -120,7 +120,7 @@ def test_a_weight_is_read_wherever_it_lies(storage):
 @pytest.mark.parametrize("storage", PACK)
 @pytest.mark.parametrize("rows", [1, 3, 20])
 def test_foreign_byte_order_gives_the_same_bits(storage, rows):
-    """Arrays of the other byte order, as files of another machine are: `>u2` is not np.uint16 to NumPy."""
+    """Take arrays in the other byte order, as files of another machine are: `>u2` is not np.uint16 to NumPy."""
     x, weight = uniform(8, (rows, 48)), PACK[storage](uniform(9, (70, 48)))
     x = x.astype(linear.widen(weight).dtype)
     if storage == "int8":
@@ -159,7 +159,7 @@ def test_an_array_in_native_byte_order_is_not_copied():
 @pytest.mark.parametrize("storage", ["bfloat16", "float16"])
 @pytest.mark.parametrize("rows", [1, 3, 20])
 def test_pairs_on_a_machine_of_the_other_byte_order(storage, rows, monkeypatch):
-    """There, a word has the first of two neighbours where it has the second one here: so have words of swapped neighbours."""
+    """Simulate big-endian words, whose halves are swapped, by swapping neighbours."""
     x, weight = uniform(8, (rows, 48)), PACK[storage](uniform(9, (70, 48)))
     expected = linear.linear(x, weight)
     swapped = np.ascontiguousarray(weight.reshape(70, 24, 2)[:, :, ::-1]).reshape(70, 48)
@@ -198,7 +198,7 @@ def test_tiled_attention_is_attention(batch, T, S, tile, monkeypatch):
 @pytest.mark.torch
 @pytest.mark.parametrize("padding", [5, 20, 33])
 def test_padding_beyond_the_first_tile_is_hidden_as_in_torch(padding, monkeypatch):
-    """A row padded on the left in one chunk without a cache: only tiles after the first have slots before their queries."""
+    """Pad a row on the left, in one chunk without a cache: only tiles after the first have slots before their queries."""
     torch = pytest.importorskip("torch", reason="torch is not installed")
     monkeypatch.setattr(fast, "TILE", 1)  # 8 queries a tile, the fewest
     B, T, H, G, K = 2, 40, 6, 2, 8
@@ -216,7 +216,7 @@ def test_padding_beyond_the_first_tile_is_hidden_as_in_torch(padding, monkeypatc
 
 
 def test_tiled_attention_of_large_scores(monkeypatch):
-    """No float32 holds exp(1000): the largest is taken off first."""
+    """Subtract the largest score first, as exp(1000) overflows float32."""
     monkeypatch.setattr(fast, "SHARED", 0)
     q, keys, values = np.full((9, 2, 4), 500, np.float32), np.ones((2, 9, 4), np.float32), uniform(3, (2, 9, 4))
     found = fast.tiled_attention(q, keys, values, ops.causal_mask(np.arange(9), np.arange(9), np.float32))
@@ -227,7 +227,7 @@ def test_tiled_attention_of_large_scores(monkeypatch):
 @pytest.mark.parametrize("shape", [(9, 5), (2, 9, 5), (8, 5), (3, 5), (1, 5)], ids=str)
 @pytest.mark.parametrize("n_threads", [1, 2, 3])
 def test_tokens_go_separate_ways(shape, n_threads, monkeypatch):
-    """Every token once, on as many threads as have enough of them; the rest of the function is its own."""
+    """Compute every token once, on as many threads as have enough of them; the function itself is unchanged."""
     monkeypatch.setattr(fast, "TOKENS", 4)
     x, sizes, before = uniform(10, shape), [], threads.n_threads()
     n = x.size // 5
@@ -247,7 +247,7 @@ def test_tokens_go_separate_ways(shape, n_threads, monkeypatch):
 
 
 def test_with_a_tap_tokens_stay_together(n_threads, monkeypatch):
-    """It is shown whole activations, so that FAST with a tap is PLAIN with it."""
+    """Show a tap whole activations: with a tap, FAST computes as PLAIN does."""
     monkeypatch.setattr(fast, "TOKENS", 1)
     x, sizes = uniform(10, (12, 5)), []
     fast.by_token(lambda x, s: sizes.append(len(x)) or x)(x, Scope({}, None, None, None, tap=lambda name, x: x))
@@ -270,7 +270,7 @@ def test_no_input_is_changed():
 @pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize("rows", [2, 11, 16])
 def test_columns_are_in_c_order_whatever_the_weight_s_order(rows, order, monkeypatch):
-    """Where both matrices are transposed, OpenBLAS 0.3.31's kernels for AVX-512 write into each other's memory."""
+    """Keep the few columns in C order: with both matrices transposed, OpenBLAS 0.3.31's AVX-512 kernels corrupt memory."""
     layouts, few_columns = [], linear.few_columns
 
     def watch(weight, columns, out):
@@ -287,7 +287,7 @@ def test_columns_are_in_c_order_whatever_the_weight_s_order(rows, order, monkeyp
     [(96, 2, 64), (1000, 15, 64), (1000, 16, 32), (10_000, 4, 16), (10_000, 16, 4), (125_000, 8, 1), (200_000, 9, 1)],
 )
 def test_a_few_rows_are_multiplied_in_tiles_that_are_read_in_place(n_in, rows, tile, monkeypatch):
-    """The largest power of two of rows of the weight, of up to 64, with no more than a million multiplications."""
+    """Take the largest power of two of rows, up to 64, with no more than a million multiplications."""
     assert (linear.FEW_TILE, linear.IN_PLACE) == (64, 1_000_000)
     weight, columns, products, matmul = np.ones((70, n_in), np.float32), np.ones((n_in, rows), np.float32), [], np.matmul
     monkeypatch.setattr(np, "matmul", lambda a, b, out: products.append(a.shape) or matmul(a, b, out=out))
@@ -313,7 +313,7 @@ def test_each_row_of_the_weight_is_multiplied_once_and_in_float32(storage, rows,
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_work_is_shared_from_a_size_on(shared, n_threads, monkeypatch):
-    """A product of SHARED multiplications, or attention of SHARED scores, is; with one less it stays in one piece."""
+    """Share a product of SHARED multiplications, and attention of SHARED scores; with one less neither is shared."""
     pieces = []
     for module in (linear, fast):
         monkeypatch.setattr(module, "parallel", lambda task, n: pieces.append(n) or [task(i) for i in range(n)])
@@ -362,6 +362,6 @@ sys.exit(1 if wrong else 0)
 
 
 def test_two_threads_multiply_few_rows_side_by_side():
-    """With OpenBLAS 0.3.31 on AVX-512 the obvious order of the columns wrote into each other's memory, or the allocator's."""
+    """Multiply in two threads at once, which crashed OpenBLAS 0.3.31 on AVX-512 with columns in the obvious order."""
     done = subprocess.run([sys.executable, "-c", SIDE_BY_SIDE], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""How much memory there is to take: the machine's, or what control groups leave of it, by files as the kernel writes them."""
+"""Find the available memory, of the machine and within control groups, from files as the kernel writes them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ V2 = "0::/user.slice/job\n"
 
 
 def limits(monkeypatch, soft: int | None = None, bits: int = 64) -> None:
-    """RLIMIT_AS, and the size of a pointer."""
+    """Set RLIMIT_AS, and the size of a pointer."""
     monkeypatch.setattr(sys, "maxsize", (1 << bits - 1) - 1)
     if resource:
         monkeypatch.setattr(resource, "getrlimit", lambda which: (resource.RLIM_INFINITY if soft is None else soft, 0))
@@ -36,7 +36,7 @@ def limits(monkeypatch, soft: int | None = None, bits: int = 64) -> None:
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """Writes files of /proc and /sys/fs/cgroup: machine(path=text, ...)."""
+    """Return a function that writes files of /proc and /sys/fs/cgroup: machine(path=text, ...)."""
     monkeypatch.setattr(memory, "PROC", tmp_path / "proc")
     monkeypatch.setattr(memory, "CGROUPS", tmp_path / "cgroup")
     limits(monkeypatch)
@@ -73,7 +73,7 @@ def test_the_smallest_group_counts(machine):
 
 
 def test_files_in_memory_are_free(machine):
-    """A model that was just read is in memory as files, which the kernel drops when something else needs the place."""
+    """Count cached files as free: the kernel drops them when memory is needed, and a model just read is cached."""
     machine({"proc/self/cgroup": V2.strip(), **group("cgroup/user.slice/job", 8 * GB, 6 * GB, active=2 * GB, inactive=3 * GB)})
     assert memory.available_memory() == 7 * GB
 
@@ -146,7 +146,7 @@ def test_without_proc_it_is_half_of_what_is_built_in_or_a_guess(tmp_path, monkey
 
 
 def test_an_address_space_ends(machine, monkeypatch):
-    """What is mapped, files too, takes its part of it."""
+    """Subtract mappings, of files too, from the address space."""
     page = os.sysconf("SC_PAGE_SIZE")
     machine({"proc/self/statm": f"{GB // page} 9 9 9 0 9 0"})
     used = GB // page * page
@@ -178,7 +178,7 @@ print(model.params["output.weight"].dtype, list(npllama.generate(model, [1, 2, 3
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="there is no /proc/self/statm")
 @pytest.mark.parametrize(("room", "dtype"), [(100 << 20, "uint16"), (900 << 20, "float32")])
 def test_auto_stays_packed_within_a_limit_of_the_address_space(tmp_path, room, dtype):
-    """20 MB of weights are mapped, and 40 more to widen them would fit the machine but not half of what is left."""
+    """Keep 20 MB of mapped weights as stored where the 40 to widen them fit the machine, but not half of what is left."""
     config = tiny.config(vocab_size=60_000, n_layers=1)
     with checkpoint.create(tmp_path / "m", config, "bfloat16", source={"kind": "test"}) as writer:
         for name, x in tiny.random_params(config, seed=1).items():

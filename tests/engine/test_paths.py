@@ -1,4 +1,4 @@
-"""Every way through linear.py, layout.py and fast.py on a real model: its error against float64, and the same greedy tokens."""
+"""Run every path of linear.py, layout.py and fast.py on a real model: errors against float64, and the same greedy tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STORAGE = ["float32", "bfloat16", "float16", "int8"]
 
 @pytest.fixture(scope="module", params=STORAGE)
 def path(request, tmp_path_factory):
-    """The embedded model, stored so."""
+    """Return the embedded model in a storage dtype."""
     model, path = checkpoint.open_model(checkpoint.demo_path()), tmp_path_factory.mktemp("paths") / request.param
     auto = "float32" if request.param == "float32" else "bfloat16"
     dtypes = {name: request.param if request.param != "int8" or checkpoint.takes_int8(name) else auto for name in model.params}
@@ -34,7 +34,7 @@ def tokens():
 
 @pytest.fixture(params=[1, 2], ids=["1thread", "2threads"])
 def n_threads(request, monkeypatch):
-    """On two, this short text is shared as a long one would be."""
+    """Run on one thread and on two, which share this short text as if it were long."""
     if request.param == 2:
         monkeypatch.setattr(fast, "TOKENS", 8)
         monkeypatch.setattr(fast, "SHARED", 0)
@@ -48,7 +48,7 @@ def n_threads(request, monkeypatch):
 @pytest.mark.parametrize("dtype", ["stored", "float32"])
 @pytest.mark.parametrize("chunk", [1, 5, 16, 1000])
 def test_the_error_against_float64(path, tokens, dtype, chunk, n_threads):
-    """Row by row, a few at a time, and all at once."""
+    """Compute row by row, a few at a time, and all at once."""
     exact_model = load(path, "float64")
     exact = forward(exact_model.params, exact_model.config, tokens)
     model = load(path, dtype)
@@ -72,7 +72,7 @@ def test_greedy_takes_the_same_tokens_on_every_path(path, tokens, n_threads):
 
 @pytest.mark.parametrize("T", [40, 300])  # as tests force it, and as a long prompt goes
 def test_padding_anywhere_is_attended_to_by_nothing(T, n_threads):
-    """Before, between and after the tokens of a row: what the tiles leave out is never a slot that is hidden."""
+    """Pad before, between and after the tokens of a row: tiles leave out no slot that a query attends to."""
     model, rng = load(dtype="float32"), np.random.default_rng(5)
     rows = np.tile(rng.integers(0, model.config.vocab_size, T), (6, 1))
     ends, middle = np.arange(T) < T // 3, abs(np.arange(T) - T // 2) < T // 8
@@ -88,7 +88,7 @@ def test_padding_anywhere_is_attended_to_by_nothing(T, n_threads):
 
 
 def test_who_watches_sees_every_token(n_threads):
-    """A tap is handed whole activations, in the order of the formulas."""
+    """Hand a tap whole activations, in the order of the formulas."""
     model, shapes = load(), {}
     tokens = np.arange(40)
 

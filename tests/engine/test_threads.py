@@ -1,4 +1,4 @@
-"""Work shared among threads: all of it is done, once; errors arrive; BLAS gets its threads back."""
+"""Share work among threads: all of it is done, once; errors arrive; BLAS gets its threads back."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def blas_threads() -> list[int]:
 
 
 def started_with(value: str, code: str) -> str:
-    """Run code in a new process with this NPLLAMA_NUM_THREADS, which is read once; what it prints."""
+    """Run code in a new process with this NPLLAMA_NUM_THREADS, which is read once; return its output."""
     command = [sys.executable, "-c", f"import os\nfrom npllama.engine import threads\n{code}"]
     environment = os.environ | {threads.VARIABLE: value}
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
@@ -114,7 +114,7 @@ def test_an_interrupt_at_each_step_leaves_all_as_it_should_be(workers):
     threads.set_threads(2)
 
     def interrupted_at(nth: int) -> bool:
-        """Run a region whose nth step raises, as Ctrl-C does; whether there were so many."""
+        """Run a region whose nth step raises, as Ctrl-C does; return whether there were so many steps."""
         seen = 0
 
         def profile(frame, event, _):
@@ -186,7 +186,7 @@ print(n, "interrupts")
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers' signals on this system")
 def test_an_interrupt_at_any_moment():
-    """Ctrl-C, which is how an answer is stopped: the next region finds all as it should be, and the process ends."""
+    """Stop an answer by Ctrl-C: the next region finds all settings restored, and the process ends."""
     subprocess.run([sys.executable, "-c", INTERRUPTED], check=True, timeout=300)
 
 
@@ -233,7 +233,7 @@ print(_thread._count() - others)
 
 
 def test_what_was_computed_with_is_not_kept():
-    """A worker that waits must not hold the arrays of its last task."""
+    """Release the arrays of a worker's last task while it waits."""
     threads.set_threads(2)
     both, array = threading.Barrier(2, timeout=60), np.zeros(10)
     gone = weakref.ref(array)
@@ -265,7 +265,7 @@ def test_two_callers_at_once_leave_blas_as_it_was():
 
 
 def test_a_task_shares_its_own_work_with_nobody():
-    """It would wait for a thread that waits for it."""
+    """Run nested tasks in their own thread: it would otherwise wait for a thread that waits for it."""
     threads.set_threads(2)
     done = []
 

@@ -1,4 +1,4 @@
-"""Weights in every form: parts, rows by number, numbers, and what a product takes of them."""
+"""Check every form of weight: parts, rows by number, numbers, tiles."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FORMS = {
 
 @pytest.fixture(params=FORMS)
 def stored(request):
-    """A weight as it is given, its form's class, and its numbers."""
+    """Return a weight as given, the class of its form, and its numbers."""
     kind, pack = FORMS[request.param]
     weight = pack(uniform(1, (13, 10)))
     return weight, kind, np.array(widen(weight))
@@ -74,7 +74,7 @@ def test_numbers_go_where_they_are_wanted(stored):
 @pytest.mark.parametrize("n_in", [1, 7, 10])
 @pytest.mark.parametrize("large", [False, True])
 def test_tiles_and_sides_make_the_product(name, n_in, large):
-    """However a form takes its columns apart, and with x too large for float16's pairs."""
+    """Multiply in tiles however a form splits its columns, also x too large for float16's pairs."""
     form = form_of(FORMS[name][1](uniform(3, (9, n_in))))
     x = uniform(4, (5, n_in)) * np.float32(1e6 if large else 1)
     sides = form.sides(x)
@@ -89,7 +89,7 @@ def test_tiles_and_sides_make_the_product(name, n_in, large):
 
 
 def test_bfloat16_is_the_nearest_and_of_two_the_even_one():
-    """At a tie, one bit below and one above it, after an even number and after an odd one; beyond the largest lies infinity."""
+    """Round ties, and one bit below and above them, next to even and odd numbers; beyond the largest is infinity."""
     nearest = {
         0x3F807FFF: 0x3F80,
         0x3F808000: 0x3F80,
@@ -109,7 +109,7 @@ def test_bfloat16_is_the_nearest_and_of_two_the_even_one():
 
 
 def test_every_kind_of_nan_stays_one_in_bfloat16():
-    """With its sign and the upper bits of its payload, also where those are zero; some would round to infinity."""
+    """Keep the sign and the upper bits of the payload, also where those are zero; some would round to infinity."""
     bits = np.array([0x7F800001, 0xFF800001, 0x7FC00000, 0x7F810000, 0x7FFFFFFF, 0xFFFFFFFF], np.uint32)
     expected = [0x7FC0, 0xFFC0, 0x7FC0, 0x7FC1, 0x7FFF, 0xFFFF]
     assert weights.to_bfloat16(bits.view(np.float32)).tolist() == expected
@@ -138,7 +138,7 @@ def test_matrices_side_by_side_are_one_block():
 
 
 def test_nothing_holds_a_block_when_its_matrices_are_gone():
-    """No reference cycle: gigabytes would wait for the garbage collector."""
+    """Free weights without the garbage collector: a reference cycle would keep gigabytes."""
     parts = SideBySide.of(np.ones((4, 6), np.float32).T, [2, 4])
     block = weakref.ref(parts[0].whole)
     gc.disable()
@@ -151,7 +151,7 @@ def test_nothing_holds_a_block_when_its_matrices_are_gone():
 
 @pytest.fixture
 def level2(monkeypatch):
-    """Says what size the system tells of the second-level cache, or which error it gives."""
+    """Return a function that sets the second-level cache size that the system reports, or its error."""
 
     def says(answer):
         def sysconf(name):

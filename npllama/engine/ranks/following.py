@@ -1,4 +1,4 @@
-"""A process that is another rank than 0: it loads its part of the model and makes each pass that rank 0 makes."""
+"""Run any rank but 0: load its part of the model and make each pass that rank 0 announces."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from .leading import Part, follow
 
 
 def main() -> None:
-    """Run as rank sys.argv[1] of sys.argv[2], on the shared memory of a descriptor."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 hears it, and this rank of rank 0
+    """Run as rank sys.argv[1] of sys.argv[2]; sys.argv[3] is the file descriptor of the shared memory."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 handles it, and ends the others
     rank, size, descriptor = map(int, sys.argv[1:])
     group = local.Worker(rank, size, descriptor)
     order = group.receive()
@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def follow_world(group: mpi.World) -> None:
-    """Do what rank 0 of an MPI run says, until it ends."""
+    """Follow rank 0 of an MPI run until it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if (order := group.receive()) is None:
         return
@@ -44,9 +44,9 @@ def follow_world(group: mpi.World) -> None:
         part = load_part(order["path"], order["dtype"], group)
     except Exception as error:
         fault = error
-    with contextlib.suppress(RankError):  # which rank 0 says
+    with contextlib.suppress(RankError):  # rank 0 reports it
         group.agree(fault)
     if part is None:
-        group.receive()  # that rank 0 ends
+        group.receive()  # returns when rank 0 ends
     else:
         follow(part, group)

@@ -1,4 +1,4 @@
-"""What a group of ranks can do. Every rank calls the same methods in the same order."""
+"""Define the operations of a group of ranks. Every rank calls the same methods in the same order."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class RankError(NpllamaError):
 
 
 class Abandoned(NpllamaError):
-    """Rank 0 has given up the pass under way: the other ranks forget it."""
+    """Rank 0 has abandoned the pass under way: the other ranks discard it."""
 
 
 class Group(Protocol):
@@ -25,7 +25,7 @@ class Group(Protocol):
 
     rank: int
     size: int
-    running: bool  # whether a pass is under way: nothing is added up otherwise
+    running: bool  # whether a pass is under way: outside of one, sums are refused
 
     def total(self, x: np.ndarray) -> np.ndarray:
         """Return the sum of every rank's x, the same bits on all.    any shape, float32 or float64"""
@@ -34,24 +34,24 @@ class Group(Protocol):
         """Return every rank's x side by side along the last axis.    [..., sizes[rank]] -> [..., sum(sizes)]"""
 
     def broadcast(self, x: np.ndarray) -> np.ndarray:
-        """Return rank 0's x. The other ranks' have its shape."""
+        """Return rank 0's x; each rank gives an array of the same shape."""
 
 
 class Leading(Group, Protocol):
-    """What rank 0 can do besides."""
+    """The operations that rank 0 has in addition."""
 
     def send(self, message: Message) -> None:
-        """Tell the other ranks what is to be done next."""
+        """Send the other ranks a message: the next pass."""
 
     def abandon(self) -> None:
-        """Give up the pass under way, so that the other ranks stop waiting for it."""
+        """Abandon the pass under way, so that the other ranks stop waiting for it."""
 
     def close(self) -> None:
         """End the other ranks."""
 
 
 class Following(Group, Protocol):
-    """What the other ranks can do besides."""
+    """The operations that the other ranks have in addition."""
 
     def receive(self) -> Message | None:
         """Wait for the next message; None when rank 0 has ended."""

@@ -1,15 +1,15 @@
-"""Rank 0 has the other ranks make each pass that it makes, on the same tokens and with caches that are kept as its own are.
+"""Lead the other ranks: rank 0 announces each pass, and they make it on the same tokens, with caches in the same state.
 
-What is sent before a pass is
+The message before a pass:
 
-    cache      a number for the memory of rank 0's cache; each rank keeps a cache of that number
+    cache      the number of rank 0's cache; each rank keeps a cache under that number
     rows       the shape of all its rows
     at, active the rows that the pass is over, and which of these it extends: see KVCache.view
-    lengths    how many slots of each are committed: the others forget those after, as rank 0 has
-    tokens, last_only, ops, tapped    as model.forward takes them; of the tap only whether there is one
+    lengths    the number of committed slots of each row, to which every rank truncates its cache
+    tokens, last_only, ops, tapped    the arguments of model.forward; of the tap only whether there is one
     forget     caches that rank 0 no longer has
 
-Only rank 0 draws tokens, so that a rank on another processor, whose sums round differently, can't go another way.
+Only rank 0 draws tokens, so that a rank on another processor, which rounds differently, can't choose other ones.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ class Part:
 
 
 class Leader:
-    """Rank 0, whose forward() is what passes.Spread calls in the place of model.forward."""
+    """Rank 0; passes.Spread calls its forward() in place of model.forward."""
 
     def __init__(self, part: Part, group: Leading):
         self.part, self.group, self.lock = part, group, threading.Lock()
         self._numbers: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
         self._next = itertools.count()
-        self._gone: list[int] = []  # numbers of memories that are no more
+        self._gone: list[int] = []  # numbers of caches that no longer exist
         self._finalizer = weakref.finalize(self, self.group.close)
 
     def close(self) -> None:
@@ -104,7 +104,7 @@ class Leader:
                 self.group.send(message)
                 logits = part.forward(tokens, cache, last_only, name, None if tap is None else SharedTap(part, tap))
             except BaseException:
-                cache.truncate(before)  # as the other ranks' are before the next pass
+                cache.truncate(before)  # the other ranks do so before the next pass
                 self.group.abandon()
                 raise
             finally:
@@ -123,7 +123,7 @@ class Leader:
 
 
 def operations_name(ops: Ops | None, tap: Tap | None) -> str:
-    """Return the name under which the other ranks know these operations."""
+    """Return the name by which the other ranks find these operations."""
     if ops is None:
         return "FAST" if tap is None else "PLAIN"
     for name, known in OPS.items():
@@ -133,7 +133,7 @@ def operations_name(ops: Ops | None, tap: Tap | None) -> str:
 
 
 def follow(part: Part, group: Following) -> None:
-    """As another rank than 0, make each pass that rank 0 makes, until it ends."""
+    """Make each pass that rank 0 announces, as another rank, until rank 0 ends."""
     caches: dict[int, KVCache] = {}
     while (message := group.receive()) is not None:
         for number in message["forget"]:
@@ -150,7 +150,7 @@ def follow(part: Part, group: Following) -> None:
 
 
 def _viewed(cache: KVCache, message: Message) -> KVCache:
-    """Return the rows of this rank's cache that rank 0 makes a pass over, cut back as rank 0's are."""
+    """Return the rows of this rank's cache that the pass is over, truncated to the lengths of rank 0's."""
     for index in message["at"]:
         cache = cache[slice(*index) if isinstance(index, list) else index]
     if message["active"] is not None:
@@ -162,9 +162,9 @@ def _viewed(cache: KVCache, message: Message) -> KVCache:
 
 
 class SharedTap:
-    """The tap on every rank: rank 0's user is shown whole activations, and each rank goes on with its part of what he returns.
+    """The tap on every rank: rank 0's tap is shown whole activations, and each rank continues with its part of the result.
 
-    What is split, the axes H, G, F of the activation table, is gathered before. (Logits already are whole.)
+    Activations that are split along H, G or F of the activation table are gathered first. (Logits are whole already.)
     """
 
     def __init__(self, part: Part, tap: Tap | None = None):
@@ -177,7 +177,7 @@ class SharedTap:
         self._mine = {"H": part.share.heads, "G": part.share.kv_heads, "F": part.share.ffn}
 
     def __call__(self, name: str, x: np.ndarray) -> np.ndarray:
-        """Return this rank's part of what rank 0's tap makes of the whole activation."""
+        """Return this rank's part of what rank 0's tap returns for the whole activation."""
         axes = TABLE[_in_table(name)].axes
         split = next((axis for axis in "HGF" if axis in axes), None)
         at = axes.index(split) - len(axes) if split else 0

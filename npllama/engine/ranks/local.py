@@ -1,12 +1,13 @@
-"""Ranks as processes of one machine, which add up in shared memory.
+"""Run the ranks as processes of one machine, which make their sums in shared memory.
 
-For a sum, each rank writes its summand into its slot and raises its flag to the number of the sum; when all flags are there,
-it adds up all slots in the order of the ranks. Two sets of slots take turns, so that one wait a sum is enough: none can be two
-sums ahead. Waiting spins for a moment, as the others are about to arrive, and then gives the processor up.
+For a sum, each rank writes its summand into its slot and sets its flag to the number of the sum; once all flags have that
+number, it adds up all slots in the order of the ranks. Two sets of slots alternate, so that one wait for each sum is enough: no
+rank can be two sums ahead. A waiting rank spins for a moment, as the others are about to arrive, then yields the processor,
+then sleeps.
 
-The memory has no name in any file system, so that nothing is left of it however the processes end. What is to be done next is
-sent through a pipe, whose end tells a rank that rank 0 has ended; another pipe brings errors to rank 0, and its end tells that
-a rank has. A pass that rank 0 gives up is recognised by what comes after it: a message, or a flag far beyond the own one.
+The memory has no name in any file system, so that nothing is left of it however the processes end. Each rank receives the next
+message through a pipe, which reaches its end when rank 0 ends; it reports errors through another, which reaches its end when
+the rank ends. A rank recognises an abandoned pass by what follows it: a message, or a flag far above its own.
 """
 
 from __future__ import annotations
@@ -35,21 +36,20 @@ from .groups import Abandoned, Message, RankError, described
 SLOT = 4 << 20  # bytes that each rank adds or gathers at once
 FLAG = 64  # bytes from one flag to the next: each in a cache line of its own
 HEADER = 4096
-SPINS = 2000  # looks at a flag, about a tenth of a millisecond
+SPINS = 2000  # reads of a flag, about a tenth of a millisecond
 YIELDING = 2e-3  # seconds: afterwards a wait sleeps
-CHECKED = 0.01  # seconds between looks whether all are still there
-GIVEN_UP = 1 << 32  # sums that the next pass is counted ahead, after one that was given up
-# `-c` puts the current folder in front of the path, where a file of the user's may have the name of a module.
+CHECKED = 0.01  # seconds between checks that the other ranks still run
+ABANDONED = 1 << 32  # added to the number of the next sum after an abandoned pass
+# `-c` puts the current folder first on the path, where one of the user's files may have the name of a module.
 WORKER = "import sys; sys.path[:] = filter(None, sys.path); from npllama.engine.ranks.following import main; main()"
 
 _lock = threading.Lock()
 
 
 def _fence() -> None:
-    """Have all that was written before be seen by the other ranks before all that is written after.
+    """Make the other ranks see what was written before this before they see what is written after it (a memory barrier).
 
-    On x86 it always is. Elsewhere a lock is such a barrier: what is before its release, and after its next acquisition, stays
-    so.
+    On x86 they always do. Elsewhere a lock is such a barrier: no access moves across its release and its next acquisition.
     """
     with _lock:
         pass
@@ -58,7 +58,7 @@ def _fence() -> None:
 
 
 class LocalGroup:
-    """What rank 0 and the other ranks have in common."""
+    """The part of a group that rank 0 and the other ranks have in common."""
 
     running = False  # whether a pass is under way
 
@@ -139,7 +139,7 @@ class LocalGroup:
         else:
             self._wait_long(flag)
         if flags[flag] > seq + 1:  # no rank can be two sums ahead within a pass
-            raise Abandoned("the pass was given up")
+            raise Abandoned("the pass was abandoned")
 
     def _wait_long(self, flag: int) -> None:
         flags, seq = self._flags, self.seq
@@ -155,12 +155,12 @@ class LocalGroup:
                 self._check(flag)
 
     def _check(self, flag: int) -> None:
-        """Raise an error if the rank of a flag that isn't raised will never raise it."""
+        """Raise an error if the rank of this flag will never set it to the number awaited."""
         raise NotImplementedError
 
 
 class Workers(LocalGroup):
-    """The group as rank 0 has it: it starts the other ranks, and ends them."""
+    """The group on rank 0, which starts the other ranks and ends them."""
 
     def __init__(self, size: int, order: Message):
         if os.name != "posix" or not sys.executable:
@@ -174,8 +174,8 @@ class Workers(LocalGroup):
                 descriptor = stack.enter_context(tempfile.TemporaryFile()).fileno()
             os.ftruncate(descriptor, n_bytes)
             super().__init__(0, size, mmap.mmap(descriptor, n_bytes))
-            self._broken, self._owner, self._base, self._gave_up = "", os.getpid(), 0, False
-            self._heard: dict[int, bytes] = {}  # by rank: what has come of a report
+            self._broken, self._owner, self._base, self._abandoned = "", os.getpid(), 0, False
+            self._heard: dict[int, bytes] = {}  # by rank: the part of a report received so far
             self._processes: list[subprocess.Popen[bytes]] = []
             try:
                 for rank in range(1, size):
@@ -186,7 +186,7 @@ class Workers(LocalGroup):
                 raise
 
     def wait_until_loaded(self) -> None:
-        """Return when every rank has its part of the model; raise RankError for one that has failed."""
+        """Wait until every rank has loaded its part of the model. Raises RankError for one that has failed."""
         try:
             waiting = set(range(1, self.size))
             while waiting:
@@ -198,14 +198,14 @@ class Workers(LocalGroup):
             raise
 
     def send(self, message: Message) -> None:  # noqa: D102
-        if self._gave_up:  # the flags of some ranks may be anywhere in the pass before
-            self.seq = (self.seq // GIVEN_UP + 1) * GIVEN_UP
-            self._gave_up = False
+        if self._abandoned:  # the flags of some ranks may be anywhere in the pass before
+            self.seq = (self.seq // ABANDONED + 1) * ABANDONED
+            self._abandoned = False
         self._base = self.seq
         self._write({**message, "seq": self.seq})
 
     def abandon(self) -> None:  # noqa: D102
-        self._gave_up = True
+        self._abandoned = True
         with contextlib.suppress(RankError):
             self._write({"abandon": True})
 
@@ -225,7 +225,7 @@ class Workers(LocalGroup):
     def _write(self, message: Message) -> None:
         if self._broken:
             raise RankError(self._broken)
-        # An interrupt may cut a message short. The line break in front ends what came of it, which no rank can read.
+        # An interrupt may cut a message short. The line break in front ends that fragment, which no rank can parse.
         data = b"\n" + json.dumps(message).encode() + b"\n"
         for rank, process in enumerate(self._processes, 1):
             rest = memoryview(data)
@@ -238,7 +238,7 @@ class Workers(LocalGroup):
     def _check(self, flag: int) -> None:
         for rank in self._readable(list(range(1, self.size)), 0):
             report = self._report_of(rank)
-            if report.get("seq", -1) >= self._base:  # else it is of a pass that was given up
+            if report.get("seq", -1) >= self._base:  # else it is about an abandoned pass
                 raise RankError(f"rank {rank}: {report['error']}")
 
     def _readable(self, ranks: Sequence[int], timeout: float | None) -> list[int]:
@@ -248,7 +248,7 @@ class Workers(LocalGroup):
         return [pipes[pipe] for pipe in found]
 
     def _report_of(self, rank: int) -> Message:
-        """Return a report, nothing if more of it is to come. Raises RankError where the rank has ended or can't load."""
+        """Return a report; an empty one while it is incomplete. Raises RankError where the rank has ended or can't load."""
         pipe = self._processes[rank - 1].stdout
         if not (data := os.read(pipe.fileno(), 1 << 16) if pipe else b""):
             self._lose(rank)
@@ -278,7 +278,7 @@ def _signal_name(number: int) -> str:
 
 
 def start_process(rank: int, size: int, descriptor: int) -> subprocess.Popen[bytes]:
-    """Start the process of a rank, in a session of its own: a terminal's Ctrl-C is for rank 0, which tells the others."""
+    """Start the process of a rank, in a session of its own: a terminal's Ctrl-C reaches rank 0 alone, which ends the others."""
     package = str(Path(__file__).resolve().parents[3])
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))
     return subprocess.Popen(
@@ -293,7 +293,7 @@ def start_process(rank: int, size: int, descriptor: int) -> subprocess.Popen[byt
 
 
 class Worker(LocalGroup):
-    """The group as another rank than 0 has it, whose standard input and output are the pipes to rank 0."""
+    """The group on any other rank, whose standard input and output are the pipes to rank 0."""
 
     running = True
 
@@ -302,7 +302,7 @@ class Worker(LocalGroup):
         os.close(descriptor)
         super().__init__(rank, size, memory)
         self._in, self._out = os.dup(0), os.dup(1)
-        os.dup2(2, 1)  # what anything prints is not a report
+        os.dup2(2, 1)  # what libraries print is not a report
         self._read = b""
 
     def receive(self) -> Message | None:  # noqa: D102
@@ -328,7 +328,7 @@ class Worker(LocalGroup):
         self._tell({"seq": self.seq, "error": described(error)})
 
     def loaded(self, error: BaseException | None = None) -> None:
-        """Tell rank 0 that this rank has its part of the model, or why not."""
+        """Report to rank 0 that this rank has loaded its part of the model, or why it can't."""
         self._tell({"ready": True} if error is None else {"failed": described(error)})
 
     def _tell(self, report: Message) -> None:
@@ -336,18 +336,18 @@ class Worker(LocalGroup):
             os.write(self._out, json.dumps(report).encode() + b"\n")
 
     def _check(self, flag: int) -> None:
-        """Find out whether rank 0 has ended or goes on with something else; it first raises its flag in what is done."""
+        """Raise Abandoned if rank 0 has ended or has begun another pass: then it never sets the flag of this one."""
         if (self._read or select.select([self._in], [], [], 0)[0]) and self._flags[flag] < self.seq:
-            raise Abandoned("the pass was given up")
+            raise Abandoned("the pass was abandoned")
 
 
 def threads_of_each(size: int, n_threads: int) -> int:
-    """Return how many threads each of the ranks computes with: together no more than there are processors."""
+    """Return the number of threads of each rank: together no more than there are processors."""
     return max(1, min(n_threads, available_cpus() // size))
 
 
 def pin(rank: int, size: int) -> None:
-    """Keep a rank's threads on its share of the processors, where there are enough and the system can do it."""
+    """Pin a rank's threads to its share of the processors, where there are enough and the system can do it."""
     if not hasattr(os, "sched_setaffinity"):
         return
     cpus = sorted(os.sched_getaffinity(0))

@@ -1,7 +1,7 @@
-"""Ranks as processes of an MPI run, on one machine or several: mpiexec -n 4 npllama generate ...
+"""Run the ranks as processes of MPI, on one machine or several: mpiexec -n 4 npllama generate ...
 
-mpi4py, of the extra `mpi`, is imported where an mpiexec has started more than one process. Rank 0 runs the command; the others
-follow it. What MPI can't do is take back a pass that one rank has given up, as the others wait inside of it: such a run ends.
+mpi4py, of the extra `mpi`, is imported only where an mpiexec has started more than one process. Rank 0 runs the command; the
+others follow it. MPI can't cancel a pass that one rank has abandoned, as the others wait inside it: such a run ends.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from ...errors import NpllamaError, reason
 from ..threads import n_threads
 from .groups import Message, RankError, described
 
-# What MPICH's (also Intel's and Slurm's) and Open MPI's mpiexec tell a process: its rank, and how many there are.
+# The variables in which MPICH's (also Intel's and Slurm's) and Open MPI's mpiexec give a process its rank, and their number.
 VARIABLES = (("PMI_RANK", "PMI_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"))
-SPINNING = 2e-3  # seconds that a wait for the next message looks for it without a pause
+SPINNING = 2e-3  # seconds that a wait for the next message polls without a pause
 PAUSE = 2e-4
 
 
 def launched() -> tuple[int, int] | None:
-    """Return this process's rank and their number by what mpiexec has told it; None for one process alone."""
+    """Return this process's rank and the number of ranks from the variables that mpiexec sets; None for one process alone."""
     for rank, size in VARIABLES:
         with_rank, with_size = os.environ.get(rank, ""), os.environ.get(size, "")
         if with_rank.isdecimal() and with_size.isdecimal() and int(with_size) > 1:
@@ -50,7 +50,7 @@ def world() -> World | None:
         os.environ["MPI4PY_MPIABI"] = "openmpi"  # mpi4py's wheels would take an MPICH first, if that is installed
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # "suspicious MPI execution environment": said below
+            warnings.simplefilter("ignore", RuntimeWarning)  # "suspicious MPI execution environment": reported below
             from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: there is no MPI library
         raise NpllamaError(
@@ -66,14 +66,14 @@ def world() -> World | None:
 
 
 class World:
-    """All processes of the run, as rank 0 and the others have them."""
+    """The group of all processes of the run, on rank 0 and on the others."""
 
-    running = True  # of MPI's functions each waits for the others, whenever it is called
+    running = True  # each of MPI's functions waits for the other ranks, whenever it is called
 
     def __init__(self, MPI: Any):
         self._mpi, self._comm = MPI, MPI.COMM_WORLD
         self.rank, self.size = self._comm.Get_rank(), self._comm.Get_size()
-        self._given_up = self._closed = False
+        self._abandoned = self._closed = False
 
     def total(self, x: np.ndarray) -> np.ndarray:  # noqa: D102
         y = np.array(x, order="C")
@@ -98,9 +98,9 @@ class World:
         return y
 
     def send(self, message: Message | None) -> None:
-        """Tell the other ranks what is to be done next; None ends them."""
-        if self._given_up:
-            raise RankError("a pass was given up, which several ranks of MPI can't take back: expected a new run")
+        """Send the other ranks a message; None ends them."""
+        if self._abandoned:
+            raise RankError("a pass was abandoned, which MPI can't cancel on the other ranks: expected a new run")
         data = b"" if message is None else json.dumps(message).encode()
         self._comm.Ibcast(np.array([len(data)], np.int64)).Wait()
         if data:
@@ -121,43 +121,43 @@ class World:
         return message
 
     def agree(self, error: BaseException | None) -> None:
-        """Wait until all ranks have loaded. Raises RankError on all, if one could not."""
+        """Wait until all ranks have loaded. Raises RankError on every rank if one could not."""
         texts = self._comm.allgather(None if error is None else described(error))
         for rank, text in enumerate(texts):
             if text is not None:
                 raise RankError(f"rank {rank}: {text}") from error
 
     def report(self, error: BaseException) -> None:
-        """Say that the pass under way has failed here, and end all ranks, which wait for this one."""
+        """Print why the pass under way has failed here, and end all ranks, which wait for this one."""
         print(f"npllama: rank {self.rank}: {described(error)}", file=sys.stderr)
         _leave(2)
 
     def abandon(self) -> None:
-        """Note that the other ranks wait inside a pass, where they hear nothing."""
-        self._given_up = True
+        """Note that the other ranks wait inside a pass, where they receive no message."""
+        self._abandoned = True
 
     def close(self) -> None:
-        """As rank 0, end the other ranks, if they hear."""
-        if not self._given_up and not self._closed:
+        """End the other ranks, as rank 0, unless they wait inside a pass."""
+        if not self._abandoned and not self._closed:
             self.send(None)
             self._closed = True
 
     def end(self, status: int) -> None:
-        """As rank 0, end the other ranks; with this process, and its exit status, where they don't hear."""
-        if self._given_up:
+        """End the other ranks, as rank 0; where they wait inside a pass, end this process too, with its exit status."""
+        if self._abandoned:
             _leave(status)
         self.close()
 
     def threads(self) -> int:
-        """Return how many threads this rank computes with, so that those of one machine have one processor each."""
+        """Return the number of threads of this rank, so that all threads on one machine have a processor each."""
         own = set(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
         local = self._comm.Split_type(self._mpi.COMM_TYPE_SHARED)
-        together: set[int] = set().union(*local.allgather(own))  # some mpiexec keep each rank on processors of its own
+        together: set[int] = set().union(*local.allgather(own))  # some mpiexec pin each rank to processors of its own
         return max(1, min(n_threads(), len(own), len(together) // local.Get_size()))
 
 
 def _leave(status: int) -> None:
-    """End this process without a word to MPI, whose mpiexec then ends the others: MPI_Abort would print lines of its own."""
+    """End this process without MPI_Abort, which would print lines of its own; mpiexec then ends the others."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()

@@ -1,4 +1,4 @@
-"""A pass over parameters that are spread over several ranks is made by all of them."""
+"""Have all ranks make a pass over parameters that are spread over them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Forward = TypeVar("Forward", bound=Callable[..., np.ndarray])
 
 
 class Lead(Protocol):
-    """As model.forward, without the parameters."""
+    """The signature of model.forward without the parameters."""
 
     def __call__(  # noqa: D102
         self, config: Config, tokens: ArrayLike, cache: KVCache | None, tap: Tap | None, last_only: bool, ops: Ops | None
@@ -26,7 +26,7 @@ class Lead(Protocol):
 
 
 class Spread(dict[str, Weight]):
-    """Rank 0's part of a model's parameters, and how a pass over everyone's is made."""
+    """Rank 0's part of a model's parameters; lead() makes a pass by all ranks."""
 
     def __init__(self, parts: Mapping[str, Weight], lead: Lead):
         super().__init__(parts)
@@ -34,7 +34,7 @@ class Spread(dict[str, Weight]):
 
 
 def by_all_ranks(forward: Forward) -> Forward:
-    """Have every rank make the pass, where the parameters are spread over several."""
+    """Wrap model.forward so that all ranks make the pass where the parameters are spread over them."""
 
     @functools.wraps(forward)
     def run(
@@ -50,5 +50,5 @@ def by_all_ranks(forward: Forward) -> Forward:
             return params.lead(config, tokens, cache, tap, last_only, ops)
         return forward(params, config, tokens, cache, tap, last_only, ops)
 
-    typed: Any = run  # with the signature of `forward`, which `wraps` keeps and type checkers can't follow
+    typed: Any = run  # it has the signature of `forward`, which type checkers can't follow through `wraps`
     return typed

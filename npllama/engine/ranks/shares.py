@@ -1,10 +1,10 @@
-"""What each rank has of a model: some of the heads, of the feed-forward's channels and of the vocabulary.
+"""Divide a model among ranks: each has some of the heads, of the feed-forward's channels and of the vocabulary.
 
     wq, wk, wv, w1, w3, output   rows: a rank computes its own part of the result
-    wo, w2                       the columns that take what those rows gave: a rank computes one summand of the result
+    wo, w2                       the columns that multiply the results of those rows: a rank computes one summand of the result
     norms, embedding             whole (a mapped embedding is read only where tokens are looked up)
 
-The products with wo and w2 are added up over the ranks, and the logits are gathered (weights.Shard). A rank's own Config counts
+The products with wo and w2 are summed over the ranks, and the logits are gathered (weights.Shard). A rank's own Config counts
 its own heads and channels, so that model.py and KVCache do with a share what they do with a model.
 """
 
@@ -21,17 +21,17 @@ from ...errors import NpllamaError
 from ..weights import Form, Shard, Weight, form_of
 from .groups import Group
 
-# Channels and rows of the vocabulary are shared in blocks of the first of these sizes that gives each rank one. llama.cpp's
-# K-quants have blocks of 256 columns, other quantised weights groups of 32; 64 numbers of 16 bits fill two cache lines. A group
-# can be cut in two where that is even.
+# Channels and rows of the vocabulary are shared out in blocks, of the first of these sizes that gives each rank at least one.
+# llama.cpp's K-quants have blocks of 256 columns, other quantised weights groups of 32; 64 numbers of 16 bits fill two cache
+# lines. A group can be cut at an even column.
 BLOCKS = (256, 64, 32, 2, 1)
 
 
 @dataclass(frozen=True)
 class Share:
-    """What one rank has.
+    """The parts of one rank.
 
-    own_kv_heads  those of kv_heads that no lower rank has too: every key/value head is one rank's own
+    own_kv_heads  those of kv_heads that no lower rank has a copy of, so that each key/value head is exactly one rank's own
     """
 
     rank: int
@@ -71,7 +71,7 @@ def _share(config: Config, R: int, rank: int, size: int) -> Share:
 
 
 def _evenly(n: int, rank: int, size: int) -> slice:
-    """Return rank's part of n in whole blocks, but for the last one's end."""
+    """Return a rank's part of n, in whole blocks but for the end of the last rank's."""
     block = next(block for block in BLOCKS if block == 1 or n >= size * block)
     start, stop = (n // block * r // size * block for r in (rank, rank + 1))
     return slice(start, n if rank + 1 == size else stop)
@@ -89,9 +89,9 @@ def own_config(config: Config, share: Share) -> Config:
 
 
 def parts_of(config: Config, share: Share) -> dict[str, tuple[str, slice, slice]]:
-    """Return what a rank has of each parameter: the whole one's name, its rows and its columns; slice(None) is all.
+    """Return a rank's part of each parameter: the name of the whole one, the rows and the columns; slice(None) is all.
 
-    The output matrix is under its own name, `output.weight`, also where it is the embedding.
+    The output matrix has its own name, `output.weight`, also where it is the embedding.
     """
     K, everything = config.head_dim, slice(None)
     q, kv = (slice(heads.start * K, heads.stop * K) for heads in (share.heads, share.kv_heads))
@@ -132,7 +132,7 @@ def _as_given(weight: Weight, part: Form) -> Weight:
 
 
 def joined(parts: Mapping[str, Weight], config: Config, group: Group) -> dict[str, Weight]:
-    """Return a rank's parts with what makes the whole result of every rank's products: the parameters of a pass."""
+    """Return a rank's parameters for a pass: its parts, the products of which are combined with the other ranks'."""
     sizes = [length(share.vocabulary) for share in shares(config, group.size)]
     params = dict(parts)
     for name, weight in parts.items():
@@ -153,6 +153,6 @@ def along(x: np.ndarray, axis: int, part: slice) -> np.ndarray:
 
 
 def gathered(x: np.ndarray, axis: int, group: Group, own: slice | None, sizes: Sequence[int]) -> np.ndarray:
-    """Return every rank's x side by side along an axis; `own` is the part of x that no other rank has, None if all of it."""
+    """Return every rank's x side by side along an axis; `own` is the part of x that is this rank's own, None if all of it."""
     x = x if own is None else along(x, axis, own)
     return np.ascontiguousarray(np.moveaxis(group.gather(np.moveaxis(x, axis, -1), sizes), -1, axis))

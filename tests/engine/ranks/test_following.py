@@ -1,4 +1,4 @@
-"""The program of the other ranks, by itself."""
+"""Test the program of the other ranks by itself."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="not a POSIX system: 
 
 @pytest.fixture
 def worker():
-    """Rank 1 of 2, its rank 0 being the test."""
+    """Start rank 1 of 2; the test is rank 0."""
     assert following.__name__ in local.WORKER
     with tempfile.TemporaryFile() as file:
         os.ftruncate(file.fileno(), local.HEADER + 4 * local.SLOT)

@@ -1,4 +1,4 @@
-"""Several ranks, here in threads, compute what one process computes."""
+"""Compute with several ranks, here in threads, what one process computes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def spread():
 
 @pytest.mark.parametrize(("name", "size"), CASES)
 def test_the_logits_are_one_process_s(spread, name, size):
-    """In chunks, with padding, of a batch, after the last token alone; and every rank has the same bits of every sum."""
+    """Compute in chunks, with padding, a batch, the last token alone; every rank has the same bits of every sum."""
     config = tiny.CONFIGS[name]
     params, tokens = tiny.random_params(config, 1), tiny.random_tokens(config, 2, (2, 12))
     tokens[1, :4] = -1
@@ -90,7 +90,7 @@ def test_every_storage(spread, storage, tied):
 
 
 def test_parts_in_memory_lie_as_layout_py_has_them(spread):
-    """Side by side and transposed, as a whole model's."""
+    """Lay a part's matrices out adjacent and transposed, as a whole model's."""
     config = tiny.config()
     params, tokens = tiny.random_params(config, 1), tiny.random_tokens(config, 2, 7)
     parts = []
@@ -117,7 +117,7 @@ def test_the_same_tokens(spread, name, size):
 
 
 def test_batches_and_caches_of_several_conversations(spread):
-    """Each cache of rank 0 has one of its own on every rank, cut back as rank 0's is; and it goes when rank 0's goes."""
+    """Keep a cache on every rank for each of rank 0's, truncated with it and freed with it."""
     config = tiny.config()
     params = tiny.random_params(config, 5)
     ours, _ = spread(params, config, 2)
@@ -141,7 +141,7 @@ def test_batches_and_caches_of_several_conversations(spread):
 
 
 def test_rows_that_come_and_go(spread):
-    """Each rank's cache has the rows that rank 0's has, whichever views of it the passes are over."""
+    """Make passes over different views of a cache: each rank's has the rows of rank 0's."""
     config = tiny.config()
     params = tiny.random_params(config, 5)
     ours, _ = spread(params, config, 2)
@@ -174,7 +174,7 @@ def test_an_exception_on_another_rank_is_reported(spread, monkeypatch):
 
 
 def test_a_cache_that_differs_from_rank_0_s_is_an_error():
-    """Which only a fault of ours can bring about."""
+    """Report it, although only a fault of npllama's own can cause it."""
     config = tiny.config()
     group = thread_ranks.groups(2)[1]
     message = {"cache": 0, "rows": [], "at": [], "active": None, "lengths": 3, "shape": [1], "tokens": [1]}
@@ -211,7 +211,7 @@ def test_what_several_ranks_can_t_do_is_refused(spread):
 
 
 def test_the_shape_of_405b_on_sixteen_ranks(spread):
-    """128 query heads on 8 key/value heads, each of which two ranks have, at small widths."""
+    """Compute with 128 query heads on 8 key/value heads, each copied to two ranks, at small widths."""
     config = tiny.config(dim=64, n_heads=128, n_kv_heads=8, head_dim=4, ffn_dim=16 * 64, vocab_size=16 * 64, n_layers=1)
     params, tokens = tiny.random_params(config, 7), tiny.random_tokens(config, 8, 20)
     ours, _ = spread(params, config, 16)
@@ -249,7 +249,7 @@ def test_what_a_tap_returns_is_what_all_ranks_go_on_with(spread, name):
 
 
 def test_threads_of_a_rank_share_no_part_that_waits_for_others(monkeypatch):
-    """A sum within a task of ours would be made in whichever order threads come to it."""
+    """Keep sums out of shared tasks, where threads would come to them in any order."""
     monkeypatch.setattr(threads, "n_threads", lambda: 2)
     monkeypatch.setattr("npllama.engine.fast.n_threads", lambda: 2)
     config = tiny.config(n_layers=1)

@@ -1,4 +1,4 @@
-"""Ranks as processes of this machine: what they compute, and what happens when one is killed, interrupted or fails."""
+"""Run ranks as processes of this machine: their results, and what follows when one is killed, interrupted or fails."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ WITHIN = 60  # seconds after which something hangs
 
 @pytest.fixture(autouse=True)
 def own_threads():
-    """Leave this process with the threads that it had."""
+    """Restore this process's number of threads."""
     before = threads.n_threads()
     yield
     threads.set_threads(before)
@@ -40,7 +40,7 @@ def own_threads():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Three tiny models that differ in shape and storage."""
+    """Write three tiny models that differ in shape and storage."""
     path = tmp_path_factory.mktemp("models")
     for name, dtype in (("grouped", "bfloat16"), ("one_kv_head", "float32"), ("odd_ffn", "int8")):
         config = tiny.CONFIGS[name]
@@ -59,7 +59,7 @@ def group_of(model: Model) -> local.Workers:
 
 @pytest.fixture(scope="module")
 def demo():
-    """The embedded model on two processes, for what leaves it as it was."""
+    """Return the embedded model on two processes, for tests that leave it unchanged."""
     before = threads.n_threads()
     model = npllama.load(processes=2)
     threads.set_threads(before)
@@ -68,7 +68,7 @@ def demo():
 
 
 def state(pid: int) -> str:
-    """Return the letter that /proc has for a process's state, - for one that is no more."""
+    """Return the letter of a process's state from /proc, - for one that has ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
@@ -76,7 +76,7 @@ def state(pid: int) -> str:
 
 
 def gone(pids: list[int]) -> bool:
-    """Whether all processes have ended within the time; what is a zombie has."""
+    """Return whether all processes have ended within the time; zombies have."""
     until = time.monotonic() + WITHIN
     while time.monotonic() < until:
         alive = [
@@ -104,7 +104,7 @@ needs_proc = pytest.mark.skipif(
     ("name", "size", "dtype"), [("grouped", 2, "stored"), ("one_kv_head", 4, "float32"), ("odd_ffn", 3, "stored")]
 )
 def test_two_hundred_tokens_are_those_of_one_process(folder, name, size, dtype):
-    """More processes than this machine may have processors, on three models, in three storages."""
+    """Use more processes than this machine may have processors, on three models, in three storages."""
     one, several = npllama.load(folder / name, dtype), npllama.load(folder / name, dtype, processes=size)
     prompt = tiny.random_tokens(one.config, 6, 11)
     assert several.config == one.config
@@ -118,7 +118,7 @@ def test_two_hundred_tokens_are_those_of_one_process(folder, name, size, dtype):
 
 
 def test_a_tied_embedding_in_memory(demo):
-    """Rows are looked up in the whole matrix, and the logits are gathered from parts of it."""
+    """Look rows up in the whole matrix, and gather the logits from parts of it."""
     one = npllama.load()
     tokens = [[1, 2, 3, 4], [-1, -1, 5, 6]]
     found, expected = (forward(m.params, m.config, tokens, KVCache(m.config, (2,))) for m in (demo, one))
@@ -127,7 +127,7 @@ def test_a_tied_embedding_in_memory(demo):
 
 
 def test_sums_of_more_numbers_than_a_slot_holds(monkeypatch, folder):
-    """A prompt's rows go through the slots in pieces."""
+    """Sum a prompt's rows in several pieces."""
     monkeypatch.setattr(local, "SLOT", 1 << 12)
     monkeypatch.setattr(local, "WORKER", f"import {local.__name__} as local; local.SLOT = 1 << 12; {local.WORKER}")
     one, several = (npllama.load(folder / "one_kv_head", processes=n) for n in (1, 2))
@@ -172,7 +172,7 @@ def test_the_processors_are_shared_out(monkeypatch):
 
 
 def test_a_part_of_the_parameters_alone_is_refused(demo):
-    """A copy is no longer the mapping that all ranks compute."""
+    """Refuse a copy of the mapping: only the mapping itself has the other ranks compute."""
     with pytest.raises(RankError, match="expected the model's own mapping"):
         forward(dict(demo.params), shares.own_config(demo.config, shares.shares(demo.config, 2)[0]), [1, 2])
     forward(demo.params, demo.config, [1, 2])
@@ -182,7 +182,7 @@ def test_a_part_of_the_parameters_alone_is_refused(demo):
 
 
 def test_an_interrupted_pass_leaves_all_ranks_as_they_were(demo):
-    """Wherever in the pass it comes; then the next one is right."""
+    """Interrupt at several activations of a pass; the next pass is right."""
     cache, expected = KVCache(demo.config), None
     forward(demo.params, demo.config, [1, 2, 3], cache)
     names = ["tok_embeddings", "layers.0.attention.scores", "layers.1.out", "logits"]
@@ -204,7 +204,7 @@ def test_an_interrupted_pass_leaves_all_ranks_as_they_were(demo):
 
 
 def test_interrupts_at_any_moment(demo):
-    """A signal in the middle of anything: a pass is made, or raises KeyboardInterrupt and is as if it had not been."""
+    """Interrupt after any time: a pass is complete, or raises KeyboardInterrupt and changes nothing."""
     cache, before = KVCache(demo.config), signal.signal(signal.SIGINT, signal.default_int_handler)
     expected = forward(demo.params, demo.config, [1, 2, 3, 4], cache)
     interrupted = 0
@@ -282,7 +282,7 @@ while True:
 
 @pytest.fixture
 def generating():
-    """A process that generates with two processes until it is ended, and its other rank's id."""
+    """Start a program that generates with two processes; give it and the id of its other rank."""
     code = [sys.executable, "-c", ENDLESS]
     process = subprocess.Popen(
         code, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=hear_signals
@@ -298,7 +298,7 @@ def generating():
 @needs_proc
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_nothing_is_left_when_rank_0_ends(generating, number):
-    """However it ends: no process, and nothing in shared memory, where they have memory without a name alone."""
+    """End rank 0 in several ways: no process is left, and nothing in /dev/shm, as their shared memory has no name."""
     process, worker = generating
     for pid in (process.pid, worker):
         maps = Path(f"/proc/{pid}/maps").read_text()
@@ -325,7 +325,7 @@ def test_the_command_says_a_killed_rank_in_one_line():
 
 @needs_proc
 def test_ctrl_c_ends_the_command_with_130():
-    """The terminal sends it to all of its processes; the other ranks are in a session of their own."""
+    """Interrupt the process group, as a terminal does; the other ranks are in a session of their own."""
     command = [*COMMAND, "generate", "Once", "--processes", "2", "-n", "400", "--temperature", "1", "--no-echo"]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=hear_signals

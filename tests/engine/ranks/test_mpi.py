@@ -1,4 +1,4 @@
-"""Ranks that mpiexec has started: the command's text, its errors, and its end."""
+"""Run ranks that mpiexec has started: the command's text, its errors, and its end."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WITHIN = 120  # seconds after which something hangs
 
 @pytest.fixture
 def mpiexec() -> str:
-    """The mpiexec of MPICH's package, next to this Python."""
+    """Return the mpiexec of MPICH's package, next to this Python."""
     if importlib.util.find_spec("mpi4py") is None:
         pytest.skip("mpi4py is not installed: pip install '.[mpi]'")
     if (found := shutil.which("mpiexec", path=str(Path(sys.executable).parent))) is None:
@@ -43,7 +43,7 @@ def shared_memory() -> set[str]:
 
 @pytest.mark.parametrize("size", ["2", "4"])
 def test_the_text_is_one_process_s_and_printed_once(mpiexec, size):
-    """More ranks than this machine may have processors."""
+    """Use more ranks than this machine may have processors."""
     expected = run(*GENERATE)
     found = run(mpiexec, "-n", size, *GENERATE)
     assert found.returncode == 0, found.stderr
@@ -53,7 +53,7 @@ def test_the_text_is_one_process_s_and_printed_once(mpiexec, size):
 
 
 def test_open_mpi():
-    """mpi4py is told to take the library whose mpiexec has started it, also where MPICH is installed."""
+    """Have mpi4py load the library whose mpiexec has started it, also where MPICH is installed."""
     if importlib.util.find_spec("mpi4py") is None:
         pytest.skip("mpi4py is not installed: pip install '.[mpi]'")
     if (found := shutil.which("mpiexec.openmpi")) is None:
@@ -89,7 +89,7 @@ def test_bad_input_is_one_line(mpiexec, options, error):
 
 
 def test_sums_gathered_parts_and_what_rank_0_has(mpiexec):
-    """Of shares that differ in size, one of them empty; sums have the same bits on all."""
+    """Gather shares that differ in size, one of them empty; sums have the same bits on all ranks."""
     code = """
     import os, numpy as np
     from npllama.engine.ranks import mpi
@@ -130,7 +130,7 @@ sys.exit(main(["generate", "Once", "-n", "20", "--no-echo"]))
     ],
 )
 def test_a_rank_that_fails_ends_all(mpiexec, change, error):
-    """In a pass, while it loads, and without a word; nothing is left in shared memory where it is our code that ends."""
+    """Fail in a pass, while loading, and by SIGKILL; only after SIGKILL may MPICH leave shared memory."""
     before = shared_memory()
     found = run(mpiexec, "-n", "2", sys.executable, "-c", FAILS.format(change=change))
     assert found.returncode == 2 if error else found.returncode
@@ -159,7 +159,7 @@ def test_ctrl_c_ends_all_with_130(mpiexec):
 
 
 def test_an_mpiexec_of_another_mpi_is_refused(mpiexec):
-    """Each of its processes would be alone, and compute everything."""
+    """Refuse an mpiexec whose processes don't find each other: each would compute everything alone."""
     told = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}
     told["MPI4PY_LIBMPI"] = str(Path(mpiexec).parents[1] / "lib" / "libmpi.so.12")
     found = run(*GENERATE, **told)

@@ -1,4 +1,4 @@
-"""Ranks add up in another order than one process does: what that changes is within the noise floor of `npllama compare`."""
+"""Compare ranks, which sum in another order, with one process: within the noise floor of `npllama compare`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import tiny
 
 
 def test_the_order_of_sums_is_within_the_noise(tmp_path):
-    """Of every activation, in a prompt and decode steps; one wrong number of a share is not."""
+    """Judge every activation, in a prompt and decode steps; an error of 1 % on one rank is beyond the noise."""
     config, size = tiny.CONFIGS["one_kv_head"], 5
     params, tokens = tiny.random_params(config, 1), tiny.random_tokens(config, 2, 9).tolist()
     one = Model(config, params)

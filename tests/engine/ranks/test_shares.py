@@ -1,4 +1,4 @@
-"""Shares: every head, channel and row is exactly one rank's, and a rank's part of the parameters is what its share says."""
+"""Check shares: every head, channel and row belongs to exactly one rank, and its part of the parameters agrees."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_int8_columns_keep_the_scales_of_their_rows():
 
 @pytest.mark.parametrize(("name", "group"), [("feed_forward.w2", 32), ("attention.wo", 16)])
 def test_quantised_columns_stay_quantised(name, group):
-    """Three heads of 16 numbers are no whole groups of 32: such groups are cut in two."""
+    """Cut groups of 32 in two where a share of three heads of 16 numbers ends inside one."""
     config, name = tiny.config(ffn_dim=96), f"layers.0.{name}.weight"
     params = tiny.random_params(config, 1)
     quantised = params[name] = to_int4(params[name])
@@ -109,7 +109,7 @@ def test_a_part_alone_is_not_taken_for_the_matrix():
 
 @pytest.mark.parametrize("axis", [-1, -2, -3])
 def test_parts_are_gathered_along_their_axis(axis):
-    """One of them is empty, and one rank holds a part that another has too."""
+    """Gather parts one of which is empty, and one of which another rank has a copy of."""
     whole = tiny.uniform(3, (4, 5, 6))
     n, everyone = whole.shape[axis], groups(3)
     ends, own = [0, 2, 2, n], [None, None, slice(1, None)]
