@@ -136,12 +136,32 @@ def load(path: str | Path | None = None, dtype: str = "auto", processes: int = 1
     return model
 
 
+def fitting_processes(path: str | Path | None, dtype: str) -> tuple[int, str]:
+    """Return how many processes suit a model on this machine, and why: one per core if its weights stay packed, else one.
+
+    The threads of one process wait for Python's lock between the tiles of packed weights, but not in products of dense ones.
+    """
+    model = _open_share(demo_path() if path is None else path, 0, 1)
+    if not any(map(is_packed, model.params.values())):
+        return 1, "as the weights are not packed"
+    if dtype != "stored" and (dtype != "auto" or _fits(model)[0]):
+        return 1, "as the weights are widened, and threads compute dense ones"
+    if os.name != "posix":
+        return 1, "as this system can't start ranks"
+    return min(threads.n_threads(), model.config.n_heads), "one per core, as the weights stay packed"
+
+
+def _fits(model: Model) -> tuple[bool, int, int]:
+    """Return whether the weights in float32 fit in half of the free memory, the bytes they need, and those free."""
+    needed, free = layout.new_bytes(model.params, model.config, np.float32), available_memory()
+    return needed <= free // 2, needed, free
+
+
 def _decided(dtype: str, model: Model) -> str:
     """Return "float32" or "stored" for "auto", by the free memory."""
     if dtype != "auto":
         return dtype
-    needed, free = layout.new_bytes(model.params, model.config, np.float32), available_memory()
-    fits = needed <= free // 2
+    fits, needed, free = _fits(model)
     if any(map(is_packed, model.params.values())):
         sizes = size_text(needed), size_text(free)
         if fits:
@@ -177,7 +197,7 @@ def _spread(model: Model, dtype: str, processes: int) -> Spread:
         group.close()
         raise
     group.wait_until_loaded()
-    return Spread(leader.part.params, leader.forward)
+    return Spread(leader.part.params, leader.forward, _whole(model))
 
 
 def load_over(path: str | Path | None, dtype: str, group: World) -> Model:
@@ -197,8 +217,13 @@ def load_over(path: str | Path | None, dtype: str, group: World) -> Model:
         group.agree(error)
         raise
     group.agree(None)
-    model.params = Spread(leader.part.params, leader.forward)
+    model.params = Spread(leader.part.params, leader.forward, _whole(model))
     return model
+
+
+def _whole(model: Model) -> Mapping[str, Weight] | None:
+    """Return the parameters as they are mapped, of all ranks; None of a share alone."""
+    return None if "share" in model.manifest else model.params
 
 
 def load_part(path: str | Path, dtype: str, group: Group) -> Part:

@@ -6,7 +6,7 @@ import argparse
 
 from ..golden.precision import PRECISIONS, PROFILES
 from .console import in_colour, tell
-from .options import Commands, add_command
+from .options import Commands, add_command, add_processes_option, load_over_processes
 
 MAP_HELP = "how the candidate names and lays out its activations: hf, transformerlens, ggml, mlx-lm, litgpt or a JSON file"
 
@@ -21,6 +21,7 @@ def add_parser(commands: Commands) -> None:
     p.add_argument(
         "-m", "--model", metavar="MODEL", help="the model for noise and single operations (default: the reference's own)"
     )
+    add_processes_option(p)
     p.add_argument("--map", metavar="hf|ggml|...|FILE", help=MAP_HELP)
     p.add_argument(
         "--noise",
@@ -56,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
         partial=args.partial,
         atol=args.atol,
         rtol=args.rtol,
+        open_model=lambda path: load_over_processes(args, "auto", path)[0],
     )
     for path in args.report:
         write_report(comparison, path)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from ..checkpoint import load
 from .options import (
     Commands,
     add_command,
     add_model_options,
+    add_processes_option,
     add_prompt_options,
     add_trace_options,
+    load_over_processes,
     prompt_ids,
     trace_options,
 )
@@ -22,6 +23,7 @@ def add_parser(commands: Commands) -> None:
     p.add_argument("old_model", nargs="?", metavar="MODEL", help=argparse.SUPPRESS)  # the old spelling of -m MODEL
     add_prompt_options(p, required=False)
     add_model_options(p, computes=False)
+    add_processes_option(p)
     add_trace_options(p, storage=False)
     p.add_argument("--weights", action="store_true", help="also write the weights, in float32, to weights/")
 
@@ -34,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
         if args.model is not None:
             raise ValueError(f"found two models, {args.model} and {args.old_model}: expected -m MODEL alone")
         args.model = args.old_model
-    model = load(args.model)
+    model, _ = load_over_processes(args, "auto")
     given = args.tokens is not None or args.prompt is not None
     tokens = prompt_ids(args, model) if given else default_tokens(model.config)
     write_golden(model, tokens, weights=args.weights, **trace_options(args))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypedDict
 
 from ..checkpoint import Model, demo_path, load, open_model
-from ..checkpoint.reading import load_over
+from ..checkpoint.reading import fitting_processes, load_over
 from ..checkpoint.store import locate
 from ..engine import threads
 from ..engine.ranks import mpi
@@ -77,10 +77,10 @@ def add_processes_option(parser: Parser) -> None:
     """Declare --processes, as load_model() reads it."""
     parser.add_argument(
         "--processes",
-        type=int,
+        type=process_count,
         default=1,
-        metavar="N",
-        help="compute with N processes, each holding a share of every matrix; --threads is their total",
+        metavar="N|auto",
+        help="compute with N processes, each holding a share of every matrix; auto: one per core if weights stay packed",
     )
 
 
@@ -168,6 +168,16 @@ def token_ids(text: str) -> list[int]:
     return ids
 
 
+def process_count(text: str) -> int | str:
+    """Return `auto`, or a whole number; an error of argparse's otherwise."""
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is not a number of processes, expected one or auto") from None
+
+
 def stop_text(text: str) -> str:
     """Return the text. Raises argparse's error if it is empty."""
     if not text:
@@ -194,14 +204,21 @@ def load_model(args: argparse.Namespace) -> Model:
     return model
 
 
-def load_over_processes(args: argparse.Namespace, dtype: str) -> tuple[Model, int]:
-    """Open the model of -m over --processes, or over those that mpiexec has started; also return their number."""
+def load_over_processes(args: argparse.Namespace, dtype: str, path: str | Path | None = None) -> tuple[Model, int]:
+    """Open a model, by default that of -m, over --processes or over mpiexec's processes; return their number too.
+
+    What --processes auto has chosen goes to standard error.
+    """
     processes, group = getattr(args, "processes", 1), mpi.world() if hasattr(args, "processes") else None
-    if group is None:
-        return load(args.model, dtype, processes), processes
-    if processes > 1:
-        raise ValueError(f"mpiexec has started {group.size} processes: expected no --processes")
-    return load_over(args.model, dtype, group), group.size
+    path = args.model if path is None else path
+    if group is not None:
+        if processes != 1:
+            raise ValueError(f"mpiexec has started {group.size} processes: expected no --processes")
+        return load_over(path, dtype, group), group.size
+    if processes == "auto":
+        processes, reason = fitting_processes(path, dtype)
+        print(f"--processes auto: {processes}, {reason}", file=sys.stderr)
+    return load(path, dtype, processes), processes
 
 
 def stored_tensors(model: Model) -> list[dict[str, Any]]:

@@ -251,6 +251,10 @@ class Shard(Form):
         super().__init__(part.values)
         self.part, self.join, self.table = part, join, table
 
+    def with_numbers(self, cast: Callable[[Form], Weight]) -> Shard:
+        """Return the same part of the matrix whose numbers are cast."""
+        return Shard(form_of(cast(self.part)), self.join, self.table and form_of(cast(self.table)))
+
     @property
     def shape(self) -> tuple[int, ...]:
         """Return the shape of the part."""

@@ -22,6 +22,7 @@ from ..activations import table_of
 from ..checkpoint import Model
 from ..config import Config, parameter_shapes
 from ..engine.memory import size_text
+from ..engine.ranks.passes import whole_params
 from ..engine.weights import widen
 from .precision import Precision
 from .trace import (
@@ -62,6 +63,7 @@ def write_golden(
     The logits are always in it; `weights` adds the model's, widened to float32. Raises ValueError.
     """
     tokens, _ = checked_run(model.config, tokens, steps)
+    whole = whole_params(model.params) if weights else {}
     selection.check(model.config)
     if "logits" not in selection:
         selection = Selection((*(selection.taps or ()), "logits"), selection.layers)
@@ -78,8 +80,8 @@ def write_golden(
         for name, x in exact.items():
             stored = x if name.endswith("logits") else x.astype(np.float32)
             writer.add(name, stored, noise={precision: found[name] for precision, found in noise.items()})
-        for name in model.params if weights else ():
-            writer.add_weight(name, widen(model.params[name]))
+        for name, weight in whole.items():
+            writer.add_weight(name, widen(weight))
         facts = model_facts(model) | {"path": None}  # a bundle travels: where the model lay means nothing elsewhere
         writer.describe("npllama", tokens, fed, FLOAT64, facts, notes=NOTES)
         writer.add_text("README.md", _readme(tokens, fed, facts, model.config, weights))

@@ -47,7 +47,7 @@ from ..cache import KVCache
 from ..config import Config
 from ..engine.grouped import Grouped
 from ..engine.ranks.passes import Spread
-from ..engine.weights import Weight, form_of, to_bfloat16, widen
+from ..engine.weights import Shard, Weight, to_bfloat16, widen
 from ..scope import Ops, Params, Tap
 
 PRECISIONS = ("float64", "float32", "bfloat16", "float16")
@@ -241,12 +241,14 @@ class Precision:
             "float16": (np.float16,),
         }
 
-        if isinstance(params, Spread):  # the other ranks' parameters can't be cast from here
-            if self != Precision() or form_of(params["norm.weight"]).dtype != np.float32:
-                raise ValueError("several ranks compute in float32 alone: for others, expected a model of one process")
-            return params
+        if isinstance(params, Spread):  # each rank casts its own
+            if self.parts:  # blocks of numbers that are rounded together may lie on two ranks
+                raise ValueError(f"several processes don't compute in the profile {self.profile}: expected one process")
+            return params.computed_in(self)
 
         def cast(weight: Weight) -> Weight:
+            if isinstance(weight, Shard):
+                return weight.with_numbers(cast)
             if not isinstance(weight, Grouped) and weight.dtype in as_they_are.get(self.name, (np.float64,)):
                 return weight
             return self.round(widen(weight))
@@ -270,6 +272,42 @@ class Precision:
                 return r(x) if watch is None else watch(name, r(x))
 
         return model.forward(self.params(params), config, tokens, cache, tap, last_only, self.ops)
+
+
+class SequentialSums(Precision):
+    """Float32 whose norms and softmax sum as a loop would, one number after the other."""
+
+    @property
+    def profile(self) -> str:
+        """Return a name that profile() doesn't know, as no program is judged by it."""
+        return "+".join(("sequential-sums", *self.parts))
+
+    @functools.cached_property
+    def ops(self) -> Ops:
+        """Return the operations, with parts or without."""
+        made = sequential_norms(model.PLAIN)
+        for part in self.parts:
+            made = PARTS[part](made)
+        return made
+
+
+def sequential_norms(made: Ops) -> Ops:
+    """Sum in RMSNorm and softmax one number after the other, as a plain loop does."""
+
+    def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+        mean_square = np.cumsum(x * x, axis=-1)[..., -1:] / np.asarray(x.shape[-1], x.dtype)
+        return x / np.sqrt(mean_square + eps) * weight
+
+    def softmax(x: np.ndarray) -> np.ndarray:
+        y = np.exp(x - np.max(x, axis=-1, keepdims=True))
+        return y / np.cumsum(y, axis=-1)[..., -1:]
+
+    return replace(made, rms_norm=rms_norm, softmax=softmax)
+
+
+def named(name: str) -> Precision:
+    """Return the precision whose `profile` this is, as the ranks of a model send it."""
+    return SequentialSums() if name == SequentialSums().profile else profile(name)
 
 
 INPUTS = (

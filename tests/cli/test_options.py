@@ -140,6 +140,8 @@ WITH_PROCESSES = {
     "serve": ["--port", "0"],
     "logits": ["--tokens", "1,2", "--out", "logits.npy"],
     "trace": ["--tokens", "1,2", "--out", "trace"],
+    "golden": ["--tokens", "1,2", "--out", "bundle"],
+    "compare": ["logits.npz", "logits.npz", "-m", "model"],
     "perplexity": ["text.txt"],
 }
 
@@ -161,5 +163,43 @@ def test_processes_reach_the_model(command, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(options, "load", load)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("some text")
+    np.savez("logits.npz", logits=np.zeros((2, 3), np.float32))
     line = fails(capsys, command, *WITH_PROCESSES[command], "--processes", "3")
     assert line == f"npllama {command}: the model was to have 3 processes"
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "memory", "said"),
+    [
+        ("packed", "stored", 1 << 40, "--processes auto: 3, one per core, as the weights stay packed"),
+        ("packed", "auto", 0, "--processes auto: 3, one per core, as the weights stay packed"),
+        ("packed", "auto", 1 << 40, "--processes auto: 1, as the weights are widened, and threads compute dense ones"),
+        ("packed", "float32", 0, "--processes auto: 1, as the weights are widened, and threads compute dense ones"),
+        ("dense", "stored", 1 << 40, "--processes auto: 1, as the weights are not packed"),
+    ],
+)
+def test_auto_takes_a_process_per_core_for_packed_weights(name, dtype, memory, said, monkeypatch, tmp_path, capsys):
+    """Announce the choice; it depends on the weights as they are computed with, and on the number of threads."""
+    config, storage = CONFIGS["grouped"], {"packed": "bfloat16", "dense": "float32"}[name]
+    params = random_params(config, 1)
+    with checkpoint.create(tmp_path / "m", config, dict.fromkeys(params, storage), {"kind": "test"}) as writer:
+        for key, array in params.items():
+            writer.add(key, array)
+    asked = []
+
+    def load(path, dtype, processes):
+        asked.append(processes)
+        raise ValueError("far enough")
+
+    monkeypatch.setattr(options, "load", load)
+    monkeypatch.setattr(reading, "available_memory", lambda: memory)
+    monkeypatch.setattr(threads, "n_threads", lambda: 3)
+    command = ["logits", "-m", str(tmp_path / "m"), "--tokens", "1,2", "--out", str(tmp_path / "x.npy"), "--dtype", dtype]
+    assert main([*command, "--processes", "auto"]) == 2
+    assert capsys.readouterr().err.splitlines() == [said, "npllama logits: far enough"]
+    assert asked == [int(said.split()[2][0])]
+
+
+def test_a_number_of_processes_is_a_number_or_auto(capsys):
+    line = fails(capsys, "generate", "x", "--processes", "all")
+    assert "'all' is not a number of processes, expected one or auto" in line

@@ -13,6 +13,7 @@ from npllama.engine.ranks import shares
 from npllama.engine.ranks.groups import Message
 from npllama.engine.ranks.leading import Leader, Part, follow
 from npllama.engine.ranks.passes import Spread
+from npllama.golden.precision import named
 
 
 class ThreadGroup:
@@ -82,6 +83,6 @@ def spread(params: Mapping, config: Config, size: int) -> tuple[Spread, list[Thr
     for share, group in zip(shares.shares(config, size), ranks, strict=True):
         parts.append(Part(config, shares.joined(shares.cut(params, config, share), config, group), group))
     for part in parts[1:]:
-        threading.Thread(target=follow, args=(part, part.group), daemon=True).start()
+        threading.Thread(target=follow, args=(part, part.group, named), daemon=True).start()
     leader = Leader(parts[0], parts[0].group)
-    return Spread(parts[0].params, leader.forward), ranks
+    return Spread(parts[0].params, leader.forward, params), ranks

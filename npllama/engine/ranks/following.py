@@ -11,6 +11,14 @@ from ..threads import set_threads
 from . import local, mpi
 from .groups import RankError
 from .leading import Part, follow
+from .passes import Arithmetic
+
+
+def arithmetic_named(name: str) -> Arithmetic:
+    """Return the precision of this name."""
+    from ...golden.precision import named  # few runs need it
+
+    return named(name)
 
 
 def main() -> None:
@@ -29,7 +37,7 @@ def main() -> None:
         group.loaded(error)
         return
     group.loaded()
-    follow(part, group)
+    follow(part, group, arithmetic_named)
 
 
 def follow_world(group: mpi.World) -> None:
@@ -49,4 +57,4 @@ def follow_world(group: mpi.World) -> None:
     if part is None:
         group.receive()  # returns when rank 0 ends
     else:
-        follow(part, group)
+        follow(part, group, arithmetic_named)

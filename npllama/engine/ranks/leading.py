@@ -7,6 +7,7 @@ The message before a pass:
     at, active the rows that the pass is over, and which of these it extends: see KVCache.view
     lengths    the number of committed slots of each row, to which every rank truncates its cache
     tokens, last_only, ops, tapped    the arguments of model.forward; of the tap only whether there is one
+    arithmetic the name of the precision to compute in, in place of the operations; None for the parameters' own
     forget     caches that rank 0 no longer has
 
 Only rank 0 draws tokens, so that a rank on another processor, which rounds differently, can't choose other ones.
@@ -18,7 +19,7 @@ import contextlib
 import itertools
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -33,6 +34,7 @@ from ...scope import Ops, Tap
 from ..weights import Weight
 from . import shares
 from .groups import Abandoned, Following, Group, Leading, Message, RankError
+from .passes import Arithmetic
 from .shares import Share, along, length
 
 OPS = {"FAST": FAST, "PLAIN": PLAIN}  # a set of operations is sent by its name
@@ -52,9 +54,20 @@ class Part:
         self.share = self.shares[self.group.rank]
         self.config = shares.own_config(self.whole, self.share)
 
-    def forward(self, tokens: np.ndarray, cache: KVCache, last_only: bool, ops: str, tap: Tap | None) -> np.ndarray:
+    def forward(
+        self,
+        tokens: np.ndarray,
+        cache: KVCache,
+        last_only: bool,
+        ops: str | None,
+        arithmetic: Arithmetic | None,
+        tap: Tap | None,
+    ) -> np.ndarray:
         """Make this rank's part of a pass; the logits are the whole model's, on every rank."""
-        return forward(self.params, self.config, tokens, cache, tap, last_only, OPS[ops])
+        if arithmetic is not None:
+            params = arithmetic.params(self.params)
+            return forward(params, self.config, tokens, cache, tap, last_only, arithmetic.ops)
+        return forward(self.params, self.config, tokens, cache, tap, last_only, ops and OPS[ops])
 
 
 class Leader:
@@ -72,7 +85,14 @@ class Leader:
         self._finalizer()
 
     def forward(
-        self, config: Config, tokens: ArrayLike, cache: KVCache | None, tap: Tap | None, last_only: bool, ops: Ops | None
+        self,
+        config: Config,
+        tokens: ArrayLike,
+        cache: KVCache | None,
+        tap: Tap | None,
+        last_only: bool,
+        ops: Ops | None,
+        arithmetic: Arithmetic | None = None,
     ) -> np.ndarray:
         """Make a pass as model.forward does, with all ranks. Raises RankError for a rank that fails or has ended."""
         part = self.part
@@ -80,7 +100,7 @@ class Leader:
             raise NpllamaError("the constants are not those of the model that is spread over ranks")
         tokens = check_tokens(tokens, config)
         cache = KVCache(config, tokens.shape[:-1]) if cache is None else cache
-        name = operations_name(ops, tap)
+        name = operations_name(ops, tap, arithmetic)
         before = cache.lengths
         cache.extend(tokens >= 0)  # a ValueError is raised here, before the other ranks begin
         cache.truncate(before)
@@ -96,13 +116,15 @@ class Leader:
                 "tokens": tokens.ravel().tolist(),
                 "last_only": last_only,
                 "ops": name,
+                "arithmetic": arithmetic and arithmetic.profile,
                 "tapped": tap is not None,
                 "forget": self._gone.copy(),
             }
             try:
                 self.group.running = True
                 self.group.send(message)
-                logits = part.forward(tokens, cache, last_only, name, None if tap is None else SharedTap(part, tap))
+                shared = None if tap is None else SharedTap(part, tap)
+                logits = part.forward(tokens, cache, last_only, name, arithmetic, shared)
             except BaseException:
                 cache.truncate(before)  # the other ranks do so before the next pass
                 self.group.abandon()
@@ -122,8 +144,10 @@ class Leader:
         return self._numbers[memory]
 
 
-def operations_name(ops: Ops | None, tap: Tap | None) -> str:
-    """Return the name by which the other ranks find these operations."""
+def operations_name(ops: Ops | None, tap: Tap | None, arithmetic: Arithmetic | None = None) -> str | None:
+    """Return the name by which the other ranks find these operations; None for those of the arithmetic."""
+    if arithmetic is not None and ops is arithmetic.ops:
+        return None
     if ops is None:
         return "FAST" if tap is None else "PLAIN"
     for name, known in OPS.items():
@@ -132,8 +156,8 @@ def operations_name(ops: Ops | None, tap: Tap | None) -> str:
     raise NpllamaError("only model.PLAIN and model.FAST can be computed by several ranks: expected a model of one process")
 
 
-def follow(part: Part, group: Following) -> None:
-    """Make each pass that rank 0 announces, as another rank, until rank 0 ends."""
+def follow(part: Part, group: Following, named: Callable[[str], Arithmetic]) -> None:
+    """Make each pass that rank 0 announces, as another rank, until rank 0 ends; `named` finds an arithmetic by its name."""
     caches: dict[int, KVCache] = {}
     while (message := group.receive()) is not None:
         for number in message["forget"]:
@@ -142,7 +166,8 @@ def follow(part: Part, group: Following) -> None:
         tap = SharedTap(part) if message["tapped"] else None
         try:
             cache = _viewed(caches.setdefault(message["cache"], KVCache(part.whole, tuple(message["rows"]))), message)
-            part.forward(tokens, cache, message["last_only"], message["ops"], tap)
+            arithmetic = named(message["arithmetic"]) if message["arithmetic"] else None
+            part.forward(tokens, cache, message["last_only"], message["ops"], arithmetic, tap)
         except Abandoned:
             continue
         except Exception as error:

@@ -11,26 +11,65 @@ from numpy.typing import ArrayLike
 
 from ...cache import KVCache
 from ...config import Config
-from ...scope import Ops, Tap
+from ...errors import NpllamaError
+from ...scope import Ops, Params, Tap
 from ..weights import Weight
 
 Forward = TypeVar("Forward", bound=Callable[..., np.ndarray])
 
 
+class Arithmetic(Protocol):
+    """A way to compute that every rank can find by its name: a golden.precision.Precision."""
+
+    @property
+    def profile(self) -> str:
+        """Return the name."""
+
+    @property
+    def ops(self) -> Ops | None:
+        """Return the operations; None for forward()'s own."""
+
+    def params(self, params: Params) -> Params:
+        """Return a rank's parameters as they are computed with."""
+
+
 class Lead(Protocol):
-    """The signature of model.forward without the parameters."""
+    """The signature of model.forward without the parameters; they are computed with in the given arithmetic."""
 
     def __call__(  # noqa: D102
-        self, config: Config, tokens: ArrayLike, cache: KVCache | None, tap: Tap | None, last_only: bool, ops: Ops | None
+        self,
+        config: Config,
+        tokens: ArrayLike,
+        cache: KVCache | None,
+        tap: Tap | None,
+        last_only: bool,
+        ops: Ops | None,
+        arithmetic: Arithmetic | None = None,
     ) -> np.ndarray: ...
 
 
 class Spread(dict[str, Weight]):
-    """Rank 0's part of a model's parameters; lead() makes a pass by all ranks."""
+    """Rank 0's part of a model's parameters; lead() makes a pass by all ranks.
 
-    def __init__(self, parts: Mapping[str, Weight], lead: Lead):
+    whole  the parameters of the whole model, memory-mapped; None where rank 0 has a directory of its own share
+    """
+
+    def __init__(self, parts: Mapping[str, Weight], lead: Lead, whole: Params | None = None):
         super().__init__(parts)
-        self.lead = lead
+        self.lead, self.whole = lead, whole
+
+    def computed_in(self, arithmetic: Arithmetic) -> Spread:
+        """Return the same parameters, over which each rank computes in an arithmetic."""
+        return Spread(self, functools.partial(self.lead, arithmetic=arithmetic), self.whole)
+
+
+def whole_params(params: Params) -> Params:
+    """Return every parameter whole, also of a model that is spread over ranks. Raises NpllamaError if rank 0 has a share."""
+    if not isinstance(params, Spread):
+        return params
+    if params.whole is None:
+        raise NpllamaError("rank 0 has a directory of its own share, but whole weights are needed: expected the whole model")
+    return params.whole
 
 
 def by_all_ranks(forward: Forward) -> Forward:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from ...checkpoint import Model, load
 from ...config import Config
+from ...engine.ranks.passes import whole_params
 from ..precision import PRECISIONS, Precision
 from ..precision import profile as read_profile
 from ..trace import checked_run, model_facts, run
@@ -149,6 +150,7 @@ def compare(
     partial: bool = False,
     atol: float | None = None,
     rtol: float | None = None,
+    open_model: Callable[[Path | str], Model] = load,
 ) -> Comparison:
     """Compare two sets of activations, each a path of any kind that inputs.read_activations() knows.
 
@@ -161,6 +163,7 @@ def compare(
                isn't what its trace.json says
     partial    compare what both sides have; else a name that one side lacks is a failure
     atol, rtol judge by |candidate - reference| <= atol + rtol · |reference| instead of the noise floor
+    open_model opens the model; by default in this process alone
 
     Raises ValueError, naming the file, when an input can't be used; what differs is in the result.
     """
@@ -170,7 +173,7 @@ def compare(
             raise InputError(f"{option} is {x:g}, expected a finite number that is not below 0")
     warnings: list[str] = []
     tokens, steps = _tokens(reference, candidate)
-    found = model if isinstance(model, Model) else _find_model(reference, model, warnings)
+    found = model if isinstance(model, Model) else _find_model(reference, model, open_model, warnings)
     config = found.config if found else _config(reference)
     if tokens is not None:
         tokens = _checked_tokens(tokens, steps, reference, candidate, config)
@@ -282,13 +285,15 @@ def _config(reference: Activations) -> Config | None:
     return Config.from_dict(config) if config else None
 
 
-def _find_model(reference: Activations, given: Path | str | None, warnings: list[str]) -> Model | None:
+def _find_model(
+    reference: Activations, given: Path | str | None, open_model: Callable[[Path | str], Model], warnings: list[str]
+) -> Model | None:
     """Return the given model, or the reference's own if trace.json's path leads to it, unchanged."""
     facts = (reference.meta or {}).get("model") or {}
     if given is None and not facts.get("path"):
         return None
     try:
-        model = load(given or facts["path"])
+        model = open_model(given or facts["path"])
     except (ValueError, OSError) as error:
         if given is not None:
             raise
@@ -317,7 +322,7 @@ def _align(aligned: Aligned, candidate: Activations, name_map: NameMap, partial:
                 raise MapError(f"{candidate.path}: both {sources[name][0]} and {own} stand for {name}")
             sources[name] = own, rule
     head_dim = aligned.config.head_dim if aligned.config else dimensions(reference).get("K")
-    params = aligned.model.params if aligned.model else None
+    params = whole_params(aligned.model.params) if aligned.model else None
     rows, out_of_reach, unrecorded = [], 0, 0
     for name in in_order([*reference, *(name for name in sources if name not in reference)]):
         if name not in sources:

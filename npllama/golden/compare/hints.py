@@ -22,6 +22,7 @@ from ... import ops
 from ...activations import STREAM, TABLE, TOKENS, Activation, Context, stream_before
 from ...cache import PADDING
 from ...engine.linear import Weight, widen
+from ...engine.ranks.passes import Spread, whole_params
 from ...model import PLAIN
 from ...scope import Ops
 from ..mistakes import MISTAKES, NORMS, QUERIES, ROTATED, Mistake, Port, Taken
@@ -61,7 +62,7 @@ class Scene:
 
     def __init__(self, name: str, aligned: Aligned, noise: NoiseFloor, precision: str):
         self.name, self.here, self.aligned, self.noise, self.precision = name, place(name), aligned, noise, precision
-        self.config, self.params = aligned.config, aligned.model.params if aligned.model else None
+        self.config, self.params = aligned.config, whole_params(aligned.model.params) if aligned.model else None
         self.target = np.asarray(aligned.candidate[name], np.float64)
         self.layers = 1 + max((place(n).layer or 0 for n in aligned.reference), default=0)
 
@@ -295,6 +296,8 @@ def whole_passes(scene: Scene) -> Iterator[Prediction]:
     """Run the model again with each of the usual mistakes, where the activation's inputs aren't recorded."""
     model, tokens = scene.aligned.model, scene.aligned.tokens
     if model is None or tokens is None or scene.here.kind == "tok_embeddings":
+        return
+    if isinstance(model.params, Spread):  # the other ranks know no mistakes
         return
     streams = [STREAM] if scene.here.layer is None else [STREAM, *(kind for kind in TABLE if TABLE[kind].in_layer)]
     if any(scene.sibling(kind) in scene.aligned.candidate for kind in streams if kind != scene.here.kind):

@@ -62,19 +62,15 @@ depends on the weights: give the model when you can.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from ...activations import AFTER
-from ...cache import KVCache
 from ...checkpoint import Model
 from ...config import Config
-from ...model import PLAIN, forward
-from ...scope import Ops, Params, Tap
-from ..precision import CONVENTIONS, PARTS, Precision
+from ..precision import CONVENTIONS, Precision, SequentialSums
 from ..trace import Recording, run
 from .inputs import Activations
 from .metrics import unit_roundoff
@@ -233,7 +229,7 @@ def measure_noise(
         scale, computed = unit_roundoff("float64") / unit_roundoff("float32"), "float32"
     ways = [Precision(computed, convention, parts) for convention in CONVENTIONS]
     if computed == "float32":
-        ways = [_Plain(parts=parts), Precision("float32", parts=parts)]
+        ways = [SequentialSums(parts=parts), Precision("float32", parts=parts)]
     passes = [Recording() for _ in ways]
     accumulated: dict[str, Norms] = {}
     local: dict[str, Norms] = {}
@@ -291,36 +287,3 @@ def _summed(name: str, config: Config) -> int:
     if row is None or not row.operation.startswith("linear"):
         return 0
     return {"attention.wo": config.n_heads * config.head_dim, "feed_forward.w2": config.ffn_dim}.get(row.weight, config.dim)
-
-
-class _Plain(Precision):
-    """Float32 whose norms and softmax sum as a loop would, one number after the other."""
-
-    def forward(
-        self,
-        params: Params,
-        config: Config,
-        tokens: ArrayLike,
-        cache: KVCache | None = None,
-        tap: Tap | None = None,
-        last_only: bool = False,
-    ) -> np.ndarray:
-        """Compute as Precision does, with operations that sum in sequence."""
-        made = in_sequence(PLAIN)
-        for part in self.parts:
-            made = PARTS[part](made)
-        return forward(self.params(params), config, tokens, cache, tap, last_only, made)
-
-
-def in_sequence(made: Ops) -> Ops:
-    """Sum in RMSNorm and softmax one number after the other, as a plain loop does."""
-
-    def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
-        mean_square = np.cumsum(x * x, axis=-1)[..., -1:] / np.asarray(x.shape[-1], x.dtype)
-        return x / np.sqrt(mean_square + eps) * weight
-
-    def softmax(x: np.ndarray) -> np.ndarray:
-        y = np.exp(x - np.max(x, axis=-1, keepdims=True))
-        return y / np.cumsum(y, axis=-1)[..., -1:]
-
-    return replace(made, rms_norm=rms_norm, softmax=softmax)

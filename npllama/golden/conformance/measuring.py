@@ -22,11 +22,10 @@ import numpy as np
 from ... import model
 from ...engine.weights import Weight, widen
 from ...scope import Ops
-from ..compare import noise
 from ..compare.metrics import unit_roundoff
 from ..compare.noise import LIMITS
 from ..mistakes import MISTAKES, Mistake
-from ..precision import PARTS, Precision, profile
+from ..precision import PARTS, Precision, profile, sequential_norms
 from .cases import PROFILES, Case
 from .judging import Tolerance, difference, problem
 from .numbers import words
@@ -53,7 +52,7 @@ def in_sequence(made: Ops) -> Ops:
         return np.cumsum(weights[..., None] * values[..., None, :, :], axis=-2)[..., -1, :].swapaxes(-2, -3)
 
     return replace(
-        noise.in_sequence(made),
+        sequential_norms(made),
         linear=linear,
         linears=lambda x, *weights: [linear(x, weight) for weight in weights],
         attention_scores=attention_scores,

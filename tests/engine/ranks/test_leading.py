@@ -18,7 +18,8 @@ from npllama.engine.ranks.groups import RankError
 from npllama.engine.ranks.leading import Leader, Part, follow
 from npllama.engine.ranks.passes import Spread, by_all_ranks
 from npllama.engine.weights import to_bfloat16, to_int8
-from npllama.golden.precision import Precision
+from npllama.golden.mistakes import Port
+from npllama.golden.precision import Precision, SequentialSums, named, profile
 from npllama.golden.trace import record
 from npllama.model import FAST, PLAIN
 
@@ -97,7 +98,7 @@ def test_parts_in_memory_lie_as_layout_py_has_them(spread):
     for share, group in zip(shares.shares(config, 2), thread_ranks.groups(2), strict=True):
         own = layout.in_memory(shares.cut(params, config, share), shares.own_config(config, share), "float32")
         parts.append(Part(config, shares.joined(own, config, group), group))
-    threading.Thread(target=follow, args=(parts[1], parts[1].group), daemon=True).start()
+    threading.Thread(target=follow, args=(parts[1], parts[1].group, named), daemon=True).start()
     leader = Leader(parts[0], parts[0].group)
     np.testing.assert_allclose(
         forward(Spread(parts[0].params, leader.forward), config, tokens), forward(params, config, tokens), **CLOSE
@@ -178,11 +179,13 @@ def test_a_cache_that_differs_from_rank_0_s_is_an_error():
     config = tiny.config()
     group = thread_ranks.groups(2)[1]
     message = {"cache": 0, "rows": [], "at": [], "active": None, "lengths": 3, "shape": [1], "tokens": [1]}
-    message |= {"last_only": False, "ops": "FAST", "tapped": False, "forget": []}
+    message |= {"last_only": False, "ops": "FAST", "arithmetic": None, "tapped": False, "forget": []}
     for sent in (message, None):
         group._messages[1].put(sent)
     params = tiny.random_params(config, 5)
-    follow(Part(config, shares.joined(shares.cut(params, config, shares.shares(config, 2)[1]), config, group), group), group)
+    follow(
+        Part(config, shares.joined(shares.cut(params, config, shares.shares(config, 2)[1]), config, group), group), group, named
+    )
     [error] = group.errors
     assert isinstance(error, RankError)
     assert str(error) == "the cache's rows hold 0 slots, rank 0's 3"
@@ -264,12 +267,50 @@ def test_a_pass_over_other_parameters_is_the_function_s_own():
     assert by_all_ranks(lambda params, *rest: (params, *rest))({}, 1, 2) == ({}, 1, 2, None, None, False, None)
 
 
-def test_a_precision_that_all_ranks_would_have_to_round_to_is_refused(spread):
+@pytest.mark.parametrize("storage", ["float32", "int8"])
+@pytest.mark.parametrize("name", ["float64", "float32", "bfloat16-hf", "sequential-sums"])
+def test_every_rank_computes_in_the_precision_of_the_pass(spread, name, storage):
+    """Compare activations with those of one process: ranks that rounded otherwise, or not at all, would be further off."""
     config = tiny.config()
-    params = tiny.random_params(config, 5)
+    params = {key: STORAGES[storage](x) if x.ndim == 2 else x for key, x in tiny.random_params(config, 1).items()}
+    tokens, precision = tiny.random_tokens(config, 2, 9), named(name)
+    ours, _ = spread(params, config, 3)
+    # One sum that rounds to the next bfloat16 changes all that follows by about as much.
+    bound = {"float64": 1e-13, "bfloat16-hf": 3e-2}.get(name, 1e-5)
+    expected, found = (record(Model(config, p), tokens, 1, precision=precision) for p in (params, ours))
+    assert list(found) == list(expected)
+    for key in expected:
+        assert found[key].dtype == precision.dtype
+        np.testing.assert_allclose(
+            found[key], expected[key], rtol=0, atol=bound * np.abs(expected["logits"]).max(), err_msg=key
+        )
+        np.testing.assert_array_equal(found[key], precision.round(found[key]))
+
+
+def test_a_float64_pass_is_more_exact_than_float32(spread):
+    """Compute in float64 on every rank, not only on rank 0."""
+    config = tiny.config()
+    params, tokens = tiny.random_params(config, 1), tiny.random_tokens(config, 2, 9)
     ours, _ = spread(params, config, 2)
-    with pytest.raises(ValueError, match="several ranks compute in float32 alone"):
-        record(Model(config, ours), [1, 2], precision=Precision("bfloat16"))
-    wide, _ = spread({name: x.astype(np.float64) for name, x in params.items()}, config, 2)
-    with pytest.raises(ValueError, match="several ranks compute in float32 alone"):
-        record(Model(config, wide), [1, 2])
+    exact = profile("float64").forward(params, config, tokens)
+    errors = [np.abs(profile(name).forward(ours, config, tokens) - exact).max() for name in ("float64", "float32")]
+    assert errors[0] < 1e-13 < 1e-8 < errors[1]
+
+
+def test_profiles_and_operations_that_ranks_do_not_know_are_refused(spread):
+    config = tiny.config()
+    ours, ranks = spread(tiny.random_params(config, 5), config, 2)
+    model = Model(config, ours)
+    with pytest.raises(
+        ValueError, match="several processes don't compute in the profile int8-activations: expected one process"
+    ):
+        record(model, [1, 2], precision=profile("int8-activations"))
+    with pytest.raises(ValueError, match=r"only model.PLAIN and model.FAST can be computed by several ranks"):
+        record(model, [1, 2], precision=Port("half_split"))
+    assert not any(rank.sums for rank in ranks), "no rank had begun"
+
+
+def test_names_of_precisions_lead_back_to_them():
+    for precision in (Precision("float64"), Precision("bfloat16", "hf"), Precision("float16"), SequentialSums()):
+        assert named(precision.profile) == precision
+        assert type(named(precision.profile)) is type(precision)
