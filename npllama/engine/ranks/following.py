@@ -22,10 +22,10 @@ def arithmetic_named(name: str) -> Arithmetic:
 
 
 def main() -> None:
-    """Run as rank sys.argv[1] of sys.argv[2]; sys.argv[3] is the file descriptor of the shared memory."""
+    """Run as a rank: sys.argv is its number, that of all, the file descriptor of the shared memory, and those of the bells."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 handles it, and ends the others
-    rank, size, descriptor = map(int, sys.argv[1:])
-    group = local.Worker(rank, size, descriptor)
+    rank, size, descriptor, *bells = map(int, sys.argv[1:])
+    group = local.Worker(rank, size, descriptor, bells)
     order = group.receive()
     if order is None:
         return

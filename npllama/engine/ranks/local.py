@@ -3,7 +3,7 @@
 For a sum, each rank writes its summand into its slot and sets its flag to the number of the sum; once all flags have that
 number, it adds up all slots in the order of the ranks. Two sets of slots alternate, so that one wait for each sum is enough: no
 rank can be two sums ahead. A waiting rank spins for a moment, as the others are about to arrive, then yields the processor,
-then sleeps.
+then marks itself as asleep and blocks on a pipe, its bell: a rank that sets its flag writes into the bells of those asleep.
 
 The memory has no name in any file system, so that nothing is left of it however the processes end. Each rank receives the next
 message through a pipe, which reaches its end when rank 0 ends; it reports errors through another, which reaches its end when
@@ -35,10 +35,12 @@ from .groups import Abandoned, Message, RankError, described
 
 SLOT = 4 << 20  # bytes that each rank adds or gathers at once
 FLAG = 64  # bytes from one flag to the next: each in a cache line of its own
+ASLEEP = 1  # numbers from a rank's flag to its mark that it is asleep
 HEADER = 4096
 SPINS = 2000  # reads of a flag, about a tenth of a millisecond
-YIELDING = 2e-3  # seconds: afterwards a wait sleeps
-CHECKED = 0.01  # seconds between checks that the other ranks still run
+YIELDING = 5e-4  # seconds: afterwards a wait blocks
+CHECKED = 10  # milliseconds that a wait blocks at most: were a bell missed, no more would be lost
+READABLE = getattr(select, "POLLIN", 0)  # poll(), as select() takes no descriptor above 1023 and each mapped file has one
 ABANDONED = 1 << 32  # added to the number of the next sum after an abandoned pass
 # `-c` puts the current folder first on the path, where one of the user's files may have the name of a module.
 WORKER = "import sys; sys.path[:] = filter(None, sys.path); from npllama.engine.ranks.following import main; main()"
@@ -62,8 +64,11 @@ class LocalGroup:
 
     running = False  # whether a pass is under way
 
-    def __init__(self, rank: int, size: int, memory: mmap.mmap):
+    def __init__(self, rank: int, size: int, memory: mmap.mmap, bells: list[int]):
         self.rank, self.size, self.seq = rank, size, 0
+        self._bells = bells  # for each rank the end of a pipe that it reads, and the end that the others write
+        self._alarms = select.poll()  # what ends a wait: this rank's bell, and a message
+        self._alarms.register(bells[2 * rank], READABLE)
         self._flags = memoryview(memory)[: FLAG * size].cast("q")
         self._bytes = np.frombuffer(memory, np.uint8, 2 * size * SLOT, offset=HEADER).reshape(2, size, SLOT)
         self._slots: dict[np.dtype, np.ndarray] = {}
@@ -125,9 +130,14 @@ class LocalGroup:
         turn[self.rank, : x.size] = x
         _fence()
         self._flags[self.rank * FLAG // 8] = self.seq
-        for rank in range(self.size):
-            if rank != self.rank:
-                self._wait(rank * FLAG // 8)
+        _fence()
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        for rank in others:
+            if self._flags[rank * FLAG // 8 + ASLEEP]:
+                with contextlib.suppress(BlockingIOError):  # it is full: it rings already
+                    os.write(self._bells[2 * rank + 1], b"\0")
+        for rank in others:
+            self._wait(rank * FLAG // 8)
         _fence()
         return turn
 
@@ -142,17 +152,20 @@ class LocalGroup:
             raise Abandoned("the pass was abandoned")
 
     def _wait_long(self, flag: int) -> None:
-        flags, seq = self._flags, self.seq
-        started = checked = time.perf_counter()
+        flags, seq, until = self._flags, self.seq, time.perf_counter() + YIELDING
         while flags[flag] < seq:
-            now = time.perf_counter()
-            if now - started < YIELDING:
+            if time.perf_counter() < until:
                 os.sched_yield()
                 continue
-            time.sleep(min(1e-3, (now - started) / 20))
-            if now - checked > CHECKED:
-                checked = now
-                self._check(flag)
+            own = self.rank * FLAG // 8 + ASLEEP
+            flags[own] = 1
+            _fence()
+            if flags[flag] < seq:
+                self._alarms.poll(CHECKED)
+            flags[own] = 0
+            with contextlib.suppress(BlockingIOError):  # nothing in it
+                os.read(self._bells[2 * self.rank], 1 << 16)
+            self._check(flag)
 
     def _check(self, flag: int) -> None:
         """Raise an error if the rank of this flag will never set it to the number awaited."""
@@ -173,13 +186,14 @@ class Workers(LocalGroup):
             else:  # a file whose name is gone before anything is in it
                 descriptor = stack.enter_context(tempfile.TemporaryFile()).fileno()
             os.ftruncate(descriptor, n_bytes)
-            super().__init__(0, size, mmap.mmap(descriptor, n_bytes))
+            super().__init__(0, size, mmap.mmap(descriptor, n_bytes), make_bells(size))
             self._broken, self._owner, self._base, self._abandoned = "", os.getpid(), 0, False
             self._heard: dict[int, bytes] = {}  # by rank: the part of a report received so far
             self._processes: list[subprocess.Popen[bytes]] = []
             try:
                 for rank in range(1, size):
-                    self._processes.append(start_process(rank, size, descriptor))
+                    self._processes.append(start_process(rank, size, descriptor, self._bells))
+                    self._alarms.register(self._reports_of(rank), READABLE)
                 self._write(order)
             except BaseException:
                 self.close()
@@ -221,6 +235,8 @@ class Workers(LocalGroup):
                 if pipe:
                     with contextlib.suppress(OSError):
                         pipe.close()
+        while self._bells:
+            os.close(self._bells.pop())
 
     def _write(self, message: Message) -> None:
         if self._broken:
@@ -243,14 +259,21 @@ class Workers(LocalGroup):
 
     def _readable(self, ranks: Sequence[int], timeout: float | None) -> list[int]:
         """Return the ranks that have reported something, or ended."""
-        pipes = {process.stdout: rank for rank, process in enumerate(self._processes, 1) if rank in ranks and process.stdout}
-        found, _, _ = select.select(list(pipes), [], [], timeout)
-        return [pipes[pipe] for pipe in found]
+        pipes, poll = {self._reports_of(rank): rank for rank in ranks}, select.poll()
+        for pipe in pipes:
+            poll.register(pipe, READABLE)
+        return [pipes[pipe] for pipe, _ in poll.poll(timeout)]
+
+    def _reports_of(self, rank: int) -> int:
+        """Return the descriptor that a rank's reports are read from."""
+        pipe = self._processes[rank - 1].stdout
+        if pipe is None or pipe.closed:
+            raise RankError(self._broken)
+        return pipe.fileno()
 
     def _report_of(self, rank: int) -> Message:
         """Return a report; an empty one while it is incomplete. Raises RankError where the rank has ended or can't load."""
-        pipe = self._processes[rank - 1].stdout
-        if not (data := os.read(pipe.fileno(), 1 << 16) if pipe else b""):
+        if not (data := os.read(self._reports_of(rank), 1 << 16)):
             self._lose(rank)
         line, end, rest = (self._heard.get(rank, b"") + data).partition(b"\n")
         self._heard[rank] = rest if end else line
@@ -277,15 +300,23 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def start_process(rank: int, size: int, descriptor: int) -> subprocess.Popen[bytes]:
+def make_bells(size: int) -> list[int]:
+    """Return two descriptors for each rank: of a pipe, the end that it reads and the end that the others write."""
+    bells = [end for _ in range(size) for end in os.pipe()]
+    for end in bells:
+        os.set_blocking(end, False)
+    return bells
+
+
+def start_process(rank: int, size: int, descriptor: int, bells: Sequence[int]) -> subprocess.Popen[bytes]:
     """Start the process of a rank, in a session of its own: a terminal's Ctrl-C reaches rank 0 alone, which ends the others."""
     package = str(Path(__file__).resolve().parents[3])
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))
     return subprocess.Popen(
-        [sys.executable, "-c", WORKER, str(rank), str(size), str(descriptor)],
+        [sys.executable, "-c", WORKER, *map(str, (rank, size, descriptor, *bells))],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        pass_fds=[descriptor],
+        pass_fds=[descriptor, *bells],
         start_new_session=True,
         bufsize=0,
         env={**os.environ, "PYTHONPATH": path},
@@ -297,11 +328,12 @@ class Worker(LocalGroup):
 
     running = True
 
-    def __init__(self, rank: int, size: int, descriptor: int):
+    def __init__(self, rank: int, size: int, descriptor: int, bells: list[int]):
         memory = mmap.mmap(descriptor, HEADER + 2 * size * SLOT)
         os.close(descriptor)
-        super().__init__(rank, size, memory)
+        super().__init__(rank, size, memory, bells)
         self._in, self._out = os.dup(0), os.dup(1)
+        self._alarms.register(self._in, READABLE)
         os.dup2(2, 1)  # what libraries print is not a report
         self._read = b""
 
@@ -337,7 +369,9 @@ class Worker(LocalGroup):
 
     def _check(self, flag: int) -> None:
         """Raise Abandoned if rank 0 has ended or has begun another pass: then it never sets the flag of this one."""
-        if (self._read or select.select([self._in], [], [], 0)[0]) and self._flags[flag] < self.seq:
+        poll = select.poll()
+        poll.register(self._in, READABLE)
+        if (self._read or poll.poll(0)) and self._flags[flag] < self.seq:
             raise Abandoned("the pass was abandoned")
 
 

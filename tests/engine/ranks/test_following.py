@@ -19,10 +19,12 @@ def worker():
     assert following.__name__ in local.WORKER
     with tempfile.TemporaryFile() as file:
         os.ftruncate(file.fileno(), local.HEADER + 4 * local.SLOT)
-        process = local.start_process(1, 2, file.fileno())
+        process = local.start_process(1, 2, file.fileno(), bells := local.make_bells(2))
     yield process
     process.kill()
     process.communicate()
+    for end in bells:
+        os.close(end)
 
 
 def test_it_ends_when_rank_0_does(worker):
