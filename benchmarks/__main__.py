@@ -76,7 +76,7 @@ def number(x: float | None) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="tiny shapes, under two minutes: whether it runs, not how fast")
+    parser.add_argument("--quick", action="store_true", help="toy shapes, under two minutes: whether it runs, not how fast")
     parser.add_argument("--only", nargs="+", choices=[*ROWS, "storage"], metavar="ROW", help=f"of {', '.join(ROWS)}, storage")
     parser.add_argument("--rounds", type=int, default=1 << 30, metavar="N", help="at most so many of everything")
     parser.add_argument("--threads", type=int, default=min(2, available_cpus()), metavar="N", help="for all (default: two)")
@@ -93,7 +93,7 @@ def main() -> None:
     if not controls_blas():
         print("threadpoolctl doesn't know this BLAS: npllama's own threads stay at one")
     if args.quick:
-        print("tiny models in place of those that are named: this shows that it runs, not how fast")
+        print("toy shapes in place of the models: this shows that it runs, not how fast")
     lines: list[Line] = []
     with tempfile.TemporaryDirectory(prefix="npllama-benchmarks-", dir=args.folder) as folder:
         bench = Bench(Path(folder).resolve(), args.quick, 1 if args.quick else args.rounds)

@@ -15,6 +15,7 @@ COLOURS = {
     "limit": "#000000",
 }
 MARKERS = {"float32": "o", "bfloat16": "s", "int8": "^", "int4": "v"}
+LIMITS = {"float32": "--", "bfloat16": ":"}  # line styles, as limits have all one colour and marker
 
 
 def draw(points: Sequence[dict[str, object]], file: Path) -> None:
@@ -41,11 +42,17 @@ def draw(points: Sequence[dict[str, object]], file: Path) -> None:
 def _draw_series(axes: object, points: Sequence[dict[str, object]]) -> None:
     for series in dict.fromkeys(point["series"] for point in points):
         own = sorted((point["x"], point["y"]) for point in points if point["series"] == series)
-        colour = next(colour for name, colour in COLOURS.items() if series.startswith(name))
-        marker = next((marker for name, marker in MARKERS.items() if series.endswith(name)), "D")
-        limit = series.startswith("limit")
-        style = {"linestyle": "--", "marker": "_"} if limit else {"linestyle": "-", "marker": marker}
-        axes.plot(*zip(*own, strict=True), color=colour, label=series, linewidth=1.2, markersize=7 if limit else 5, **style)
+        axes.plot(*zip(*own, strict=True), label=series, linewidth=1.2, markersize=5, **style_of(series))
+
+
+def style_of(series: str) -> dict[str, str]:
+    """Return the colour, the marker and the line of a series, which no other has."""
+    colour = next(colour for name, colour in COLOURS.items() if series.startswith(name))
+    if series.startswith("limit"):
+        line = next(line for name, line in LIMITS.items() if series.endswith(name))
+        return {"color": colour, "marker": "_", "linestyle": line}
+    marker = next((marker for name, marker in MARKERS.items() if series.endswith(name)), "D")
+    return {"color": colour, "marker": marker, "linestyle": "-"}
 
 
 def _size_text(n: float) -> str:

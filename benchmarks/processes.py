@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,9 +31,15 @@ def prepare_environment(n_threads: int) -> None:
 class Worker:
     """A module that speaks benchmarks.worker's protocol, in a process; `load` is its time from start to first logits."""
 
-    def __init__(self, *arguments: str, module: str = "benchmarks.worker", environment: Mapping[str, str] | None = None):
+    def __init__(
+        self,
+        *arguments: str,
+        module: str = "benchmarks.worker",
+        environment: Mapping[str, str] | None = None,
+        launcher: Sequence[str] = (),
+    ):
         self.process = subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
+            [*launcher, sys.executable, "-m", module, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -72,6 +80,11 @@ class Worker:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def mpiexec() -> str | None:
+    """Return the mpiexec of MPICH's package, next to this Python; None without it or without mpi4py."""
+    return shutil.which("mpiexec", path=str(Path(sys.executable).parent)) if importlib.util.find_spec("mpi4py") else None
 
 
 def _readable(stream: object) -> bool:

@@ -23,7 +23,7 @@ from npllama.engine.threads import available_cpus
 from npllama.evaluate.profile import LARGE
 
 from . import conversion, models
-from .processes import ROOT, THREADS, Ask, Worker, alternate
+from .processes import ROOT, THREADS, Ask, Worker, alternate, mpiexec
 from .worker import PRODUCTS
 
 OURS, HF, LLAMA_CPP, NAIVE, LIMIT = "npllama", "Hugging Face", "llama.cpp", "naive NumPy", "limit"
@@ -83,6 +83,10 @@ class Bench:
         """Return the config itself, or with --quick a tiny one in its place."""
         return replace(models.TINY, tied_embeddings=config.tied_embeddings) if self.quick else config
 
+    def name(self, title: str) -> str:
+        """Return how a line of the table calls a shape, which with --quick is a toy."""
+        return f"toy {title}" if self.quick else title
+
     def rounds(self, n: int) -> int:
         return min(n, self.most_rounds)
 
@@ -96,7 +100,7 @@ class Bench:
         return str(path if path.exists() else models.write(path, config, dtype, sparse))
 
     @contextlib.contextmanager
-    def workers(self, kinds: Mapping[str, tuple[str, ...]]) -> Iterator[dict[str, Worker]]:
+    def workers(self, kinds: Mapping[str, tuple[str, ...]], n_ranks: int = 1) -> Iterator[dict[str, Worker]]:
         """Start the workers that name -> (kind, path, dtype) lists; those whose packages are absent are left out."""
         with contextlib.ExitStack() as stack:
             started = {}
@@ -109,7 +113,8 @@ class Bench:
                     changed = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"} if name == TORCH_AVX512 else {}
                     if kind == ONE:
                         kind, changed = "npllama", dict.fromkeys(THREADS, "1")
-                    worker = Worker(kind, path, dtype, environment=changed)
+                    launcher = [mpiexec(), "-n", str(n_ranks)] if kind == "mpi" else []
+                    worker = Worker(kind, path, dtype, environment=changed, launcher=launcher)
                 started[name] = stack.enter_context(worker)
             yield started
 
@@ -138,7 +143,7 @@ def dense(
     wanted: Mapping[str, Mapping[str, float]], prefill_rounds: int = 7,
 ) -> list[Line]:  # fmt: skip
     """Measure decode and prefill of a whole model with float32 weights."""
-    shape = bench.shape(config)
+    shape, title = bench.shape(config), bench.name(title)
     path = bench.model(shape, "float32")
     kinds = {OURS: "npllama", HF: "torch", LLAMA_CPP: "llamacpp", NAIVE: "naive", LIMIT: "limit"}
     with bench.workers({name: (kinds[name], path, "float32") for name in (*names, LIMIT)}) as workers:
@@ -219,7 +224,8 @@ def llama_3b(bench: Bench) -> list[Line]:
     for name, rate in rates.items():
         bench.point("size", f"{name}, float32", n_parameters(shape), rate)
     bench.point("size", "limit, float32", n_parameters(shape), limit)
-    return compared("3b", f"decode, float32, 3B ({shape.n_layers} layers from {n_few})", "tokens/s", rates, limit)
+    title = f"{bench.name('3B')} ({shape.n_layers} layers from {n_few})"
+    return compared("3b", f"decode, float32, {title}", "tokens/s", rates, limit)
 
 
 def llama_8b(bench: Bench) -> list[Line]:
@@ -250,33 +256,46 @@ def llama_8b(bench: Bench) -> list[Line]:
     for dtype, rate in narrow.items():
         bench.point("size", f"npllama, {dtype}", n_parameters(shape), rate)
     bench.point("size", "limit, bfloat16", n_parameters(shape), limit)
-    title = f"8B ({shape.n_layers} layers from {n_few})"
+    title = f"{bench.name('8B')} ({shape.n_layers} layers from {n_few})"
     lines = compared("8b", f"decode, bfloat16, {title}", "tokens/s", rates, limit, {TORCH_BF16: 1})
     for dtype, goal in (("int8", 1.3), ("int4", 0.8)):
         lines.append(Line("8b", f"decode, {dtype}, {title}", "tokens/s", narrow[dtype], "npllama bfloat16", rates[OURS], goal))
     prefill = {name: prompt / found[name, long] for name in names}
     limit = prompt * sgemm_rate(square, found) / models.prefill_flops(shape, prompt, 1)
-    work = f"prefill of {prompt}, bfloat16, 1 layer of 8B"
+    work = f"prefill of {prompt}, bfloat16, 1 layer of {bench.name('8B')}"
     return lines + compared("8b", work, "tokens/s", prefill, limit, {TORCH_BF16: 4})
 
 
 def processes(bench: Bench) -> list[Line]:
-    """Compare the threads of one process with one process per core: four layers of 8B's widths and the output matrix."""
+    """Compare one process per core, which share memory, with the threads of one process."""
+    return _ranks(bench, "processes")
+
+
+def mpi(bench: Bench) -> list[Line]:
+    """Compare one process per core, which mpiexec has started, with the threads of one process."""
+    if mpiexec() is None:
+        print("mpi: left out, mpi4py or its mpiexec is not installed (pip install 'npllama[mpi]')")
+        return []
+    return _ranks(bench, "mpi")
+
+
+def _ranks(bench: Bench, kind: str) -> list[Line]:
+    """Measure decode with four layers of 8B's widths and the output matrix."""
     shape, n = replace(bench.shape(models.LLAMA_8B), n_layers=4), 4
     n_ranks = min(available_cpus(), shape.n_heads)
     if n_ranks < 2:
-        print("processes: left out, there is one processor")
+        print(f"{kind}: left out, there is one processor")
         return []
     paths = {dtype: bench.model(shape, dtype) for dtype in ("bfloat16", "int8")}
-    kinds = {(dtype, kind): (kind, path, "stored") for dtype, path in paths.items() for kind in ("npllama", "processes", ONE)}
-    with bench.workers({" ".join(key): value for key, value in kinds.items()}) as workers:
+    kinds = {f"{dtype} {of}": (of, path, "stored") for dtype, path in paths.items() for of in ("npllama", kind, ONE)}
+    with bench.workers(kinds, n_ranks) as workers:
         found = alternate(workers, [Ask(name, f"decode {n}") for name in workers], bench.rounds(5))
     lines = []
     for dtype in paths:
-        rates = [n / found[f"{dtype} {kind}", f"decode {n}"] for kind in ("processes", "npllama", ONE)]
-        work = f"decode, {dtype}, 4 layers of 8B, {n_ranks} processes"
+        rates = [n / found[f"{dtype} {of}", f"decode {n}"] for of in (kind, "npllama", ONE)]
+        work = f"decode, {dtype}, 4 layers of {bench.name('8B')}, {n_ranks} {'MPI ranks' if kind == 'mpi' else 'processes'}"
         limit = n_ranks * rates[2]  # each process computes in one thread
-        lines.append(Line("processes", work, "tokens/s", rates[0], "one process's threads", rates[1], 1.45, limit))
+        lines.append(Line(kind, work, "tokens/s", rates[0], "one process's threads", rates[1], 1.45, limit))
     return lines
 
 
@@ -292,8 +311,9 @@ def whole_8b(bench: Bench) -> list[Line]:
         peak = workers[OURS].peak_anonymous("decode 1")  # and everything is in memory afterwards
         found = alternate(workers, [Ask(LIMIT, "bandwidth"), Ask(OURS, "decode 2")], bench.rounds(5))
     limit = READ_BYTES / found[LIMIT, "bandwidth"] / models.bytes_per_token(shape, 2)
-    lines = [Line("8b-whole", "decode, bfloat16, 8B whole, of zeros", "tokens/s", 2 / found[OURS, "decode 2"], limit=limit)]
-    return lines + most("8b-whole", "peak anonymous memory, 8B whole", "MB", peak and peak / 1e6, 1500)
+    title = f"{bench.name('8B')} whole"
+    lines = [Line("8b-whole", f"decode, bfloat16, {title}, of zeros", "tokens/s", 2 / found[OURS, "decode 2"], limit=limit)]
+    return lines + most("8b-whole", f"peak anonymous memory, {title}", "MB", peak and peak / 1e6, 1500)
 
 
 def most(row: str, work: str, unit: str, found: float | None, allowed: float) -> list[Line]:
@@ -311,7 +331,7 @@ def batches(bench: Bench, row: str, title: str, config: Config, n: int, rounds: 
     with bench.workers({OURS: ("npllama", path, "float32")}) as workers:
         found = alternate(workers, [Ask(OURS, f"batch {size} {n}") for size in sizes], bench.rounds(rounds))
     rates = {size: size * n / found[OURS, f"batch {size} {n}"] for size in sizes}
-    wanted = {8: 2.5}
+    wanted, title = {8: 2.5}, bench.name(title)
     return [
         Line(row, f"decode, {n} at once, float32, {title}", "tokens/s", rates[n], "one sequence", rates[1], wanted.get(n))
         for n in sizes[1:]
@@ -335,7 +355,8 @@ def context(bench: Bench) -> list[Line]:
         rates = {name: n / found[name, f"context {length} {n}"] for name in workers}
         for name, rate in rates.items():
             bench.point("context", f"{name}, float32", length, 1000 / rate)
-        lines += compared("context", f"decode after {length:,} tokens, float32, SmolLM2-135M", "tokens/s", rates)
+        title = bench.name("SmolLM2-135M")
+        lines += compared("context", f"decode after {length:,} tokens, float32, {title}", "tokens/s", rates)
     return lines
 
 
@@ -354,7 +375,7 @@ def prompt_memory(bench: Bench) -> list[Line]:
             for name, worker in workers.items():
                 if peak := worker.peak_anonymous(f"prefill {length}"):
                     peaks[name] = (peak - weights[name] - per_token * length) / 1e6
-        work = f"memory above weights and cache, prompt of {length:,}, SmolLM2-135M"
+        work = f"memory above weights and cache, prompt of {length:,}, {bench.name('SmolLM2-135M')}"
         if OURS in peaks:
             lines += most("prompt-memory", work, "MB", peaks[OURS], 300)
         if HF in peaks:
@@ -384,7 +405,7 @@ def opening(bench: Bench) -> list[Line]:
         return statistics.median(float(run.stdout) for run in runs)
 
     return [
-        *most("opening", "opening an 8B directory: open_model()", "s", seconds("open"), 0.5),
+        *most("opening", f"opening a directory of {bench.name('8B')}: open_model()", "s", seconds("open"), 0.5),
         *most("opening", "the same: load(dtype='stored')", "s", seconds("load"), 0.5),
     ]
 
@@ -425,7 +446,7 @@ def cold(bench: Bench) -> list[Line]:
 
     rounds = [(seconds("read"), seconds("token"), seconds("token", forgotten=False)) for _ in range(bench.rounds(5))]
     read, token, warm = map(statistics.median, zip(*rounds, strict=True))
-    work = "opening and a first token, bfloat16, 1.1B"
+    work = f"opening and a first token, bfloat16, {bench.name('1.1B')}"
     return [
         Line("cold", f"{work}, from the disk", "s", token, "reading the files", read, less_is_better=True),
         Line("cold", f"{work}, from the disk", "s", token, "the same, warm", warm, less_is_better=True),
@@ -441,7 +462,7 @@ def widening(bench: Bench) -> list[Line]:
         with bench.workers({OURS: ("npllama", path, "float32"), LIMIT: ("limit", path, "float32")}) as workers:
             asks = [Ask(OURS, "load"), Ask(LIMIT, f"copy {4 * n}"), Ask(LIMIT, f"copy {2 * n}")]
             found = alternate(workers, asks, bench.rounds(3))
-        work, ours = f"widening bfloat16 to float32, {title}", found[OURS, "load"]
+        work, ours = f"widening bfloat16 to float32, {bench.name(title)}", found[OURS, "load"]
         wide, packed = found[LIMIT, f"copy {4 * n}"], found[LIMIT, f"copy {2 * n}"]
         lines.append(Line("widening", work, "s", ours, "np.copy, its float32 bytes", wide, 2, less_is_better=True))
         lines.append(Line("widening", work, "s", ours, "np.copy, its bfloat16 bytes", packed, less_is_better=True))
@@ -494,6 +515,7 @@ ROWS: dict[str, Callable[[Bench], list[Line]]] = {
     "3b": llama_3b,
     "8b": llama_8b,
     "processes": processes,
+    "mpi": mpi,
     "opening": opening,
     "cold": cold,
     "8b-whole": whole_8b,

@@ -51,6 +51,11 @@ def decode_rate(model: npllama.Model, n: int) -> float:
     return n / (time.perf_counter() - started)
 
 
+def progress(line: str) -> None:
+    """Say on standard error what is measured now."""
+    print(f"storage: {line}", file=sys.stderr, flush=True)
+
+
 def measure(name: str, source: Source, ids: list[int], n_decode: int, rounds: int) -> dict[str, object]:
     """Return a row of figures for each dtype; decoding is measured alternately, the median counts."""
     context = min(CONTEXT, source.config.max_seq_len)
@@ -58,10 +63,13 @@ def measure(name: str, source: Source, ids: list[int], n_decode: int, rounds: in
     with tempfile.TemporaryDirectory(prefix="npllama-storage-") as folder:
         models = {}
         for dtype in DTYPES:
+            progress(f"{name}: writing it as {dtype}")
             write(source, Path(folder) / dtype, dtype, report=lambda line: None)
             models[dtype] = npllama.load(Path(folder) / dtype, "stored")
+        progress(f"{name}: decoding, {rounds} rounds")
         rates = [{dtype: decode_rate(model, n_decode) for dtype, model in models.items()} for _ in range(rounds)]
         for dtype, model in models.items():
+            progress(f"{name}: perplexity of {dtype}")
             found = perplexity(model, ids, context)
             result[dtype] = {
                 "bytes": sum(weight.nbytes for weight in checkpoint.open_model(model.path).params.values()),
@@ -99,7 +107,7 @@ def run_on(path: str | Path, text: str, share: float) -> dict[str, object]:
             raise ValueError(f"{path} has no tokenizer")
         ids = npllama.load_tokenizer(Path(folder) / names[0]).encode(text[-math.ceil(share * len(text)) :])
     if len(ids) < (context := min(CONTEXT, source.config.max_seq_len)):
-        raise ValueError(f"that share of the text has {len(ids):,} tokens, expected at least one window of {context:,}")
+        raise ValueError(f"--share {share:g} of the text has {len(ids):,} tokens, expected at least one window of {context:,}")
     result = measure(Path(path).name, source, ids, n_decode=32, rounds=5)
     show(result)
     return result

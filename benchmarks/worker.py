@@ -1,6 +1,6 @@
 """Run one implementation in a process of its own, with its own memory and threads: reads commands, answers in JSON.
 
-    python -m benchmarks.worker npllama|processes|naive|torch|limit MODEL_DIRECTORY DTYPE
+    python -m benchmarks.worker npllama|processes|mpi|naive|torch|limit MODEL_DIRECTORY DTYPE
 
 DTYPE is float32 (weights are widened) or stored. It answers `{"seconds": ...}` when the first logits are computed, then a line
 for each line on standard input: a command and its numbers.
@@ -32,6 +32,9 @@ import numpy as np
 
 import npllama
 from npllama.checkpoint import open_model
+from npllama.checkpoint.reading import load_over
+from npllama.engine.ranks import mpi
+from npllama.engine.ranks.following import follow_world
 from npllama.engine.threads import available_cpus
 from npllama.evaluate.profile import LARGE
 from npllama.generation import prefill
@@ -184,7 +187,16 @@ class Processes(Npllama):
         self.model = npllama.load(path, dtype, processes=min(available_cpus(), self.config.n_heads))
 
 
-KINDS = {"npllama": Npllama, "processes": Processes, "naive": Naive, "limit": Limit, "torch": torch_model}
+class Mpi(Npllama):
+    """One process per core, as rank 0 of those that mpiexec has started."""
+
+    def __init__(self, path: str, dtype: str):
+        self.path, self.dtype = path, dtype
+        self.model = load_over(path, dtype, mpi.world())
+        self.config = self.model.config
+
+
+KINDS = {"npllama": Npllama, "processes": Processes, "mpi": Mpi, "naive": Naive, "limit": Limit, "torch": torch_model}
 
 
 def peak_memory() -> int | None:
@@ -197,7 +209,20 @@ def peak_memory() -> int | None:
 
 
 def main() -> None:
+    """Answer the commands on standard input; as another rank than 0, follow that one."""
     kind, path, dtype = sys.argv[1:]
+    group = mpi.world() if kind == "mpi" else None
+    if group is None:
+        serve(kind, path, dtype)
+    elif group.rank:
+        follow_world(group)
+    else:
+        serve(kind, path, dtype)
+        group.close()
+
+
+def serve(kind: str, path: str, dtype: str) -> None:
+    """Answer the commands on standard input."""
     started = time.perf_counter()
     implementation = KINDS[kind](path, dtype)
     implementation.prefill(PROMPT)()

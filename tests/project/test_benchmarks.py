@@ -15,12 +15,13 @@ import pytest
 import npllama
 from npllama.checkpoint import STORAGE, demo_path, open_model
 from npllama.cli import main
+from npllama.engine import threads
 
 from system import ROOT
 from tiny import CONFIGS, random_params, random_tokens, relative_error
 
 sys.path.append(str(ROOT))
-from benchmarks import models, naive, scale, serving, storage
+from benchmarks import models, naive, plots, processes, rows, scale, serving, storage
 from benchmarks.__main__ import table
 from benchmarks.processes import Ask, Worker, alternate
 from benchmarks.rows import Line, of_all_layers
@@ -107,22 +108,48 @@ def test_a_line_is_met_where_ratio_and_share_are(line, met):
 
 
 def test_small_rows_run_from_the_command_line(tmp_path):
-    """These need no other package; CI runs all of them with --quick."""
-    command = [sys.executable, "-m", "benchmarks", "--quick", "--only", "batch", "opening", "8b-whole", "--json"]
+    """Run the rows that need no other package; CI runs all with --quick."""
+    command = [sys.executable, "-m", "benchmarks", "--quick", "--only", "batch", "opening", "8b-whole", "processes", "--json"]
     target = tmp_path / "found.json"
     done = subprocess.run([*command, str(target)], capture_output=True, text=True, cwd=ROOT, env=os.environ)
     assert done.returncode == 0, done.stderr
     found = json.loads(target.read_text())
-    assert {line["row"] for line in found["lines"]} == {"batch", "opening", "8b-whole"}
+    ranks = {"processes"} if threads.available_cpus() > 1 and os.name == "posix" else set()
+    assert {line["row"] for line in found["lines"]} == {"batch", "opening", "8b-whole", *ranks}
+    assert all(" toy " in line["work"] or "load(" in line["work"] for line in found["lines"]), "labelled as such"
     assert {line["met"] for line in found["lines"]} == {None}  # no threshold in --quick
     assert {"cpu", "numpy", "threads"} <= set(found["machine"])
+
+
+def test_ranks_of_mpi_answer_as_one_process(tmp_path):
+    """Start a worker by mpiexec: rank 0 alone speaks, and all ranks end with it."""
+    if (mpiexec := processes.mpiexec()) is None:
+        pytest.skip("mpi4py or mpich is not installed: pip install '.[mpi]'")
+    path = str(models.write(tmp_path / "model", models.TINY, "int8"))
+    with Worker("mpi", path, "stored", launcher=[mpiexec, "-n", "2"]) as worker:
+        assert worker.ask("decode 2")["seconds"] > 0
+    assert worker.process.returncode == 0
+
+
+def test_without_mpi_the_row_is_left_out(monkeypatch, capsys):
+    monkeypatch.setattr(rows, "mpiexec", lambda: None)
+    assert rows.mpi(None) == []
+    assert capsys.readouterr().out.startswith("mpi: left out, mpi4py or its mpiexec is not installed")
+
+
+def test_no_two_series_of_a_plot_look_alike():
+    series = [f"npllama, {dtype}" for dtype in ("float32", "bfloat16", "int8", "int4")]
+    series += [f"{rows.HF}, float32", rows.LLAMA_CPP, rows.NAIVE, rows.TORCH_BF16, rows.TORCH_AVX512]
+    series += ["limit, float32", "limit, bfloat16"]
+    styles = {tuple(plots.style_of(name).values()) for name in series}
+    assert len(styles) == len(series)
 
 
 @pytest.mark.parametrize(
     ("args", "line"),
     [
         ([demo_path(), "/nowhere"], "/nowhere: No such file or directory"),
-        ([demo_path(), __file__, "--share", "0.01"], "that share of the text has "),
+        ([demo_path(), __file__, "--share", "0.01"], "--share 0.01 of the text has "),
         ([demo_path(), __file__, "--share", "1.5"], "--share is 1.5, expected more than 0 and at most 1"),
         (["/nowhere", __file__], "/nowhere: not found"),
     ],
