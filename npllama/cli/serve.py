@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
             tuple(args.allow_origin),
             LOOPBACK if host in LOOPBACK else None,
         )
-        worker = Worker(model, rows, args.queue)
+        worker = Worker(model, rows, args.queue, ends=lambda: signal.raise_signal(signal.SIGTERM))
         app = make_app(model, worker, format, settings)
         config = uvicorn.Config(
             app,
@@ -110,6 +110,8 @@ def run(args: argparse.Namespace) -> None:
             signal.signal(signal.SIGTERM, before)
             worker.close()
             worker.join(1)
+        if worker.lost is not None:
+            raise worker.lost
 
 
 def listen(host: str, port: int) -> socket.socket:

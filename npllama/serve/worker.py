@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..checkpoint import Model
+from ..engine.ranks.groups import RankLost
 from ..errors import NpllamaError, reason
 from ..generation import Step
 from ..sampling import LogitsError, Sampling
@@ -70,10 +71,13 @@ class Worker:
     rows   texts that are decoded together
     most   jobs that may wait for a row
     chunk  most tokens of prompts that are read between two decode steps
+    ends   is called, in that thread, when a rank is lost and nothing more can be computed
+    lost   the error of that rank
     """
 
-    def __init__(self, model: Model, rows: int, most: int, chunk: int = 128):
-        self.model, self.most = model, most
+    def __init__(self, model: Model, rows: int, most: int, chunk: int = 128, ends: Callable[[], object] = lambda: None):
+        self.model, self.most, self.ends = model, most, ends
+        self.lost: RankLost | None = None
         self._batch = Batch(model, rows, chunk=chunk)
         self._waiting: deque[Job] = deque()
         self._running: dict[int, Job] = {}
@@ -121,6 +125,11 @@ class Worker:
             try:
                 for row, step in self._batch.advance():
                     self._take(row, step)
+            except RankLost as error:
+                self.lost = error
+                self.close()
+                self._fail(error)
+                self.ends()
             except Exception as error:  # out of memory, for example: these texts end, the server goes on
                 self._fail(error)
 

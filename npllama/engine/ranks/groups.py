@@ -16,6 +16,10 @@ class RankError(NpllamaError):
     """A rank has failed or ended; the message names it."""
 
 
+class RankLost(RankError):
+    """A rank has ended, or waits where no message reaches it: no further pass is possible."""
+
+
 class Abandoned(NpllamaError):
     """Rank 0 has abandoned the pass under way: the other ranks discard it."""
 

@@ -31,7 +31,7 @@ import numpy as np
 
 from ...errors import NpllamaError
 from ..threads import available_cpus
-from .groups import Abandoned, Message, RankError, described
+from .groups import Abandoned, Message, RankError, RankLost, described
 
 SLOT = 4 << 20  # bytes that each rank adds or gathers at once
 FLAG = 64  # bytes from one flag to the next: each in a cache line of its own
@@ -240,7 +240,7 @@ class Workers(LocalGroup):
 
     def _write(self, message: Message) -> None:
         if self._broken:
-            raise RankError(self._broken)
+            raise RankLost(self._broken)
         # An interrupt may cut a message short. The line break in front ends that fragment, which no rank can parse.
         data = b"\n" + json.dumps(message).encode() + b"\n"
         for rank, process in enumerate(self._processes, 1):
@@ -268,7 +268,7 @@ class Workers(LocalGroup):
         """Return the descriptor that a rank's reports are read from."""
         pipe = self._processes[rank - 1].stdout
         if pipe is None or pipe.closed:
-            raise RankError(self._broken)
+            raise RankLost(self._broken)
         return pipe.fileno()
 
     def _report_of(self, rank: int) -> Message:
@@ -290,7 +290,7 @@ class Workers(LocalGroup):
         how = f"was ended by {_signal_name(-code)}" if code is not None and code < 0 else f"ended with status {code}"
         self._broken = f"rank {rank} of {self.size} (process {process.pid}) {how}"
         self.close()
-        raise RankError(self._broken)
+        raise RankLost(self._broken)
 
 
 def _signal_name(number: int) -> str:

@@ -21,7 +21,7 @@ import numpy as np
 
 from ...errors import NpllamaError, reason
 from ..threads import n_threads
-from .groups import Message, RankError, described
+from .groups import Message, RankError, RankLost, described
 
 # The variables in which MPICH's (also Intel's and Slurm's) and Open MPI's mpiexec give a process its rank, and their number.
 VARIABLES = (("PMI_RANK", "PMI_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"))
@@ -100,7 +100,7 @@ class World:
     def send(self, message: Message | None) -> None:
         """Send the other ranks a message; None ends them."""
         if self._abandoned:
-            raise RankError("a pass was abandoned, which MPI can't cancel on the other ranks: expected a new run")
+            raise RankLost("a pass was abandoned, which MPI can't cancel on the other ranks: expected a new run")
         data = b"" if message is None else json.dumps(message).encode()
         self._comm.Ibcast(np.array([len(data)], np.int64)).Wait()
         if data:

@@ -17,6 +17,7 @@ import pytest
 import npllama
 from npllama import KVCache, checkpoint, forward, generate, parameter_shapes
 from npllama.checkpoint import Model, demo_path
+from npllama.cli import main
 from npllama.engine import threads
 from npllama.engine.ranks import leading, local, shares
 from npllama.engine.ranks.groups import RankError
@@ -347,3 +348,38 @@ def test_the_command_gives_the_text_of_one_process():
         texts.append(done.stdout)
         assert done.stderr.rstrip().endswith("2 processes") == (n == "2")
     assert texts[0] == texts[1]
+
+
+def test_bundles_and_comparisons_of_several_processes(tmp_path, capsys):
+    """Write a bundle, and measure the noise of a comparison, over two processes: a bundle of one process is within it."""
+    for name, processes in (("one", "1"), ("two", "2")):
+        command = ["golden", "--tokens", "5,6,7", "--steps", "1", "--out", str(tmp_path / name), "--processes", processes]
+        assert main(command) == 0
+    command = ["compare", str(tmp_path / "one"), str(tmp_path / "two"), "-m", str(demo_path()), "--processes", "2"]
+    capsys.readouterr()
+    assert main(command) == 0
+    assert capsys.readouterr().out.startswith("equal within rounding: ")
+
+
+def test_a_waiting_rank_blocks_and_is_woken(monkeypatch):
+    """Let rank 0 be late until rank 1 is asleep: only its bell wakes it, as it would otherwise sleep too long."""
+    monkeypatch.setattr(local, "CHECKED", 2000 * WITHIN)
+    monkeypatch.setattr(local, "WORKER", f"import {local.__name__} as local; local.CHECKED = {2000 * WITHIN}; {local.WORKER}")
+    model = npllama.load(processes=2)
+    group, started, late = group_of(model), time.monotonic(), []
+
+    def tap(name, x):
+        if name in ("tok_embeddings", "layers.1.out", "logits"):
+            while not group._flags[local.FLAG // 8 + local.ASLEEP]:
+                time.sleep(1e-3)
+                assert time.monotonic() - started < WITHIN, "rank 1 doesn't block"
+            late.append(name)
+        return x
+
+    try:
+        found = forward(model.params, model.config, [1, 2, 3], tap=tap)
+        assert time.monotonic() - started < WITHIN, "rank 1 wasn't woken"
+        assert len(late) == 3
+        np.testing.assert_allclose(found, forward(model.params, model.config, [1, 2, 3]), rtol=0, atol=1e-4)
+    finally:
+        group.close()
