@@ -201,5 +201,7 @@ def test_auto_takes_a_process_per_core_for_packed_weights(name, dtype, memory, s
 
 
 def test_a_number_of_processes_is_a_number_or_auto(capsys):
-    line = fails(capsys, "generate", "x", "--processes", "all")
-    assert "'all' is not a number of processes, expected one or auto" in line
+    with pytest.raises(SystemExit) as end:
+        main(["generate", "x", "--processes", "all"])
+    assert end.value.code == 2
+    assert "'all' is not a number of processes, expected one or auto" in capsys.readouterr().err

@@ -67,7 +67,7 @@ class Part:
         if arithmetic is not None:
             params = arithmetic.params(self.params)
             return forward(params, self.config, tokens, cache, tap, last_only, arithmetic.ops)
-        return forward(self.params, self.config, tokens, cache, tap, last_only, ops and OPS[ops])
+        return forward(self.params, self.config, tokens, cache, tap, last_only, None if ops is None else OPS[ops])
 
 
 class Leader:
@@ -144,7 +144,7 @@ class Leader:
         return self._numbers[memory]
 
 
-def operations_name(ops: Ops | None, tap: Tap | None, arithmetic: Arithmetic | None = None) -> str | None:
+def operations_name(ops: Ops | None, tap: Tap | None, arithmetic: Arithmetic | None) -> str | None:
     """Return the name by which the other ranks find these operations; None for those of the arithmetic."""
     if arithmetic is not None and ops is arithmetic.ops:
         return None

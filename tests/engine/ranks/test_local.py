@@ -230,7 +230,7 @@ def test_interrupts_at_any_moment(demo):
 
 def test_an_exception_on_another_rank_is_raised_with_its_number(demo, monkeypatch):
     monkeypatch.setitem(leading.OPS, "MINE", leading.PLAIN)  # which only rank 0 knows
-    monkeypatch.setattr(leading, "operations_name", lambda ops, tap: "MINE")
+    monkeypatch.setattr(leading, "operations_name", lambda ops, tap, arithmetic: "MINE")
     with pytest.raises(RankError, match="rank 1: KeyError: 'MINE'"):
         forward(demo.params, demo.config, [1, 2])
     monkeypatch.undo()
@@ -351,11 +351,10 @@ def test_the_command_gives_the_text_of_one_process():
 
 
 def test_bundles_and_comparisons_of_several_processes(tmp_path, capsys):
-    """Write a bundle, and measure the noise of a comparison, over two processes: a bundle of one process is within it."""
-    for name, processes in (("one", "1"), ("two", "2")):
-        command = ["golden", "--tokens", "5,6,7", "--steps", "1", "--out", str(tmp_path / name), "--processes", processes]
-        assert main(command) == 0
-    command = ["compare", str(tmp_path / "one"), str(tmp_path / "two"), "-m", str(demo_path()), "--processes", "2"]
+    """Write a bundle, and measure the noise of a comparison, over two processes: a trace of one process is within it."""
+    assert main(["golden", "--tokens", "5,6", "--out", str(tmp_path / "two"), "--processes", "2"]) == 0
+    assert main(["trace", "--tokens", "5,6", "--out", str(tmp_path / "one")]) == 0
+    command = ["compare", str(tmp_path / "two"), str(tmp_path / "one"), "-m", str(demo_path()), "--processes", "2"]
     capsys.readouterr()
     assert main(command) == 0
     assert capsys.readouterr().out.startswith("equal within rounding: ")
