@@ -1,6 +1,6 @@
-"""Record npllama/golden/conformance/recorded_ids.json with sentencepiece and tiktoken, from the published tokenizers' files.
+"""Record npllama/golden/conformance/recorded_ids.json with the publishers' libraries, from the published tokenizers' files.
 
-python tests/record_tokenizer_vectors.py LLAMA_2/tokenizer.model LLAMA_3/tokenizer.model
+python tests/record_tokenizer_vectors.py LLAMA_2/tokenizer.model LLAMA_3/tokenizer.model SmolLM2-135M-Instruct.Q4_1.gguf
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import gguf
 import sentencepiece
 import tiktoken
 from tiktoken.load import load_tiktoken_bpe
@@ -18,6 +19,9 @@ from tiktoken.load import load_tiktoken_bpe
 from npllama.golden.conformance import texts
 from npllama.golden.mistakes import MISTAKES
 from npllama.tokenizer import LLAMA3_PATTERN, LLAMA3_SPECIAL_TOKENS
+
+sys.path.insert(0, str(Path(__file__).parent / "helpers"))
+from tokenizer_judges import smollm2_library
 
 RECORDED = Path(texts.__file__).with_name("recorded_ids.json")
 
@@ -47,11 +51,23 @@ def llama_3(path: Path) -> tuple[int, Callable[..., list[int]]]:
     return names["<|begin_of_text|>"], encode
 
 
+def smollm2(path: Path) -> tuple[int, Callable[..., list[int]]]:
+    """Return the same of tokenizers."""
+    metadata = {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
+    library = smollm2_library(metadata)
+
+    def encode(text: str, special: bool = False) -> list[int]:
+        library.encode_special_tokens = not special
+        return library.encode(text, add_special_tokens=False).ids
+
+    return metadata["tokenizer.ggml.bos_token_id"], encode
+
+
 def main() -> None:
     """Write the file."""
     found: dict[str, dict[str, dict[str, list[int]]]] = {}
     for (name, (_, sha256)), make, path in zip(
-        texts.TOKENIZERS.items(), (llama_2, llama_3), map(Path, sys.argv[1:]), strict=True
+        texts.TOKENIZERS.items(), (llama_2, llama_3, smollm2), map(Path, sys.argv[1:]), strict=True
     ):
         if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
             raise SystemExit(f"{path} is not the tokenizer of {name}")

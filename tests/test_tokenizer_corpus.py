@@ -11,7 +11,7 @@ import pytest
 from npllama.tokenizer import LLAMA3_PATTERN, LLAMA3_SPECIAL_TOKENS, BytePairEncoding, Tokenizer, load_tokenizer
 
 from make_corpus import make_corpus
-from tokenizer_judges import CORPUS, Judge, mismatches, sentencepiece_judge
+from tokenizer_judges import CORPUS, Judge, mismatches, sentencepiece_judge, smollm2_library
 from vocabularies import byte_of_char, metadata_of_sentencepiece, metadata_of_tiktoken, write
 
 
@@ -110,18 +110,8 @@ def test_byte_level_tokenizer_json(kind: str, tokenizers, request: pytest.Fixtur
 
 @pytest.fixture(scope="module")
 def smollm2_judge(smollm2_metadata: dict[str, object], tokenizers):
-    """SmolLM2's published pre-tokenizer and its vocabulary, put together without our converter."""
-    tokens, merges = smollm2_metadata["tokenizer.ggml.tokens"], smollm2_metadata["tokenizer.ggml.merges"]
-    vocabulary = {token: id for id, token in enumerate(tokens)}
-    library = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [tuple(merge.split(" ")) for merge in merges]))
-    splits = [
-        tokenizers.pre_tokenizers.Digits(individual_digits=True),
-        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
-    ]
-    library.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(splits)
-    library.decoder = tokenizers.decoders.ByteLevel()
-    library.add_special_tokens(tokens[:17])
-    return library
+    """Return SmolLM2's tokenizer in its publisher's library."""
+    return smollm2_library(smollm2_metadata)
 
 
 def test_smollm2(smollm2_tokenizer: Tokenizer, smollm2_judge) -> None:

@@ -29,7 +29,7 @@ def add_parser(commands: Commands) -> None:
         help="take the noise floor from a trace of the same tokens in the candidate's precision; --map applies to it too",
     )
     p.add_argument("--precision", choices=PRECISIONS, help="the candidate's precision (default: as in its files)")
-    profiles = ", ".join(PROFILES[-6:])
+    profiles = ", ".join(PROFILES[-7:])
     p.add_argument(
         "--profile", metavar="P", help=f"the candidate's rounding profile (default: as in its trace.json): {profiles}"
     )
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         partial=args.partial,
         atol=args.atol,
         rtol=args.rtol,
-        open_model=lambda path: load_over_processes(args, "auto", path)[0],
+        open_model=lambda path, dtype: load_over_processes(args, dtype, path)[0],
     )
     for path in args.report:
         write_report(comparison, path)

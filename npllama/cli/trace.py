@@ -39,5 +39,5 @@ def run(args: argparse.Namespace) -> None:
         if args.precision or args.convention:
             raise ValueError("--profile includes the precision and its convention: expected neither of these options with it")
         precision = profile(args.profile)
-    model, _ = load_over_processes(args, "auto")
+    model, _ = load_over_processes(args, precision.load_dtype)
     write_trace(model, prompt_ids(args, model), precision=precision, storage=args.format, **trace_options(args))

@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from .. import model, ops
 from ..activations import LAYER, STREAM, TABLE, stream_before
-from ..cache import KVCache
+from ..cache import PADDING, KVCache
 from ..config import Config, LinearRopeScaling, RopeScaling
 from ..engine import linear
 from ..engine.linear import Weight, widen
@@ -146,7 +146,7 @@ class Port(Precision):
     mistakes: list[Mistake]
     computed: Precision
     made: Ops
-    passes: WeakKeyDictionary[KVCache, tuple[list[dict[str, Array]], _Stores]]
+    passes: WeakKeyDictionary[object, tuple[list[dict[str, Array]], _Stores]]  # by the memory that a cache's views share
 
     def __init__(self, *names: str, computed: Precision | None = None, **replaced: Callable):
         super().__init__("float32")
@@ -171,7 +171,7 @@ class Port(Precision):
     ) -> Array:
         """Compute model.forward() with the mistakes; a tap sees the mistaken activations."""
         cache = KVCache(config, np.shape(tokens)[:-1]) if cache is None else cache
-        passes, stores = self.passes.setdefault(cache, ([], {}))
+        passes, stores = self.passes.setdefault(cache.view[0], ([], {}))
         passes.append({})
         for mistake in self.mistakes:
             params, config = mistake.params(params, config), mistake.constants(config)
@@ -405,6 +405,25 @@ def _at_least(p: Array, least: float) -> Array:
     return _normalised(np.where(p < least, 0.0, p))
 
 
+def _of_the_longest_row(positions: Array) -> Array:
+    """Positions of single tokens in a batch that are all the largest one's; those of a prompt are right."""
+    if positions.shape[-1] > 1:
+        return positions
+    return np.broadcast_to(np.max(positions, where=positions < PADDING, initial=0), positions.shape)
+
+
+def _left_visible(cache: KVCache, kept: ArrayLike) -> None:
+    """Cut rows back, and let their old slots keep their numbers and be seen."""
+    memory, lengths = cache.view[0], cache.lengths
+    stores = [store for store in (*memory.keys, *memory.values) if store is not None]
+    before = [store.copy() for store in stores]
+    cache.truncate(kept)
+    for store, numbers in zip(stores, before, strict=True):
+        store[...] = numbers
+    slots = np.arange(memory.positions.shape[-1])
+    memory.positions[(slots >= cache.lengths[..., None]) & (slots < lengths[..., None])] = 0
+
+
 def _write(store: Array, at: int, new: Array) -> None:
     """Write the part of `new` that fits to the slots from `at` on."""
     room = store[..., at : at + new.shape[-3], :]
@@ -566,6 +585,9 @@ _LIST = (
             lambda positions, frequencies: ops.rope_rotation(positions + (positions.shape[-1] == 1), frequencies), "decode"),
         ("padding_counted", "padding is counted: RoPE's position is the slot's number, and only tokens count",
             lambda positions, frequencies: ops.rope_rotation(_slot_numbers(positions), frequencies), "padding"),
+        ("position_of_the_longest_row",
+            "the position of a new token is that of the batch's longest row: each row counts its own tokens",
+            lambda positions, frequencies: ops.rope_rotation(_of_the_longest_row(positions), frequencies), "padding"),
     ),
     *_each("rope", ROTATED,
         ("half_split",
@@ -709,6 +731,11 @@ _LIST = (
         ("mask_axes_exchanged", "the axes are exchanged: rows are queries, columns are slots, [1, T, S]",
             lambda q, s, dtype: _mask(s[..., :, None] <= q[..., None, :], dtype)),
     ),
+    Mistake("padding_as_tokens",
+        "padding leaks: the prompt's padding is attended to, and counted in its positions, as if it were tokens",
+        ROTATED + SCORES, {
+            "rope_rotation": lambda positions, frequencies: ops.rope_rotation(_slot_numbers(positions), frequencies),
+            "causal_mask": lambda q, s, dtype: _triangle(q.shape[-1], s.shape[-1], dtype)}, needs="padding"),
     *_each("attention_scores", SCORES,
         ("unscaled", "1/sqrt(K) is missing: without it, softmax gives nearly all the weight to one key",
             lambda q, keys, mask: ops.query_key_products(q, keys) + mask),
@@ -909,6 +936,37 @@ _LIST = (
                 lambda messages, right, specials: right(messages)[1:]),
             ("chat_bos_twice", "the token that begins a text is there twice: by the format and by the tokenizer",
                 lambda messages, right, specials: [256, *right(messages)]),
+        )
+    ),
+    # ----- outside of a pass: chat templates
+    *(
+        Mistake(name, sentence, outside={"chat_template": wrong})
+        for name, sentence, wrong in (
+            ("template_untrimmed", "the line break after a block stays: trim_blocks is on",
+                lambda render, *given: render(*given, trim_blocks=False)),
+            ("template_indented", "the spaces before a block stay: lstrip_blocks is on",
+                lambda render, *given: render(*given, lstrip_blocks=False)),
+            ("template_newline_kept", "the template's last line break stays: keep_trailing_newline is off",
+                lambda render, *given: render(*given, keep_trailing_newline=True)),
+            ("template_without_prompt", "the beginning of the answer is missing: add_generation_prompt is true",
+                lambda render, *given: render(*given, add_generation_prompt=False)),
+            ("template_own_tojson", "tojson is Jinja's own, which escapes and sorts: it is json.dumps(x, ensure_ascii=False)",
+                lambda render, *given: render(*given, own_tojson=True)),
+            ("template_bos_twice", "the token that begins a text is there twice: by the template and by the tokenizer",
+                lambda render, template, messages, variables:
+                    variables["bos_token"] + render(template, messages, variables)),
+        )
+    ),
+    # ----- outside of a pass: the cache of several rows
+    *(
+        Mistake(name, sentence, outside={"truncate": wrong})
+        for name, sentence, wrong in (
+            ("cache_not_cut", "the cache is not cut back: new tokens come after those that should be forgotten",
+                lambda cache, kept: None),
+            ("rows_cut_alike", "all rows are cut back to the fewest slots of any: each keeps a number of its own",
+                lambda cache, kept: cache.truncate(np.min(kept))),
+            ("slots_left_visible", "slots that a row has given up stay visible: hide all after its end, whatever others fill",
+                _left_visible),
         )
     ),
     # ----- outside of a pass: filters of sampling

@@ -47,7 +47,7 @@ from ..cache import KVCache
 from ..config import Config
 from ..engine.grouped import Grouped
 from ..engine.ranks.passes import Spread
-from ..engine.weights import Shard, Weight, to_bfloat16, widen
+from ..engine.weights import Dense, Shard, Weight, to_bfloat16, widen
 from ..scope import Ops, Params, Tap
 
 PRECISIONS = ("float64", "float32", "bfloat16", "float16")
@@ -75,11 +75,27 @@ def round_q8_0(x: np.ndarray) -> np.ndarray:
 
     y = d · rint(x / d), d = max|x| / 127 of the block, by which the integers are multiplied as a float16    [..., n] -> like x
     """
+    q, d = _eight_bits(x)
+    return _out_of_blocks(q * round_float16(d), x)
+
+
+def error_of_q8_1_sums(x: np.ndarray) -> np.ndarray:
+    """Return the rounding error of each block's sum as llama.cpp's Q8_1 stores it, in float16.    [..., n] -> [..., n / 32]
+
+    s - Σ y, s = d · Σ rint(x / d) rounded to float16, y as in round_q8_0
+    """
+    q, d = _eight_bits(x)
+    total = np.sum(q, axis=-1, keepdims=True)  # of whole numbers: exact
+    return (round_float16(d * total).astype(np.float64) - round_float16(d) * total)[..., 0].astype(x.dtype)
+
+
+def _eight_bits(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the whole numbers of each block of 32 and its scale, in float32.    [..., n] -> [..., n / 32, 32 and 1]"""
     blocks = _in_blocks(x, 32)
     d = np.max(np.abs(blocks), axis=-1, keepdims=True) / np.float32(127)
     with np.errstate(divide="ignore", over="ignore"):
         inverse = np.where(d > 0, 1 / d, np.float32(0))
-    return _out_of_blocks(np.rint(blocks * inverse) * round_float16(d), x)
+    return np.rint(blocks * inverse), d
 
 
 def round_q8_k(x: np.ndarray) -> np.ndarray:
@@ -133,11 +149,42 @@ def rounded_inputs(made: Ops, r: Round) -> Ops:
     return replace(made, linear=linear, linears=linears)
 
 
+class WithOffsets(Dense):
+    """A matrix that was stored in groups of 32 columns with an offset each, whose products need the offsets by themselves.
+
+    offsets  [out, in / 32]; None for a part of such a matrix, as an embedding's rows
+    """
+
+    __slots__ = ("offsets",)
+
+    def __init__(self, values: np.ndarray, offsets: np.ndarray | None = None):
+        super().__init__(values)
+        self.offsets = offsets
+
+
+def rounded_inputs_and_sums(made: Ops) -> Ops:
+    """Round what is multiplied by weights to Q8_1, as llama.cpp does for Q4_1 and Q5_1.
+
+    These weights are scale · q + offset, and llama.cpp multiplies the offset by the block's sum, which Q8_1 has in float16:
+    y = W round_q8_0(x) + offsets · error_of_q8_1_sums(x)
+    """
+    rounded = rounded_inputs(made, round_q8_0)
+
+    def linear(x: np.ndarray, weight: Weight) -> np.ndarray:
+        y = rounded.linear(x, weight)
+        if isinstance(weight, WithOffsets) and weight.offsets is not None:
+            y = y + error_of_q8_1_sums(x) @ weight.offsets.T
+        return y
+
+    return replace(rounded, linear=linear, linears=lambda x, *weights: [linear(x, weight) for weight in weights])
+
+
+SUMS = "int8-activations-sums"  # the part that needs weights as they are stored: Precision.weight()
 PARTS: dict[str, Callable[[Ops], Ops]] = {
     "float16-cache": float16_cache,
     "int8-activations": functools.partial(rounded_inputs, r=round_q8_0),
     "int8-activations-256": functools.partial(rounded_inputs, r=round_q8_k),
-    "int8-activations-sums": functools.partial(rounded_inputs, r=round_q8_0),  # for Q4_1, Q5_1: sums in float16, not simulated
+    SUMS: rounded_inputs_and_sums,
     "float16-activations": functools.partial(rounded_inputs, r=lambda x: round_float16(x).astype(x.dtype)),
     "bfloat16-activations": functools.partial(rounded_inputs, r=lambda x: round_bfloat16(x).astype(x.dtype)),
 }
@@ -187,6 +234,18 @@ class LazyParams(Mapping[str, Weight]):
         return len(self._params)
 
 
+AS_THEY_ARE: dict[str, tuple[type, ...]] = {  # precision -> storage that needs no cast
+    "float32": (np.float32, np.float16, np.uint16, np.int8),
+    "bfloat16": (np.uint16,),
+    "float16": (np.float16,),
+}
+
+
+def has_offsets(weight: Weight) -> bool:
+    """Return whether a weight is stored as Q4_1 and Q5_1 are: in groups of 32 columns with an offset each, in one level."""
+    return isinstance(weight, Grouped) and weight.grouping.offset and weight.grouping.group == 32 and not weight.grouping.unit
+
+
 @dataclass(frozen=True)
 class Precision:
     """Describe one way to compute: a name of PRECISIONS and, for 16 bits, a name of CONVENTIONS for the rounding points.
@@ -214,6 +273,11 @@ class Precision:
         return "+".join((*(() if self.parts and name == "float32" else (name,)), *self.parts))
 
     @property
+    def load_dtype(self) -> str:
+        """Return the dtype to load a model with: "stored" where a part needs the offsets that are stored with the weights."""
+        return "stored" if SUMS in self.parts else "auto"
+
+    @property
     def dtype(self) -> np.dtype:
         """Return the dtype of activations: float64 for the precision float64, else float32."""
         return np.dtype(np.float64 if self.name == "float64" else np.float32)
@@ -235,25 +299,27 @@ class Precision:
 
         Those in groups are widened to the numbers that they stand for, so that a quantised port differs by arithmetic alone.
         """
-        as_they_are = {
-            "float32": (np.float32, np.float16, np.uint16, np.int8),
-            "bfloat16": (np.uint16,),
-            "float16": (np.float16,),
-        }
-
         if isinstance(params, Spread):  # each rank casts its own
             if self.parts:  # blocks of numbers that are rounded together may lie on two ranks
                 raise ValueError(f"several processes don't compute in the profile {self.profile}: expected one process")
             return params.computed_in(self)
+        if SUMS in self.parts and not any(has_offsets(params[name]) for name in params):
+            raise ValueError(
+                f"the profile {SUMS} rounds what Q4_1 and Q5_1 weights are multiplied by: found none, expected a model that "
+                'stores such weights, loaded with dtype="stored"'
+            )
+        return LazyParams(params, lambda name: self.weight(params[name]))
 
-        def cast(weight: Weight) -> Weight:
-            if isinstance(weight, Shard):
-                return weight.with_numbers(cast)
-            if not isinstance(weight, Grouped) and weight.dtype in as_they_are.get(self.name, (np.float64,)):
-                return weight
-            return self.round(widen(weight))
-
-        return LazyParams(params, lambda name: cast(params[name]))
+    def weight(self, weight: Weight) -> Weight:
+        """Return one parameter as params() does."""
+        if isinstance(weight, Shard):
+            return weight.with_numbers(self.weight)
+        if isinstance(weight, Grouped):
+            numbers = self.round(widen(weight))
+            if SUMS in self.parts and has_offsets(weight):
+                return WithOffsets(numbers, weight.all_levels()[1].T.astype(numbers.dtype))
+            return numbers
+        return weight if weight.dtype in AS_THEY_ARE.get(self.name, (np.float64,)) else self.round(widen(weight))
 
     def forward(
         self,
@@ -327,6 +393,7 @@ PROFILES = (
     "int8-activations+float16-cache",
     "int8-activations-256",
     "int8-activations-256+float16-cache",
+    SUMS,
     "float16-activations",
     "bfloat16-activations",
 )

@@ -48,6 +48,10 @@ def made(tmp_path_factory):
     return make
 
 
+def worst_operation(found):
+    return max(row.local.ratio for row in found.rows if row.local)
+
+
 @pytest.mark.parametrize(
     ("kind", "flash_attention", "cache", "rounded"),
     [
@@ -56,6 +60,7 @@ def made(tmp_path_factory):
         ("BF16", "off", "f32", "bfloat16-activations"),
         ("Q8_0", "off", "f16", "int8-activations+float16-cache"),
         ("Q4_1", "off", "f32", "int8-activations-sums"),
+        ("Q5_1", "off", "f16", "int8-activations-sums+float16-cache"),
     ],
 )
 def test_llama_cpp_is_right_by_the_profile_that_it_is_recorded_with(kind, flash_attention, cache, rounded, made, tmp_path):
@@ -73,6 +78,10 @@ def test_llama_cpp_is_right_by_the_profile_that_it_is_recorded_with(kind, flash_
     assert found.equal, found.verdict
     assert found.wrong_by_themselves == []
     assert found.noise.title == rounded
+    if rounded.startswith("int8-activations-sums"):
+        without = rounded.replace("-sums", "")
+        ignored = compare(reference, tmp_path / "theirs", profile=without)
+        assert worst_operation(found) < 4 < 6 < worst_operation(ignored), "whose sums are not rounded"
     if kind == "Q8_0":
         assert not compare(reference, tmp_path / "theirs", partial=True, precision="float32").equal
 
@@ -90,6 +99,21 @@ def test_a_wrong_quantised_run_is_told_from_a_right_one(mistake, made, tmp_path)
     assert found.first.name == f"layers.0.{where[mistake]}", found.verdict
     write_trace(model, TOKENS, tmp_path / "right", STEPS, rounded)
     assert compare(reference, tmp_path / "right").equal  # trace.json says how it rounds
+
+
+def test_a_trace_of_our_own_rounds_as_its_profile_says(made, tmp_path, capsys):
+    """With the weights as they are stored, whose offsets llama.cpp multiplies by rounded sums."""
+    _, reference = made("Q4_1")
+    ids, steps = (",".join(map(str, numbers)) for numbers in (TOKENS, STEPS))
+    options = ["--tokens", ids, "--step-tokens", steps, "--profile", "int8-activations-sums"]
+    assert main(["trace", "-m", str(reference.parent / "Q4_1"), *options, "--out", str(tmp_path / "mine")]) == 0
+    found = compare(reference, tmp_path / "mine")
+    assert found.equal, found.verdict
+    assert found.noise.title == "int8-activations-sums"
+    made("F32")
+    assert main(["trace", "-m", str(reference.parent / "F32"), *options, "--out", str(tmp_path / "other")]) == 2
+    assert "rounds what Q4_1 and Q5_1 weights are multiplied by: found none" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
 
 
 def test_the_steps_may_be_greedy_and_a_part_selected(made, tmp_path):

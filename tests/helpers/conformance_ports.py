@@ -113,7 +113,8 @@ def _whole_functions(precision: Precision) -> Functions:
         for tokens, keep in itertools.zip_longest(passes, kept):
             if keep is not None:
                 cache.truncate(keep)
-            found.append(precision.forward(params, constants, tokens, cache))
+            rows = np.any(np.asarray(tokens) >= 0, axis=-1)
+            found.append(precision.forward(params, constants, tokens, cache if rows.all() else cache.only(rows)))
         return np.concatenate(found, axis=-2)
 
     made = (attention, feed_forward, block, forward, forward_at, forward_file, forward_passes)

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import DynamicCache, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import (
+    LlamaMLP,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+    repeat_kv,
+)
 
 from npllama import Config
+from npllama.golden.conformance.operations import scaling_of
 
 import hf_reference as hf
 
@@ -80,7 +88,42 @@ def functions(dtype: torch.dtype) -> dict[str, Callable[..., Any]]:
             found.append(back(model(torch.tensor([tokens]), past_key_values=cache).logits[0]))
         return np.concatenate(found)
 
-    made = {"attention": attention, "feed_forward": feed_forward, "block": block, "forward": forward}
+    def linear(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        return back(torch.nn.functional.linear(tensor(x), tensor(weight)))
+
+    def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+        norm = LlamaRMSNorm(len(weight), eps)
+        norm.load_state_dict({"weight": tensor(weight)})
+        return back(norm.to(dtype)(tensor(x)))
+
+    def swiglu(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+        act = LlamaMLP(hf.hf_config(Config.from_dict({**_SMALL, "dim": 8, "ffn_dim": 8}))).act_fn
+        return back(act(tensor(gate)) * tensor(up))
+
+    def rope_frequencies(head_dim: int, theta: float, scaling: dict | None) -> np.ndarray:
+        config = Config.from_dict({**_SMALL, "dim": head_dim, "ffn_dim": 8, "head_dim": head_dim, "rope_theta": theta})
+        return back(LlamaRotaryEmbedding(hf.hf_config(replace(config, rope_scaling=scaling_of(scaling)))).inv_freq)
+
+    def rope_half_split(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+        of_batch = (x, cos, sin) if x.ndim == 4 else (x[None], cos[None], sin[None])
+        q, *rotation = (tensor(part) for part in of_batch)
+        whole = [torch.cat((part, part), dim=-1)[..., 0, :] for part in rotation]
+        return back(apply_rotary_pos_emb(q, q, *whole, unsqueeze_dim=2)[0].reshape(x.shape))
+
+    def attention_scores(q: np.ndarray, keys: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        of_batch = (q, keys, mask) if q.ndim == 4 else (q[None], keys[None], mask[None])
+        queries, shared, hidden = (tensor(part) for part in of_batch)
+        queries = queries.transpose(1, 2)
+        repeated = repeat_kv(shared, queries.shape[1] // shared.shape[1])
+        scores = torch.matmul(queries, repeated.transpose(2, 3)) * q.shape[-1] ** -0.5 + hidden
+        return back(scores if q.ndim == 4 else scores[0])
+
+    def softmax(x: np.ndarray) -> np.ndarray:
+        return back(torch.nn.functional.softmax(tensor(x), dim=-1, dtype=torch.float32).to(dtype))
+
+    operations = (linear, rms_norm, swiglu, rope_frequencies, rope_half_split, attention_scores, softmax)
+    made = {function.__name__: function for function in operations}
+    made |= {"attention": attention, "feed_forward": feed_forward, "block": block, "forward": forward}
     return made | {"forward_at": forward_at, "forward_file": forward_file, "forward_passes": forward_passes}
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from npllama.tokenizer import Tokenizer
 
@@ -22,6 +23,23 @@ def mismatches(tokenizer: Tokenizer, judge: Judge, special: bool = False) -> lis
             at = next((i for i, (a, b) in enumerate(zip(ids, expected, strict=False)) if a != b), min(len(ids), len(expected)))
             found.append(f"{text!r:.80}: {ids[at : at + 4]}, expected {expected[at : at + 4]}, from id {at} on")
     return found
+
+
+def smollm2_library(metadata: Mapping[str, Any]) -> Any:
+    """Put together SmolLM2's published pre-tokenizer and the vocabulary of its GGUF file, without our converter."""
+    import tokenizers
+
+    tokens, merges = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.merges"]
+    vocabulary = {token: id for id, token in enumerate(tokens)}
+    library = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [tuple(merge.split(" ")) for merge in merges]))
+    splits = [
+        tokenizers.pre_tokenizers.Digits(individual_digits=True),
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ]
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(splits)
+    library.decoder = tokenizers.decoders.ByteLevel()
+    library.add_special_tokens(tokens[:17])
+    return library
 
 
 def sentencepiece_judge(path: Path) -> Judge:

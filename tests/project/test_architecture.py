@@ -84,6 +84,7 @@ ORDER = [
     "golden.conformance.model_files",
     "golden.conformance.config_files",
     "golden.conformance.chats",
+    "golden.conformance.chat_templates",
     "golden.conformance.texts",
     "golden.conformance.operations",
     "golden.conformance.cases",
@@ -232,6 +233,7 @@ HELPERS = {path.stem for path in TESTS if path.parent.name == "helpers"}
 # In tests/ itself, next to the tests, are the programs that a developer runs.
 PROGRAMS = {
     "make_goldens.py",
+    "record_chat_vectors.py",
     "record_conformance.py",
     "record_tokenizer_vectors.py",
     "fetch_llama3_tokenizer.py",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -150,7 +151,7 @@ def compare(
     partial: bool = False,
     atol: float | None = None,
     rtol: float | None = None,
-    open_model: Callable[[Path | str], Model] = load,
+    open_model: Callable[..., Model] = load,
 ) -> Comparison:
     """Compare two sets of activations, each a path of any kind that inputs.read_activations() knows.
 
@@ -163,7 +164,7 @@ def compare(
                isn't what its trace.json says
     partial    compare what both sides have; else a name that one side lacks is a failure
     atol, rtol judge by |candidate - reference| <= atol + rtol · |reference| instead of the noise floor
-    open_model opens the model; by default in this process alone
+    open_model opens the model, given its path and dtype; by default in this process alone
 
     Raises ValueError, naming the file, when an input can't be used; what differs is in the result.
     """
@@ -173,11 +174,6 @@ def compare(
             raise InputError(f"{option} is {x:g}, expected a finite number that is not below 0")
     warnings: list[str] = []
     tokens, steps = _tokens(reference, candidate)
-    found = model if isinstance(model, Model) else _find_model(reference, model, open_model, warnings)
-    config = found.config if found else _config(reference)
-    if tokens is not None:
-        tokens = _checked_tokens(tokens, steps, reference, candidate, config)
-    name_map = read_map(names)
     if precision and profile:
         raise InputError(f"precision is {precision} and profile {profile}: expected one of them")
     stored = (candidate.meta or {}).get("profile")
@@ -186,6 +182,12 @@ def compare(
         computed = read_profile(named)
         precision, parts = computed.name, computed.parts
     assumed = "" if precision else candidate.mixed
+    opened = functools.partial(open_model, dtype=Precision(parts=parts).load_dtype)
+    found = model if isinstance(model, Model) else _find_model(reference, model, opened, warnings)
+    config = found.config if found else _config(reference)
+    if tokens is not None:
+        tokens = _checked_tokens(tokens, steps, reference, candidate, config)
+    name_map = read_map(names)
     precision = precision or candidate.precision
     if precision not in PRECISIONS:
         raise InputError(f"precision is {precision!r}, expected {', '.join(PRECISIONS)}")

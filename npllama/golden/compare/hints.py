@@ -36,11 +36,22 @@ from .noise import NoiseFloor
 ROUNDED_ONCE, GATHERED = 2.0**-6, 2.0**-3  # more than the relative error of one bfloat16 operation, of some layers of them
 EXPLAINED = 1e-3  # a prediction that leaves less than this share of the error explains it
 ROUNDED_ALIKE = 0.1  # of a rounding to 8 bits, in which a number in the middle may go either way
-# The mistakes that a port is run again with when its logits are all that it gives: constants that are lost, and RoPE's layout.
+# The mistakes that a model is run again with for a port that gives its logits alone: lost constants, RoPE's layout, other
+# layers' weights; those of decode where the prompt is right, those of padding where there is some.
 RERUN = (
     *("eps", "no_eps", "eps_outside_root", "theta_10000", "theta_500000", "no_scaling", "scale_factor", "scaling_of_all"),
-    *("scaling_unblended", "scaling_of_new_context", "half_split", "interleaved_on_halves", "no_rope", "angles_in_bfloat16"),
-    *("position_1_late", "output_from_embedding", "last_layer_missing"),
+    *(
+        "scaling_unblended",
+        "scaling_of_new_context",
+        "half_split",
+        "interleaved_on_halves",
+        "rows_in_halves",
+        "no_rope",
+        "angles_in_bfloat16",
+    ),
+    *("position_1_late", "output_from_embedding", "last_layer_missing", "layer_0_everywhere", "previous_layers_weights"),
+    *("keys_unrotated_in_decode", "cache_over_the_last", "cache_overwritten", "positions_restart", "position_late_in_decode"),
+    *("padding_as_tokens", "padding_counted", "position_of_the_longest_row"),
 )
 WHAT_PARTS_ARE = {
     "float16-cache": "keys and values are in float16",
@@ -63,7 +74,7 @@ class Scene:
     def __init__(self, name: str, aligned: Aligned, noise: NoiseFloor, precision: str):
         self.name, self.here, self.aligned, self.noise, self.precision = name, place(name), aligned, noise, precision
         self.config, self.params = aligned.config, whole_params(aligned.model.params) if aligned.model else None
-        self.target = np.asarray(aligned.candidate[name], np.float64)
+        self.target = np.asarray(aligned.candidate.get(name, math.nan), np.float64)
         self.layers = 1 + max((place(n).layer or 0 for n in aligned.reference), default=0)
 
     def sibling(self, kind: str) -> str:
@@ -83,11 +94,10 @@ class Scene:
         """Return an activation of the reference in float64, if it has it."""
         return np.asarray(self.aligned.reference[name], np.float64) if name in self.aligned.reference else None
 
-    def earlier(self, kind: str) -> list[np.ndarray | None]:
-        """Return what earlier passes kept in the cache: the candidate's own, or else the reference's."""
+    def earlier(self, kind: str) -> list[str]:
+        """Name an activation of the same layer in each of the passes before this one."""
         steps = [] if self.here.step is None else [None, *range(self.here.step)]
-        names = [self.here._replace(step=step).sibling(kind) for step in steps]
-        return [self.reference(name) if (x := self.recorded(name)) is None else x for name in names]
+        return [self.here._replace(step=step).sibling(kind) for step in steps]
 
     def tokens(self) -> np.ndarray | None:
         """Return the ids of this pass, where they are known."""
@@ -141,7 +151,8 @@ class Attempt:
 
     def __init__(self, scene: Scene, mistake: Mistake = RIGHT, frequencies: np.ndarray | None = None):
         self.scene, self.mistake = scene, mistake
-        self.ops: Ops = replace(Precision("float64", parts=scene.noise.parts).ops or PLAIN, **mistake.ops)
+        self.exact = Precision("float64", parts=scene.noise.parts)
+        self.ops: Ops = replace(self.exact.ops or PLAIN, **mistake.ops)
         self.config = scene.config and mistake.constants(scene.config)
         self.params = mistake.params(scene.params, scene.config) if scene.params is not None and scene.config else None
         self.frequencies = frequencies
@@ -156,6 +167,11 @@ class Attempt:
         if x is None and kind != STREAM:
             x = self.compute(kind)
         return at_hand(self.scene.reference(name) if x is None else x)
+
+    def at(self, name: str) -> np.ndarray:
+        """Return an activation of an earlier pass, as __call__ does one of this pass."""
+        scene = Scene(name, self.scene.aligned, self.scene.noise, self.scene.precision)
+        return Attempt(scene, self.mistake, self.frequencies)(scene.here.kind)
 
     def compute(self, kind: str) -> np.ndarray | None:
         """Compute an activation by the table and by the mistake; None where what goes into it is not at hand or doesn't fit."""
@@ -187,7 +203,7 @@ class Attempt:
 
     def slots(self, kind: str) -> np.ndarray:
         """Keys or values of all tokens so far, kept as the mistake keeps them.    [..., G, S, K]"""
-        passes = [*map(at_hand, self.scene.earlier(kind)), self(kind)]
+        passes = [*(self.at(name) for name in self.scene.earlier(kind)), self(kind)]
         whole = np.concatenate(passes, axis=-3).swapaxes(-2, -3)
         if self.mistake.cache is None:
             return whole
@@ -213,7 +229,7 @@ class Attempt:
         scene = self.scene
         if self.params is not None:
             weight = self.params[row.parameter(at_hand(scene.config), scene.here.layer)]
-            return weight if row.operation == "embed" else np.asarray(widen(weight), np.float64)
+            return weight if row.operation == "embed" else self.exact.weight(weight)
         if row.operation != "rms_norm":
             return at_hand(None)
         x, y = (at_hand(scene.reference(scene.sibling(kind))) for kind in (row.inputs[0], row.name))
@@ -302,8 +318,9 @@ def whole_passes(scene: Scene) -> Iterator[Prediction]:
     streams = [STREAM] if scene.here.layer is None else [STREAM, *(kind for kind in TABLE if TABLE[kind].in_layer)]
     if any(scene.sibling(kind) in scene.aligned.candidate for kind in streams if kind != scene.here.kind):
         return
+    can_show = {"": True, "decode": scene.only_in_decode(), "padding": bool((tokens < 0).any())}
     for name in RERUN:
-        if not MISTAKES[name].applies(model.config):
+        if not MISTAKES[name].applies(model.config) or not can_show[MISTAKES[name].needs]:
             continue
         found: dict[str, np.ndarray] = {}
 

@@ -7,7 +7,8 @@
 | models.py, model_files.py | the tiny models, and files of them for loaders |
 | config_files.py | files that state constants |
 | texts.py | texts and their ids in published tokenizers; recorded_ids.json has them |
-| chats.py | conversations in the formats of chats |
+| chats.py | conversations in chat formats |
+| chat_templates.py | conversations by Jinja templates; recorded_chats.json has the texts |
 | operations.py | what a port's functions are called, take and return |
 | cases.py | the cases: inputs that tell right from wrong |
 | judging.py | compares one array with the expected one |

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ...cache import PADDING
+from .chat_templates import TEMPLATES, recorded_texts
 from .chats import CONVERSATIONS, SPECIALS, messages_of
 from .config_files import config_files
 from .model_files import files_of, forms_of, model_at, path_of
@@ -125,7 +126,7 @@ FORMS = {
     "gguf": "metadata, and the scaling of RoPE as a tensor of divisors",
     "pth": "Meta's params.json and consolidated.00.pth",
 }
-LONG = [0, 1, 2, 63, 4095, 4096, 8191, 8192, 8193, 16384, 65537, 131071]
+LONG = [0, 1, 2, 63, 4095, 4096, 8191, 8192, 8193, 16384, 65537, 131071, 131072, 200003]
 DYADIC = np.ldexp(np.float32(1), np.array([0, -2, -5, -9, -13, -17])).astype(np.float32)  # frequencies whose angles are exact
 
 
@@ -218,7 +219,7 @@ def _ropes() -> Iterator[Case]:
         yield _l1("rope_frequencies", name, purpose, head_dim=head_dim, theta=theta, scaling=scaling)
     for name, purpose, positions in (
         ("short", "a prompt's positions, counted from 0", _positions(0, 1, 2, 3, 4, 5)),
-        ("long", "positions past 8192 and up to 131071", _positions(*LONG)),
+        ("long", "positions past 8192 and 131072", _positions(*LONG)),
         ("batch", "a position for each token of a batch", _positions([0, 1, 2], [100, 101, 102])),
     ):
         yield _l1("rope_rotation", name, purpose, positions=positions, frequencies=DYADIC)
@@ -372,6 +373,21 @@ def _caches() -> Iterator[Case]:
         ),
         ("slots_reused", "a cache that is cut back, and its slots used again", [a[:8], b[:4], [a[9]]], [None, 3, None]),
         ("emptied", "a cache that is emptied and used again", [a[:8], b[:4], [b[4]]], [None, 0, None]),
+        (
+            *("rows_join", "a row that joins while another decodes: its positions and slots are its own"),
+            [[a[:5], [-1] * 5], [[a[5]], [-1]], [[-1] * 4, b[:4]], [[a[6]], [b[4]]], [[a[7]], [b[5]]]],
+            [],
+        ),
+        (
+            *("rows_leave", "a row that leaves, and a shorter one in its slots: what they held is hidden"),
+            [[a[:6], b[:6]], [[a[6]], [b[6]]], [[-1] * 3, a[9:]], [[a[7]], [b[0]]], [[a[8]], [b[1]]]],
+            [None, None, [7, 0], None, None],
+        ),
+        (
+            *("rows_cut", "rows that are cut back, each to a number of slots of its own"),
+            [[a[:6], b[:6]], [a[6:8], b[:2]], [[a[8]], [b[2]]]],
+            [None, [5, 3], None],
+        ),
     ):
         for model in ("grouped", "tied") if name in ("decode", "left_padding") else ("grouped",):
             rows = {"params": MODELS[model].params, "config": MODELS[model].config.to_dict(), "passes": passes, "kept": kept}
@@ -380,7 +396,7 @@ def _caches() -> Iterator[Case]:
 
 def _long() -> Iterator[Case]:
     for name, purpose, scaling in (
-        ("unscaled", "positions past 8192 and up to 131071", None),
+        ("unscaled", "positions past 8192 and 131072", None),
         ("scaled_8", "Llama 3.1's scaling at long positions", LLAMA_3_1),
         ("scaled_32", "Llama 3.2's scaling at long positions", LLAMA_3_2),
     ):
@@ -433,6 +449,11 @@ def _chats() -> Iterator[Case]:
                 continue
             rows = {"format": format, "messages": messages_of(format, name), "specials": list(specials)}
             yield _case("L8", BEYOND["chat"], f"{format}_{name}", purpose, **rows)
+    for style, template in TEMPLATES.items():
+        for name, found in recorded_texts()[style].items():
+            texts = {"template": template.text, "variables": template.variables, "specials": list(template.specials)}
+            purpose = f"{template.purpose}; {CONVERSATIONS[name][0]}"
+            yield _case("L8", BEYOND["chat_template"], f"{style}_{name}", purpose, messages=found["messages"], **texts)
 
 
 @functools.cache

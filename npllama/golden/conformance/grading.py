@@ -205,7 +205,7 @@ def call(functions: Mapping[str, Callable[..., Any]], case: Case, name: str) -> 
     if not isinstance(parts, tuple | list) or len(parts) != len(operation.outputs):
         return f"it returned {type(found).__name__}, expected {len(operation.outputs)} arrays: {', '.join(operation.outputs)}"
     try:
-        arrays = [np.asarray(part) for part in parts]
+        arrays = [np.asarray(list(part.encode()) if isinstance(part, str) else part) for part in parts]
     except Exception as error:  # a library's array that NumPy can't read, as torch's bfloat16
         return printable(f"it returned {type(found).__name__}, which is no array to NumPy: {reason(error)}")
     return dict(zip(operation.outputs, arrays, strict=True))

@@ -24,6 +24,7 @@ from ...sampling import Sampling, probabilities
 from ...scope import Ops
 from ..mistakes import Mistake, Port, to_halves, to_pairs
 from ..precision import Precision, round_bfloat16, round_float16
+from .chat_templates import as_outputs, rendered
 from .chats import as_array, ids_of, wrong_ids
 from .config_files import CONSTANTS, config_files, constants_of
 from .model_files import model_at
@@ -99,7 +100,7 @@ class Program:
     ) -> np.ndarray:
         """Return an activation of successive forward passes with one cache, concatenated; NaN where a token is padding.
 
-        kept       how many slots of the cache are kept before each pass; None for all
+        kept       how many slots of the cache, or of each of its rows, are kept before each pass; None for all
         positions  of the tokens, in place of those from 0 on; for a single pass
         """
         if self.mistake is not None and not self.mistake.applies(config):
@@ -116,6 +117,7 @@ class Program:
 
             port = Port(*names, computed=computed, rope_rotation=rope_rotation)
         cache, found = KVCache(config, passes[0].shape[:-1]), []
+        truncate = _wrong(self, "truncate", KVCache.truncate)
 
         def tap(name: str, x: np.ndarray) -> np.ndarray:
             if name == activation:
@@ -124,8 +126,9 @@ class Program:
 
         for i, tokens in enumerate(passes):
             if i < len(kept) and kept[i] is not None:
-                cache.truncate(kept[i])
-            port.forward(params, config, tokens, cache, tap)
+                truncate(cache, kept[i])
+            rows = (tokens >= 0).any(axis=-1)
+            port.forward(params, config, tokens, cache if rows.all() else cache.only(rows), tap)
         return np.concatenate(found, axis=-2)
 
 
@@ -221,7 +224,7 @@ def _rms_norm(p: Program, a: Arguments) -> np.ndarray:
     return p.ops.rms_norm(a["x"], a["weight"], p.constants(norm_eps=a["eps"]).norm_eps)
 
 
-def _wrong(p: Program, name: str, right: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+def _wrong(p: Program, name: str, right: Callable[..., Any]) -> Callable[..., Any]:
     """Return the program's version of a function that is not an operation of a pass."""
     return p.mistake.outside.get(name, right) if p.mistake else right
 
@@ -392,6 +395,13 @@ def _chat(p: Program, a: Arguments) -> np.ndarray:
     return as_array(wrong_ids(wrong, a["format"], a["messages"], a["specials"]))
 
 
+def _chat_template(p: Program, a: Arguments) -> tuple[np.ndarray, np.ndarray]:
+    text = rendered(a["template"], a["messages"], p.mistake.name if p.mistake else "right")
+    if text is None:
+        raise DoesNotApply
+    return as_outputs(text, a["specials"])
+
+
 def _encode(p: Program, a: Arguments) -> np.ndarray:
     tokenizer = next(name for name, (_, sha256) in TOKENIZERS.items() if sha256 == a["tokenizer"])
     text = next(name for name, (_, text) in TEXTS.items() if text == a["text"])
@@ -435,6 +445,11 @@ Write a conversation in a chat format, up to where the answer begins.
 format: one of llama3, llama2, chatml, mistral, zephyr. messages: a list of {"role", "content"}. specials: the special tokens.
 Return the ids of the prompt in the plainest of vocabularies: a text's UTF-8 bytes, 256 + n for special token n. Llama 2's and
 Mistral's [INST], <<SYS>> and the like are text unless they are among the specials.        -> [n]"""
+CHAT_TEMPLATE = """\
+Render a conversation with a Jinja chat template, as Hugging Face's apply_chat_template does with add_generation_prompt.
+
+variables: the special tokens that the template knows by name. messages, specials and ids as in `chat`.
+Return the text as UTF-8 bytes (in Python a str will do), and its ids.        -> [bytes], [n]"""
 ATTENTION = """\
 Average the values of the tokens up to each token, weighted by how well its query matches their keys, as a fused kernel does.
 
@@ -465,8 +480,10 @@ tokens, positions [T] -> [T, V]"""
 FORWARD_PASSES = """\
 Return the logits of several forward passes, concatenated along T, that share a cache of keys and values.
 
-passes: a list of token ids [..., T]; an id of -1 is padding, whose logits may be anything, and which shifts no position.
-kept: for each pass the number of slots (padding counts) to which the cache is cut back before it; null, or none, keeps all.
+passes: a list of token ids [..., T]; an id of -1 is padding, whose logits may be anything, and which shifts no position. A row
+of padding alone takes no part in the pass, and no slots.
+kept: for each pass the number of slots (padding counts) to which the cache is cut back before it, or a list of one for each
+row; null, or none, keeps all.
 Raise NotImplementedError for what your cache can't do.        -> [..., T₁ + T₂ + ..., V]"""
 
 BEYOND = {
@@ -480,6 +497,7 @@ BEYOND = {
         ),
         _of("encode", "tokenizer text", "ids", _encode, ENCODE, exact=True),
         _of("chat", "format messages specials", "ids", _chat, CHAT, exact=True),
+        _of("chat_template", "template messages variables specials", "text ids", _chat_template, CHAT_TEMPLATE, exact=True),
         _of("attention", "q keys values mask", "heads", _attention, ATTENTION),
         _of("feed_forward", "x w1 w2 w3", "y", _feed_forward, FEED_FORWARD),
         _of("block", "x positions params config", "out", _block, BLOCK),

@@ -158,9 +158,24 @@ def _files(chosen: list[Case], storage: str) -> Iterator[tuple[str, bytes]]:
     for files in {case.arguments["path"]: case.files for case in chosen if "path" in case.arguments}.values():
         yield from files.items()
     for level in sorted({case.level for case in chosen}):
-        lines = [f"{case.path} {case.operation.name}\n" for case in chosen if case.level == level]
+        lines = [_listed(case, storage) for case in chosen if case.level == level]
         yield f"{level}.txt", "".join(lines).encode()
     yield "README.md", README.encode()
+
+
+def _listed(case: Case, storage: str) -> str:
+    """Return a case's line in the list of its level: folder, operation, inputs, numbers and outputs."""
+    held = expected(case.path)
+    parts = [case.path, case.operation.name]
+    own = {name: x for name, x in case.arrays.items() if name not in _model_params(case)}
+    for name, x in own.items():
+        file = name if storage == "safetensors" else _file_of("inputs", name, x.dtype.name, storage)
+        parts.append(f"{file}[{','.join(map(str, x.shape))}]")
+    for name, value in case.constants.items():
+        numbers = value if isinstance(value, dict) else {name: value}
+        parts += [f"{key}={number!r}" for key, number in numbers.items() if type(number) in (int, float)]
+    outputs = [f"{name}[{','.join(map(str, y.shape))}]" for name, y in held.outputs.items()]
+    return " ".join([*parts, "->", *outputs]) + "\n"
 
 
 def _model_of(case: Case) -> TinyModel | None:
@@ -312,7 +327,8 @@ README = """\
 
 Inputs, constants and expected outputs of every operation of a Llama model, for implementations in any language.
 
-- `L1.txt` lists the cases of level L1, one a line: the case's folder and its operation. Each level has such a file.
+- `L1.txt` lists the cases of level L1, one a line: folder and operation, inputs with their shapes, constants that are numbers,
+  and after `->` the outputs with their shapes. Each level has such a file, for programs that read no JSON.
 - `models/` has the parameters of the tiny models, which the cases of L3 to L5 share, and for loaders the same as config.json
   and model.safetensors, model.gguf, params.json and consolidated.00.pth. A `file` in case.json is relative to its folder.
 - A folder holds `case.json` and its arrays. `case.json` has the formula, the shapes, the constants, for each output the

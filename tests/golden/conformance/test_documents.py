@@ -46,7 +46,7 @@ def test_the_program_in_c(quick_conversion, tmp_path, capsys):
     if not compiler:
         pytest.skip("no C compiler is installed")
     program, vectors, results = (str(tmp_path / name) for name in ("l1", "vectors", "results"))
-    options = ["-O2", "-Wall", "-Wextra", "-Werror"]
+    options = ["-std=c99", "-D_POSIX_C_SOURCE=200809L", "-pedantic", "-O2", "-Wall", "-Wextra", "-Werror"]
     subprocess.run([compiler, *options, "-o", program, ROOT / "docs" / "conformance.c", "-lm"], check=True)
     assert main(["conformance", "export", vectors, "--level", "L1"]) == 0
     subprocess.run([program, vectors, results], check=True)

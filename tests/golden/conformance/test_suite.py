@@ -57,8 +57,9 @@ def test_a_case_is_plain_files(folder):
     x, weight = np.fromfile(at / "x.f32", "<f4").reshape(5, 80), np.fromfile(at / "weight.f32", "<f4")
     y = x.astype(float) / np.sqrt(np.mean(x.astype(float) ** 2, axis=-1, keepdims=True) + 1e-5) * weight
     np.testing.assert_allclose(np.fromfile(at / "y.f64", "<f8").reshape(5, 80), y, rtol=1e-13)
-    first = (folder / "L1.txt").read_text().splitlines()[0].split()
-    assert first == ["L1/embed/rows", "embed"]
+    lines = (folder / "L1.txt").read_text().splitlines()
+    assert lines[0] == "L1/embed/rows embed tokens.i64[5] weight.f32[11,80] -> y[5,80]"
+    assert "L1/rms_norm/small_rows rms_norm x.f32[5,80] weight.f32[80] eps=1e-05 -> y[5,80]" in lines
 
 
 def test_every_input_is_where_case_json_says(folder):
