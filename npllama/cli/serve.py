@@ -15,8 +15,6 @@ from ..checkpoint import Model
 from ..engine.memory import available_memory
 from .options import Commands, add_command, add_model_options, add_processes_option, load_model
 
-GRACE = 9  # seconds that running requests get to finish after SIGTERM; with everything else the end takes at most ten
-
 
 def add_parser(commands: Commands) -> None:
     """Declare the command and its options."""
@@ -57,9 +55,8 @@ def add_parser(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> None:
     """Serve until SIGTERM or Ctrl-C."""
     try:
-        import uvicorn
-
         from ..serve.app import LOOPBACK, Settings, make_app
+        from ..serve.server import Server
         from ..serve.worker import Worker
     except ImportError:
         raise ImportError("npllama serve needs starlette and uvicorn: pip install 'npllama[serve]'") from None
@@ -90,22 +87,14 @@ def run(args: argparse.Namespace) -> None:
             LOOPBACK if host in LOOPBACK else None,
         )
         worker = Worker(model, rows, args.queue, ends=lambda: signal.raise_signal(signal.SIGTERM))
-        app = make_app(model, worker, format, settings)
-        config = uvicorn.Config(
-            app,
-            log_level="warning",
-            access_log=False,
-            timeout_graceful_shutdown=GRACE,
-            timeout_keep_alive=75,  # uvicorn's five seconds end connections that clients are about to use again
-            server_header=False,
-            lifespan="on",
-        )
         address = f"[{host}]" if ":" in host else host
-        print(f"{settings.name} at http://{address}:{port}/v1 ({rows} rows, context {context:,})", file=sys.stderr, flush=True)
+        line = f"{settings.name} at http://{address}:{port}/v1 ({rows} rows, context {context:,})"
+        app = make_app(model, worker, format, settings)
+        server = Server(app, worker, started=lambda: print(line, file=sys.stderr, flush=True))
         # uvicorn finishes running requests, then raises the signal again: after SIGTERM this exits with status 0.
         before = signal.signal(signal.SIGTERM, lambda number, frame: None)
         try:
-            uvicorn.Server(config).run([listening])
+            server.run([listening])
         finally:
             signal.signal(signal.SIGTERM, before)
             worker.close()

@@ -8,6 +8,7 @@
 | requests.py | checks OpenAI's JSON; unsupported parameters are refused by name |
 | replies.py | writes completions as OpenAI's JSON |
 | app.py | the routes, on Starlette: limits, API key, errors, server-sent events |
+| server.py | uvicorn's server, with an end to running requests at shutdown |
 
 Each request gets the tokens it would get alone, ties within rounding aside.
 """

@@ -347,7 +347,7 @@ class _Run:
                     raise BadRequest("the client has disconnected", status=499) from None
                 continue
             if (error := self.jobs[told[0]].error) is not None:
-                raise BadRequest(str(error), status=500)
+                raise BadRequest(str(error), status=503 if isinstance(error, Closed) else 500)
             left -= told[3]
             yield told
 

@@ -121,7 +121,7 @@ def _generation(
     sampling = {
         # The default is the model's recommendation where it has one, else OpenAI's default.
         "temperature": fields.take("temperature", number(0, 100), "0 to 100", recommended.get("temperature", 1.0)),
-        "top_p": fields.take("top_p", number(0, 1), "more than 0, at most 1", recommended.get("top_p", 1.0)),
+        "top_p": fields.take("top_p", number(5e-324, 1), "more than 0, at most 1", recommended.get("top_p", 1.0)),
         "top_k": fields.take("top_k", whole(0), "0 (all) or more", 0),
         "min_p": fields.take("min_p", number(0, 1), "0 to 1", 0.0),
         "repetition_penalty": fields.take("repetition_penalty", number(1e-3, 1e3), "more than 0", 1.0),
@@ -191,6 +191,11 @@ def _all(values: object, kind: type) -> bool:
     return isinstance(values, list) and all(isinstance(value, kind) and not isinstance(value, bool) for value in values)
 
 
+def _are_ids(values: object) -> bool:
+    """Check for a list of numbers that NumPy's int64 holds; whether they are in the vocabulary is for the model to say."""
+    return _all(values, int) and bool(values) and all(abs(id) < 1 << 63 for id in values)  # type: ignore[attr-defined]
+
+
 def _prompts(given: object) -> tuple[str | list[int], ...]:
     """Return one prompt or several, each a text or token ids."""
     if isinstance(given, str):
@@ -198,9 +203,9 @@ def _prompts(given: object) -> tuple[str | list[int], ...]:
     if isinstance(given, list) and given:
         if _all(given, str):
             return tuple(given)
-        if _all(given, int):
+        if _are_ids(given):
             return (given,)
-        if all(_all(ids, int) and ids for ids in given):
+        if all(map(_are_ids, given)):
             return tuple(given)
     raise BadRequest(f"prompt is {shown(given)}, expected a text, a list of token ids, or a list of either", "prompt")
 

@@ -115,6 +115,16 @@ class Worker:
             self._closed = True
             self._changed.notify()
 
+    def abort(self) -> None:
+        """Accept no more jobs, and end all others with the error Closed at once; the pass under way is the last."""
+        with self._changed:
+            self._closed = True
+            for job in [*self._running.values(), *self._waiting]:
+                job.cancelled = True
+                if not job.ended:
+                    self._end(job, Closed("the server is shutting down"))
+            self._changed.notify()
+
     def join(self, timeout: float | None = None) -> bool:
         """Wait for the thread to end after close(); return False if it hasn't within `timeout` seconds."""
         self._thread.join(timeout)
@@ -154,13 +164,14 @@ class Worker:
         try:
             row = self._batch.join(ids, job.sampling, job.seed, watch)
         except ValueError as error:
-            job.error = error
-            job.tell("")
+            self._end(job, error)
         else:
             self._running[row] = job
 
     def _take(self, row: int, step: Step | LogitsError) -> None:
         job = self._running[row]
+        if job.cancelled:  # it leaves before the next step
+            return
         text = ""
         if isinstance(step, LogitsError):
             job.error = step
@@ -186,5 +197,8 @@ class Worker:
         with self._changed:
             for row, job in list(self._running.items()):
                 self._leave(row)
-                job.error = NpllamaError(f"{type(error).__name__}: {reason(error)}")
-                job.tell("")
+                self._end(job, NpllamaError(f"{type(error).__name__}: {reason(error)}"))
+
+    def _end(self, job: Job, error: Exception) -> None:
+        job.error = error
+        job.tell("")

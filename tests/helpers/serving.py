@@ -9,10 +9,9 @@ import json
 import socket
 import threading
 
-import uvicorn
-
 from npllama.cli.serve import chat_format_or_reason
 from npllama.serve.app import Settings, make_app
+from npllama.serve.server import Server
 from npllama.serve.worker import Worker
 
 
@@ -21,6 +20,7 @@ class Served:
     port: int
     worker: Worker
     key: str | None
+    server: Server
 
     @property
     def client(self):
@@ -43,18 +43,17 @@ class Served:
 
 
 @contextlib.contextmanager
-def served(model, rows=4, most=64, **settings):
+def served(model, rows=4, most=64, grace=5.0, **settings):
     """Serve on a free port from threads of this process."""
     worker = Worker(model, rows, most)
     chosen = Settings("demo", **{"context": model.config.max_seq_len, **settings})
     app = make_app(model, worker, chat_format_or_reason(model, None), chosen)
-    timeouts = {"timeout_graceful_shutdown": 5, "timeout_keep_alive": 75}
-    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="on", **timeouts))
+    server = Server(app, worker, grace, log_level="critical")
     listening = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()
     try:
-        yield Served(listening.getsockname()[1], worker, chosen.api_key)
+        yield Served(listening.getsockname()[1], worker, chosen.api_key, server)
     finally:
         server.should_exit = True
         thread.join()

@@ -132,6 +132,7 @@ ORDER = [
     "serve.replies",
     "serve.worker",
     "serve.app",
+    "serve.server",
     "serve",
     "cli.console",
     "cli.options",
