@@ -226,9 +226,15 @@ def sha256(text: str) -> str:
 def same_program(before: str, after: str) -> bool:
     """Whether a change is none, or not Python."""
     try:
-        return ast.dump(ast.parse(before)) == ast.dump(ast.parse(after))
+        return dumped(before) == ast.dump(ast.parse(after))
     except SyntaxError:
         return True
+
+
+@functools.cache
+def dumped(source: str) -> str:
+    """Return the syntax tree of a module that many mutants are made of."""
+    return ast.dump(ast.parse(source))
 
 
 def change(before: str, after: str) -> str:
@@ -278,6 +284,7 @@ def run(job):
         resource.setrlimit(getattr(resource, "RLIMIT_" + name), (value, value + 5 if name == "CPU" else value))
     os.environ.update(job["environment"])
     tempfile.tempdir = None  # what was imported may have asked for it
+    sys.dont_write_bytecode = not job["compile"]
     os.chdir(job["tree"])
     sys.path.insert(0, job["tree"])
     import npllama, npllama_convert
@@ -373,6 +380,7 @@ def fate(
         "arguments": arguments + (["-k", module.k] if module.k else []),
         "output": str(folder / "output"),
         "quick": str(quick or folder / "quick"),
+        "compile": quick is not None and not quick.exists(),
         "seconds": math.ceil(limit),
         "environment": {"PYTHONPATH": str(copy), "HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp")},
     }
@@ -393,12 +401,17 @@ def processor_seconds(session: int) -> float:
 
 
 def right_code(launcher: Launcher, tree: Path, module: Module, quick: Path | None = None) -> float:
-    """Return the seconds of the processor that a module's tests take on right code; SystemExit if they don't pass."""
+    """Return the seconds of the processor that a module's tests take on right code; SystemExit if they don't pass.
+
+    Their bytecode goes to the tree, and with it into the mutants' copies: compiling everything takes longer than most tests.
+    """
     with copy_of(tree) as copy:
         outcome, seconds = fate(launcher, copy, module, limit=600, quick=quick)
         if outcome != "survived":
             output = (copy.parent / "output").read_text(errors="replace")
             raise SystemExit(f"{module.path}: its tests fail without a mutant ({outcome}):\n{output[-3000:]}")
+        for cache in copy.rglob("__pycache__"):
+            shutil.copytree(cache, tree / cache.relative_to(copy), dirs_exist_ok=True)
     return seconds
 
 
