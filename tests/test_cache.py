@@ -170,6 +170,16 @@ def test_a_pass_of_no_tokens_changes_nothing(batch):
     assert relative_error(found, forward(PARAMS, CONFIG, tokens)[..., 3:, :]) < 3e-6
 
 
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_counts_and_positions_are_whole_numbers(batch):
+    cache = KVCache(CONFIG, batch)
+    for _ in range(2):
+        positions = cache.extend(np.ones((*batch, 3), bool))
+        assert {x.dtype for x in (positions, cache.positions, cache.lengths, cache.n_tokens)} == {np.dtype(np.int64)}
+        cache.commit()
+    assert cache.n_tokens.tolist() == np.full(batch, 6).tolist()
+
+
 def test_bad_rows_are_refused_in_one_line():
     cache = KVCache(CONFIG, (3,))
     with pytest.raises(TypeError, match="found an index of type list, expected a row's number or a slice"):
