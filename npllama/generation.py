@@ -160,13 +160,13 @@ def _decode_by_lookup(
 
 
 class _Lookup:
-    """The tokens so far, and where each of their n-grams was followed before."""
+    """The tokens so far, and for each n-gram the index after its latest occurrence."""
 
     SIZES = (4, 3, 2)  # n-gram sizes; the longest match is taken, and of equal ones the latest
 
     def __init__(self) -> None:
         self._tokens: list[int] = []
-        self._follows: dict[tuple[int, ...], int] = {}  # n-gram -> index of the token after it
+        self._follows: dict[tuple[int, ...], int] = {}  # n-gram -> that index
 
     def add(self, token: int) -> None:
         for size in self.SIZES:
