@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from npllama.checkpoint import writing
 from npllama.engine.grouped import to_int4
 from npllama.engine.weights import widen
-from npllama_convert.conversion import Tensor
+from npllama_convert.conversion import Tensor, tie
 
+import tiny
 from tiny import uniform
 
 
@@ -41,6 +43,37 @@ def test_a_part_of_a_quantised_tensor_is_quantised_as_it_was(rows, columns, tens
     assert part.grouping.bits == 4
     for start in range(n):
         assert widen(part.quantised(start, n)).tobytes() == expected[start:].tobytes()
+
+
+def test_quantised_rows_come_block_by_block(tensor, whole, monkeypatch):
+    monkeypatch.setattr(writing, "BLOCK_BYTES", 5 * 128 * 4)  # five rows
+    blocks = list(tensor.quantised_blocks())
+    assert [block.shape[0] for block in blocks] == [5, 5, 2]
+    assert b"".join(widen(block).tobytes() for block in blocks) == widen(whole).tobytes()
+    assert list(Tensor.of(widen(whole)).quantised_blocks()) == []
+
+
+@pytest.mark.parametrize(
+    ("output", "change", "expected"),
+    [
+        ("float16", 0, "bit for bit"),
+        ("float32", 0, "in value, as float32 and float16"),
+        ("float16", 1, None),
+        ("float32", 1, None),
+    ],
+)
+def test_an_output_matrix_equal_to_the_embedding_is_stored_once(output, change, expected):
+    embedding = uniform(1, (6, 4)).astype(np.float16)
+    other = embedding.astype(output)
+    other[5, 3] += change
+    tensors = {"tok_embeddings.weight": Tensor.of(embedding), "output.weight": Tensor.of(other)}
+    lines: list[str] = []
+    config, left = tie(tiny.config(), tensors, lines.append)
+    assert config.tied_embeddings == (expected is not None)
+    assert set(left) == ({"tok_embeddings.weight"} if expected else set(tensors))
+    assert lines == (
+        [f"tied embeddings: output.weight equals the embedding {expected}, and is stored once"] if expected else []
+    )
 
 
 def test_all_rows_and_columns_are_the_tensor_itself(tensor):

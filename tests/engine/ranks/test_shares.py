@@ -65,6 +65,7 @@ def test_parts_are_the_slices_that_the_shares_say(size, tied):
             expected = whole[name][:, q if leaf == "wo" else share.ffn] if leaf in ("wo", "w2") else expected
             np.testing.assert_array_equal(weight, expected)
         assert set(parts) == {*params, "output.weight"}
+        assert {name: weight.shape for name, weight in parts.items()} == shares.part_shapes(config, share)
         own = shares.own_config(config, share)
         shapes = {**parameter_shapes(own), "tok_embeddings.weight": (config.vocab_size, config.dim)}
         found = shares.joined(parts, config, group)
