@@ -45,7 +45,7 @@ TEMPLATE = importlib.resources.files("npllama.learn") / "explain.html"
 LENS_CANDIDATES = 5  # at each layer and position
 CANDIDATES = 20  # of the next token, named in the page
 FIRST_NUMBERS = 4  # of each activation, for each token
-TITLE_LENGTH, HEADING_LENGTH = 60, 300  # characters of the prompt
+TITLE_LENGTH, HEADING_LENGTH = 60, 140  # characters of the prompt
 WEIGHT_TICKS = (0, 0.01, 0.1, 0.25, 0.5, 1)
 
 
@@ -219,6 +219,7 @@ def figures(data: Mapping[str, Any]) -> dict[str, Any]:
         options = {"tools": "", "toolbar_location": None, "width": width, "height": height, "min_border": 4, **options}
         made = figure(**options)
         made.grid.visible = False
+        made.axis.minor_tick_line_color = None
         made.background_fill_color = made.border_fill_color = None  # the page's own shows through, dark or light
         return made
 
@@ -240,7 +241,7 @@ def figures(data: Mapping[str, Any]) -> dict[str, Any]:
     colours = LinearColorMapper(palette=Viridis256, low=0, high=1)
     shade: Any = {"field": "shade", "transform": colours}
     filled = source("attention", "x", "y", "shade", "query", "key", "weight")
-    weights = attention.rect("x", "y", source=filled, width=1, height=1, line_color=None, fill_color=shade)
+    weights = attention.rect("x", "y", source=filled, width=1, height=1, line_color=shade, fill_color=shade)  # no seams
     attention.add_layout(
         ColorBar(
             color_mapper=colours, title="weight, on a square-root scale",
@@ -257,7 +258,7 @@ def figures(data: Mapping[str, Any]) -> dict[str, Any]:
     for axis, name in ((attention.xaxis[0], "key position"), (attention.yaxis[0], "query position")):
         ticks(axis, [f"{t} {label}" for t, label in enumerate(data["labels"])])
         axis.axis_label = name
-    attention.xaxis.major_label_orientation = 1.2
+    attention.xaxis.major_label_orientation = "vertical"
     attention.axis.major_label_text_font_size = "11px"
 
     lengths = unpacked(data["norms"], "<f4")
@@ -271,7 +272,7 @@ def figures(data: Mapping[str, Any]) -> dict[str, Any]:
         HoverTool(renderers=[points], tooltips="@label, @name: @y{0.000}", mode="mouse"),
         HoverTool(renderers=[every], tooltips="@label", line_policy="nearest"),
     )
-    norms.xaxis.axis_label, norms.yaxis.axis_label = "layers passed; half steps are after attention", "‖x‖"
+    norms.xaxis.axis_label, norms.yaxis.axis_label = "layers passed; half steps are after attention", "norm"
 
     n = len(data["candidates"])
     candidates = empty(600, 40 + 20 * n, sizing_mode="stretch_width", y_range=bounds(n - 0.5, -0.5), x_range=bounds(0, 1))
