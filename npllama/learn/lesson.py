@@ -267,8 +267,8 @@ def markdown(steps: Sequence[Step], link: Callable[[Source], str] | None = None)
         parts += [f"### {_escaped(step.title)}", _escaped(step.sentence)]
         parts += [f"$$\n{tex}\n$$" for tex in step.tex]
         facts = [("formula", "" if step.tex else step.formula), ("given", step.given), ("shape", step.shape)]
-        if given := [f"{name:<9}{line}" for name, value in facts for line in value.splitlines()]:
-            parts.append("```text\n" + "\n".join(given) + "\n```")
+        if given := [f"- {name}: `{' '.join(line.split())}`" for name, value in facts for line in value.splitlines()]:
+            parts.append("\n".join(given))
         parts += [table_markdown(table) for table in step.tables]
         if step.sources:
             parts.append(_code_markdown(step, link))
@@ -289,11 +289,21 @@ def table_markdown(table: Table) -> str:
     """Format a table in Markdown; columns of numbers are aligned on the right."""
 
     def line(cells: Iterable[str]) -> str:
-        return "| " + " | ".join(_escaped(cell).replace("' ", "'&nbsp;").replace("  ", "&nbsp; ") for cell in cells) + " |"
+        return f"| {' | '.join(map(_cell_markdown, cells))} |"
+
+    def row_line(row: Sequence[Cell]) -> str:
+        """Keep the label of a wide table's row on one line: the table scrolls."""
+        first, *others = map(show, row)
+        return line([first.replace(" ", "\xa0") if len(others) > 3 else first, *others])
 
     rule = "|" + "|".join("---:" if right else "---" for right in _numeric(table)) + "|"
-    lines = [line(table.columns), rule, *(line(map(show, row)) for row in table.rows)]
+    lines = [line(table.columns), rule, *map(row_line, table.rows)]
     return (_escaped(table.caption) + "\n\n" if table.caption else "") + "\n".join(lines)
+
+
+def _cell_markdown(cell: str) -> str:
+    """Escape a cell, and keep the spaces that Markdown would drop or break at."""
+    return _escaped(cell).replace("' ", "'&nbsp;").replace("  ", "&nbsp; ").replace("\xa0", "&nbsp;")
 
 
 def _escaped(s: str) -> str:

@@ -280,7 +280,7 @@ def mask(p: Pass) -> Step:
         "A token may attend to itself and to earlier tokens: minus infinity is added to the scores of later ones, so that no "
         "position sees the token that it has to predict.",
         formula="mask = 0 where the key's position ≤ the query's, else -inf",
-        tex=(r"\mathrm{mask}_{tn} = 0 \ \mathrm{where}\ m_n \leq m_t, \quad -\infty \ \mathrm{elsewhere}",),
+        tex=(r"\mathrm{mask}_{tn} = 0 \ \mathrm{if}\ m_n \leq m_t, \ \mathrm{else}\ -\infty",),
         shape=f"mask [1, T, S] = {_shape(p.returned['causal_mask'])}",
         tables=(_square(p, p[kind][p.head], f"head {p.head}, masked"),),
         taps=(p.name(kind),),
