@@ -50,8 +50,11 @@ def cells(source: Path) -> Iterator[tuple[str, str]]:
 
 
 def folded(summary: str, content: str) -> str:
-    """Return HTML that is closed until it is clicked, which Jupyter, forges and the site show alike."""
-    return f"<details><summary>{summary}</summary>\n{content}\n</details>"
+    """Return HTML that is closed until it is clicked, which Jupyter, forges and the site show alike.
+
+    The empty line ends Markdown's block of HTML, so that <pre> begins one of its own, which may have empty lines.
+    """
+    return f"<details><summary>{summary}</summary>\n\n{content}\n\n</details>"
 
 
 def paragraphs(text: str) -> str:

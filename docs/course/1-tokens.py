@@ -113,9 +113,7 @@ def linear(x, weight):
 # moves them until the predictions are good.
 
 # %%
-E = engine.widen(
-    model.params["tok_embeddings.weight"]
-)  # widened to float32 from the 16 bits in which it is stored
+E = engine.widen(model.params["tok_embeddings.weight"])  # from 16 bits to float32
 print(E.shape, "= vocabulary x width")
 king = model.tokenizer.encode(" king")[0]
 print(f"' king' is token {king}, and its row begins", E[king, :6].round(2))

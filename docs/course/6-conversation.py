@@ -465,11 +465,11 @@ for question in ("Who goes there?", "What news from the king?", "Farewell, good 
 #
 # You have written a linear layer, byte-pair encoding, softmax, attention with grouped heads and a
 # mask, RoPE with its scaling, a cache, RMSNorm, SwiGLU, bfloat16 rounding, sampling, and a measure
-# that finds a bug among a hundred activations. That is all of Llama. `npllama exercise check` has
-# your functions on file if you want to keep them.
+# that finds a bug among a hundred activations. That is all of Llama. To keep your functions, put
+# them into the files that `npllama exercise start` writes.
 #
 # Where to go on:
 #
-# - [npllama/model.py](../reading.md): you can read it from top to bottom now.
+# - [A tour of the source](../reading.md): you can read `npllama/model.py` from top to bottom now.
 # - Write a port in a language you like, and run [the conformance suite](../conformance.md) on it.
 # - [From other tutorials](../tutorials.md): the same model as others explain it.

@@ -119,8 +119,8 @@ def test_answers_are_folded(script, stored, name):
         assert not any(answer in source for source in plain)
     for cell in stored[name].cells:
         if "<details" in cell.source:
-            assert cell.source.startswith("<details><summary>Answer</summary>\n")
-            assert cell.source.endswith("\n</details>")
+            assert cell.source.startswith("<details><summary>Answer</summary>\n\n<p")  # a paragraph, or code
+            assert cell.source.endswith(">\n\n</details>")
 
 
 def test_a_grade_names_the_mistake_and_the_line(capsys):
