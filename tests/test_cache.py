@@ -178,6 +178,8 @@ def test_counts_and_positions_are_whole_numbers(batch):
         assert {x.dtype for x in (positions, cache.positions, cache.lengths, cache.n_tokens)} == {np.dtype(np.int64)}
         cache.commit()
     assert cache.n_tokens.tolist() == np.full(batch, 6).tolist()
+    cache.truncate(0)
+    assert cache.positions.shape == (*batch, 0)
 
 
 def test_bad_rows_are_refused_in_one_line():
