@@ -205,6 +205,16 @@ def test_zeros_of_both_signs_are_not_tied(tmp_path):
     assert not open_model(tmp_path / "m").config.tied_embeddings
 
 
+def test_zero_biases_are_left_out_of_joined_shards_and_told_once(tmp_path):
+    tensors = tensors_of()
+    shards = split(tensors, 2, 0)
+    for shard in shards:
+        shard |= {f"layers.{i}.attention.wq.bias": torch.zeros(48) for i in range(2)}
+    lines = convert(save(tmp_path / "src", shards), tmp_path / "m")
+    assert [line for line in lines if line.startswith("left out")] == ["left out: 2 biases, all zero"]
+    assert_same(tmp_path / "m", tensors)
+
+
 def test_buffers_are_left_out_and_named(tmp_path):
     tensors = tensors_of()
     buffers = {"rope.freqs": torch.ones(12), "freqs_cis": torch.ones(3, 4, dtype=torch.complex64)}

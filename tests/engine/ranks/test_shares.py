@@ -48,6 +48,15 @@ def test_every_head_channel_and_row_is_covered_exactly_once(G, R, F, V, size, K)
             assert size * block > F or part.ffn.start % block == 0
 
 
+@pytest.mark.parametrize("block", [2, 32, 64, 256])
+def test_what_has_a_block_for_each_rank_is_cut_between_blocks(block):
+    """The blocks are those of quantised formats, and 64 numbers of 16 bits are two cache lines."""
+    for n in (3 * block, 3 * block + 1, 5 * block - 1):
+        parts = [share.ffn for share in shares.shares(tiny.config(ffn_dim=n), 3)]
+        assert [part.start % block for part in parts] == [0, 0, 0]
+        assert [part.stop for part in parts] == [parts[1].start, parts[2].start, n]
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 6])
 @pytest.mark.parametrize("tied", [False, True])
 def test_parts_are_the_slices_that_the_shares_say(size, tied):
