@@ -452,7 +452,7 @@ def page(results: dict, explained: dict[str, dict[str, str]]) -> str:
         "",
         f"**{100 * killed / max(judged, 1):.1f} % killed**: {killed} of {judged}, which are {len(mutants)} mutants without the "
         f"{len(equal)} survivors that are equivalent: they change no result. {len(alive) - len(equal)} others survived."
-        + (f" They are the first {len(mutants)} of {results['drawn']} drawn: the time was up." if rest else ""),
+        + (f" Of {results['drawn']} drawn, the other {rest} were not run: the time was up." if rest else ""),
         "",
         "A mutant that was killed is not run again when tests change; the survivors are. Seconds are the processor time that",
         "the tests take on right code. Killed by time are mutants that loop or wait for ever.",
