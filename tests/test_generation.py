@@ -193,6 +193,18 @@ def test_id_0_is_an_id_as_any():
     assert list(generate(MODEL, [0, 5], 3)) == greedy([0, 5], 3)
 
 
+def test_id_0_came_before_as_any(monkeypatch):
+    real, seen = npllama.generation.draw, []
+
+    def draw(logits, sampling, rng, name, before=()):
+        seen.append(list(before))
+        return real(logits, sampling, rng, name, before)
+
+    monkeypatch.setattr(npllama.generation, "draw", draw)
+    next(generate_batch(MODEL, [[0, 5, 0], [7]]))
+    assert seen == [[0, 5, 0], [7]]
+
+
 def test_prefill_refuses_what_does_not_fit_before_it_computes(monkeypatch):
     monkeypatch.setattr(npllama.generation, "forward", lambda *args, **options: pytest.fail("computed"))
     cache = KVCache(CONFIG)
