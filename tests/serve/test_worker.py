@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from npllama import Model, Sampling, forward
+from npllama.engine.ranks.groups import RankLost
 from npllama.errors import NpllamaError
 from npllama.sampling import log_probabilities
-from npllama.serve.worker import Job, Worker
+from npllama.serve.worker import Closed, Job, Worker
 from npllama.text import batching
 from npllama.text.batching import Batch
 from npllama.text.completion import Continuation
@@ -44,6 +45,24 @@ def test_a_batch_that_makes_nothing_ends_its_texts_and_not_the_worker(monkeypatc
     assert (job.error, len(job.continuation.completion.tokens)) == (None, 5)
     worker.close()
     assert worker.join(60)
+
+
+def test_a_lost_rank_ends_the_worker(monkeypatch):
+    """End the texts with the rank's error, call for the server's end, and take no more jobs."""
+    called = threading.Event()
+    worker = Worker(MODEL, 2, 4, ends=called.set)
+
+    def lose(batch):
+        raise RankLost("rank 1 of 2 (process 7) was ended by SIGKILL")
+
+    monkeypatch.setattr(Batch, "step", lose)
+    job = run(worker, 5)
+    assert str(job.error) == "RankLost: rank 1 of 2 (process 7) was ended by SIGKILL"
+    assert called.wait(60)
+    assert worker.join(60)
+    assert str(worker.lost) == "rank 1 of 2 (process 7) was ended by SIGKILL"
+    with pytest.raises(Closed):
+        worker.submit([job])
 
 
 def test_between_two_tokens_of_a_text_the_others_read_at_most_a_chunk(monkeypatch):
