@@ -10,7 +10,7 @@ from collections import defaultdict
 import numpy as np
 import pytest
 
-from npllama import forward
+from npllama import forward, ops
 from npllama.engine.grouped import to_int4
 from npllama.golden.precision import (
     PARTS,
@@ -117,6 +117,14 @@ def test_rounding_changes_nothing_else(convention):
     plain, found = (forward(PARAMS, CONFIG, TOKENS, ops=ops) for ops in (PLAIN, unrounded))
     assert found.dtype == np.float32
     assert tiny.relative_error(found, plain) < 1e-5
+
+
+@pytest.mark.parametrize(("convention", "rounded"), [("meta", False), ("hf", True)])
+def test_products_are_rounded_before_they_are_added_in_hugging_face_s_rotation_alone(convention, rounded):
+    operations = rounding_ops(np.rint, convention)
+    x, positions = 100 * tiny.uniform(4, (5, 2, 8)), np.arange(5)
+    y = operations.rope(x, *ops.rope_rotation(positions, np.array([1, 0.3, 0.1, 0.02], np.float32)))
+    assert np.array_equal(np.rint(y), y) == rounded
 
 
 @pytest.mark.parametrize(("convention", "rounded"), [("meta", False), ("hf", True)])
@@ -261,6 +269,7 @@ def test_a_part_is_float32s_pass_with_rounded_inputs_of_products(part):
 @pytest.mark.parametrize("text", PROFILES)
 def test_a_profile_is_a_precision_with_its_parts(text):
     found = profile(text)
+    assert found.profile == text
     name, *parts = text.split("+")
     if name in PARTS:
         assert (found.name, found.parts) == ("float32", (name, *parts))
