@@ -499,15 +499,16 @@ def write(out: Path, results: dict) -> None:
         render()
 
 
-def earlier_results(out: Path, results: dict) -> tuple[dict[str, float], dict[str, Mutant]]:
-    """Return the seconds of an earlier run, and its mutants whose outcome stands, by their key.
+def earlier_results(out: Path, results: dict) -> tuple[dict[str, float], dict[str, Mutant], dict[str, Mutant]]:
+    """Return the seconds of an earlier run, its mutants whose outcome stands, and the survivors to run again, by their keys.
 
-    One that was killed stays so, and a survivor as long as neither code nor tests changed: its digest is the same.
+    One that was killed stays so, and a survivor as long as neither code nor tests changed since it was run.
     """
     earlier = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"seconds": {}, "mutants": []}
-    same = earlier.get("digest") == results["digest"]
-    mutants = [Mutant(**mutant) for mutant in earlier["mutants"]]
-    return earlier["seconds"], {mutant.key: mutant for mutant in mutants if mutant.outcome != "survived" or same}
+    mutants = {mutant["key"]: Mutant(**mutant) for mutant in earlier["mutants"]}
+    same = results["revision"] if earlier.get("digest") == results["digest"] else None
+    again = {key: mutant for key, mutant in mutants.items() if mutant.outcome == "survived" and mutant.revision != same}
+    return earlier["seconds"], {key: mutant for key, mutant in mutants.items() if key not in again}, again
 
 
 def git_revision() -> str:
@@ -550,30 +551,33 @@ def main() -> int:
         results["digest"] = digest(tree)
         drawn = list(draw(tree, CORE, args.seed, args.n))
         results["drawn"] = len(drawn)
-        seconds, done = ({}, {}) if args.afresh else earlier_results(args.out, results)
-        done = {m.key: replace(done[m.key], line=m.line) for _, m, _ in drawn if m.key in done}
+        seconds, stands, again = ({}, {}, {}) if args.afresh else earlier_results(args.out, results)
+        done = {m.key: replace(stands[m.key], line=m.line) for _, m, _ in drawn if m.key in stands}
         left = [
             (module, mutant, source)
             for module, mutant, source in drawn
             if mutant.key not in done and any(part in module.path for part in args.modules or [""])
         ]
         for _ in range(args.jobs):
-            launchers.put(launcher := Launcher())
-            stack.callback(launcher.close)
-        for module in (module for module in CORE if any(module is other for other, _, _ in left)):
-            seconds[module.path] = round(right_code(launcher, tree, module, quick[module]), 1)
-            print(f"{seconds[module.path]:.1f} s of the processor: {module.path}", flush=True)
-        results["seconds"] = {module.path: seconds[module.path] for module in CORE if module.path in seconds}
-        lock = threading.Lock()
+            launchers.put(Launcher())
+            stack.callback(launchers.queue[-1].close)
+        left.sort(key=lambda item: item[1].key not in again)  # the survivors first
+        lock, measuring = threading.Lock(), threading.Lock()
 
         def record() -> None:
-            write(args.out, {**results, "mutants": [asdict(done[m.key]) for _, m, _ in drawn if m.key in done]})
+            results["seconds"] = {module.path: seconds[module.path] for module in CORE if module.path in seconds}
+            mutants = again | done  # a survivor that was not run again is one
+            write(args.out, {**results, "mutants": [asdict(mutants[m.key]) for _, m, _ in drawn if m.key in mutants]})
 
         def run(number: int) -> None:
             if time.monotonic() > end:
                 return
             module, mutant, source = left[number]
             launcher = launchers.get()
+            with measuring:
+                if not quick[module].exists():
+                    seconds[module.path] = round(right_code(launcher, tree, module, quick[module]), 1)
+                    print(f"{seconds[module.path]:.1f} s of the processor: {module.path}", flush=True)
             with copy_of(tree) as copy:
                 (copy / module.path).write_text(source, encoding="utf-8")
                 limit = seconds[module.path] * FACTOR + EXTRA

@@ -197,14 +197,15 @@ def test_the_page_counts_equivalent_survivors_apart():
 
 def test_after_the_tests_changed_survivors_run_again_and_killed_mutants_stay_killed(tmp_path):
     out = tmp_path / "out.json"
-    assert mutation.earlier_results(out, {"digest": "abc"}) == ({}, {})
+    assert mutation.earlier_results(out, {"digest": "abc", "revision": "a1"}) == ({}, {}, {})
     killed, survivor = (
-        {"module": "npllama/a.py", "line": 3, "change": "", "key": key, "outcome": outcome}
+        {"module": "npllama/a.py", "line": 3, "change": "", "key": key, "outcome": outcome, "revision": "a1"}
         for key, outcome in (("1", "failed"), ("2", "survived"))
     )
     mutation.write(out, {"digest": "abc", "seconds": {}, "mutants": [killed, survivor]})
-    assert list(mutation.earlier_results(out, {"digest": "abc"})[1]) == ["1", "2"]
-    assert list(mutation.earlier_results(out, {"digest": "other"})[1]) == ["1"]
+    for digest, revision, stand, again in (("abc", "a1", "12", ""), ("other", "a1", "1", "2"), ("abc", "a2", "1", "2")):
+        _, stands, others = mutation.earlier_results(out, {"digest": digest, "revision": revision})
+        assert ("".join(stands), "".join(others)) == (stand, again)
 
 
 def test_the_digest_is_of_the_code_and_the_tests(tree):
