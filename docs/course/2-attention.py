@@ -242,7 +242,8 @@ print("rows that differ:", [t for t in range(len(tokens)) if not np.array_equal(
 labels = token_labels(model.tokenizer, tokens)
 visible = np.tri(len(tokens), dtype=bool)
 shown = np.where(visible, seen["layers.4.attention.weights"][2], np.nan)  # masked cells in grey
-heat_map(shown, labels, labels, title="layer 4, head 2")
+axes = heat_map(shown, labels, labels, title="layer 4, head 2")
+axes.set(xlabel="key", ylabel="query")
 plt.show()
 
 # %% [markdown]

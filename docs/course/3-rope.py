@@ -386,9 +386,9 @@ plt.show()
 
 # %% [markdown]
 # Dividing everything blurs the fast pairs: the model is worse at every gap, even without one.
-# Scaling only the slow ones costs nothing at gap 0 and removes the jump: the line stays flat as
-# far as 8 times the trained length. Meta then trained Llama 3.1 further with the scaling in place,
-# on texts of up to 131,072 tokens.
+# Scaling only the slow ones costs nothing at gap 0 and removes the jump: the line stays nearly
+# flat as far as 8 times the trained length. Meta then trained Llama 3.1 further with the scaling
+# in place, on texts of up to 131,072 tokens.
 #
 # **Question.** Llama 3.2 1B has factor 32 where 3.1 has 8, and a port has 8 written into its code.
 # Will a test with a short prompt find it? With a long one?
