@@ -379,7 +379,7 @@ plt.show()
 # one product back.
 #
 # $$
-# \text{feed\_forward}(x) = W_2 \left( \text{silu}(W_1 x) \odot W_3 x \right)
+# \text{feed-forward}(x) = W_2 \left( \text{silu}(W_1 x) \odot W_3 x \right)
 # \qquad \text{silu}(z) = \frac{z}{1 + e^{-z}}
 # $$
 #

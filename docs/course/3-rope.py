@@ -58,7 +58,7 @@ for name, made in (("without RoPE", no_rope), ("with RoPE", code.PLAIN)):
 # 2), at position 5 the key is (cos 5, sin 5), and their product is
 #
 # $$
-# \cos 2 \cos 5 + \sin 2 \sin 5 = \cos(5 - 2) = \cos 3 = -0.99
+# \cos(2) \cos(5) + \sin(2) \sin(5) = \cos(5 - 2) = \cos(3) = -0.99
 # $$
 
 
@@ -146,7 +146,7 @@ source(ops.rope_rotation, ops.rope)
 # complex numbers it reads
 #
 # $$
-# y_{2j} = x_{2j} \cos - x_{2j+1} \sin \qquad y_{2j+1} = x_{2j} \sin + x_{2j+1} \cos
+# y_{2j} = x_{2j} \cos(m\theta_j) - x_{2j+1} \sin(m\theta_j) \qquad y_{2j+1} = x_{2j} \sin(m\theta_j) + x_{2j+1} \cos(m\theta_j)
 # $$
 #
 # ### Exercise: `rope`
