@@ -146,7 +146,8 @@ source(ops.rope_rotation, ops.rope)
 # complex numbers it reads
 #
 # $$
-# y_{2j} = x_{2j} \cos(m\theta_j) - x_{2j+1} \sin(m\theta_j) \qquad y_{2j+1} = x_{2j} \sin(m\theta_j) + x_{2j+1} \cos(m\theta_j)
+# y_{2j} = x_{2j} \cos(m\theta_j) - x_{2j+1} \sin(m\theta_j)
+# \qquad y_{2j+1} = x_{2j} \sin(m\theta_j) + x_{2j+1} \cos(m\theta_j)
 # $$
 #
 # ### Exercise: `rope`
