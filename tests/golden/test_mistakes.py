@@ -258,7 +258,13 @@ def test_it_is_named_whatever_is_recorded(name, form, reference, run_once, tmp_p
     assert all(hint.startswith("or: ") for hint in given[1:]), given
 
 
-@pytest.mark.parametrize("name", IN_A_PASS)
+# All of them take half a minute; in every run, those that are tried on logits, and a few of the others.
+FROM_LOGITS = [
+    pytest.param(name, marks=() if name in hints.RERUN or i % 5 == 0 else pytest.mark.slow) for i, name in enumerate(IN_A_PASS)
+]
+
+
+@pytest.mark.parametrize("name", FROM_LOGITS)
 @np.errstate(all="ignore")
 def test_no_hint_from_the_logits_alone_is_definite_and_false(name, reference, run_once, tmp_path):
     """Where a cause is named, the mistake is among those that are."""
