@@ -1,11 +1,11 @@
 """Explain a wrong activation: try each of the list of mistakes on the candidate's own numbers.
 
-A mistake is a prediction: what the first wrong activation would be, computed in float64 from the candidate's own inputs (the
-reference's, where the candidate lacks them) with that mistake. A hint is given only when the prediction explains the candidate
-and the right operation doesn't: it is evidence, not a guess from the error's size. Where several explain it, all are given.
-The one that is a guess, bfloat16_sized(), ends in a question mark. Operations between recorded activations are computed too, so
-that the mistakes in these are found; where even the residual stream isn't recorded, as in a port that gives its logits alone,
-the model is run again with the usual ones, RERUN.
+A mistake predicts the first wrong activation: it is computed in float64 with the mistake from the candidate's own inputs, or
+from the reference's where the candidate lacks them. A hint is given only if the prediction explains the candidate's numbers
+and the right operation doesn't: it is evidence, not a guess from the size of the error. If several mistakes explain the
+numbers, all are given. The only guess, bfloat16_sized(), ends in a question mark. Operations between recorded activations are
+computed too, so that mistakes in them are found. If even the residual stream isn't recorded, as in a port that gives only
+logits, the model is run again with each of the mistakes in RERUN.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from .noise import NoiseFloor
 ROUNDED_ONCE, GATHERED = 2.0**-6, 2.0**-3  # more than the relative error of one bfloat16 operation, of some layers of them
 EXPLAINED = 1e-3  # a prediction that leaves less than this share of the error explains it
 ROUNDED_ALIKE = 0.1  # of a rounding to 8 bits, in which a number in the middle may go either way
-# The mistakes that a model is run again with for a port that gives its logits alone: lost constants, RoPE's layout, other
-# layers' weights; those of decode where the prompt is right, those of padding where there is some.
+# For ports that give only logits: lost constants, RoPE's layout, other layers' weights; mistakes in decode are tried where the
+# prompt's logits are right, mistakes with padding where the tokens have some.
 RERUN = (
     *("eps", "no_eps", "eps_outside_root", "theta_10000", "theta_500000", "no_scaling", "scale_factor", "scaling_of_all"),
     *(
@@ -174,13 +174,13 @@ class Attempt:
         return Attempt(scene, self.mistake, self.frequencies)(scene.here.kind)
 
     def compute(self, kind: str) -> np.ndarray | None:
-        """Compute an activation by the table and by the mistake; None where what goes into it is not at hand or doesn't fit."""
+        """Compute an activation by the table and with the mistake; None where an input is missing or has another shape."""
         if kind not in self.computed:
             change, x = self.mistake.activations.get(kind), None
             with contextlib.suppress(ValueError), np.errstate(all="ignore"):
                 x = self._by_table(TABLE[kind])
             with contextlib.suppress(ValueError), np.errstate(all="ignore"):
-                if change:  # of the reference's numbers, where the right ones are not at hand
+                if change:  # of the reference's numbers, where the right ones can't be computed
                     right, x = (self.scene.reference(self.scene.sibling(kind)) if x is None else x), None
                     x = change(at_hand(right), self)
             self.computed[kind] = x
@@ -241,7 +241,7 @@ class Attempt:
 def at_hand(x: T | None) -> T:
     """Return x; raise ValueError where there is none."""
     if x is None:
-        raise ValueError("not at hand")
+        raise ValueError("missing")
     return x
 
 

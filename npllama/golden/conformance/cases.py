@@ -1,7 +1,7 @@
 """List the cases: inputs chosen so that right and wrong programs differ.
 
-Sizes are such that no two that may be mistaken for each other are equal: K² is not D, H/G is not G. Inputs are exact in every
-precision (numbers.py) but where a purpose says otherwise.
+Sizes that a program may confuse are different: K² is not D, H/G is not G. Inputs are exact in every precision (numbers.py)
+unless the purpose says otherwise.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .numbers import Floats, Integers
 from .operations import BEYOND, L1, OPERATIONS, Operation, Outputs, Program
 from .texts import TEXTS, TOKENIZERS
 
-# A profile of the suite, and the precisions that a port of it may follow.
+# Profiles of the suite, each with the precisions by which a right port may round.
 PROFILES: dict[str, tuple[str, ...]] = {
     "float64": ("float64",),
     "float32": ("float32",),
@@ -45,7 +45,7 @@ class Case:
     level, operation, name   its path: L1/rms_norm/small_rows
     purpose                  what it is there to catch
     arguments                arrays and constants by name
-    profiles                 those it is meant for; none stands for all
+    profiles                 the profiles that it is for; empty: all
     """
 
     level: str

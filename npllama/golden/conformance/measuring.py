@@ -1,13 +1,13 @@
 """Measure what the suite records of each case: its tolerances, and which mistakes it catches.
 
-A case is computed exactly, in float64, and in each profile in several ways that are all right: with sums in two orders, one
-number at a time and as BLAS does it, and with the roundings of either convention. The largest distance from the exact
-numbers, or one rounding of the largest number if that is more, is the noise floor. The operation's own condition is how far the
-exact numbers move when each input does by one rounding in float32, in which all profiles but float64 sum. The tolerance is the
-condition plus the floor times the limit that `npllama compare` has for one operation of that precision or for several:
-golden/compare/noise.py says where these limits are from.
+Each case is computed exactly, in float64, and for each profile in several correct ways: with sums in two orders, in sequence
+and as BLAS computes them, and with the roundings of both conventions. The noise floor is the largest difference from the exact
+numbers, or one rounding of the largest number if that is more. The condition of the operation is how far the exact numbers
+move when each input moves by one rounding in float32, the precision in which all profiles but float64 sum. The tolerance is
+the condition plus the floor times the limit of `npllama compare` for one operation in that precision, or for several;
+golden/compare/noise.py derives these limits.
 
-What is measured is recorded in recorded.json, by tests/record_conformance.py, so that a case is the same bytes everywhere.
+tests/record_conformance.py stores the measurements in recorded.json, so that a case is the same bytes everywhere.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from .judging import Tolerance, difference, problem
 from .numbers import words
 from .operations import DoesNotApply, Outputs, Program
 
-MARGIN = 2  # times the tolerance: a mistake that is further off than this counts as caught, on any machine
-DRAWS = 4  # of the directions in which the inputs move
+MARGIN = 2  # times the tolerance: a mistake counts as caught if it is further off than this, so that it is on any machine
+DRAWS = 4  # of random directions in which the inputs move
 EXACT = Program(Precision("float64"))
 
 
@@ -81,7 +81,7 @@ def programs(name: str) -> Iterator[Program]:
 
 
 def moved(case: Case, unit: float, text: str) -> Case:
-    """Return the case with inputs that are off by one rounding, up or down."""
+    """Return the case with each input moved by one rounding, up or down."""
 
     def change(name: str, x: Any) -> Any:
         if isinstance(x, dict):

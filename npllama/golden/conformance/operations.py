@@ -140,9 +140,9 @@ class Operation:
     outputs    what it returns, a tuple where there are several
     compute    npllama's own
     text       formula, shapes and source
-    exact      rounds nothing: results are equal in every precision
+    exact      it rounds nothing: results are equal in every precision
     rounded    its result is rounded to 16 bits in a 16-bit precision
-    relative   its numbers are of very different size, and each is judged relative to itself
+    relative   its numbers differ much in size, so that each is compared relative to its own magnitude
     """
 
     name: str
@@ -451,7 +451,7 @@ Render a conversation with a Jinja chat template, as Hugging Face's apply_chat_t
 variables: the special tokens that the template knows by name. messages, specials and ids as in `chat`.
 Return the text as UTF-8 bytes (in Python a str will do), and its ids.        -> [bytes], [n]"""
 ATTENTION = """\
-Average the values of the tokens up to each token, weighted by how well its query matches their keys, as a fused kernel does.
+Average the values of the tokens up to each token, weighted by the match of its query with their keys: a fused kernel's result.
 
 heads = softmax(q·k / sqrt(K) + mask) v
 

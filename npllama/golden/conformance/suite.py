@@ -55,9 +55,9 @@ class SuiteError(NpllamaError):
 class Expected:
     """Hold what a port's results of one case are compared with.
 
-    outputs     name -> float64
+    outputs     name -> float64 array
     tolerances  output -> profile -> tolerance
-    catches     name of a mistake -> its sentence
+    catches     mistake -> its sentence
     """
 
     path: str
