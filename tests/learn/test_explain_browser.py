@@ -389,7 +389,7 @@ def test_a_lens_wider_than_the_screen_begins_at_the_last_token_and_keeps_its_lab
 
 
 def test_a_map_wider_than_the_screen_fades_where_there_is_more(opened, model, tmp_path):
-    explain(model, (model.tokenizer.encode(PROMPT * 60, bos=True))[:200], tmp_path / "page.html")
+    explain(model, (model.tokenizer.encode(PROMPT * 60, bos=True))[:100], tmp_path / "page.html")
     page = opened(tmp_path / "page.html", viewport=PHONE)
     page.locator(".scroll.after:not(.before):has(#attention-figure)").wait_for()
     page.locator(".scroll:has(#attention-figure)").evaluate("e => { e.scrollLeft = e.scrollWidth }")
