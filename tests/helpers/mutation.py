@@ -450,12 +450,12 @@ def page(results: dict, explained: dict[str, dict[str, str]]) -> str:
         "",
         f"{results['date']}, revision {results['revision']}: {', '.join(results['versions'])}.",
         "",
-        f"**{100 * killed / max(judged, 1):.1f} % killed**: {killed} of {judged}, which are {len(mutants)} mutants without the "
-        f"{len(equal)} survivors that are equivalent: they change no result. {len(alive) - len(equal)} others survived."
-        + (f" Of {results['drawn']} drawn, the other {rest} were not run: the time was up." if rest else ""),
+        f"**{len(mutants)} of {results['drawn']} drawn were run: {killed} killed, {len(alive) - len(equal)} survived**, and "
+        f"{len(equal)} equivalent, which change no result. Killed are {100 * killed / max(judged, 1):.1f} % of those not "
+        "equivalent." + (" The others were not run: the time was up." if rest else ""),
         "",
-        "A mutant that was killed is not run again when tests change; the survivors are. Seconds are the processor time that",
-        "the tests take on right code. Killed by time are mutants that loop or wait for ever.",
+        "A mutant that was killed is not run again when tests change; survivors are: mutation.json has the revision of each.",
+        "Seconds are the processor time of the tests on right code. Killed by time are mutants that loop or wait for ever.",
         "",
         "| module | seconds | drawn | killed | of these by time | equivalent | survived |",
         "|---|---|---|---|---|---|---|",
