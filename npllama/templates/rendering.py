@@ -30,6 +30,7 @@ FILE = "chat_template.jinja"  # in a model directory; a template called NAME is 
 SECONDS = 10  # for one rendering; a long conversation takes a hundredth of one
 STARTING = 120  # for Python and jinja2 to start, on a machine that is busy
 MEMORY = 512 << 20
+MEASURES = sys.platform != "linux"  # whether the memory is measured from outside: Linux limits it from inside
 LONGEST = 16 << 20  # bytes of a rendered conversation; a context of 131,072 tokens is about half a million
 OLDEST = (3, 1, 6)  # of jinja2: earlier versions have known sandbox escapes
 # Special tokens that templates get as variables, where the tokenizer has them (transformers 5.23, tokenization_utils_base.py).
@@ -57,7 +58,7 @@ def missing_package() -> str | None:
 class Renderer:
     """A process that renders templates, started at first use. Threads may share it; after a fork the child starts its own."""
 
-    def __init__(self, seconds: int = SECONDS, memory: int = MEMORY, measures: bool = sys.platform != "linux"):
+    def __init__(self, seconds: int = SECONDS, memory: int = MEMORY, measures: bool = MEASURES):
         self.seconds, self.memory, self.measures = seconds, memory, measures
         self._lock = threading.Lock()
         self.process: subprocess.Popen[bytes] | None = None

@@ -10,7 +10,7 @@ from typing import Any
 EXTRA = "pip install -c .ci/constraints.txt -e '.[{}]'"
 # What a reason says -> the command. Reasons without one are of the system (no /dev/full, no root): nothing provides those.
 COMMANDS = {
-    r"(griffe|mkdocs) is not installed": EXTRA.format("docs"),
+    r"latex2mathml is not installed": EXTRA.format("docs"),
     r"chromium is not installed": "apt-get install chromium, or NPLLAMA_CHROMIUM=PATH",
     r"no C compiler": "apt-get install gcc",
     r"npllama is not installed": "pip install -e .",

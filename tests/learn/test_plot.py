@@ -233,7 +233,7 @@ def assert_readable(figure, monkeypatch):
     FigureCanvasAgg(figure).draw()
     pixels = figure.dpi / 72
     texts = [text for text in texts if text.get_visible() and text.get_text().strip()]
-    boxes = [text.get_window_extent().padded(-0.15 * text.get_fontsize() * pixels) for text in texts]
+    boxes = [text.get_window_extent().padded(-0.05 * text.get_fontsize() * pixels) for text in texts]
     page, edges = figure.bbox, np.array([box.extents for box in boxes])
     for text, box in zip(texts, boxes, strict=True):
         assert page.x0 <= box.x0 <= box.x1 <= page.x1, text

@@ -1,4 +1,4 @@
-"""The documentation: what it links to and what it names is there."""
+"""The documentation: links lead somewhere, and functions that it names exist."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 
 import pytest
 
+from npllama.activations import AFTER, BEFORE, LAYER
 from npllama.cli import main
 from npllama.learn.exercises import EXERCISES
 
@@ -19,18 +20,18 @@ FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 
 
 def links(page) -> list[tuple[str, str]]:
-    """The text and target of each link in a page, but for those in its code."""
+    """Return the text and target of each link in a page, except those in code blocks."""
     return LINK.findall(FENCE.sub("", page.read_text(encoding="utf-8")))
 
 
 def anchors(page) -> set[str]:
-    """The anchors of a page's headings, as forges and the site make them."""
+    """Return the anchors of a page's headings, as forges and the site create them."""
     headings = re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def definitions(path) -> set[str]:
-    """Functions and classes of a Python file, `KVCache.update` and `update` both, and what it assigns at its top."""
+    """Return the functions and classes of a Python file, both as `KVCache.update` and `update`, and its top-level variables."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     found = {
         name.id
@@ -100,35 +101,116 @@ def test_the_exercises_page_prints_what_the_command_prints(tmp_path, capsys):
     assert capsys.readouterr().out in (ROOT / "docs" / "exercises.md").read_text(encoding="utf-8")
 
 
-# ----------------------------------------------------------------------------------------------- docstrings, as on the site
+# ------------------------------------------------------------------------------------------------------------------- the site
 
 
-@pytest.fixture(scope="module")
-def to_markdown():
-    pytest.importorskip("griffe", reason="griffe is not installed")
-    spec = importlib.util.spec_from_file_location("docstrings", ROOT / "docs" / "site" / "docstrings.py")
+def of_the_site(name):
+    """Import a file of docs/site."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / "site" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.to_markdown
+    return module
 
 
 @pytest.mark.parametrize(
-    ("text", "markdown"),
+    ("text", "rst"),
     [
         ("One sentence\nin two lines.", "One sentence\nin two lines."),
-        ("A sentence.    [..., T] -> [V]", "A sentence.\n\n``` { .text .formula }\n[..., T] -> [V]\n```"),
+        ("A sentence.    [..., T] -> [V]", "A sentence.\n\n.. code-block:: text\n   :class: formula\n\n   [..., T] -> [V]"),
         (
             "y = a·x        x [D], a [D] -> [D]\nA paper.",
-            "``` { .text .formula }\ny = a·x\nx [D], a [D] -> [D]\n```\n\nA paper.",
+            ".. code-block:: text\n   :class: formula\n\n   y = a·x\n   x [D], a [D] -> [D]\n\nA paper.",
         ),
-        ("h = x + f(x)", "``` { .text .formula }\nh = x + f(x)\n```"),
-        ("name   what\nother  it is [2]", "| | |\n|---|---|\n| `name` | what |\n| `other` | it is \\[2\\] |"),
-        ("name   what\n       it is", "| | |\n|---|---|\n| `name` | what it is |"),
-        ("    B  batch\n    T  tokens", "``` { .text }\nB  batch\nT  tokens\n```"),
-        ("| a | b |\n|---|---|\n| 1 | 2 |", "| a | b |\n|---|---|\n| 1 | 2 |"),
-        ("x_1 * y_2 <s> and `x_1 * y_2`", "x\\_1 \\* y\\_2 &lt;s> and `x_1 * y_2`"),
+        ("h = x + f(x)", ".. code-block:: text\n   :class: formula\n\n   h = x + f(x)"),
+        (
+            "name   what\nother  it is [2]",
+            ".. list-table::\n\n   * - ``name``\n     - what\n   * - ``other``\n     - it is [2]",
+        ),
+        ("name   what\n       it is", ".. list-table::\n\n   * - ``name``\n     - what it is"),
+        ("    b  batch\n    t  tokens", ".. code-block:: text\n\n   b  batch\n   t  tokens"),
+        (
+            "    B  batch   T  new tokens\n    V  ids",
+            ".. list-table::\n\n   * - ``B``\n     - batch\n   * - ``T``\n     - new tokens\n   * - ``V``\n     - ids",
+        ),
+        ("| a | b |\n|---|---|\n| 1 | 2 |", ".. list-table::\n   :header-rows: 1\n\n   * - a\n     - b\n   * - 1\n     - 2"),
+        ("| a | b |\n|---|---|\n| 1 | |", ".. list-table::\n   :header-rows: 1\n\n   * - a\n     - b\n   * - 1\n     -"),
+        ("| a |\n|---|\n| 1\n    2 |", ".. list-table::\n   :header-rows: 1\n\n   * - a\n   * - 1 2"),
+        ("x_1 * y_2 <s> and `x_1 * y_2`", "x\\_1 \\* y\\_2 <s> and \\ ``x_1 * y_2``"),
+        ("`a`s and `b`.", "``a``\\ s and \\ ``b``\\ ."),
         ("First.\n\n\nSecond.", "First.\n\nSecond."),
     ],
 )
-def test_plain_docstrings_as_markdown(to_markdown, text, markdown):
-    assert to_markdown(text) == markdown
+def test_plain_docstrings_as_restructured_text(text, rst):
+    assert of_the_site("docstrings").to_rst(text) == rst
+
+
+@pytest.mark.parametrize(
+    ("link", "expected"),
+    [
+        ("[`ops.rms_norm`](../npllama/ops.py)", "{any}`ops.rms_norm <npllama.ops.rms_norm>`"),
+        ("[`KVCache.update`](../npllama/cache.py)", "{any}`KVCache.update <npllama.cache.KVCache.update>`"),
+        ("[ops.py](../npllama/ops.py)", "{any}`ops.py <npllama.ops>`"),
+        ("[`test_model`](../tests/test_goldens.py)", "[`test_model`](#source-tests-test-goldens-py-test-model)"),
+        ("[setup](../setup.cfg)", "[setup](#source-setup-cfg)"),
+    ],
+)
+def test_links_to_code_lead_into_the_site(link, expected):
+    build = of_the_site("build")
+    assert build.on_site(*build.LINK.fullmatch(link).groups()) == expected
+
+
+def test_a_line_leads_to_its_function():
+    build = of_the_site("build")
+    line = build.definitions("npllama/ops.py")["rope"] + 3
+    assert build.on_site("`ops.py`", "npllama/ops.py", str(line)) == "{any}`ops.py <npllama.ops.rope>`"
+
+
+def test_every_page_is_in_the_navigation_in_its_place(tmp_path):
+    """The sections have what their lists name; a page that no list names comes under More."""
+    build = of_the_site("build")
+    build.write_sources(tmp_path / "docs")
+    text = (tmp_path / "docs" / "index.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^[\w./-]+$", text.partition("{toctree}")[2], re.MULTILINE)
+    pages = {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"}
+    assert pages <= set(listed)
+    assert len(listed) == len(set(listed))
+    reference = [name for name in listed if name.startswith("reference/")]
+    assert reference[:3] == ["reference/npllama", "reference/npllama.model", "reference/npllama.ops"]
+    for caption in build.NAVIGATION:
+        assert f":caption: {caption}\n" in text
+    first = (tmp_path / "docs" / "reference" / "npllama.md").read_text(encoding="utf-8")
+    assert re.findall(r"auto\w+:: npllama\.(\w+)", first)[:3] == ["load", "forward", "complete"]
+
+
+@pytest.mark.parametrize(
+    ("page", "said"),
+    [
+        ("<p>a `b` c</p>", "has a backtick: a `b` c"),
+        ("<p><code>`b`</code></p>", None),
+        ('<script src="https://x.org/a.js"></script>', "loads https://x.org/a.js"),
+        ('<link href="//x.org/a.css">', "loads //x.org/a.css"),
+        ('<a href="https://x.org">x</a><img src="a.png">', None),
+    ],
+)
+def test_pages_are_checked(page, said, tmp_path):
+    (tmp_path / "a.html").write_text(page)
+    assert of_the_site("build").problems(tmp_path) == ([f"a.html {said}"] if said else [])
+
+
+def formulas() -> set[str]:
+    """Return the TeX of the activation table and of the pages."""
+    found = {row.tex for row in (*BEFORE, *LAYER, *AFTER)}
+    for page in PAGES:
+        text = re.sub(r"`[^`]*`", "", FENCE.sub("", page.read_text(encoding="utf-8")))
+        found |= {a or b for a, b in re.findall(r"\$\$(.+?)\$\$|\$([^$\n]+)\$", text, re.DOTALL)}
+    return found
+
+
+def test_every_formula_is_typeset():
+    pytest.importorskip("latex2mathml", reason="latex2mathml is not installed")
+    mathml = of_the_site("conf").mathml
+    assert len(formulas()) >= 15
+    for tex in formulas():
+        drawn = mathml(tex, "block")
+        assert drawn.startswith("<math"), tex
+        assert "\\" not in drawn, f"{tex}: a command that is not known"
