@@ -91,7 +91,7 @@ class Npllama:
         return lambda: list(npllama.generate(self.model, ids, n, stop_ids=[], lookup=lookup))
 
     def products(self, n_rows: int, n: int) -> Run:
-        """Every matrix of the layers by n_rows rows, the output matrix by one, as a prompt has it; float32 weights only."""
+        """Multiply each layer's matrices by n_rows rows, the output matrix by one, as for a prompt; float32 weights only."""
         params, ones = self.model.params, functools.partial(np.ones, dtype=np.float32)
         layers = [w for name, w in params.items() if name.startswith("layers.") and w.ndim == 2]
         output = params.get("output.weight", params["tok_embeddings.weight"])

@@ -1,4 +1,4 @@
-"""Llama in pure NumPy: the reference implementation that others check themselves against.
+"""Llama in pure NumPy: a reference implementation to check others against.
 
 Names are loaded when they are first asked for: whoever only runs a model needs no more than that, and the command line can
 prepare for Ctrl-C before anything takes time.

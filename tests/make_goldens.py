@@ -70,7 +70,7 @@ DEMO_PROMPT = "ROMEO:\nBut, soft! what light through yonder window breaks?\n"
 
 
 def make_demo() -> None:
-    """The embedded model: logits of a prompt, and the greedy continuation of it by Hugging Face's own generate()."""
+    """Record the embedded model: logits of a prompt, and the greedy continuation of it by Hugging Face's own generate()."""
     model = npllama.load(dtype="float32")
     tokens = np.array(model.tokenizer.encode(DEMO_PROMPT, bos=True))
     judge = hf.hf_model(model.config, model.params)

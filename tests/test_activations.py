@@ -22,7 +22,7 @@ PROMPT, STEP = 5, 1
 
 
 def run(config, params, tokens, cache):
-    """One pass: name -> activation, in the order in which the tap sees them."""
+    """Run one pass: name -> activation, in the order in which the tap sees them."""
     seen = {}
     forward(params, config, tokens, cache, tap=lambda name, x: seen.setdefault(name, x.copy()))
     return seen
@@ -116,7 +116,7 @@ def test_capture_knows_every_activation(layout):
 
 
 def each_of(rules):
-    """The rules of a name, which may be one, several or none."""
+    """Return the rules of a name, which may be one, several or none."""
     return rules if isinstance(rules, tuple) else filter(None, [rules])
 
 

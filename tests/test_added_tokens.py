@@ -31,7 +31,7 @@ ADDED = {
 
 
 def write(folder: Path, model: Path, config: dict[str, object], old: dict[str, int] | None = None) -> Path:
-    """A folder of Hugging Face's with tokenizer.model, and what is added to it."""
+    """Write a Hugging Face folder with tokenizer.model and its added tokens."""
     folder.mkdir()
     shutil.copy(model, folder / "tokenizer.model")
     about = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "<|im_end|>", "unk_token": "<unk>"}

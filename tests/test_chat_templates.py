@@ -113,7 +113,7 @@ SPECIAL = """<|begin_of_text|> <|end_of_text|> <|start_header_id|> <|end_header_
 
 @pytest.fixture(scope="module")
 def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Judge:
-    """Byte-level BPE with most published templates' tokens; those of Phi 3 include whitespace that follows, as its own do."""
+    """Return a byte-level BPE with most published templates' tokens; those of Phi 3 include the whitespace after them."""
     tokenizer = library.Tokenizer(library.models.BPE())
     tokenizer.pre_tokenizer = library.pre_tokenizers.Sequence(
         [
@@ -157,7 +157,7 @@ def judge(request: pytest.FixtureRequest) -> Judge:
 
 @pytest.fixture(autouse=True)
 def frozen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is NOW for Hugging Face's strftime_now too."""
+    """Freeze the clock at NOW, for Hugging Face's strftime_now too."""
 
     class Clock(datetime.datetime):
         @classmethod

@@ -317,7 +317,7 @@ def test_a_model_shows_itself_in_a_line_and_is_only_itself():
 
 @pytest.fixture(params=[np.nan, np.inf], ids=str)
 def overflowing(monkeypatch, request):
-    """A model whose logits are no numbers from the fourth new token on; of a batch, only those of the last row."""
+    """Make one logit NaN or infinite from the fourth new token on; of a batch, only in the last row."""
 
     def overflow(params, config, tokens, cache, **options):
         logits = forward(params, config, tokens, cache, **options)

@@ -159,7 +159,7 @@ def test_grouped_queries_equal_repeated_heads(heads, kv_heads):
 
 
 def bfloat16(x: np.ndarray) -> np.ndarray:
-    """The upper half of each float32, cut off: any bits will do where only widening is tested."""
+    """Return the upper half of each float32, truncated: any bits will do where only widening is tested."""
     return (x.view(np.uint32) >> 16).astype(np.uint16)
 
 

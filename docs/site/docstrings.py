@@ -60,12 +60,12 @@ def _rows(lines: list[str]) -> list[tuple[str, str]]:
 
 
 def _is_set(line: str) -> bool:
-    """Whether a line is a formula with its shapes, or shapes alone."""
+    """Return whether a line is a formula with its shapes, or shapes alone."""
     return line.startswith("  ") or GAP.search(line) is not None or SHAPES.fullmatch(line) is not None
 
 
 def _is_sentence(line: str) -> bool:
-    """Whether what precedes the gap is a sentence: `A sentence.    [..., T]`, unlike `y = x Wᵀ        x [..., in]`."""
+    """Return whether what precedes the gap is a sentence: `A sentence.    [..., T]`, unlike `y = x Wᵀ        x [..., in]`."""
     return GAP.split(line)[0].endswith((".", ":"))
 
 

@@ -121,7 +121,7 @@ class _TimedCache(KVCache):
 
 
 def _names(model: Model) -> dict[int, str]:
-    """id(weight) -> its name in the table: without `.weight`, and the same in all layers."""
+    """Map id(weight) to its name in the table: without `.weight`, and the same in all layers."""
     names = {id(weight): re.sub(r"^layers\.\d+\.|\.weight$", "", name) for name, weight in model.params.items()}
     return names | {id(model.params["tok_embeddings.weight"]): "output"} if model.config.tied_embeddings else names
 

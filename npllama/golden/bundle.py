@@ -89,7 +89,7 @@ def write_golden(
 
 
 def default_tokens(config: Config) -> list[int]:
-    """Twelve ids, the same on every machine, for a bundle that needs no tokenizer."""
+    """Return twelve ids, the same on every machine, for a bundle that needs no tokenizer."""
     return np.random.RandomState(0).randint(config.vocab_size, size=12).tolist()
 
 

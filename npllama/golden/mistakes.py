@@ -224,7 +224,7 @@ def _half_of_the_head(x: Array, cos: Array, sin: Array) -> Array:
 
 
 def _slot_numbers(positions: Array) -> Array:
-    """Positions of a prompt in which padding counts; those of a single token are right."""
+    """Count padding in the positions of a prompt; those of a single token are right."""
     T = positions.shape[-1]
     return positions if T == 1 else np.broadcast_to(np.arange(T), positions.shape)
 
@@ -284,7 +284,7 @@ def _products(q: Array, keys: Array) -> Array:
 
 
 def _sharing(rule: Callable[[Array, int], Array], keys: bool = True, values: bool = True) -> dict[str, Callable]:
-    """Attention in which query head h uses the key and value head rule(h, G)."""
+    """Return operations of attention in which query head h uses the key and value head rule(h, G)."""
 
     def spread(x: Array, H: int) -> Array:
         return x[..., rule(np.arange(H), x.shape[-3]), :, :]
@@ -307,7 +307,7 @@ def _sigmoid(x: Array) -> Array:
 
 
 def _linear(f: Callable[[Array, Array], Array]) -> dict[str, Callable]:
-    """Every product with weights, computed by f."""
+    """Return operations that compute every product with weights by f."""
 
     def product(x: Array, weight: Weight) -> Array:
         return f(x, widen(weight))
@@ -337,7 +337,7 @@ class Taken:
 
 
 def _of_layer(number: Callable[[int], int], part: str = "") -> Callable[[str, Params, Config], Weight]:
-    """Parameters in which layer n has those of layer number(n) whose names begin with `part`."""
+    """Return parameters in which layer n has those of layer number(n) whose names begin with `part`."""
 
     def change(name: str, params: Params, config: Config) -> Weight:
         return params[re.sub(rf"^layers\.(\d+)\.(?={re.escape(part)})", lambda found: f"layers.{number(int(found[1]))}.", name)]
@@ -370,7 +370,7 @@ def _llama_3_scaled(config: Config) -> bool:
 
 
 def _chosen(p: Array, top_p: float, cut: Callable[[Array, float], Array]) -> Array:
-    """p without those that `cut` names, of the probabilities in order from the most likely, and normalised again."""
+    """Remove from p, sorted from the most likely, the probabilities that `cut` names, and normalise the rest again."""
     order = np.argsort(-p, kind="stable")
     kept = p.copy()
     kept[order[cut(p[order], top_p)]] = 0
@@ -406,7 +406,7 @@ def _at_least(p: Array, least: float) -> Array:
 
 
 def _of_the_longest_row(positions: Array) -> Array:
-    """Positions of single tokens in a batch that are all the largest one's; those of a prompt are right."""
+    """Give single tokens in a batch the largest one's position; those of a prompt are right."""
     if positions.shape[-1] > 1:
         return positions
     return np.broadcast_to(np.max(positions, where=positions < PADDING, initial=0), positions.shape)
@@ -481,7 +481,7 @@ HEADS, ACT = ("attention.heads",), ("feed_forward.act",)
 
 
 def _each(what: str, at: tuple[str, ...], *rows: tuple[Any, ...], **more: Any) -> Iterator[Mistake]:
-    """Mistakes in one operation, or in what a field changes.    rows of name, sentence, wrong function, needs if any"""
+    """Yield mistakes in one operation, or in what a field changes.    rows of name, sentence, wrong function, needs if any"""
     for name, sentence, function, *needs in rows:
         change: dict[str, Any] = {what: function} if what in ("cache", "sampling") else {"ops": {what: function}}
         yield Mistake(name, sentence, at, **change, needs="".join(needs), **more)

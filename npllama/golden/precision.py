@@ -191,7 +191,7 @@ PARTS: dict[str, Callable[[Ops], Ops]] = {
 
 
 def rounding_ops(r: Round, convention: str) -> Ops:
-    """ops.py with the roundings that happen before an operation's last."""
+    """Return the operations of ops.py with the roundings that happen inside them, before the last one."""
 
     def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
         return r(ops.rms_norm(x, np.ones_like(weight), eps)) * weight
@@ -330,7 +330,7 @@ class Precision:
         tap: Tap | None = None,
         last_only: bool = False,
     ) -> np.ndarray:
-        """model.forward() in this precision; a tap sees rounded activations, and what it returns goes on unrounded."""
+        """Run model.forward() in this precision; a tap sees rounded activations, and what it returns goes on unrounded."""
         if self.name in ROUND:
             watch, r = tap, ROUND[self.name]
 

@@ -200,7 +200,7 @@ EVERYTHING = Selection()
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
-    """Layer numbers as people write them.    "0-3,7" -> (0, 1, 2, 3, 7)"""
+    """Parse layer numbers as people write them.    "0-3,7" -> (0, 1, 2, 3, 7)"""
     layers: set[int] = set()
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")

@@ -236,7 +236,7 @@ def label_decades(axis: Axis, least: float, most: float, room: float) -> None:
 
 
 def _fits(steps: Sequence[float], decades: float, room: float) -> bool:
-    """Whether the two closest ticks of each decade are two lines apart."""
+    """Return whether the two closest ticks of each decade are two lines apart."""
     closest = min(math.log10(b / a) for a, b in zip(steps, [*steps[1:], 10], strict=True))
     return closest / decades * room >= 1.5 * LINE
 

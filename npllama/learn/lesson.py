@@ -51,7 +51,7 @@ class Source:
 
     @property
     def text(self) -> str:
-        """The text of the line."""
+        """Return the text of the line."""
         return _code(self.file).splitlines()[self.line - 1]
 
     def __str__(self) -> str:

@@ -91,12 +91,12 @@ class Subject:
 
     @property
     def labels(self) -> list[str]:
-        """The visible text of each token."""
+        """Return the visible text of each token."""
         return token_labels(self.model.tokenizer, self.ids)
 
     @property
     def head(self) -> int:
-        """The head of a kind that draws one."""
+        """Return the head of a plot that draws only one."""
         return self.heads[0] if self.heads else 0
 
     def record(self, *names: str) -> Recording:

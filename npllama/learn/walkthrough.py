@@ -82,7 +82,7 @@ class Pass:
 
     @property
     def last_token(self) -> str:
-        """The caption of a table that shows the last token."""
+        """Return the caption of a table that shows the last token."""
         return f"the last token, {self.pieces[self.last]}"
 
     def formulas(self, *kinds: str) -> str:

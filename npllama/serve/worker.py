@@ -52,7 +52,7 @@ class Job:
 
     @property
     def ended(self) -> bool:
-        """Whether the text has ended, with a finish reason or an error."""
+        """Return whether the text has ended, with a finish reason or an error."""
         return self.error is not None or self.continuation.ended
 
     def read(self, model: Model, logits: np.ndarray) -> None:
@@ -88,7 +88,7 @@ class Worker:
 
     @property
     def idle(self) -> bool:
-        """Whether no job is waiting or running."""
+        """Return whether no job is waiting or running."""
         with self._changed:
             return not self._waiting and not self._running
 

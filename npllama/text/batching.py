@@ -60,12 +60,12 @@ class Batch:
 
     @property
     def free(self) -> int:
-        """How many more texts can join."""
+        """Return how many more texts can join."""
         return self._texts.count(None)
 
     @property
     def busy(self) -> bool:
-        """Whether step() can continue a text: one whose context isn't full."""
+        """Return whether step() can continue a text: one whose context isn't full."""
         return any(text is not None and not self._is_full(row) for row, text in enumerate(self._texts))
 
     def join(

@@ -94,7 +94,7 @@ class Continuation:
 
     @property
     def ended(self) -> bool:
-        """Whether the completion has a finish reason."""
+        """Return whether the completion has a finish reason."""
         return self.completion.finish_reason is not None
 
     def push(self, step: Step) -> str:

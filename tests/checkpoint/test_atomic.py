@@ -332,7 +332,7 @@ def stored_in(path: Path) -> str | None:
 
 
 def folder_with(path: Path, model: str | None) -> Path:
-    """A new folder of things that no run may touch, with a model stored in a dtype."""
+    """Make a folder with files that no run may touch and a model stored in a dtype."""
     for name in KEPT:
         (path / name).mkdir(parents=True)
     if model:
@@ -341,7 +341,7 @@ def folder_with(path: Path, model: str | None) -> Path:
 
 
 def check_the_next_run(folder: Path, expected: set[str | None]) -> str | None:
-    """One of the models expected is there, and still is when the next run has put everything right; the model."""
+    """Check that one of the expected models is there, before and after the next run repairs the folder; return the model."""
     found = stored_in(folder / "m")
     assert found in expected, folder
     if found:

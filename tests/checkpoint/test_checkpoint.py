@@ -34,7 +34,7 @@ SHAPES = parameter_shapes(CONFIG)
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Blocks so small that every matrix here has several."""
+    """Make blocks so small that every matrix here has several."""
     monkeypatch.setattr(writing, "BLOCK_BYTES", 700)
 
 
@@ -421,7 +421,7 @@ SLOW_WRITER = """
 
 
 def start_writer(moment: str, target: Path, force: bool = False) -> subprocess.Popen:
-    """A process that has come to this moment of its work, and waits there."""
+    """Start a process that runs to this point of its work and waits there."""
     code = textwrap.dedent(SLOW_WRITER)
     command = [sys.executable, "-c", code, moment, str(target), "force" if force else "-"]
     process = subprocess.Popen(
@@ -630,7 +630,7 @@ def edit_entry(folder: Path, **changes) -> None:
 
 
 def replace_tensor(folder: Path, array: np.ndarray) -> None:
-    """Another array in the file, with the size in the manifest that it has."""
+    """Write another array to the file, and its size to the manifest."""
     np.save(folder / f"{NAME}.npy", array, allow_pickle=True)
     edit_entry(folder, bytes=(folder / f"{NAME}.npy").stat().st_size)
 

@@ -28,7 +28,7 @@ QUANTIZED = [name for name in parameter_shapes(CONFIG) if "norm" not in name and
 
 @pytest.fixture(autouse=True)
 def small_blocks(quick_conversion):
-    """Have conversion quantise blocks of a few rows."""
+    """Make conversion quantise blocks of a few rows."""
 
 
 def dtypes(config, rest: str = "float32") -> dict[str, str]:

@@ -22,7 +22,7 @@ from tiny import relative_error
 
 @pytest.fixture(scope="module")
 def stories(shared_data, tmp_path_factory):
-    """stories260K converted to each storage dtype."""
+    """Return stories260K converted to each storage dtype."""
     pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
     folder = tmp_path_factory.mktemp("stories")
     for dtype in ("float32", "float16", "bfloat16"):
@@ -116,7 +116,7 @@ def test_check_smollm2(smollm2, capsys):
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """The demo model, and a table in which it is a published one with a right answer of every kind."""
+    """Return the demo model, and a table that lists it as a published model with a right answer of every kind."""
     model = npllama.load()
     tokenizer = model.tokenizer
     ids = tokenizer.encode("ROMEO:", bos=True)

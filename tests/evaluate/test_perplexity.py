@@ -22,7 +22,7 @@ TOKENS = random_tokens(CONFIG, seed=2, shape=103).tolist()
 
 
 def with_bos(model: Model, bos: int | None) -> Model:
-    """The same model with a tokenizer that puts this BOS before a text, or has one it doesn't."""
+    """Return the same model with a tokenizer that puts this BOS before a text, or has one it doesn't."""
     model = Model(model.config, model.params)
     model.__dict__["tokenizer"] = SimpleNamespace(bos_id=9 if bos is None else bos, adds_bos=bos is not None)
     return model
@@ -164,7 +164,7 @@ def test_models_of_different_vocabularies_do_not_compare() -> None:
 
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory, tiny_tiktoken_file, tiny_sentencepiece_file):
-    """Model directories of one tokenizer, the second with weights a little larger, and one of another."""
+    """Write model directories of one tokenizer, the second with weights a little larger, and one of another."""
     path = tmp_path_factory.mktemp("models")
     for name, tokenizer, n, factor in [
         ("one", tiny_tiktoken_file, 532, 1),

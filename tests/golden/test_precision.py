@@ -34,7 +34,7 @@ TOKENS = tiny.random_tokens(CONFIG, seed=2, shape=9)
 
 
 def tricky_floats() -> np.ndarray:
-    """Every upper half of a float32 with the lower halves around a tie, and random bits."""
+    """Return every upper half of a float32 with the lower halves around a tie, and random bits."""
     upper = np.arange(1 << 16, dtype=np.uint32) << 16
     lower = np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)
     random = np.random.RandomState(0).randint(0, 1 << 32, size=1 << 20, dtype=np.uint32)
@@ -42,7 +42,7 @@ def tricky_floats() -> np.ndarray:
 
 
 def tricky_halves() -> np.ndarray:
-    """Every float16, the float32 halfway to its neighbour, and the float32 on each side of that."""
+    """Return every float16, the float32 halfway to its neighbour, and the float32 on each side of that."""
     halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
     with np.errstate(invalid="ignore"):
         middles = (halves + np.roll(halves, -1)) / 2

@@ -177,7 +177,7 @@ def sites(source: str, only: tuple[str, ...] = ()) -> list[Site]:
                 self.around.pop()
 
     def pointless(node: cst.Call, new: cst.CSTNode) -> bool:
-        """Whether an argument became None, which any test that runs the line notices, or zip's `strict` is gone."""
+        """Return whether an argument became None, which any test that runs the line notices, or zip's `strict` is gone."""
         if not isinstance(new, cst.Call):
             return False
         if len(new.args) < len(node.args):
@@ -224,7 +224,7 @@ def sha256(text: str) -> str:
 
 
 def same_program(before: str, after: str) -> bool:
-    """Whether a change is none, or not Python."""
+    """Return whether a change has no effect, or isn't Python."""
     try:
         return dumped(before) == ast.dump(ast.parse(after))
     except SyntaxError:
@@ -438,7 +438,7 @@ def page(results: dict, explained: dict[str, dict[str, str]]) -> str:
     lines = [
         "# Mutants",
         "",
-        "A mutant is the numeric core with one small change, such as `<` for `<=`, `-` for `+`, one more in a number, or an",
+        "A mutant is the numeric core with one small change, such as `<` for `<=`, `-` for `+`, a number raised by one, or an",
         "argument left out. It is killed when a test fails. [A script](../tests/helpers/mutation.py) draws mutants by a hash",
         "of the place and a recorded seed, with mutmut's operators, and runs a few seconds of its module's tests on each, in a",
         "copy of the tree. It wrote this page.",
@@ -452,10 +452,10 @@ def page(results: dict, explained: dict[str, dict[str, str]]) -> str:
         "",
         f"**{len(mutants)} of {results['drawn']} drawn were run: {killed} killed, {len(alive) - len(equal)} survived**, and "
         f"{len(equal)} equivalent, which change no result. Killed are {100 * killed / max(judged, 1):.1f} % of those not "
-        "equivalent." + (" The others were not run: the time was up." if rest else ""),
+        "equivalent." + (" The others were not run: the time limit was reached." if rest else ""),
         "",
         "A mutant that was killed is not run again when tests change; survivors are: mutation.json has the revision of each.",
-        "Seconds are the processor time of the tests on right code. Killed by time are mutants that loop or wait for ever.",
+        "Seconds are the processor time of the tests on unchanged code. Killed by time are mutants that loop or wait for ever.",
         "",
         "| module | seconds | drawn | killed | of these by time | equivalent | survived |",
         "|---|---|---|---|---|---|---|",
@@ -512,7 +512,7 @@ def earlier_results(out: Path, results: dict) -> tuple[dict[str, float], dict[st
 
 
 def git_revision() -> str:
-    """The commit of the working tree, marked if it has changes."""
+    """Return the commit of the working tree, marked if it has changes."""
     return subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 

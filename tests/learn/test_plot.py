@@ -86,7 +86,7 @@ def texts(figure: Figure) -> list[str]:
 
 
 def between_ticks(axis) -> list[tuple[float, float, str]]:
-    """Each label of an axis with the ticks before and after it."""
+    """Yield each label of an axis with the ticks before and after it."""
     major, minor = axis.get_majorticklocs(), axis.get_minorticklocs()
     labels = [text.get_text() for text in axis.get_ticklabels(minor=True)]
     return [
@@ -341,7 +341,7 @@ def test_ticks_of_a_logarithmic_axis(least, most, ticks):
 
 @pytest.fixture(scope="module")
 def traces(tmp_path_factory):
-    """The embedded model in float64, in float32, and with one head's query spoiled in layer 3."""
+    """Trace the embedded model in float64, in float32, and with one head's query spoiled in layer 3."""
     folder, model = tmp_path_factory.mktemp("traces"), load()
     tokens = model.tokenizer.encode("ROMEO:", bos=True)
     for name, precision in (("reference", "float64"), ("right", "float32")):

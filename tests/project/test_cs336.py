@@ -16,7 +16,7 @@ WIDTH = HEADS * HEAD
 
 @pytest.fixture(scope="module")
 def adapters():
-    """The functions of the page."""
+    """Return the functions of the page."""
     [code] = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "cs336.md").read_text(encoding="utf-8"), re.M | re.S)
     names: dict = {}
     exec(compile(code, "cs336.md", "exec"), names)
@@ -35,7 +35,7 @@ def agrees(ours, theirs, atol=1e-6, rtol=1e-4):
 
 
 def rotated(x, positions):
-    """RoPE as complex multiplication.    x [..., T, K], positions [T]"""
+    """Compute RoPE as complex multiplication.    x [..., T, K], positions [T]"""
     import torch
 
     frequencies = THETA ** -(torch.arange(0, x.shape[-1], 2) / x.shape[-1])

@@ -188,7 +188,7 @@ def test_the_page_counts_equivalent_survivors_apart():
     text = mutation.page(results, explained)
     assert "**4 of 5 drawn were run: 2 killed, 1 survived**, and 1 equivalent" in text
     assert "Killed are 66.7 % of those not equivalent. The others were not run" in text
-    assert "the time was up" not in mutation.page(results | {"drawn": 4}, explained)
+    assert "the time limit" not in mutation.page(results | {"drawn": 4}, explained)
     assert "| npllama/a.py | 1.2 | 4 | 2 | 1 | 1 | 1 |" in text
     survivors, equivalent = text.split("## Survivors")[1].split("## Equivalent mutants")
     assert "| npllama/a.py:3 | `z = 1` → `z = 2` |  |" in survivors

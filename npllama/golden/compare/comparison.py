@@ -60,7 +60,7 @@ class Comparison:
 
     @property
     def exit_status(self) -> int:
-        """0 equal, 1 different."""
+        """Return 0 if equal, 1 if different."""
         return 0 if self.equal else 1
 
     @property
@@ -134,7 +134,7 @@ ABSENT = ("missing from the candidate", "not in the reference")
 
 
 def _short(x: float) -> str:
-    """6e-07, as one significant digit is all that a floor has."""
+    """Format a noise floor, which has only one significant digit: 6e-07."""
     return f"{x:.0e}"
 
 

@@ -202,7 +202,7 @@ class Attempt:
         return np.asarray(row.compute(inputs, weight, Context(self.config, rotation, mask, slots, self.ops)), np.float64)
 
     def slots(self, kind: str) -> np.ndarray:
-        """Keys or values of all tokens so far, kept as the mistake keeps them.    [..., G, S, K]"""
+        """Return the keys or values of all tokens so far, stored as the mistake stores them.    [..., G, S, K]"""
         passes = [*(self.at(name) for name in self.scene.earlier(kind)), self(kind)]
         whole = np.concatenate(passes, axis=-3).swapaxes(-2, -3)
         if self.mistake.cache is None:
@@ -268,7 +268,7 @@ def hints(name: str, aligned: Aligned, noise: NoiseFloor, precision: str) -> lis
 
 
 def from_the_list(right: Attempt) -> Iterator[Prediction]:
-    """Every mistake that shows at this activation, or else at one before it that isn't recorded, the nearest first."""
+    """Yield every mistake that shows at this activation, or else at one before it that isn't recorded, the nearest first."""
     scene, computed = right.scene, list(right.computed)  # what goes into an activation comes before it, and it comes last
     near = {name: max((computed.index(kind) for kind in m.at if kind in computed), default=-1) for name, m in MISTAKES.items()}
     for mistake in sorted(MISTAKES.values(), key=lambda mistake: -near[mistake.name]):

@@ -75,9 +75,10 @@ class Activations(Mapping[str, np.ndarray]):
 
     @property
     def precision(self) -> str:
-        """As trace.json says; else a 16-bit type if most arrays are stored in one, else float32 if any is, else float64.
+        """Return the precision that trace.json states, else infer it from the types of the arrays.
 
-        Few arrays of 16 bits don't loosen the judgement of all; few of float32 do, as what is float64 was computed from them.
+        A 16-bit type if most arrays have it, else float32 if any has it, else float64. A few 16-bit arrays don't loosen the
+        limit for all; a few float32 arrays do, since the float64 ones were computed from them.
         """
         if self.meta:
             return self.meta["precision"]

@@ -368,7 +368,7 @@ def fits(shape: tuple[int, ...], name: str, rule: Rule, reference: tuple[int, ..
 
 
 def _split_and_order(x: np.ndarray, batch: tuple[int, ...], axes: str, sizes: dict[str, int], rule: Rule) -> np.ndarray:
-    """From the first of the rule's choices of axes that fits x's shape to `axes`."""
+    """Reorder x to `axes`, from the first of the rule's choices of axes that fits its shape."""
     layout = _layout(x.shape, batch, sizes, axes, rule)
     if layout is None:
         first = (rule.axes or " ".join(axes)).split("|")[0].split()

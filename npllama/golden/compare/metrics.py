@@ -44,7 +44,7 @@ def ulp(x: np.ndarray, precision: str) -> np.ndarray:
 
 
 def measure(candidate: np.ndarray, reference: np.ndarray, precision: str, logits: bool = False) -> Metrics:
-    """All metrics of two arrays of the same shape; elements that are not finite in both are left out."""
+    """Compute all metrics of two arrays of the same shape; elements that are not finite in both are left out."""
     c, r = candidate.astype(np.float64), reference.astype(np.float64)
     if logits:
         kl, top1, top5 = logit_metrics(c, r) if np.isfinite(c).all() and np.isfinite(r).all() else (None, None, None)
@@ -75,7 +75,7 @@ def measure(candidate: np.ndarray, reference: np.ndarray, precision: str, logits
 
 
 def logit_metrics(candidate: np.ndarray, reference: np.ndarray) -> tuple[float, float, float]:
-    """KL divergence, top-1 and top-5 agreement, the mean over tokens.    [..., V], float64"""
+    """Compute KL divergence, top-1 and top-5 agreement, the mean over tokens.    [..., V], float64"""
     c, r = _log_softmax(candidate), _log_softmax(reference)
     kl = np.sum(np.exp(r) * (r - c), axis=-1)
     n = min(TOP, c.shape[-1])

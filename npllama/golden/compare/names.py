@@ -24,7 +24,7 @@ class Place(NamedTuple):
 
     @property
     def prefix(self) -> str:
-        """`step.1/`, or nothing in the prompt."""
+        """Return the names' prefix: `step.1/`, or nothing for the prompt."""
         return "" if self.step is None else f"step.{self.step}/"
 
     @property

@@ -71,7 +71,7 @@ def in_layers(names: list[str]) -> str:
 
 
 def ranges(numbers: list[int]) -> str:
-    """[0, 1, 2, 5] -> "0-2, 5"."""
+    """Write numbers as ranges: [0, 1, 2, 5] -> "0-2, 5"."""
     runs: list[list[int]] = []
     for n in numbers:
         if runs and n == runs[-1][-1] + 1:
@@ -82,7 +82,7 @@ def ranges(numbers: list[int]) -> str:
 
 
 def shown_rows(comparison: Comparison, everything: bool) -> list[int | None]:
-    """Indices into the rows in their order; None where some are left out."""
+    """Return the indices of the rows to show, in order; None stands for those left out."""
     rows = comparison.rows
     if everything:
         return list(range(len(rows)))

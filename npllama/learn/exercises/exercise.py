@@ -44,7 +44,7 @@ class Exercise:
 
     @property
     def summary(self) -> str:
-        """The statement's first line."""
+        """Return the statement's first line."""
         return self.statement.splitlines()[0]
 
     @property

@@ -166,7 +166,7 @@ def test_mistakes_in_linear_scaling(scaling, hint, tmp_path):
 
 
 def half_split_rows_rotated_adjacently(model):
-    """Hugging Face's rows in wq and wk, but Meta's RoPE; recorded in adjacent pairs, as a right map writes them."""
+    """Run with Hugging Face's rows in wq and wk, but Meta's RoPE; recorded in adjacent pairs, as a right map writes them."""
     arrays = record(model, TOKENS, precision=Port("rows_in_halves"))
     rotated = [name for name in arrays if name.endswith(("q", "k", "q_rope", "k_rope"))]
     return {**arrays, **{name: to_pairs(arrays[name]) for name in rotated}}

@@ -67,7 +67,7 @@ def test_hugging_faces_modules(model, reference, tmp_path):
 
 
 def transformerlens(model, ours) -> dict[str, np.ndarray]:
-    """As run_with_cache() returns them: a batch axis, halves, norms before their weights."""
+    """Rename the activations as run_with_cache() returns them: a batch axis, halves, norms before their weights."""
     names = layerwise(
         {
             "blocks.{i}.attn.hook_v": "layers.{i}.attention.v",
@@ -104,7 +104,10 @@ def transformerlens(model, ours) -> dict[str, np.ndarray]:
 
 
 def ggml(model, ours, T=T, slots=None) -> dict[str, np.ndarray]:
-    """As a callback sees them, the last dimension of ne[] first; the cache has 32 cells; the last layer ends in one token."""
+    """Rename the activations as a callback sees them, the last dimension of ne[] first.
+
+    The cache has 32 cells; the last layer computes one token only.
+    """
     K, cells = model.config.head_dim, 32
     names = layerwise(
         {

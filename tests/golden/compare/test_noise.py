@@ -173,7 +173,7 @@ def test_right_programs_in_bfloat16_are_well_within_the_limits(name, config, tmp
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The embedded model, 400 ids, and a float64 trace of them: trained weights and many tokens make chance coarse."""
+    """Return the embedded model, 400 ids, and a float64 trace of them: trained weights and many tokens make chance coarse."""
     model = load(demo_path(), dtype="float32")
     tokens = np.random.RandomState(2).randint(model.config.vocab_size, size=400)
     return (

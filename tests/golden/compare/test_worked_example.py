@@ -49,7 +49,7 @@ def run_port(compiler: str, flags: list[str], model: Path, tokens: np.ndarray, f
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    """A tiny model directory in bfloat16, with grouped queries, untied embeddings and another θ than Llama 2's."""
+    """Write a tiny model directory in bfloat16, with grouped queries, untied embeddings and another θ than Llama 2's."""
     config = tiny.config(rope_theta=500000.0, rope_scaling=None)
     path = tmp_path_factory.mktemp("port") / "model"
     with create(path, config, "bfloat16", {"kind": "test"}) as writer:
@@ -74,7 +74,7 @@ def test_the_port_in_c(compiler, model, flags, equal, tmp_path):
 
 
 def blocks() -> list[tuple[str, str]]:
-    """The page's commands and what it says they print."""
+    """Return the page's commands and the output that it states for each."""
     found = []
     for block in re.findall(r"```console\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL):
         for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
@@ -84,7 +84,7 @@ def blocks() -> list[tuple[str, str]]:
 
 
 def without_numbers(text: str) -> list[str]:
-    """Lines with measured numbers struck out, which differ between machines, and the space around them drawn together."""
+    """Remove measured numbers, which differ between machines, from the lines, and collapse the space around them."""
     text = re.sub(r"\([\w.]+; the limit", "(NAME; the limit", text)  # which is closest to the limit differs as well
     text = re.sub(r"(?<![\w.])-?\d+(\.\d+)?(e[+-]?\d+)?%?(?![\w.]*[a-z_])", "#", text)
     return [re.sub(r"\s+", " ", line).strip() for line in text.strip().splitlines()]

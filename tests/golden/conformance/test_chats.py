@@ -81,7 +81,7 @@ class Bytes(Tokenizer):
 
 
 def chat_template(template, messages, variables, specials):
-    """npllama's own rendering of a model's chat template."""
+    """Return npllama's own rendering of a model's chat template."""
     return ChatFormat("default", Bytes(specials), template=template, variables=variables).prompt(messages)
 
 

@@ -17,7 +17,7 @@ from commands import fails
 
 @pytest.fixture(autouse=True)
 def without_waiting_for_the_disk(quick_conversion):
-    """Hundreds of small files each time."""
+    """Skip waiting for the disk: each export writes hundreds of small files."""
 
 
 @pytest.fixture(scope="module")
