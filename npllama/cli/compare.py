@@ -8,7 +8,8 @@ from ..golden.precision import PRECISIONS, PROFILES
 from .console import in_colour, tell
 from .options import Commands, add_command, add_processes_option, load_over_processes
 
-MAP_HELP = "how the candidate names and lays out its activations: hf, transformerlens, ggml, mlx-lm, litgpt or a JSON file"
+MAPS = "hf, transformerlens, ggml, mlx-lm, litgpt, meta, keras-hub, torchtune, llama2.c"
+MAP_HELP = f"how the candidate names and lays out its activations: {MAPS} or a JSON file"
 
 
 def add_parser(commands: Commands) -> None:

@@ -118,6 +118,91 @@ LITGPT: Rules = {
     "transformer.h.{i}.post_*": None,  # norms of other models
 }
 
+# The output of each module of Meta's Transformer (llama3/model.py of llama-models). RoPE and attention itself are functions.
+META: Rules = {
+    "tok_embeddings": Rule("tok_embeddings"),
+    "layers.{i}.attention_norm": Rule("layers.{i}.attention_norm"),
+    "layers.{i}.attention.wq": _heads("attention.q"),
+    "layers.{i}.attention.wk": _heads("attention.k"),
+    "layers.{i}.attention.wv": _heads("attention.v"),
+    "layers.{i}.attention.wo": Rule("layers.{i}.attention.out"),
+    "layers.{i}.ffn_norm": Rule("layers.{i}.ffn_norm"),
+    "layers.{i}.feed_forward.w1": Rule("layers.{i}.feed_forward.gate"),
+    "layers.{i}.feed_forward.w3": Rule("layers.{i}.feed_forward.up"),
+    "layers.{i}.feed_forward.w2": Rule("layers.{i}.feed_forward.out"),
+    "layers.{i}": Rule("layers.{i}.out"),
+    "norm": Rule("norm"),
+    "output": Rule("logits"),
+    "layers.{i}.attention": None,  # the same as wo
+    "layers.{i}.feed_forward": None,  # the same as w2
+}
+
+# The output of each layer of keras-hub's Llama backbones, by its path (models/llama/llama_decoder.py and llama_attention.py).
+# Queries, keys and values are [T, heads, K] before RoPE, which rotates halves.
+KERAS_HUB: Rules = {
+    "token_embedding": Rule("tok_embeddings"),
+    "transformer_layer_{i}/self_attention_layernorm": Rule("layers.{i}.attention_norm"),
+    "transformer_layer_{i}/self_attention/query": _heads("attention.q", "halves", "T {} K"),
+    "transformer_layer_{i}/self_attention/key": _heads("attention.k", "halves", "T {} K"),
+    "transformer_layer_{i}/self_attention/value": _heads("attention.v", axes="T {} K"),
+    "transformer_layer_{i}/self_attention/attention_output": Rule("layers.{i}.attention.out"),
+    "transformer_layer_{i}/feedforward_layernorm": Rule("layers.{i}.ffn_norm"),
+    "transformer_layer_{i}/feedforward_gate_dense": Rule("layers.{i}.feed_forward.gate"),
+    "transformer_layer_{i}/feedforward_intermediate_dense": Rule("layers.{i}.feed_forward.up"),
+    "transformer_layer_{i}/feedforward_output_dense": Rule("layers.{i}.feed_forward.out"),
+    "transformer_layer_{i}": Rule("layers.{i}.out"),
+    "sequence_output_layernorm": Rule("norm"),
+    "logits": Rule("logits"),  # token_embedding(..., reverse=True)
+    "transformer_layer_{i}/*": None,  # dropout, the softmax, RoPE; attention itself, which is the same as attention_output
+    "*padding_mask*": None,
+    "token_ids": None,
+}
+
+# The output of each module of torchtune's TransformerDecoder (torchtune/modules/transformer.py); its rows of q_proj and k_proj
+# are Meta's. Attention is fused.
+TORCHTUNE: Rules = {
+    "tok_embeddings": Rule("tok_embeddings"),
+    "layers.{i}.sa_norm": Rule("layers.{i}.attention_norm"),
+    "layers.{i}.attn.q_proj": _heads("attention.q"),
+    "layers.{i}.attn.k_proj": _heads("attention.k"),
+    "layers.{i}.attn.v_proj": _heads("attention.v"),
+    "layers.{i}.attn.output_proj": Rule("layers.{i}.attention.out"),
+    "layers.{i}.mlp_norm": Rule("layers.{i}.ffn_norm"),
+    "layers.{i}.mlp.w1": Rule("layers.{i}.feed_forward.gate"),
+    "layers.{i}.mlp.w3": Rule("layers.{i}.feed_forward.up"),
+    "layers.{i}.mlp.w2": Rule("layers.{i}.feed_forward.out"),
+    "layers.{i}": Rule("layers.{i}.out"),
+    "norm": Rule("norm"),
+    "logits": Rule("logits"),  # what the model returns
+    "output": None,  # the same; a tied model has none
+    "layers.{i}.attn*": None,  # RoPE, one module for queries, then keys; attention itself, which is the same as output_proj
+    "layers.{i}.mlp*": None,  # the same as w2; the activation
+    "layers.{i}.*_scale": None,  # the identity
+}
+
+# karpathy/llama2.c has no names for its activations: these are for a record after each step of forward() in run.c, one row per
+# position, named for the weight that made it (docs/capturing.md). RoPE rotates adjacent pairs.
+LLAMA2_C: Rules = {
+    "token_embedding_table": Rule("tok_embeddings"),
+    "rms_att.{i}": Rule("layers.{i}.attention_norm"),
+    "wq.{i}": _heads("attention.q"),
+    "wk.{i}": _heads("attention.k"),
+    "wv.{i}": _heads("attention.v"),
+    "rope_q.{i}": _heads("attention.q_rope"),
+    "rope_k.{i}": _heads("attention.k_rope"),
+    "att.{i}": _heads("attention.heads"),
+    "wo.{i}": Rule("layers.{i}.attention.out"),
+    "x_att.{i}": Rule("layers.{i}.attention_residual"),
+    "rms_ffn.{i}": Rule("layers.{i}.ffn_norm"),
+    "w1.{i}": Rule("layers.{i}.feed_forward.gate"),
+    "w3.{i}": Rule("layers.{i}.feed_forward.up"),
+    "swiglu.{i}": Rule("layers.{i}.feed_forward.act"),
+    "w2.{i}": Rule("layers.{i}.feed_forward.out"),
+    "x.{i}": Rule("layers.{i}.out"),
+    "rms_final": Rule("norm"),
+    "wcls": Rule("logits"),
+}
+
 # The hook points of TransformerLens 3 and 4's TransformerBridge, which have kept the names of the class before it, for a model
 # with or without folded norms: hook_normalized comes before the norm's weight. Its rotary embedding rotates halves.
 TRANSFORMERLENS: Rules = {
@@ -203,6 +288,10 @@ BUILT_IN: dict[str, Rules] = {
     "ggml": GGML,
     "mlx-lm": MLX_LM,
     "litgpt": LITGPT,
+    "meta": META,
+    "keras-hub": KERAS_HUB,
+    "torchtune": TORCHTUNE,
+    "llama2.c": LLAMA2_C,
 }
 
 

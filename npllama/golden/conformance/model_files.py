@@ -75,7 +75,7 @@ def files_of(model: TinyModel, form: str) -> dict[str, bytes]:
     """Return the files of a form, by their paths in the suite."""
     path = path_of(model, form)
     if form == "gguf":
-        return {path: gguf(gguf_metadata(model.config), _named(model.params, GGUF_NAMES, "blk"), rope_divisors(model.config))}
+        return {path: gguf(gguf_metadata(model.config), gguf_tensors(model.params), rope_divisors(model.config))}
     if form == "pth":
         weights = {name: bfloat16(x) for name, x in model.params.items()}
         return {f"{path}/params.json": as_json(meta_params(model.config)), f"{path}/consolidated.00.pth": torch_zip(weights)}
@@ -192,6 +192,11 @@ def gguf_metadata(config: Config) -> dict[str, str | int | float]:
         "llama.vocab_size": config.vocab_size,
         "tokenizer.ggml.model": "no_vocab",
     }
+
+
+def gguf_tensors(params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the parameters under their names in a GGUF file."""
+    return _named(params, GGUF_NAMES, "blk")
 
 
 def rope_divisors(config: Config) -> dict[str, np.ndarray]:

@@ -145,23 +145,91 @@ def ggml(model, ours, T=T, slots=None) -> dict[str, np.ndarray]:
     return found | {"norm-0": ours["tok_embeddings"], "kqv-0": np.ones((6, T, 16), np.float32)}
 
 
-@pytest.mark.parametrize("made", [transformerlens, ggml])
-def test_other_programs_names_and_layouts(made, model, reference, ours, tmp_path):
-    theirs = made(model, ours)
+def keras_hub(model, ours) -> dict[str, np.ndarray]:
+    """Lay activations out as its layers return them: a batch axis, heads apart, halves."""
+    layer = "transformer_layer_{i}/"
+    names = {
+        "self_attention_layernorm": "attention_norm",
+        "self_attention/value": "attention.v",
+        "self_attention/attention_output": "attention.out",
+        "feedforward_layernorm": "ffn_norm",
+        "feedforward_gate_dense": "feed_forward.gate",
+        "feedforward_intermediate_dense": "feed_forward.up",
+        "feedforward_output_dense": "feed_forward.out",
+    }
+    found = layerwise({layer + theirs: "layers.{i}." + name for theirs, name in names.items()} | {layer[:-1]: "layers.{i}.out"})
+    rotated = {layer + "self_attention/query": "layers.{i}.attention.q", layer + "self_attention/key": "layers.{i}.attention.k"}
+    made = {theirs: ours[name] for theirs, name in found.items()}
+    made |= {theirs: halves(ours[name]) for theirs, name in layerwise(rotated).items()}
+    made |= {"token_embedding": ours["tok_embeddings"], "sequence_output_layernorm": ours["norm"], "logits": ours["logits"]}
+    made["transformer_layer_0/self_attention"] = ours["layers.0.attention.out"]
+    return {name: x[None] for name, x in made.items()}
+
+
+def of_modules(names: dict[str, str], ours) -> dict[str, np.ndarray]:
+    """Lay activations out as torch modules with Meta's order of rows return them: a batch axis, heads joined."""
+    made = {theirs: ours[name] for theirs, name in layerwise({k: "layers.{i}." + v for k, v in names.items()}).items()}
+    made |= {"tok_embeddings": ours["tok_embeddings"], "norm": ours["norm"], "layers.0.attention": ours["norm"]}
+    return {name: (joined(x) if x.ndim == 3 else x)[None] for name, x in made.items()}
+
+
+def meta(model, ours) -> dict[str, np.ndarray]:
+    """Name the modules of Meta's Transformer."""
+    products = {f"attention.w{name}": f"attention.{name}" for name in "qkv"} | {"attention.wo": "attention.out"}
+    gates = {"w1": "gate", "w3": "up", "w2": "out"}
+    products |= {f"feed_forward.{theirs}": f"feed_forward.{name}" for theirs, name in gates.items()}
+    names = products | {"attention_norm": "attention_norm", "ffn_norm": "ffn_norm"}
+    found = of_modules({f"layers.{{i}}.{theirs}": name for theirs, name in names.items()} | {"layers.{i}": "out"}, ours)
+    return found | {"output": ours["logits"][None]}
+
+
+def torchtune(model, ours) -> dict[str, np.ndarray]:
+    """Name the modules of torchtune's TransformerDecoder."""
+    products = {f"attn.{name}_proj": f"attention.{name}" for name in "qkv"} | {"attn.output_proj": "attention.out"}
+    products |= {"mlp.w1": "feed_forward.gate", "mlp.w3": "feed_forward.up", "mlp.w2": "feed_forward.out"}
+    names = products | {"sa_norm": "attention_norm", "mlp_norm": "ffn_norm"}
+    found = of_modules({f"layers.{{i}}.{theirs}": name for theirs, name in names.items()} | {"layers.{i}": "out"}, ours)
+    del found["layers.0.attention"]
+    return found | {"logits": ours["logits"][None], "layers.1.sa_scale": ours["norm"], "layers.0.attn": ours["norm"]}
+
+
+def llama2_c(model, ours) -> dict[str, np.ndarray]:
+    """Lay activations out as docs/capturing.md records them: one row for each position."""
+    names = {"rms_att": "attention_norm", "rms_ffn": "ffn_norm", "x_att": "attention_residual", "x": "out"}
+    names |= {f"w{name}": f"attention.{name}" for name in "qkv"} | {"wo": "attention.out", "att": "attention.heads"}
+    names |= {"rope_q": "attention.q_rope", "rope_k": "attention.k_rope", "swiglu": "feed_forward.act"}
+    names |= {"w1": "feed_forward.gate", "w3": "feed_forward.up", "w2": "feed_forward.out"}
+    found = layerwise({f"{theirs}.{{i}}": f"layers.{{i}}.{name}" for theirs, name in names.items()})
+    found |= {"token_embedding_table": "tok_embeddings", "rms_final": "norm", "wcls": "logits"}
+    return {theirs: joined(ours[name]) for theirs, name in found.items()}
+
+
+MADE = {
+    "transformerlens": transformerlens,
+    "ggml": ggml,
+    "keras-hub": keras_hub,
+    "meta": meta,
+    "torchtune": torchtune,
+    "llama2.c": llama2_c,
+}
+
+
+@pytest.mark.parametrize("program", MADE)
+def test_other_programs_names_and_layouts(program, model, reference, ours, tmp_path):
+    theirs = MADE[program](model, ours)
     np.savez(tmp_path / "theirs.npz", **theirs)
-    found = compare(reference.path, tmp_path / "theirs.npz", names=made.__name__, model=model)
+    partial = program not in ("transformerlens", "ggml", "llama2.c")  # the others have fused attention
+    found = compare(reference.path, tmp_path / "theirs.npz", names=program, model=model, partial=partial)
     assert found.equal, found.verdict
-    rules = [rule for rule in BUILT_IN[made.__name__].values() if isinstance(rule, Rule)]
+    rules = [rule for rule in BUILT_IN[program].values() if isinstance(rule, Rule)]
     assert len(found.rows) >= len({r.name for r in rules if "{i}" in r.name}) * 2 - 2
 
     for name, x in theirs.items():
-        if read_map(made.__name__).find(name) is None or np.ptp(x) == 0:
+        if read_map(program).find(name) is None or np.ptp(x) == 0:
             continue
         np.savez(tmp_path / "wrong.npz", **{name: x * np.float32(1.001)})
-        found = compare(
-            reference.path, tmp_path / "wrong.npz", names=made.__name__, model=model, partial=True, atol=2e-5, rtol=2e-4
-        )
-        meant = {canonical for canonical, _ in read_map(made.__name__).find_all(name)}
+        found = compare(reference.path, tmp_path / "wrong.npz", names=program, model=model, partial=True, atol=2e-5, rtol=2e-4)
+        meant = {canonical for canonical, _ in read_map(program).find_all(name)}
         assert len(failed := {row.name for row in found.rows if not row.passed}) == 1, name
         assert failed <= meant, name
 

@@ -1,0 +1,89 @@
+"""mlx-lm on the CPU, in float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import adapting
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
+from mlx_lm.models.llama import ModelArgs
+from mlx_lm.utils import load_model
+
+mx.set_default_device(mx.cpu)
+
+
+def load(path):
+    model, _ = load_model(Path(path))
+    model.set_dtype(mx.float32)
+    return model
+
+
+def plain(x):
+    return np.array(x.astype(mx.float32))
+
+
+def resolve_config(path):
+    c = ModelArgs.from_dict(adapting.config_json(path))
+    scaling = c.rope_scaling or {}
+    scaling = scaling if scaling.get("rope_type", scaling.get("type")) == "llama3" else {}
+    return {
+        "norm_eps": c.rms_norm_eps,
+        "rope_theta": c.rope_theta,
+        "factor": scaling.get("factor"),
+        "low_freq_factor": scaling.get("low_freq_factor"),
+        "high_freq_factor": scaling.get("high_freq_factor"),
+        "original_max_seq_len": scaling.get("original_max_position_embeddings"),
+        "dim": c.hidden_size,
+        "n_layers": c.num_hidden_layers,
+        "n_heads": c.num_attention_heads,
+        "n_kv_heads": c.num_key_value_heads,
+        "head_dim": c.head_dim or c.hidden_size // c.num_attention_heads,  # as Attention does
+        "ffn_dim": c.intermediate_size,
+        "vocab_size": c.vocab_size,
+        "tied_embeddings": c.tie_word_embeddings,
+    }
+
+
+def forward_file(path, tokens):
+    return plain(load(path)(mx.array(tokens)[None]))[0]
+
+
+def forward_passes(path, passes, kept):
+    model = load(path)
+    cache = make_prompt_cache(model)
+    feed = lambda tokens: plain(model(mx.array([tokens]), cache=cache))[0]  # noqa: E731
+    return adapting.chunks(kept, passes, feed, lambda n: trim_prompt_cache(cache, cache[0].offset - n))
+
+
+def trace(path, tokens):
+    """Modules have no hooks: their classes' `__call__` is wrapped."""
+    model = load(path)
+    names = {id(module): name for name, module in model.named_modules() if name}
+    found = {}
+
+    def watched(call):
+        def wrapper(self, *args, **kwargs):
+            y = call(self, *args, **kwargs)
+            if id(self) in names and isinstance(y, mx.array):
+                found[names[id(self)]] = y
+            return y
+
+        return wrapper
+
+    kinds = {type(module) for module in model.modules()}
+    calls = {kind: kind.__call__ for kind in kinds}
+    for kind, call in calls.items():
+        kind.__call__ = watched(call)
+    try:
+        logits = model(mx.array(tokens)[None])
+        found.setdefault("lm_head", logits)  # where the embeddings are tied
+        return {name: plain(x) for name, x in found.items()}
+    finally:
+        for kind, call in calls.items():
+            kind.__call__ = call
+
+
+if __name__ == "__main__":
+    adapting.run(globals(), "safetensors", ("mlx-lm", "mlx", "transformers"))

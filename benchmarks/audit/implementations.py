@@ -1,0 +1,126 @@
+"""What is audited: each implementation's packages at pinned versions, its adapter and its variants."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+TORCH = "torch==2.13.0"  # the CPU's, as .ci/constraints.txt has it; an unpinned one may bring gigabytes of CUDA
+HUGGING_FACE = (TORCH, "transformers==5.23.0", "safetensors==0.8.0")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run an implementation.
+
+    name       what the adapter is told
+    profile    the conformance suite's profile that it is graded by
+    precision  what compare judges its traces by; None where trace.json says it
+    model      which of the published models' forms the reference is made from: "F32", "Q8_0" or "Q4_0"
+    """
+
+    name: str = ""
+    profile: str = "float32"
+    precision: str | None = "float32"
+    model: str = "F32"
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One released implementation.
+
+    name          as on the command line
+    title         as people know it
+    adapter       the script in adapters/ that runs it
+    packages      what pip installs, pinned
+    form          the checkpoint that it reads: safetensors, gguf or pth
+    map           compare's map for its names; None for logits alone and for traces of npllama's format
+    megabytes     the download, roughly, without what pip has in its cache
+    without_dependencies  packages that are installed with --no-deps, and why
+    own_npllama   whether the adapter imports npllama's converter
+    why_not       why it can't be installed, where that is known beforehand
+    """
+
+    name: str
+    title: str
+    adapter: str
+    packages: tuple[str, ...]
+    form: str = "safetensors"
+    map: str | None = None
+    variants: tuple[Variant, ...] = (Variant(),)
+    megabytes: int = 100
+    without_dependencies: tuple[str, ...] = ()
+    own_npllama: bool = False
+    why_not: str = ""
+    note: str = field(default="")
+
+
+def _llama_cpp() -> tuple[Variant, ...]:
+    found = []
+    for kind, profile in (("F32", "float32"), ("Q8_0", "int8-activations"), ("Q4_0", "int8-activations")):
+        found += [Variant(f"{kind}{flash}", profile, None, kind) for flash in ("", "+flash attention")]
+    return tuple(found)
+
+
+IMPLEMENTATIONS = {
+    implementation.name: implementation
+    for implementation in (
+        Implementation(
+            *("transformers", "Hugging Face transformers", "run_transformers.py", (*HUGGING_FACE, "sentencepiece==0.2.3")),
+            map="hf",
+            variants=(Variant("eager"), Variant("sdpa"), Variant("bfloat16", "bfloat16", "bfloat16")),
+            megabytes=250,
+        ),
+        Implementation(
+            *("meta", "Meta's llama-models", "run_meta.py", (TORCH, "tiktoken==0.14.0", "numpy==2.4.6")),
+            form="pth",
+            map="meta",
+            megabytes=250,
+            without_dependencies=("llama-models==0.3.0",),
+            note="Run in one process, with stand-ins for fairscale's parallel layers.",
+        ),
+        Implementation(
+            *("llama.cpp", "llama.cpp (xllamacpp)", "run_llama_cpp.py"),
+            ("xllamacpp==2026.10.11549", "gguf==0.19.0", "tiktoken==0.14.0", "threadpoolctl", "numpy==2.4.6"),
+            form="gguf",
+            variants=_llama_cpp(),
+            own_npllama=True,
+            note="Captured by npllama's converter, which reads llama.cpp's own tensors; the cache is float32.",
+        ),
+        Implementation(
+            *("mlx-lm", "mlx-lm, on the CPU", "run_mlx.py", ("mlx[cpu]==0.32.4", "mlx-lm==0.32.2")),
+            map="mlx-lm",
+        ),
+        Implementation(
+            *("keras-hub", "keras-hub, on torch", "run_keras_hub.py"),
+            (TORCH, "keras-hub==0.32.0", "safetensors==0.8.0"),
+            map="keras-hub",
+            megabytes=900,
+        ),
+        Implementation(
+            *("transformer-lens", "TransformerLens", "run_transformer_lens.py", (TORCH, "transformer-lens==4.3.0")),
+            map="transformerlens",
+            megabytes=400,
+        ),
+        Implementation(
+            *("litgpt", "litgpt", "run_litgpt.py", (TORCH, "litgpt==0.5.13")),
+            map="litgpt",
+            megabytes=300,
+            note="It knows models by name and reads no config.json: the adapter gives it the constants.",
+        ),
+        Implementation(
+            *("ctranslate2", "CTranslate2", "run_ctranslate2.py", ("ctranslate2==4.8.5", *HUGGING_FACE)),
+            megabytes=300,
+            note="It gives logits alone.",
+        ),
+        Implementation(
+            *("torchtune", "torchtune", "run_torchtune.py", (TORCH, "torchtune==0.6.1", "torchao==0.18.0")),
+            map="torchtune",
+            megabytes=300,
+            note="It reads no config.json: the adapter gives it the constants.",
+        ),
+        Implementation(
+            *("llama2.c", "llama2.c", "", ()),
+            why_not="no package has its source: it is a repository of C files, which pip does not install",
+        ),
+    )
+}
