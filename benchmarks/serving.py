@@ -103,7 +103,7 @@ def ask(port: int, client: int, n_tokens: int) -> Answer:
 
 
 def play(port: int, n_clients: int, n_tokens: int) -> Round:
-    """Let n_clients ask at once."""
+    """Run n_clients at once."""
     with ThreadPoolExecutor(n_clients) as pool:
         started = time.perf_counter()
         answers = list(pool.map(lambda client: ask(port, client, n_tokens), range(n_clients)))

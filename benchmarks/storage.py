@@ -52,7 +52,7 @@ def decode_rate(model: npllama.Model, n: int) -> float:
 
 
 def progress(line: str) -> None:
-    """Say on standard error what is measured now."""
+    """Print on standard error what is being measured."""
     print(f"storage: {line}", file=sys.stderr, flush=True)
 
 

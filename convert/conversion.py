@@ -122,12 +122,12 @@ class Tensor:
             yield from (self.quantised(part.start, part.stop) for part in self.parts())
 
     def same_bits(self, other: Tensor) -> bool:
-        """Tell whether both hold the same numbers in the same dtype, 0.0 and -0.0 being different."""
+        """Return whether both hold the same numbers in the same dtype, 0.0 and -0.0 being different."""
         same = self.shape == other.shape and self.dtype == other.dtype
         return same and all(map(same_bits, self.blocks(), other.blocks()))
 
     def same_values(self, other: Tensor) -> bool:
-        """Tell whether both hold the same numbers, in whatever dtype."""
+        """Return whether both hold the same numbers, in whatever dtype."""
 
         def wide(tensor: Tensor, part: slice) -> np.ndarray:
             return widen(tensor.rows(part.start, part.stop)).astype(np.float64)
@@ -136,7 +136,7 @@ class Tensor:
 
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    """Tell whether two arrays are equal bit for bit."""
+    """Return whether two arrays are equal bit for bit."""
     bits = np.dtype(f"u{a.itemsize}")
     return a.dtype == b.dtype and np.array_equal(np.ascontiguousarray(a).view(bits), np.ascontiguousarray(b).view(bits))
 
@@ -429,7 +429,7 @@ def write(
 
 
 def _is_stored_as(tensor: Tensor, storage: Storage) -> bool:
-    """Tell whether a tensor is quantised in the form in which it will be stored, whatever the order of the file's axes."""
+    """Return whether a tensor is quantised in the form in which it will be stored, whatever the order of the file's axes."""
     if tensor.grouping is None or not isinstance(storage, Grouping):
         return False
     return dataclasses.replace(tensor.grouping, rows_first=False) == dataclasses.replace(storage, rows_first=False)

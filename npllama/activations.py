@@ -51,7 +51,7 @@ class Activation:
 
     @property
     def in_layer(self) -> bool:
-        """Tell whether each layer has one."""
+        """Return whether each layer has one."""
         return self in LAYER
 
     def full_name(self, layer: int | str | None) -> str:

@@ -140,7 +140,7 @@ def chat_format(model: Model, name: str | None = None) -> ChatFormat:
 
 
 def _expected(tokenizer: Tokenizer, named: Mapping[str, str]) -> str:
-    """Say which formats there are, and which one the tokenizer's special tokens suggest, for a model that names none."""
+    """Describe which formats there are, and which one the tokenizer's special tokens suggest, for a model that names none."""
     try:
         hint = f" (its tokenizer has the special tokens of {chat_format_of(tokenizer)})"
     except ValueError:

@@ -418,7 +418,7 @@ class SentencePieceTokenizer(Tokenizer):
             self._without_space = sentencepiece.SentencePieceProcessor(model_proto=data + NO_DUMMY_PREFIX)
 
     def _is_unknown(self, token: AddedToken) -> bool:
-        """Tell whether Hugging Face's list names the unknown token, which SentencePiece doesn't take for a control symbol."""
+        """Return whether Hugging Face's list names the unknown token, which SentencePiece doesn't take for a control symbol."""
         return token.id < self._processor.vocab_size() and self._processor.is_unknown(token.id)
 
     def _piece_bytes(self, id: int) -> bytes:
@@ -744,7 +744,7 @@ def _check_merges(path: PathLike, model: object) -> None:
 
 
 def _is_panic(error: BaseException) -> bool:
-    """Tell if the tokenizers package panicked, as it does where a pattern takes too long; its exception can't be imported."""
+    """Return whether the tokenizers package panicked, as for a pattern that takes too long; its exception can't be imported."""
     return type(error).__name__ == "PanicException"
 
 

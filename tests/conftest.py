@@ -26,7 +26,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say why tests were skipped, by cause, with the command that provides what is missing."""
+    """Print why tests were skipped, by cause, with the command that provides what is missing."""
     reports = terminalreporter.stats.get("skipped", [])
     lines = summary((reason_of(report), isinstance(report, pytest.CollectReport)) for report in reports)
     if lines:
@@ -37,7 +37,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Return the folder of real data beside the repository; a test that needs it skips by name where it is absent."""
+    """Return the folder of real data next to the repository; tests that need it are skipped where it is absent."""
     path = Path(os.environ.get("NPLLAMA_SHARED_DATA", ROOT.parent / "shared" / "data"))
     if not path.is_dir():
         pytest.skip(f"real data is absent: no folder {path}")

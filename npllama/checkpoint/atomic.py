@@ -92,7 +92,7 @@ def _claim(target: Path, cleanup: contextlib.ExitStack) -> bool:
 
 
 def _is_at(path: Path, descriptor: int) -> bool:
-    """Tell whether an open file still has this name."""
+    """Return whether an open file still has this name."""
     try:
         return os.path.samestat(path.stat(), os.fstat(descriptor))
     except FileNotFoundError:
@@ -100,7 +100,7 @@ def _is_at(path: Path, descriptor: int) -> bool:
 
 
 def is_idle(partial: Path) -> bool:
-    """Tell whether a file, or a folder and its files, has not changed for so long that its writer must be dead."""
+    """Return whether a file, or a folder and its files, has not changed for so long that its writer must be dead."""
     newest = 0.0
     for path in (partial, *(Path(folder, file) for folder, _, files in os.walk(partial) for file in files)):
         with contextlib.suppress(FileNotFoundError):  # its writer has removed it meanwhile

@@ -133,7 +133,7 @@ def read_json(path: Path, error: Error, limit: int = JSON_LIMIT) -> dict[str, ob
 
 
 def is_shape(value: object, least: int = 0) -> TypeGuard[list[int]]:
-    """Tell whether a JSON value is an array's shape, none of its sizes below `least`."""
+    """Return whether a JSON value is an array's shape, none of its sizes below `least`."""
     return isinstance(value, list) and len(value) <= MOST_AXES and all(type(n) is int and least <= n < 1 << 63 for n in value)
 
 

@@ -49,7 +49,7 @@ class CheckpointError(NpllamaError):
 
 
 def takes_int8(name: str) -> bool:
-    """Tell whether a parameter can be quantised: the layers' matrices and a separate output matrix can.
+    """Return whether a parameter can be quantised: the layers' matrices and a separate output matrix can.
 
     Norms can't, and neither can the embedding, tied or not: its rows are read and not multiplied.
     """
@@ -65,7 +65,7 @@ def stored_bytes(shape: tuple[int, ...], dtype: Storage) -> int:
 
 
 def is_plain_name(name: str) -> bool:
-    """Tell whether a name is a file's without a folder, on any system: no separator, drive, `..` or NUL, and not too long."""
+    """Return whether a name is a file's without a folder, on any system: no separator, drive, `..` or NUL, and not too long."""
     if name in ("", ".", "..") or "\0" in name or len(name) > 255:
         return False
     return PurePosixPath(name).name == name == PureWindowsPath(name).name
@@ -209,7 +209,7 @@ def check_generation(values: object) -> dict[str, object]:
 
 
 def setting_fault(name: str, value: object) -> str | None:
-    """Say what is expected of a recommended setting that generate would refuse; None if the value is right."""
+    """Return what is expected of a recommended setting that generate would refuse; None if the value is right."""
     if value is None:
         return None
     if name in ("chat_format", "system"):

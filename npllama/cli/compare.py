@@ -36,9 +36,11 @@ def add_parser(commands: Commands) -> None:
     )
     p.add_argument("--partial", action="store_true", help="ignore activations that one side lacks (default: they are failures)")
     p.add_argument("--atol", type=float, metavar="X", help="judge by |c - r| <= atol + rtol * |r| instead of the noise floor")
-    p.add_argument("--rtol", type=float, metavar="X")
+    p.add_argument("--rtol", type=float, metavar="X", help="the relative part of that bound")
     p.add_argument("--all", action="store_true", help="list every activation, not only those around the first failure")
-    p.add_argument("--report", action="append", default=[], metavar="FILE", help="x.json or x.html; may be repeated")
+    p.add_argument(
+        "--report", action="append", default=[], metavar="FILE", help="write a report, x.json or x.html; may be repeated"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -13,15 +13,17 @@ def add_parser(commands: Commands) -> None:
     p = add_command(commands, "conformance", run, "export test vectors for implementations in any language, and grade results")
     parts = p.add_subparsers(dest="part", required=True, metavar="export|check|run")
     p = _add(parts, "export", "write the vectors: a folder per case, plain arrays and a case.json")
-    p.add_argument("out", metavar="DIR")
-    p.add_argument("--format", choices=["raw", "npy", "safetensors"], default="raw", help="of the arrays (default: raw)")
+    p.add_argument("out", metavar="DIR", help="the directory to write")
+    p.add_argument(
+        "--format", choices=["raw", "npy", "safetensors"], default="raw", help="file format of the arrays (default: raw)"
+    )
     p.add_argument("--force", action="store_true", help="replace existing vectors")
     p = _add(parts, "check", "grade the results that a port wrote, under the same paths as the vectors")
-    p.add_argument("results", metavar="RESULTS")
-    p.add_argument("--vectors", metavar="DIR", help="as exported (default: those of this version)")
+    p.add_argument("results", metavar="RESULTS", help="the directory that your program wrote")
+    p.add_argument("--vectors", metavar="DIR", help="the exported vectors (default: those of this version)")
     _add_grading(p)
     p = _add(parts, "run", "call the functions of a Python file, which have the operations' names and signatures")
-    p.add_argument("--python", metavar="FILE.py", required=True)
+    p.add_argument("--python", metavar="FILE.py", required=True, help="the file with your functions")
     _add_grading(p)
 
 
@@ -33,7 +35,9 @@ def _add(parts: Commands, name: str, summary: str) -> Parser:
 
 def _add_grading(p: Parser) -> None:
     p.add_argument("--profile", default="float32", metavar="P", help="the port's precision (default: float32)")
-    p.add_argument("--report", action="append", default=[], metavar="FILE", help="x.json or x.html; may be repeated")
+    p.add_argument(
+        "--report", action="append", default=[], metavar="FILE", help="write the full result, x.json or x.html; may be repeated"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

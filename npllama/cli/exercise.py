@@ -21,9 +21,9 @@ def add_parser(commands: Commands) -> None:
     actions = p.add_subparsers(dest="action", required=True, metavar="ACTION")
     actions.add_parser("list", help="list the exercises")
     action = actions.add_parser("start", help="write a file to fill in for each exercise; existing files are kept")
-    action.add_argument("folder", type=Path, metavar="DIR")
+    action.add_argument("folder", type=Path, metavar="DIR", help="the folder to write the files to")
     action = actions.add_parser("check", help="compare your functions with npllama's own, and name common mistakes")
-    action.add_argument("folder", type=Path, nargs="?", default=Path(), metavar="DIR", help="default: the current folder")
+    action.add_argument("folder", type=Path, nargs="?", default=Path(), metavar="DIR", help="your files (default: this folder)")
     action.add_argument("names", nargs="*", metavar="NAME", help="only these exercises")
 
 

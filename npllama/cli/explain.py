@@ -13,9 +13,9 @@ from .options import Commands, add_command, add_model_options, lesson_ids, load_
 def add_parser(commands: Commands) -> None:
     """Declare the command and its options."""
     p = add_command(commands, "explain", run, "write an interactive page, one HTML file, that shows a forward pass")
-    p.add_argument("prompt", nargs="?", metavar="PROMPT")
+    p.add_argument("prompt", nargs="?", metavar="PROMPT", help="text")
     p.add_argument("--tokens", type=token_ids, metavar="1,2,3", help="a prompt of ids")
-    p.add_argument("-o", "--out", type=Path, required=True, metavar="PAGE.html")
+    p.add_argument("-o", "--out", type=Path, required=True, metavar="PAGE.html", help="the file to write")
     add_model_options(p)
 
 

@@ -16,7 +16,7 @@ from .options import Commands, add_command, stored_tensors
 def add_parser(commands: Commands) -> None:
     """Declare the command and its options."""
     p = add_command(commands, "info", run, "describe a model directory: constants, storage, tokenizer, chat template")
-    p.add_argument("model", nargs="?", metavar="MODEL", help="default: the embedded demo model")
+    p.add_argument("model", nargs="?", metavar="MODEL", help="model directory or name (default: the embedded demo model)")
 
 
 def run(args: argparse.Namespace) -> None:

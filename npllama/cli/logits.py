@@ -19,7 +19,7 @@ def add_parser(commands: Commands) -> None:
     """Declare the command and its options."""
     p = add_command(commands, "logits", run, "write the logits of every position: float32 [T, V]")
     add_prompt_options(p)
-    p.add_argument("--out", type=Path, required=True, metavar="FILE.npy")
+    p.add_argument("--out", type=Path, required=True, metavar="FILE.npy", help="the file to write")
     add_model_options(p)
     add_processes_option(p)
 

@@ -94,14 +94,14 @@ def add_tokenizer_option(parser: Parser) -> None:
 def add_prompt_options(parser: Parser, required: bool = True, batch: bool = False) -> None:
     """Declare --prompt and --tokens, of which one may be given."""
     group = parser.add_mutually_exclusive_group(required=required)
-    group.add_argument("--prompt", metavar="TEXT", help="- reads standard input")
+    group.add_argument("--prompt", metavar="TEXT", help="text; - reads standard input")
     if batch:
         group.add_argument("--tokens", action=Batch, nargs="+", type=token_ids, metavar="1,2,3", help=BATCH_HELP)
     else:
-        group.add_argument("--tokens", type=token_ids, metavar="1,2,3")
+        group.add_argument("--tokens", type=token_ids, metavar="1,2,3", help="a prompt of ids")
 
 
-BATCH_HELP = "several are a batch, the shorter ones padded on the left"
+BATCH_HELP = "a prompt of ids; several are a batch, the shorter ones padded on the left"
 
 
 class Batch(argparse.Action):

@@ -12,7 +12,7 @@ from .options import Commands, add_command
 def add_parser(commands: Commands) -> None:
     """Declare the command and its options."""
     p = add_command(commands, "verify", run, "check every file of a model directory against its recorded hash")
-    p.add_argument("model", nargs="?", metavar="MODEL", help="default: the embedded demo model")
+    p.add_argument("model", nargs="?", metavar="MODEL", help="model directory or name (default: the embedded demo model)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -44,7 +44,7 @@ class KnownModel:
     answers: tuple[Answer, ...]
 
     def has_shape(self, config: Config) -> bool:
-        """Tell whether a model could be this one."""
+        """Return whether a model could be this one."""
         return all(getattr(config, key) == value for key, value in self.shape.items())
 
 

@@ -402,7 +402,7 @@ class TraceWriter:
         notes: Iterable[str] = (),
         **more: object,
     ) -> None:
-        """Say what was run; the keys are trace.json's, optional ones in `more`. Must be called before the trace is complete."""
+        """Record what was run; the keys are trace.json's, optional ones in `more`. Call it before the trace is complete."""
         from .. import __version__
 
         self.meta = {

@@ -15,9 +15,9 @@ import pytest
 
 from system import ROOT
 
-# Each file may import those before it, those of earlier rooms and of its own included. A room's name is its __init__.py, which
-# other rooms import names from. Nobody imports the command line, and it alone imports the converter, inside the command that
-# needs it.
+# Each file may import those before it, those of earlier packages and of its own included. A package's name stands for its
+# __init__.py, from which other packages import names. Nobody imports the command line, and it alone imports the converter,
+# inside the command that needs it.
 ORDER = [
     "errors",
     "config",
@@ -285,13 +285,13 @@ def test_helpers_live_in_one_place():
             assert path.name.startswith("test_"), f"{path}: no test, so its place is tests/helpers"
 
 
-# A test of these rooms need not import the module: it calls the command, or solves the exercise, by its name.
+# A test of these packages need not import the module: it calls the command, or solves the exercise, by its name.
 BY_NAME = {"cli", "learn.exercises"}
 MODULES = sorted(name for name, path in FILES.items() if path.stem not in ("__init__", "__main__"))
 
 
 def used_modules(path: Path) -> set[str]:
-    """Return the modules of npllama from which a file imports, also through the names of a room's __init__.py."""
+    """Return the modules of npllama from which a file imports, also through the names of a package's __init__.py."""
     found = set()
     for name in imported_names(path):
         if name.startswith("npllama."):
@@ -303,7 +303,7 @@ def used_modules(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_each_module_has_a_test_in_the_folder_of_its_room(name):
-    """The test file has the module's name or imports it; it is in the room's folder or below."""
+    """Find the test file: it has the module's name or imports it, in the folder of the module's package or below."""
     room, _, own = name.rpartition(".")
     files = sorted((ROOT / "tests" / room.replace(".", "/")).glob("**/test_*.py" if room else "test_*.py"))
     named = any(path.name == f"test_{own}.py" for path in files)

@@ -334,7 +334,7 @@ def whole_passes(scene: Scene) -> Iterator[Prediction]:
 
 
 def row_order_note(right: Attempt) -> str:
-    """Say whether Hugging Face's order of rows is right in the candidate's own layout, from its own rotation."""
+    """Describe whether Hugging Face's order of rows is right in the candidate's own layout, from its own rotation."""
     scene, kind = right.scene, right.scene.here.kind
     rotated = scene.recorded(f"{scene.name}_rope")
     if kind in QUERIES and rotated is not None:

@@ -31,7 +31,7 @@ def text(comparison: Comparison, everything: bool = False, colour: bool = False)
 
 
 def logits_lines(comparison: Comparison) -> list[str]:
-    """Say what the difference of logits means for the tokens that come out, of the pass where it is largest."""
+    """Describe what the difference of logits means for the generated tokens, in the pass where it is largest."""
     found = [(row.name, m) for row in comparison.rows if (m := row.metrics) and m.kl is not None]
     if not found:
         return []

@@ -167,7 +167,7 @@ def wrong(case: Case, mistake: Mistake, precision: Precision) -> Outputs | None:
 
 
 def caught(case: Case, mistake: Mistake, limits: dict[str, Tolerance], precision: Precision, expected: Outputs) -> bool:
-    """Tell whether the case fails for a program that makes this mistake."""
+    """Return whether the case fails for a program that makes this mistake."""
     try:
         found = wrong(case, mistake, precision)
     except DoesNotApply:

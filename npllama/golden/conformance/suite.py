@@ -73,7 +73,7 @@ class Expected:
         return self.path.partition("/")[0]
 
     def is_for(self, profile: str) -> bool:
-        """Tell whether the profile can compute it."""
+        """Return whether the profile can compute it."""
         return all(profile in tolerances for tolerances in self.tolerances.values())
 
 
@@ -85,7 +85,7 @@ def recorded() -> dict[str, Measured]:
 
 
 def is_for(path: str, profile: str) -> bool:
-    """Tell whether a profile can compute a case, from what is recorded."""
+    """Return whether a profile can compute a case, from what is recorded."""
     return all(profile in tolerances for tolerances in recorded()[path].tolerances.values())
 
 

@@ -53,7 +53,7 @@ def test_the_text_is_one_process_s_and_printed_once(mpiexec, size):
 
 
 def test_open_mpi():
-    """Have mpi4py load the library whose mpiexec has started it, also where MPICH is installed."""
+    """Make mpi4py load the library whose mpiexec has started it, also where MPICH is installed."""
     if importlib.util.find_spec("mpi4py") is None:
         pytest.skip("mpi4py is not installed: pip install '.[mpi]'")
     if (found := shutil.which("mpiexec.openmpi")) is None:
