@@ -23,6 +23,7 @@ from npllama.golden.precision import (
     round_q8_0,
     round_q8_k,
     rounding_ops,
+    sequential_norms,
 )
 from npllama.model import PLAIN
 
@@ -117,6 +118,14 @@ def test_rounding_changes_nothing_else(convention):
     plain, found = (forward(PARAMS, CONFIG, TOKENS, ops=ops) for ops in (PLAIN, unrounded))
     assert found.dtype == np.float32
     assert tiny.relative_error(found, plain) < 1e-5
+
+
+def test_sums_in_sequence_are_the_same_within_rounding():
+    one_by_one = sequential_norms(PLAIN)
+    scores = 300 * tiny.uniform(5, (2, 3, 7))
+    np.testing.assert_allclose(one_by_one.softmax(scores), ops.softmax(scores), rtol=1e-5, atol=1e-30)
+    x, weight = tiny.uniform(6, (3, 9)), tiny.uniform(7, (9,))
+    np.testing.assert_allclose(one_by_one.rms_norm(x, weight, 1e-5), ops.rms_norm(x, weight, 1e-5), rtol=1e-5)
 
 
 @pytest.mark.parametrize(("convention", "rounded"), [("meta", False), ("hf", True)])
