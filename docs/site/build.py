@@ -125,7 +125,7 @@ def public_page() -> str:
 
 def write_sources(folder: Path) -> None:
     """Write what Sphinx reads: the pages with links of the site, the reference, the linked files and the navigation."""
-    shutil.copytree(DOCS, folder, ignore=shutil.ignore_patterns("site", "*.py", "*.json", "*.toml"))
+    shutil.copytree(DOCS, folder, ignore=shutil.ignore_patterns("site", "*.py", "*.toml"))
     for name in ("conf.py", "site.css", "docstrings.py"):
         shutil.copy(SITE / name, folder)
     linked: set[str] = set()
