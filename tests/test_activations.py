@@ -109,7 +109,7 @@ def test_the_rows_take_every_parameter_once_and_every_activation_but_the_logits(
 
 @pytest.mark.parametrize("layout", [capture.HUGGING_FACE, capture.META], ids=lambda layout: layout.source)
 def test_capture_knows_every_activation(layout):
-    """Modules give most; the rotary function and the softmax give the rest."""
+    """Collect most from modules, the rest from the rotary function and the softmax."""
     of_functions = [f"attention.{name}" for name in ("q_rope", "k_rope", "scores", "weights")]
     assert list(layout.inner) == [row.name for row in LAYER if row.name not in of_functions]
     assert sorted(layout.outer) == sorted(row.name for row in (*BEFORE, *AFTER))

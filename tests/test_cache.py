@@ -70,7 +70,7 @@ def test_rows_in_any_order_of_joins_and_leaves_are_as_alone(events, capacity, se
 
 
 def test_a_reused_row_has_nothing_of_the_one_before():
-    """Not even NaN does: NaN times a weight of 0 is NaN."""
+    """Clear even NaN: NaN times a weight of 0 is NaN."""
 
     def run(cache: KVCache) -> list[np.ndarray]:
         joined = forward(PARAMS, CONFIG, random_tokens(CONFIG, 2, 5), cache[1])
@@ -97,7 +97,7 @@ def test_a_reused_row_has_nothing_of_the_one_before():
 
 
 def test_what_an_interrupted_pass_left_is_never_attended_to():
-    """Its third slot has the position of the token that comes instead, in the first."""
+    """Leave a third slot whose position is that of the token that comes instead, in the first."""
     cache = KVCache(CONFIG, (2,))
     first = random_tokens(CONFIG, 2, (2, 4))
     forward(PARAMS, CONFIG, first, cache)
@@ -115,7 +115,7 @@ def test_what_an_interrupted_pass_left_is_never_attended_to():
 
 
 def test_long_chunks_of_rows_of_different_lengths_in_one_pass():
-    """Tiled attention, several tiles a row, and a batch of two axes."""
+    """Run tiled attention, several tiles a row, and a batch of two axes."""
     cache = KVCache(CONFIG, (2, 2))
     lengths = np.array([[3, 0], [90, 41]])
     befores = [random_tokens(CONFIG, i, n) for i, n in enumerate(lengths.flat)]
@@ -156,7 +156,7 @@ def test_with_capacity_no_row_is_copied_or_moved():
 
 @pytest.mark.parametrize("batch", [(), (2,)])
 def test_a_pass_of_no_tokens_changes_nothing(batch):
-    """forward() takes no such pass; exercises call the cache themselves."""
+    """Call the cache directly, as exercises do; forward() takes no such pass."""
     tokens, cache = random_tokens(CONFIG, seed=3, shape=(*batch, 5)), KVCache(CONFIG, batch)
     for _ in range(2):
         length = cache.length

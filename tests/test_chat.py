@@ -234,7 +234,7 @@ def test_mistral_is_the_published_format(tiny_mistral: Tokenizer) -> None:
 @pytest.mark.parametrize("system", [None, "Be kind."])
 @pytest.mark.parametrize("version", ["v3", "v3-tekken"])
 def test_mistral_is_what_mistral_encodes(version: str, contents: list[str], system: str | None, tmp_path: Path) -> None:
-    """Their own package is the judge, with the tokenizers of Mistral 7B v0.3 and Mistral Nemo that come in it."""
+    """Compare with Mistral's own package and its tokenizers of Mistral 7B v0.3 and Mistral Nemo."""
     package = pytest.importorskip("mistral_common", reason="mistral-common is not installed")
     from mistral_common.protocol.instruct.request import ChatCompletionRequest
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer

@@ -220,7 +220,7 @@ def test_special_tokens_in_contents_stay_text(name: str, judge: Judge) -> None:
 
 
 def test_a_special_token_is_text_as_if_there_were_no_such_token(byte_level: Judge) -> None:
-    """It is encoded with the text around it, as a tokenizer without this token encodes it."""
+    """Encode it with the text around it, as a tokenizer without this token does."""
     prompt = byte_level.format("{{ '<|im_start|>' }}{{ messages[0].content }}{{ '<|im_end|>' }}").prompt(
         conversation(f"so {FORGED}.")
     )
@@ -228,7 +228,7 @@ def test_a_special_token_is_text_as_if_there_were_no_such_token(byte_level: Judg
 
 
 def test_a_forged_token_in_pieces_stays_text(byte_level: Judge) -> None:
-    """The parts that a template takes out of a message may join to the spelling of a special token."""
+    """Join the parts that a template takes out of a message: they may spell a special token."""
     taken = "{{ messages[0].content.split('<|eot_id|>') | join }}<|im_end|>"
     with pytest.raises(ChatError, match=r"^the template: it treats <\|eot_id\|> in a message as more than text"):
         byte_level.format("{{ messages[0].content.startswith('<|eot_id|>') }}").prompt(conversation("<|eot_id|>"))

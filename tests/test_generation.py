@@ -33,7 +33,7 @@ def test_greedy_is_the_argmax_of_the_whole_pass():
 
 
 def test_tokens_come_one_by_one():
-    """Asking for one token does no more work than one token takes."""
+    """Check that asking for one token does no more work than one token takes."""
     cache = KVCache(CONFIG)
     tokens = generate(MODEL, PROMPT, max_tokens=20, cache=cache)
     assert cache.length == 0
@@ -235,7 +235,7 @@ def test_text_streams_letter_by_letter():
     ("stop", "held"), [([], 0), (["x"], 0), (["ox"], 1), (["lox"], 2), (["helloworld"], 5), (["o!", "lo!"], 2)]
 )
 def test_no_more_is_held_back_than_might_begin_a_stop_string(stop, held):
-    """After "hello" and before another id is asked for."""
+    """Yield after "hello", before another id is asked for."""
     asked = []
 
     def ids():
@@ -278,7 +278,7 @@ def test_text_up_to_the_first_stop_string_always(text, stop):
 
 
 def test_a_batch_takes_prompts_and_nothing_else():
-    """Padding is the batch's own: a prompt that brings some was given other tokens in silence."""
+    """Refuse prompts with padding, which is the batch's own: they would silently get other tokens."""
     model = npllama.load()
     for prompts, line in (
         ([[1, 2], [3, -1]], "token id -1 is outside the vocabulary"),
@@ -348,7 +348,7 @@ def test_logits_that_are_no_numbers_name_their_prompt(overflowing, temperature):
 
 @pytest.mark.parametrize("lookup", [0, 4])
 def test_a_repetition_penalty_is_on_all_that_came_before(lookup):
-    """By definition, without a cache; also where the cache holds a part of it."""
+    """Compare with the definition, without a cache; also where the cache holds a part of it."""
     sampling, ids, expected = Sampling(repetition_penalty=1.5), list(PROMPT), []
     for _ in range(25):
         logits = forward(MODEL.params, CONFIG, ids)[-1]

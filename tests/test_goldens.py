@@ -34,7 +34,7 @@ def test_float32_frequencies_are_torch_s_to_one_unit_and_mostly_identical(name):
 
 
 def test_rounding_exact_frequencies_would_not_be_torch_s():
-    """Why rope_frequencies computes in float32 step by step."""
+    """Show why rope_frequencies computes in float32 step by step."""
     expected = golden("frequencies")["llama3"]
     rounded = ops.rope_frequencies(*cases.ROPE_SHAPES["llama3"], "float64").astype(np.float32)
     assert np.mean(rounded == expected) < 0.75

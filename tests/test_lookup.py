@@ -72,7 +72,7 @@ def test_it_ends_before_a_stop_id_and_with_the_context():
 
 @pytest.mark.parametrize("k", [1, 3, 100])
 def test_wrong_proposals_change_nothing_and_never_pass_the_end(k, monkeypatch):
-    """Neither the context's nor that of the tokens asked for."""
+    """Stop at the context's end and at that of the tokens asked for."""
     monkeypatch.setattr(_Lookup, "propose", lambda self, k: [3] * k)
     short = Model(dataclasses.replace(CONFIG, max_seq_len=24), MODEL.params)
     for model, n in ((short, 40), (MODEL, 10)):

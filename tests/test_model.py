@@ -137,7 +137,7 @@ def test_packed_parameters_compute_in_float32(storage):
 
 @pytest.mark.parametrize("storage", ["float32", "float64", "float16", "uint16"])
 def test_foreign_byte_order_gives_the_same_bits(storage):
-    """Parameters and tokens as another machine wrote them, memory-mapped in its order."""
+    """Pass parameters and tokens as another machine wrote them, memory-mapped in its order."""
     params = random_params(GROUPED, seed=1, dtype="float64" if storage == "float64" else "float32")
     if storage in ("float16", "uint16"):
         pack = (lambda x: x.astype(np.float16)) if storage == "float16" else to_bfloat16
@@ -241,7 +241,7 @@ def test_every_constant_reaches_the_numbers():
 
 
 def test_positions_count_from_zero_through_chunks():
-    """Logits alone can't tell: rotation sees only distances."""
+    """Check positions themselves: logits can't tell, since rotation depends only on distances."""
     cache, seen = KVCache(GROUPED), {}
     forward(PARAMS, GROUPED, TOKENS[:5], cache, tap=lambda name, x: seen.setdefault(name, x))
     forward(PARAMS, GROUPED, TOKENS[5:], cache)

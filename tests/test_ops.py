@@ -103,7 +103,7 @@ def test_the_complex_form_of_rope_is_the_same():
 
 
 def test_float32_angles_differ_from_exact_ones_as_torch_s_do():
-    """Angles of thousands of radians are off by up to about 1e-3 in float32: documented in rope_rotation, measured here."""
+    """Measure what rope_rotation documents: angles of thousands of radians are off by up to about 1e-3 in float32."""
     positions = np.arange(15_900, 16_000)
     single, exact = (ops.rope_frequencies(128, 500000.0, None, dtype) for dtype in DTYPES)
     error = np.abs((positions[:, None].astype("float32") * single).astype("float64") - positions[:, None] * exact)
@@ -214,7 +214,7 @@ SIGNATURES = {
 
 
 def test_the_signatures_are_frozen():
-    """Other implementations are checked with them; a default would hide a constant of the model."""
+    """Freeze them: other implementations are checked with them, and a default would hide a constant of the model."""
     functions = {name: f for name, f in vars(ops).items() if inspect.isfunction(f) and f.__module__ == ops.__name__}
     found = {name: inspect.signature(function).parameters for name, function in functions.items()}
     assert {name: ", ".join(parameters) for name, parameters in found.items()} == SIGNATURES

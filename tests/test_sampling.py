@@ -75,7 +75,7 @@ class Lowest:
 
 
 def test_a_draw_of_zero_takes_the_first_token_that_may_be_drawn():
-    """random() is at least 0.0 and below 1.0: a token of probability zero in front is never the one."""
+    """Skip a token of probability zero in front: random() is at least 0.0 and below 1.0."""
     assert sample(np.array([-math.inf, -math.inf, 0.0, 1.0]), Sampling(1.0), Lowest()) == 2
     assert sample(np.array([1.0, 3.0, 2.0]), Sampling(1.0, top_k=2), Lowest()) == 1
 
@@ -180,7 +180,7 @@ def test_minus_infinity_rules_a_token_out(temperature):
 
 
 def test_a_repetition_penalty_by_its_definition():
-    """Keskar et al. 2019 (arXiv:1909.05858), as in Hugging Face: negative logits are multiplied, once for each id."""
+    """Follow Keskar et al. 2019 (arXiv:1909.05858), as in Hugging Face: negative logits are multiplied, once for each id."""
     logits = np.array([3.0, -2.0, 1.0, 0.0], np.float32)
     assert penalised(logits, [0, 1, 0], 2.0).tolist() == [1.5, -4.0, 1.0, 0.0]
     assert penalised(logits, [0], 1.0) is logits
@@ -208,7 +208,7 @@ def test_repetition_penalty_against_transformers(penalty):
 
 @pytest.mark.parametrize("k", [0, 1, 2, 5, 19, 20, 50])
 def test_the_likeliest_are_those_of_a_stable_sort(k):
-    """Ties, which are frequent in 16-bit logits, keep the order of the ids."""
+    """Keep the order of the ids in ties, which are frequent in 16-bit logits."""
     rng = np.random.default_rng(4)
     for values in (rng.standard_normal(20), rng.integers(0, 4, 20).astype(float), np.full(20, -np.inf), np.zeros(20)):
         assert likeliest(values, k).tolist() == np.argsort(-values, kind="stable")[:k].tolist()

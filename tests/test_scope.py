@@ -96,7 +96,7 @@ def test_a_pass_is_fast_unless_it_is_watched(tap, taken, monkeypatch):
 
 
 def test_an_empty_recording_is_a_tap():
-    """It is false, as every empty dict is; the code must compare with None."""
+    """Call it: it is false, as every empty dict is, so the code must compare with None."""
 
     class Recording(dict):
         def __call__(self, name, x):

@@ -541,7 +541,7 @@ def test_without_tiktoken_the_ids_are_the_same(tiny_tiktoken_file: Path, monkeyp
 
 
 def test_known_ids_without_tiktoken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there is no tiktoken to compare with; the expected ids are those of tiktoken."""
+    """Expect tiktoken's ids where there is no tiktoken to compare with."""
     pytest.importorskip("regex", reason="regex is not installed")
     monkeypatch.setitem(sys.modules, "tiktoken", None)
     tokenizer = load_tokenizer(demo_path() / "tokenizer.model")

@@ -233,7 +233,7 @@ def test_a_missing_package_is_named(tiny_chatml_file: Path, monkeypatch: pytest.
 
 
 def test_a_pattern_that_takes_too_long_is_one_line(tiny_chatml_file: Path, tmp_path: Path) -> None:
-    """The package panics, which is no Exception."""
+    """Catch the package's panic, which isn't an Exception."""
     path = changed(tiny_chatml_file, tmp_path)
     values = json.loads(path.read_text())
     split = {"type": "Split", "pattern": {"Regex": "^(([a-z])+.)+[A-Z]([a-z])+$"}, "behavior": "Isolated", "invert": False}

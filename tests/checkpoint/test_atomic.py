@@ -76,7 +76,7 @@ def test_a_link_stays_and_what_it_names_is_replaced(tmp_path):
 
 @posix
 def test_a_pipe_is_written_to_and_stays(tmp_path):
-    """As a device is: `--out /dev/null` must not put a file in its place."""
+    """Keep devices and pipes: `--out /dev/null` must not replace them by a file."""
     os.mkfifo(tmp_path / "pipe")
     read: list[bytes] = []
     reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_bytes()))
@@ -89,7 +89,7 @@ def test_a_pipe_is_written_to_and_stays(tmp_path):
 
 
 def test_a_file_that_another_run_finds_before_it_is_locked(tmp_path, monkeypatch):
-    """It takes it for a dead run's, and removes it."""
+    """Survive another run that takes the file for a dead run's and removes it."""
     try_lock, calls = atomic.try_lock, []
 
     def meanwhile(descriptor: int) -> bool | None:
@@ -151,7 +151,7 @@ def new(path: Path):
 
 @posix
 def test_a_folder_is_on_the_disk_before_it_is_put_in_place(tmp_path, monkeypatch):
-    """Each file, then the folder that names them; then the one that names it. An inode says which a descriptor is of."""
+    """Sync each file, then the folder that names them, then the one that names it. The inode tells descriptors apart."""
     done, put_in_place = [], atomic.put_in_place
     monkeypatch.setattr(os, "fsync", lambda descriptor: done.append(os.fstat(descriptor).st_ino))
     monkeypatch.setattr(atomic, "put_in_place", lambda *paths: done.append("in place") or put_in_place(*paths))
@@ -170,7 +170,7 @@ def kind(path: Path) -> str:
 
 @posix
 def test_the_old_folder_is_removed_when_the_new_one_is_on_the_disk_in_its_place(tmp_path, monkeypatch):
-    """Were it removed sooner, a power cut could leave neither."""
+    """Keep the old folder until then: removed sooner, a power cut could leave neither."""
     (tmp_path / "m").mkdir()
     done, rename, remove = [], Path.rename, shutil.rmtree
     monkeypatch.setattr(os, "fsync", lambda descriptor: done.append(os.fstat(descriptor).st_ino))
@@ -197,7 +197,7 @@ def test_what_was_made_meanwhile_is_kept(tmp_path):
 
 
 def test_what_goes_while_it_is_looked_at_is_no_error(tmp_path, monkeypatch):
-    """Where files can't be locked, the age of a folder's files decides, which its writer may remove meanwhile."""
+    """Ignore files that vanish: without locks the age of files decides, and their writer may remove them meanwhile."""
     (tmp_path / "m" / "sub").mkdir(parents=True)
     (tmp_path / "m" / "sub" / "x").touch()
     walk = os.walk
@@ -300,7 +300,7 @@ def test_the_default_is_put_back(tmp_path, handler):
 
 
 def test_another_thread_sets_no_handler(tmp_path, handler):
-    """Python would refuse it."""
+    """Set signal handlers in the main thread only: Python refuses it elsewhere."""
     handler(signal.SIG_DFL)
     failed = []
 

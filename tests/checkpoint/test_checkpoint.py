@@ -372,7 +372,7 @@ def test_a_really_full_disk(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("tensor", [1, 6])
 def test_a_folder_that_is_replaced_while_it_is_opened(tmp_path, tensor, monkeypatch):
-    """All files have the names and sizes of the model before: a mixture of the two would open."""
+    """Detect a mixture of two models, whose files all have the same names and sizes."""
     write(tmp_path / "m")
     zeros = {name: np.zeros(shape, np.float32) for name, shape in parameter_shapes(CONFIG).items()}
     original, calls = reading.map_array, []
@@ -560,7 +560,7 @@ def test_every_source_of_either_byte_order_is_written_as_its_header_says(tmp_pat
 @pytest.mark.parametrize("storage", checkpoint.STORAGE)
 @pytest.mark.parametrize("dtype", ["stored", "float32"])
 def test_a_machine_whose_byte_order_is_not_the_files(tmp_path, monkeypatch, storage, dtype):
-    """As little-endian files are on a big-endian machine: written as the header says, and native from where they are opened."""
+    """Read files of the other byte order: written as the header says, native once opened."""
     dtypes = {name: "float32" if storage == "int8" and not checkpoint.takes_int8(name) else storage for name in SHAPES}
     write(tmp_path / "here", dtypes)
     swapped = {name: known.newbyteorder("S") for name, known in checkpoint.STORAGE.items()}

@@ -97,7 +97,7 @@ def test_what_is_no_regular_file_is_not_read(read, kind, tmp_path):
 
 @pytest.mark.parametrize("form", ["npy", "safetensors", "raw"])
 def test_a_mapping_that_finds_no_address_space(form, tmp_path, monkeypatch):
-    """The file is right: it is not called damaged."""
+    """Report that there is no address space; the file itself is right and not called damaged."""
 
     def full(*args):
         raise OSError(errno.ENOMEM, "Cannot allocate memory")

@@ -102,7 +102,7 @@ def test_a_wrong_quantised_run_is_told_from_a_right_one(mistake, made, tmp_path)
 
 
 def test_a_trace_of_our_own_rounds_as_its_profile_says(made, tmp_path, capsys):
-    """With the weights as they are stored, whose offsets llama.cpp multiplies by rounded sums."""
+    """Use the weights as they are stored, whose offsets llama.cpp multiplies by rounded sums."""
     _, reference = made("Q4_1")
     ids, steps = (",".join(map(str, numbers)) for numbers in (TOKENS, STEPS))
     options = ["--tokens", ids, "--step-tokens", steps, "--profile", "int8-activations-sums"]

@@ -105,7 +105,7 @@ def test_what_was_begun_has_ended_when_an_exception_arrives():
 
 @pytest.mark.parametrize("workers", ["waiting", "to be started"])
 def test_an_interrupt_at_each_step_leaves_all_as_it_should_be(workers):
-    """What one region could not put back, the next one of the same thread does.
+    """Restore in a thread's next region what the interrupted one could not.
 
     CPython checks for signals where a function begins, where a built-in one has returned, and where a loop begins again. A
     profile function is called at the first two, in every version. An exception of a trace function is no substitute: raised in

@@ -44,7 +44,7 @@ def test_the_story_to_the_character(stories, storage, dtype, capsys):
 @pytest.mark.torch
 @pytest.mark.parametrize("dtype", ["stored", "float32"])
 def test_with_bfloat16_weights_the_tokens_are_hugging_face_s_on_the_same_weights(stories, dtype):
-    """Rounded weights continue differently after 185 tokens, in torch as well."""
+    """Compare with rounded weights, which continue differently after 185 tokens, in torch as well."""
     hf = pytest.importorskip("hf_reference", reason="transformers is not installed", exc_type=ImportError)
     model = npllama.load(stories / "bfloat16", dtype=dtype)
     assert model.params["layers.0.attention.wq.weight"].dtype == ("uint16" if dtype == "stored" else "float32")

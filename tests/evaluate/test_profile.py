@@ -42,7 +42,7 @@ def test_the_first_token_is_not_counted():
 
 
 def test_weights_read_per_token():
-    """All matrices but an embedding that isn't the output matrix."""
+    """Count all matrices except an embedding that isn't the output matrix."""
     for config in CONFIGS.values():
         params = random_params(config, seed=1)
         expected = sum(x.nbytes for name, x in params.items() if x.ndim == 2)

@@ -97,7 +97,7 @@ def test_the_readme_names_the_tokens_the_model_and_every_activation(golden):
 
 
 def test_the_readmes_rule_tells_rounding_from_an_error(golden):
-    """Another summation order stays near 1; the wrong eps is far above, from the first norm on."""
+    """Check that another summation order stays near 1 and that the wrong eps is far above, from the first norm on."""
 
     def ratios(config):
         model = SimpleNamespace(config=config, params=MODEL.params)

@@ -103,7 +103,7 @@ def test_a_mistake_shows_first_where_it_says(name):
 
 
 def test_most_change_the_logits():
-    """The others are undone by what follows: a rotation common to queries and keys, another number for -inf."""
+    """Check all but those that later operations undo: a rotation common to queries and keys, another number for -inf."""
     same = set()
     for name in IN_A_PASS:
         with np.errstate(all="ignore"):
@@ -140,7 +140,7 @@ def test_without_a_mistake_a_port_is_right_to_the_bit():
 
 
 def test_several_mistakes_at_once():
-    """Hugging Face's order of rows with Hugging Face's rotation is right again; a cache is kept for each run by itself."""
+    """Combine Hugging Face's order of rows with its rotation, which is right again; each run keeps its own cache."""
     model, (tokens, steps) = broken_ports.tiny_model(), tokens_for("half_split")
     right = record(model, tokens, steps)
     port = Port("rows_in_halves", "half_split")
@@ -194,7 +194,7 @@ def reference(tmp_path_factory):
 @pytest.mark.parametrize("name", IN_A_PASS)
 @np.errstate(all="ignore")
 def test_compare_names_it(name, reference, tmp_path):
-    """With its sentence first, unless another is as true of these numbers; all that are as true follow it."""
+    """Name it first, unless another is as true of these numbers; all that are as true follow."""
     path, noise = reference(name)
     model, (tokens, steps) = model_for(name), tokens_for(name)
     write_trace(model, tokens, tmp_path / "mine", steps, Port(name))
@@ -267,7 +267,7 @@ FROM_LOGITS = [
 @pytest.mark.parametrize("name", FROM_LOGITS)
 @np.errstate(all="ignore")
 def test_no_hint_from_the_logits_alone_is_definite_and_false(name, reference, run_once, tmp_path):
-    """Where a cause is named, the mistake is among those that are."""
+    """Check that where causes are named, the mistake is among them."""
     given = hints_of(name, "logits", reference, tmp_path)
     if given and not given[0].endswith("?"):
         assert any(MISTAKES[name].sentence in hint for hint in given), given

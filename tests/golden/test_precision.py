@@ -113,7 +113,7 @@ def test_every_activation_of_a_16_bit_precision_has_only_its_numbers(name, conve
 
 @pytest.mark.parametrize("convention", ["meta", "hf"])
 def test_rounding_changes_nothing_else(convention):
-    """Operations that round to the number itself are the plain ones."""
+    """Check that operations that round to the number itself are the plain ones."""
     unrounded = rounding_ops(lambda x: x, convention)
     plain, found = (forward(PARAMS, CONFIG, TOKENS, ops=ops) for ops in (PLAIN, unrounded))
     assert found.dtype == np.float32
@@ -234,7 +234,7 @@ def test_sums_in_8_bits_are_rounded_to_float16():
 
 
 def test_the_profile_of_rounded_sums_needs_weights_with_offsets():
-    """They can't be found again in the numbers, so that a model of plain ones must not pass for rounded so."""
+    """Refuse plain weights: offsets can't be recovered from numbers, and the model must not pass for one with rounded sums."""
     precision = profile(SUMS)
     assert precision.load_dtype == "stored"
     with pytest.raises(
@@ -250,7 +250,7 @@ def test_the_profile_of_rounded_sums_needs_weights_with_offsets():
 
 @pytest.mark.parametrize("part", [part for part in PARTS if part != SUMS])
 def test_a_part_is_float32s_pass_with_rounded_inputs_of_products(part):
-    """Each product by hand, from the inputs that the pass itself has recorded."""
+    """Compute each product by hand, from the inputs that the pass itself has recorded."""
     recorded, exact = {}, {}
     Precision("float32", parts=(part,)).forward(PARAMS, CONFIG, TOKENS, tap=lambda name, x: recorded.setdefault(name, x))
     Precision("float32").forward(PARAMS, CONFIG, TOKENS, tap=lambda name, x: exact.setdefault(name, x))
@@ -377,9 +377,10 @@ def test_each_operation_on_torchs_own_inputs_is_torchs(tmp_path, record_property
 @pytest.mark.parametrize("K", [8, 32, 128])
 @pytest.mark.parametrize("convention", ["hf", "meta"])
 def test_float16_scores_are_scaled_as_torch_scales_them(convention, K):
-    """Hugging Face multiplies by K^-0.5 and Meta divides by sqrt(K): at these K one product in 1024 rounds to another float16.
+    """Compare conventions: Hugging Face multiplies by K^-0.5, Meta divides by sqrt(K).
 
-    Where K is a power of 4 both are exact. In bfloat16 no product differs, at any even K up to 256.
+    At these K one product in 1024 rounds to another float16. Where K is a power of 4 both are exact. In bfloat16 no product
+    differs, at any even K up to 256.
     """
     torch = pytest.importorskip("torch", reason="torch is not installed")
     products = np.arange(1024, 2048).astype(np.float32)  # every mantissa of 11 bits
@@ -394,7 +395,7 @@ def test_float16_scores_are_scaled_as_torch_scales_them(convention, K):
 @pytest.mark.torch
 @pytest.mark.parametrize(("dtype", "convention", "case"), CASE_PARAMETERS)
 def test_end_to_end_the_error_is_as_large_as_torchs(tmp_path, record_property, dtype, convention, case):
-    """Hugging Face's RoPE frequencies are left in float32 (capture runs a copy in which `.to()` has not rounded them)."""
+    """Leave Hugging Face's RoPE frequencies in float32 (capture runs a copy in which `.to()` has not rounded them)."""
     config, precision = CASES[case], Precision(dtype, convention)
     params = {name: precision.round(x) for name, x in tiny.random_params(config, seed=1).items()}
     model = torch_model(config, params, convention)

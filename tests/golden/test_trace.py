@@ -47,7 +47,7 @@ def activations_of(tokens):
 @pytest.mark.parametrize("precision", ["float32", "float64", "bfloat16"])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised_weights_are_traced_as_the_numbers_that_they_stand_for(tmp_path, bits, precision):
-    """To the bit: what a port with the same weights differs by is its arithmetic."""
+    """Check to the bit: a port with the same weights then differs only by its arithmetic."""
     quantised.write(tmp_path / "m", INT4 if bits == 4 else Grouping(8, 32, "float16"))
     model = load(tmp_path / "m", "stored")
     wide = SimpleNamespace(config=model.config, path=None, params={name: widen(x) for name, x in model.params.items()})

@@ -96,7 +96,7 @@ def test_the_course_uses_every_exercise_once(script):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_exercise_fails_before_the_answer_and_passes_with_it(script, tmp_path, capsys, name):
-    """In the notebook's own cell, and by the files that the command checks."""
+    """Check it in the notebook's own cell, and with the files that the command checks."""
     grading.start(tmp_path)
     for empty, answer in exercises(script, name):
         exec(empty, {"np": np, "grade": grading.grade})
@@ -113,7 +113,7 @@ def test_an_exercise_fails_before_the_answer_and_passes_with_it(script, tmp_path
 
 @pytest.mark.parametrize("name", NAMES)
 def test_answers_are_folded(script, stored, name):
-    """No answer is in a cell that is shown, and each is closed until somebody opens it."""
+    """Check that no answer is in a visible cell, and that each is closed until somebody opens it."""
     plain = [cell.source for cell in stored[name].cells if "<details>" not in cell.source]
     for _, answer in exercises(script, name):
         assert not any(answer in source for source in plain)

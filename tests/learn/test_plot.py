@@ -98,7 +98,7 @@ def between_ticks(axis) -> list[tuple[float, float, str]]:
 @pytest.mark.parametrize("kind", plot.KINDS)
 @pytest.mark.parametrize("n_tokens", [1, 17, 200])
 def test_every_kind_at_every_length(kind, n_tokens, model, tmp_path):
-    """Warnings are errors here: a glyph that no font has would be one."""
+    """Draw with warnings as errors: a glyph that no font has would be one."""
     out = tmp_path / f"{kind}.png"
     plot.plot(kind, subject(model, n_tokens, layer=1, heads=(5,)), out)
     assert out.read_bytes().startswith(b"\x89PNG")

@@ -73,7 +73,7 @@ def test_the_way_ends_in_llama_3_s_ids(llama3_tokenizer):
 
 
 def test_merging_alone_gives_a_piece_of_the_vocabulary_its_id(demo):
-    """Every piece of the demo's vocabulary can be reached by merges, lowest rank first, as BPE was trained."""
+    """Reach every piece of the demo's vocabulary by merges, lowest rank first, as BPE was trained."""
     ranks = demo.ranks
     for piece in random.Random(0).sample(list(ranks), 500):
         assert merges(piece, ranks)[-1].parts == (piece,)

@@ -57,7 +57,7 @@ def numbers_of(x: object) -> set[float]:
 
 @pytest.mark.parametrize(("layer", "head"), [(0, 0), (4, 5)])
 def test_the_numbers_are_the_taps(demo, layer, head):
-    """Each float of a step is in a recording of the same pass, or derived from it as stated here."""
+    """Find each float of a step in a recording of the same pass, or derive it as stated here."""
     ids = demo.tokenizer.encode("First Citizen:\nBefore we proceed", bos=True)
     seen = npllama.record(demo, ids)
     name, last = f"layers.{layer}.", len(ids) - 1
@@ -263,7 +263,7 @@ def test_a_call_is_looked_for_in_its_function_alone_and_not_below():
 
 
 def test_each_step_has_few_words(demo):
-    """A step has one sentence, or up to three short ones."""
+    """Check that a step has one sentence, or up to three short ones."""
     for layer, tokens in ((0, [2000]), (1, [2000, 5, 7])):
         for step in walkthrough(demo, tokens, layer=layer):
             assert step.sentence.endswith("."), step.sentence
@@ -274,7 +274,7 @@ def test_each_step_has_few_words(demo):
 
 
 def test_one_token_that_is_much_larger_than_the_others_is_named(demo):
-    """Without this sentence the column of means is a riddle; SmolLM2's first token is such a token."""
+    """Explain the column of means, a riddle otherwise; SmolLM2's first token is such a token."""
     ids = demo.tokenizer.encode("First Citizen:\nBefore", bos=True)
 
     def sentence(which: int, factor: float) -> str:
@@ -319,7 +319,7 @@ def test_every_kind_of_model(name):
 
 @pytest.mark.parametrize("dtype", ["stored", "float64"])
 def test_packed_and_float64_models(demo, dtype):
-    """bfloat16 weights widen exactly, so the numbers are the float32 model's; float64 shows its own."""
+    """Show the float32 model's numbers for bfloat16 weights, which widen exactly; float64 shows its own."""
     ids = [2000, 5, 7]
     expected, found = walkthrough(demo, ids, 3, 2), walkthrough(npllama.load(dtype=dtype), ids, 3, 2)
     for a, b in zip(expected, found, strict=True):
@@ -400,7 +400,7 @@ def test_the_formulas_of_a_step_s_own_are_tex(demo):
 
 
 def test_it_costs_no_more_memory_than_a_layer(demo):
-    """Only `out` is kept of the layers that are not shown."""
+    """Keep only `out` of the layers that are not shown."""
     seen = Pass(demo, [2000, 5], layer=2)
     others = {name for name in seen.taps if name.startswith("layers.") and not name.startswith("layers.2.")}
     assert others == {f"layers.{i}.out" for i in (0, 1, 3, 4, 5)}

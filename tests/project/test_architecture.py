@@ -210,7 +210,7 @@ def test_every_file_has_its_place():
 
 
 def test_the_top_level_is_what_one_reads():
-    """Its folders are what one may skip."""
+    """Check that few files are there; the others are in packages."""
     assert len([path for path in (ROOT / "npllama").iterdir() if path.is_file()]) <= 14
 
 
@@ -254,7 +254,7 @@ def imported_names(path: Path) -> set[str]:
 
 
 def test_no_test_imports_another():
-    """Code that tests share is in tests/helpers, and a helper is not a test."""
+    """Check that tests share code only through tests/helpers, and that no helper is a test."""
     for path in TESTS:
         tests = {name for name in imported_names(path) if re.match(r"(.*\.)?(test_\w+|conftest)(\.|$)", name)}
         assert not {name for name in tests if not name.startswith("npllama")}, path
@@ -262,7 +262,7 @@ def test_no_test_imports_another():
 
 @pytest.mark.parametrize("path", TESTS, ids=lambda path: path.stem)
 def test_tests_use_no_private_member(path):
-    """A test of a private function freezes the code in its present form; a function that a test replaces has a public name."""
+    """Forbid it: a test of a private function freezes the code; a function that a test replaces has a public name."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     own = set()
     for node in ast.walk(tree):
@@ -326,7 +326,7 @@ def test_the_math_sees_no_file_and_no_tokenizer():
 
 
 def test_one_reader_of_json():
-    """Foreign JSON is read with limits of size and depth, which the json module doesn't have."""
+    """Read foreign JSON with limits of size and depth, which the json module doesn't have."""
     readers = {"load", "loads", "JSONDecoder", "raw_decode"}
     for path in (path for folder in ("npllama", "convert") for path in (ROOT / folder).rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -345,7 +345,7 @@ def run(code: str) -> str:
 
 
 def test_import_brings_numpy_and_nothing_heavy():
-    """Importing all public names is meant: the package loads each one at its first use."""
+    """Import all public names: the package loads each one at its first use."""
     code = "import sys; from npllama import *; print(*{name.split('.')[0] for name in sys.modules})"
     loaded = run(code).split()
     assert "numpy" in loaded
@@ -353,7 +353,7 @@ def test_import_brings_numpy_and_nothing_heavy():
 
 
 def test_the_command_line_starts_without_what_one_command_needs():
-    """All parsers are built for every command, so a heavy import in one would slow down `npllama --help` and `npllama info`."""
+    """Build all parsers, as every command does: a heavy import in one would slow down `npllama --help`."""
     code = "import sys; from npllama.cli import build_parser; build_parser(); print(*sys.modules)"
     loaded = set(run(code).split())
     assert "npllama.cli.exercise" in loaded
@@ -363,7 +363,7 @@ def test_the_command_line_starts_without_what_one_command_needs():
 
 
 def test_every_error_of_ours_has_one_base():
-    """One base class lets a caller distinguish our errors from all others."""
+    """Check the one base class, by which a caller distinguishes our errors from all others."""
     builtin = {name for name, value in vars(builtins).items() if isinstance(value, type) and issubclass(value, BaseException)}
     for path in (path for folder in ("npllama", "convert") for path in (ROOT / folder).rglob("*.py")):
         for node in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)):
@@ -372,7 +372,7 @@ def test_every_error_of_ours_has_one_base():
 
 
 def test_import_costs_at_most_a_tenth_of_a_second_beyond_numpy():
-    """Or at most as much as NumPy itself, if that is more, as on a slow machine."""
+    """Allow as much as NumPy itself takes, if that is more, as on a slow machine."""
     code = "from time import process_time as t; a = t(); import numpy; b = t(); from npllama import load; print(b - a, t() - b)"
     of_numpy, ours = zip(*(map(float, run(code).split()) for _ in range(5)), strict=True)
     assert min(ours) < max(0.1, min(of_numpy))
@@ -384,13 +384,13 @@ def test_model_py_can_be_read_in_one_sitting():
 
 @pytest.mark.skipif(os.environ.get("NPLLAMA_WITHOUT_TORCH") != "1", reason="NPLLAMA_WITHOUT_TORCH is not 1: torch may be here")
 def test_torch_is_really_absent():
-    """CI's first environment sets NPLLAMA_WITHOUT_TORCH, which proves that its tests passed without torch."""
+    """Prove that CI's first environment, which sets NPLLAMA_WITHOUT_TORCH, has no torch."""
     with pytest.raises(ModuleNotFoundError, match="No module named 'torch'"):
         import torch  # noqa: F401
 
 
 def test_a_test_that_imports_torch_is_marked():
-    """Without the marker it fails where torch is absent, instead of being skipped."""
+    """Require the marker: without it the test fails where torch is absent, instead of being skipped."""
     for path in TESTS:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         if any("mark.torch" in ast.unparse(node) for node in tree.body if isinstance(node, ast.Assign)):

@@ -238,7 +238,7 @@ def test_the_table_of_several_machines_is_the_script_s():
 
 @pytest.mark.parametrize("name", scale.MODELS)
 def test_the_ranks_together_have_every_weight(name):
-    """Counted without copies of key/value heads; the embedding is a lookup, so it is not counted."""
+    """Count without copies of key/value heads, and without the embedding, which is a lookup."""
     config = scale.MODELS[name]
     expected = npllama.n_parameters(config) - config.vocab_size * config.dim
     norms = (2 * config.n_layers + 1) * config.dim
@@ -248,7 +248,7 @@ def test_the_ranks_together_have_every_weight(name):
 
 
 def test_an_8b_in_q4_k_m_takes_at_most_six_gigabytes(tmp_path, capsys):
-    """The shapes are Llama 3 8B's, as llama.cpp quantises it; the files are sparse, so they take no disk space."""
+    """Use Llama 3 8B's shapes, as llama.cpp quantises it; the files are sparse, so they take no disk space."""
     kinds = models.q4_k_m(models.LLAMA_8B)
     path = models.write(tmp_path / "model", models.LLAMA_8B, kinds, sparse=True)
     shapes = npllama.parameter_shapes(models.LLAMA_8B)

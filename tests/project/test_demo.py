@@ -58,7 +58,7 @@ def test_its_greedy_tokens_are_hugging_face_s(recorded, dtype):
 
 
 def test_it_writes_speeches():
-    """200 tokens contain a line with a name in capitals and a colon, and lines of verse."""
+    """Find a line with a name in capitals and a colon, and lines of verse, in 200 tokens."""
     model = npllama.load()
     ids = model.tokenizer.encode("ROMEO:", bos=True)
     text = model.tokenizer.decode(list(npllama.generate(model, ids, max_tokens=200, temperature=0.8, top_p=0.95)))

@@ -66,7 +66,7 @@ def test_every_relative_link_leads_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_a_function_that_a_link_names_is_in_the_file_it_leads_to(page):
-    """[`ops.rms_norm`](../npllama/ops.py): the file's name may stand before the function's."""
+    """Check [`ops.rms_norm`](../npllama/ops.py): the file's name may stand before the function's."""
     for text, target in links(page):
         if not (target.endswith(".py") and re.fullmatch(r"`[\w.]+`", text)):
             continue
@@ -166,7 +166,7 @@ def test_a_line_leads_to_its_function():
 
 
 def test_every_page_is_in_the_navigation_in_its_place(tmp_path):
-    """The sections have what their lists name; a page that no list names comes under More."""
+    """Check that the sections have what their lists name; a page that no list names comes under More."""
     build = of_the_site("build")
     build.write_sources(tmp_path / "docs")
     text = (tmp_path / "docs" / "index.md").read_text(encoding="utf-8")

@@ -50,7 +50,7 @@ def test_damaged_files_become_a_whole_model_or_one_line(group):
 
 @pytest.mark.parametrize("group", GROUP_CASES)
 def test_a_good_source_of_each_kind_converts(group, tmp_path, quick_conversion):
-    """Otherwise the damage would be done to an unreadable file."""
+    """Convert undamaged sources first: otherwise the damage would be done to an unreadable file."""
     needs(group)
     for name in GROUPS[group]:
         folder = tmp_path / name
@@ -177,7 +177,7 @@ sys.exit(main(["convert", *sys.argv[1:]]))
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the size of the address space is not known on this system")
 @pytest.mark.parametrize("form", ["gguf", "huggingface", "index", "bin"])
 def test_gigabytes_that_a_header_claims_are_never_taken(tmp_path, form):
-    """Sparse files of 8 GB, whose headers claim all of it, are opened in half a gigabyte of address space."""
+    """Open sparse files of 8 GB, whose headers claim all of it, in half a gigabyte of address space."""
     for package in ("sentencepiece", "tokenizers", "huggingface_hub"):
         pytest.importorskip(package, reason=f"{package} is not installed")
     size, folder = 8 << 30, tmp_path / "source"

@@ -33,7 +33,7 @@ def distribution():
     + [(machine, "regex") for machine in ("armv7l", "i686", "s390x", "ppc64le", "riscv64", "ARM64")],
 )
 def test_the_core_is_numpy_and_what_encodes_text_there(distribution, machine, encoder):
-    """tiktoken where it has wheels, else regex, which our own BPE needs."""
+    """Require tiktoken where it has wheels, else regex, which our own BPE needs."""
     markers = pytest.importorskip("packaging.requirements", reason="packaging is not installed")
     requirements = [markers.Requirement(line) for line in distribution.requires if "extra ==" not in line]
     here = {"platform_machine": machine}
@@ -41,7 +41,7 @@ def test_the_core_is_numpy_and_what_encodes_text_there(distribution, machine, en
 
 
 def test_the_command_is_ready_for_ctrl_c_before_it_loads_anything():
-    """An entry point in npllama.cli itself would run that module's imports before it could handle Ctrl-C."""
+    """Keep the entry point out of npllama.cli, whose imports would run before it could handle Ctrl-C."""
     assert setup()["options.entry_points"]["console_scripts"].split() == ["npllama", "=", "npllama.__main__:main"]
     code = "import sys; before = {*sys.modules}; import npllama.__main__; print(*{*sys.modules} - before)"
     brought = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
@@ -108,7 +108,7 @@ def messages() -> list[tuple[str, str, str]]:
 
 
 def test_a_message_names_an_extra_that_brings_the_package():
-    """The message names the package; that of npllama fetch inserts whichever of its packages is missing."""
+    """Check that it names the package; that of npllama fetch inserts whichever of its packages is missing."""
     packages, said = set().union(*map(brought_by, EXTRAS)), messages()
     assert len({file for file, _, _ in said}) >= 8
     for file, text, extra in said:

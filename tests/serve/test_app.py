@@ -118,7 +118,7 @@ def test_echo_and_log_probabilities_are_those_of_the_logits(stream, client, mode
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_the_stop_id_that_ends_a_text_has_its_log_probability(stream, client, model, monkeypatch):
-    """OpenAI includes it, and lm-eval drops the last token: without the stop id it would drop a token of the prompt."""
+    """Include it, as OpenAI does: lm-eval drops the last token, without the stop id one of the prompt."""
     made = npllama.complete(model, PROMPT, max_tokens=9, logprobs=2)
     at = next(i for i in range(3, 9) if made.tokens[i] not in made.tokens[:i])
     monkeypatch.setattr(completion, "stop_ids_of", lambda model, ids: {made.tokens[at]})

@@ -50,7 +50,7 @@ def test_every_head_channel_and_row_is_covered_exactly_once(G, R, F, V, size, K)
 
 @pytest.mark.parametrize("block", [2, 32, 64, 256])
 def test_what_has_a_block_for_each_rank_is_cut_between_blocks(block):
-    """The blocks are those of quantised formats, and 64 numbers of 16 bits are two cache lines."""
+    """Cut between blocks of quantised formats, and between 64 numbers of 16 bits, which are two cache lines."""
     for n in (3 * block, 3 * block + 1, 5 * block - 1):
         parts = [share.ffn for share in shares.shares(tiny.config(ffn_dim=n), 3)]
         assert [part.start % block for part in parts] == [0, 0, 0]

@@ -106,7 +106,7 @@ def save_one_in_float16(folder, arrays):
 
 @pytest.mark.parametrize("save", [save_one_in_float16, pytest.param(save_one_in_bfloat16, marks=pytest.mark.torch)])
 def test_one_16_bit_array_is_no_excuse_for_the_others(save, model, traces, tmp_path, capsys):
-    """An eps that is wrong is hidden by 16 bits, but only one activation has them."""
+    """Find a wrong eps, which 16 bits would hide, when only one activation has 16 bits."""
     steps = json.loads((traces / "reference" / "trace.json").read_text())["steps"]
     arrays = record(model, TOKENS, steps, Port("eps"))
     status, out, _ = run(capsys, traces / "reference", save(tmp_path, arrays))
@@ -149,7 +149,7 @@ def test_a_batch_axis_of_one_is_dropped_and_a_real_batch_compared(model, traces,
 
 
 def test_paddings_noise_is_no_excuse(model, tmp_path):
-    """RoPE at a padding token's position is all noise, and most tokens here are padding."""
+    """Ignore padding, most tokens here: RoPE at its position is all noise."""
     batch = np.full((2, 12), -1)
     batch[:, 9:] = TOKENS[:6].reshape(2, 3)
     reference = write_trace(model, batch, tmp_path / "reference", 0, Precision("float64"))
@@ -395,7 +395,7 @@ def test_other_tokens_are_no_comparison(model, traces, tmp_path, capsys):
 )
 @pytest.mark.parametrize("side", ["reference", "candidate"])
 def test_a_trace_that_says_impossible_things_of_its_run_is_refused(side, key, value, message, traces, arrays, tmp_path, capsys):
-    """In one line that names its trace.json, whichever of the two it is; the other has none to disagree with."""
+    """Refuse either trace in one line that names its trace.json; the other has none to disagree with."""
     for name in ("reference", "mine"):
         shutil.copytree(traces / name, tmp_path / name)
     broken, other = ("reference", "mine") if side == "reference" else ("mine", "reference")
@@ -424,7 +424,7 @@ def test_tokens_that_the_given_model_lacks_are_said_with_their_file(model, trace
 
 
 def test_a_trace_judges_arrays_with_a_batch_axis_of_one(model, traces, tmp_path):
-    """The candidate's trace.json has one sequence's tokens, and the reference's arrays a batch of one."""
+    """Compare a candidate whose trace.json has one sequence's tokens with reference arrays that are a batch of one."""
     shutil.copytree(traces / "reference", tmp_path / "reference")
     arrays = {
         f.relative_to(tmp_path / "reference").as_posix()[:-4]: np.load(f) for f in (tmp_path / "reference").rglob("*.npy")

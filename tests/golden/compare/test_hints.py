@@ -99,7 +99,7 @@ def test_rounding_is_not_taken_for_a_mistake(model, reference, tmp_path):
 
 
 def test_eps_is_read_from_the_tokens_that_show_it(tmp_path):
-    """A token of large numbers hides eps in its rounding, and must not drown what the others say."""
+    """Ignore a token of large numbers, which hides eps in its rounding and must not drown the others."""
     model = broken_ports.tiny_model()
     embeddings = model.params["tok_embeddings.weight"].copy()
     embeddings[TOKENS[0]] *= 1000
@@ -110,7 +110,7 @@ def test_eps_is_read_from_the_tokens_that_show_it(tmp_path):
 
 
 def test_a_layout_that_is_only_different_is_told_from_a_mistake(model, reference, tmp_path):
-    """Hugging Face's rows with Hugging Face's rotation compute the same model: the map is wrong, not the port."""
+    """Blame the map, not the port: Hugging Face's rows with Hugging Face's rotation compute the same model."""
     steps = read_trace(reference).meta["steps"]
     port = Port("rows_in_halves", "half_split")
     found = compare(reference, write_trace(model, TOKENS, tmp_path / "mine", steps, port).path, model=model)
@@ -136,7 +136,7 @@ def bare_reference(reference, tmp_path_factory):
 
 
 def test_without_constants_a_missing_scaling_is_no_wrong_theta(model, reference, bare_reference, tmp_path):
-    """No θ has the reference's angles, so that none can be expected."""
+    """Name no expected θ, since none has the reference's angles."""
     found = compare(bare_reference, trace_of("no_scaling", model, reference, tmp_path / "mine"))
     assert found.hints == ["the reference's RoPE angles are scaled, yours are not: they are those of θ = 10000 alone"]
     found = compare(bare_reference, trace_of("scale_factor", model, reference, tmp_path / "factor"))
@@ -277,7 +277,7 @@ def test_numbers_that_bfloat16_has_are_not_always_rounded_ones(name, change, hin
 
 
 def test_a_bfloat16_models_embeddings_taken_for_their_norm_are_not_rounded_ones(model, tmp_path):
-    """All numbers are bfloat16's, as the embeddings are; what is wrong is that nothing was computed."""
+    """Find that nothing was computed, not rounding: the embeddings are bfloat16 numbers themselves."""
     params = {name: round_bfloat16(x) for name, x in model.params.items()}
     model = Model(model.config, params)
     reference = write_trace(model, TOKENS, tmp_path / "reference", 0, Precision("float64")).path
@@ -290,7 +290,7 @@ def test_a_bfloat16_models_embeddings_taken_for_their_norm_are_not_rounded_ones(
 
 
 def test_only_wrong_operations_are_wrong_by_themselves(model, reference, tmp_path):
-    """Everything after the first mistake differs; only the mistaken operation fails on the candidate's own inputs."""
+    """Accuse only the mistaken operation, which fails on the candidate's own inputs; everything after it differs too."""
     found = compare(reference, trace_of("values_tiled", model, reference, tmp_path / "mine"), model=model)
     kinds = {name.partition("layers.")[2][2:] for name in found.wrong_by_themselves}
     assert kinds == {"attention.heads"}
@@ -317,7 +317,7 @@ def not_a_number(x):
     ],
 )
 def test_what_is_computed_from_unusable_numbers_is_not_accused(name, unjudged, spoil, model, reference, tmp_path):
-    """The operation after them may well be right: on which numbers it worked isn't known. In the cache they stay inputs."""
+    """Acquit the next operation, whose inputs are unknown; in the cache they stay inputs."""
     steps = read_trace(reference).meta["steps"]
     mine = record(model, TOKENS, steps, patch={name: lambda x: x * 1.5})
     np.savez(tmp_path / "mine.npz", **{**mine, name: spoil(mine[name])})
@@ -333,7 +333,7 @@ def test_what_is_computed_from_unusable_numbers_is_not_accused(name, unjudged, s
 
 @pytest.mark.slow
 def test_inputs_are_what_an_activation_is_computed_from():
-    """Held against the computation itself: changing an input changes the activation, changing another one doesn't."""
+    """Change an input and see the activation change; change another one and see it stay."""
     from npllama.golden.compare.names import in_order, place
 
     model, tokens, steps = broken_ports.tiny_model(), TOKENS[:4], [[5], [6]]
@@ -359,7 +359,7 @@ def test_a_second_mistake_is_not_lost_in_what_follows_from_the_first(model, refe
 
 
 def test_an_error_below_the_accumulated_noise_is_found_by_the_operation_alone(model, reference, tmp_path):
-    """A norm that is off by eight millionths, where what has gathered before is more than that."""
+    """Find a norm that is off by eight millionths, less than the noise accumulated before it."""
     steps = read_trace(reference).meta["steps"]
     mine = record(model, TOKENS, steps, patch={"layers.1.ffn_norm": lambda x: x * np.float32(1 + 8e-6)})
     np.savez(tmp_path / "mine.npz", **mine)

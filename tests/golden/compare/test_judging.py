@@ -87,7 +87,7 @@ def test_the_noise_floor_can_come_from_a_trace(model, traces, arrays, tmp_path, 
 
 
 def test_the_candidate_is_no_noise_trace(model, traces, arrays, tmp_path, capsys):
-    """Else each of its mistakes would be its own excuse."""
+    """Refuse the candidate as noise trace: each of its mistakes would excuse itself."""
     wrong = save_npz(tmp_path, {name: x * np.float32(1.1) for name, x in arrays.items()})
     copy = shutil.copy(wrong, tmp_path / "copy.npz")
     for noise in (wrong, copy):

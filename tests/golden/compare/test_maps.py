@@ -241,7 +241,7 @@ def all_four_axes(x):
 @pytest.mark.parametrize("form", [all_four_axes, np.squeeze])
 @pytest.mark.parametrize("T", [T, 1])
 def test_ggmls_natural_shapes_need_no_partial(form, T, model, tmp_path):
-    """Every tensor of a graph as a callback dumps it: axes of one, views, what the cache holds, token ids."""
+    """Read every tensor of a graph as a callback dumps it: axes of one, views, the cache's contents, token ids."""
     write_trace(model, TOKENS[:T], tmp_path / "reference", 1, Precision("float64"))
     mine = record(model, TOKENS[:T], read_trace(tmp_path / "reference").meta["steps"])
     theirs = {"inp_tokens": TOKENS[:T].astype(np.int32), "leaf_3": np.arange(4)}
@@ -263,7 +263,7 @@ def test_ggmls_natural_shapes_need_no_partial(form, T, model, tmp_path):
 
 @pytest.mark.parametrize("T", [T, 1])
 def test_ggmls_queries_before_rope_are_told_from_those_after_it(T, model, tmp_path):
-    """A dump that keeps the first tensor of a name has rows before RoPE; one that is flattened has either."""
+    """Tell them apart by shape: a dump of each name's first tensor has rows before RoPE; a flattened one has either."""
     write_trace(model, TOKENS[5 : 5 + T], tmp_path / "reference", [3], Precision("float64"))
     mine = record(model, TOKENS[5 : 5 + T], [3])
     for step in ("", "step.0/")[T == 1 :]:  # at position 0 nothing is rotated
@@ -285,7 +285,7 @@ def test_ggmls_queries_before_rope_are_told_from_those_after_it(T, model, tmp_pa
     ],
 )
 def test_raw_scores_prove_neither_scale_nor_mask(bug, words, model, reference, tmp_path):
-    """ggml's kq comes before both: the map's rule, not the port, has put them into the scores that compare() sees."""
+    """Prove nothing from ggml's kq, before scale and mask: the map's rule, not the port, has put them into the scores."""
     mine = record(model, TOKENS, precision=Port(bug))
     np.savez(tmp_path / "theirs.npz", **ggml(model, mine))
     found = compare(reference.path, tmp_path / "theirs.npz", names="ggml", model=model)
@@ -392,7 +392,7 @@ def test_a_wrong_shape_is_a_difference_that_says_what_was_expected(reference, ou
 
 
 def test_a_noise_trace_may_have_the_candidates_names(model, reference, ours, tmp_path):
-    """The floor of another, right program's run under the same map; it must not be the candidate's own."""
+    """Take the floor from another program's run under the same map; it must not be the candidate's own."""
     theirs = ggml(model, ours)
     np.savez(tmp_path / "mine.npz", **theirs)
     other = {name: x * np.float32(1 + 1e-6) for name, x in theirs.items()}

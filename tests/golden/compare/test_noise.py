@@ -186,7 +186,7 @@ def trained(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RIGHT)
 def test_right_programs_are_not_called_different_on_a_trained_model(name, trained, tmp_path):
-    """Judged by one pass, "hf" is 7.2 times the floor at one token of 400, where that pass happened to be close."""
+    """Use two passes: judged by one, "hf" is 7.2 times the floor at one token of 400, where that pass was close by chance."""
     model, tokens, reference = trained
     mine = without_trace_json(model, tokens, RIGHT[name], tmp_path / "mine.npz")
     found = compare(reference, mine, precision="bfloat16", model=model)
@@ -203,7 +203,7 @@ def test_right_programs_are_not_called_different_on_a_trained_model(name, traine
 
 
 def test_right_programs_are_not_called_different_on_smollm2(smollm2, tmp_path):
-    """135M weights, 30 layers, 142 tokens; noise.py's table is from here and from longer prompts."""
+    """Run 135M weights, 30 layers and 142 tokens; noise.py's table is from here and from longer prompts."""
     model = load(smollm2, dtype="float32")
     tokens = model.tokenizer.encode("The capital of France is Paris. " * 22)[:142]
     reference = write_trace(model, tokens, tmp_path / "reference", 0, Precision("float64")).path
@@ -217,7 +217,7 @@ def test_right_programs_are_not_called_different_on_smollm2(smollm2, tmp_path):
 
 
 def test_bits_cut_off_instead_of_rounded_are_found(trained, tmp_path):
-    """What a real mistake in 16 bits looks like: no operation is beyond its limit, but all err to the same side."""
+    """Find a real mistake in 16 bits: no operation exceeds its limit, but all err to the same side."""
     model, tokens, reference = trained
     mine = without_trace_json(model, tokens, SixteenBits(truncate_bfloat16, "meta"), tmp_path / "mine.npz")
     found = compare(reference, mine, precision="bfloat16", model=model)
@@ -228,7 +228,7 @@ def test_bits_cut_off_instead_of_rounded_are_found(trained, tmp_path):
 
 @pytest.mark.parametrize("bug", [bug for bug in broken_ports.BUGS if bug not in ("eps", "bfloat16", "bfloat16_weights")])
 def test_mistakes_are_found_in_bfloat16_as_well(bug, tmp_path):
-    """By single operations and in the whole, far beyond the limits. (An eps of 1e-6 for 1e-5 is less than 16 bits show.)"""
+    """Find them by operation and as a whole, far beyond the limits. (An eps of 1e-6 for 1e-5 doesn't show in 16 bits.)"""
     model, tokens = broken_ports.tiny_model(), tiny.random_tokens(broken_ports.CONFIG, 2, 24)
     reference = write_trace(model, tokens, tmp_path / "reference", 0, Precision("float64")).path
     port = Port(bug, computed=Precision("bfloat16", "hf"))
@@ -258,7 +258,7 @@ def test_two_operations_at_once_are_judged_by_the_wider_limit(tmp_path):
 
 
 def test_the_floor_is_the_larger_difference_of_two_passes():
-    """Against a calculation written out."""
+    """Compare with a calculation written out."""
     model = broken_ports.tiny_model()
     tokens = tiny.random_tokens(model.config, 2, 8)
     noise = measure_noise(model, tokens, [], "bfloat16", {"layers.1.out", "layers.0.attention.scores"})
@@ -314,7 +314,7 @@ DOCUMENTED = [
 @pytest.mark.parametrize("one", [False, True])
 @pytest.mark.parametrize(("precision", "u", "rms", "largest", "several_limit", "one_limit"), DOCUMENTED)
 def test_the_verdict_changes_at_the_documented_limit(precision, u, rms, largest, several_limit, one_limit, one):
-    """In absolute numbers: a floor or a limit that is a factor off lets mistakes pass, or calls right programs different."""
+    """Check absolute numbers: a floor or limit wrong by a factor passes mistakes or calls right programs different."""
     reference, limit = np.ones((2, 4096)), one_limit if one else several_limit
     noise = default_noise(precision, n_layers=4)
     for norm, error, where in (("rms", limit * rms * u, slice(None)), ("max", limit * largest * u, 7)):
@@ -328,7 +328,7 @@ def test_the_verdict_changes_at_the_documented_limit(precision, u, rms, largest,
 
 @pytest.mark.parametrize(("precision", "u"), [("float32", 2.0**-24), ("bfloat16", 2.0**-8)])
 def test_by_a_single_pass_the_limit_is_32_times_its_difference(precision, u):
-    """A trace in the precision next to one in float64: their difference is the floor."""
+    """Compare a trace in the precision with one in float64: their difference is the floor."""
     reference = np.ones((2, 64))
     noise = noise_between({"norm": reference}, {"norm": reference + 3 * u}, precision, "a trace")
     for factor, passed in ((0.98, True), (1.02, False)):
@@ -338,7 +338,7 @@ def test_by_a_single_pass_the_limit_is_32_times_its_difference(precision, u):
 
 
 def test_a_comparison_is_equal_up_to_the_documented_limit(tmp_path):
-    """The same from end to end: 32 times 16 roundings of float32, and not 64 times."""
+    """Check the limit end to end: 32 times 16 roundings of float32 pass, 64 times don't."""
     np.savez(tmp_path / "reference.npz", norm=np.ones((2, 64)))
     for factor, equal in ((0.98, True), (1.02, False)):
         np.savez(tmp_path / "mine.npz", norm=(np.ones((2, 64)) + factor * 32 * 16 * 2.0**-24).astype(np.float32))
@@ -370,8 +370,8 @@ def test_a_golden_bundle_brings_its_floor(tmp_path):
 
 
 def test_the_first_tokens_size_hides_nothing(tmp_path):
-    """In trained models the first token's residual stream is a thousand times the others': one number for the whole array would
-    take its noise for theirs."""
+    """Judge tokens by themselves: in trained models the first token's residual stream is a thousand times the others', and one
+    number for the whole array would take its noise for theirs."""
     model, tokens = _model_and_tokens()
     arrays = record(model, tokens, precision=Precision("float64"))
     arrays["layers.1.out"][0] *= 1e4
@@ -383,7 +383,7 @@ def test_the_first_tokens_size_hides_nothing(tmp_path):
 
 
 def test_one_wrong_number_among_many_is_seen_by_its_size(tmp_path):
-    """In bfloat16 one wrong logit of many drowns in the root mean square, but not in the largest difference."""
+    """Find one wrong bfloat16 logit of many by the largest difference; it drowns in the root mean square."""
     rng = np.random.RandomState(0)
     logits = rng.normal(size=(2, 20000))
     mine = logits.copy()

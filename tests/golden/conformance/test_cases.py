@@ -22,7 +22,7 @@ ENTRIES = read_json(RECORDED, ValueError)["cases"]
 
 
 def test_the_generator_is_splitmix64():
-    """As its authors' C code computes it, with a seed of a text's hash."""
+    """Compare with its authors' C code, with a seed from a text's hash."""
     seed = int.from_bytes(hashlib.sha256(b"x").digest()[:8], "little")
     expected = []
     for _ in range(5):
@@ -71,7 +71,7 @@ def test_inputs_are_exact_in_16_bits_unless_a_case_is_for_others(path):
 
 @pytest.mark.parametrize("path", cases())
 def test_it_catches_what_is_recorded(path):
-    """With a margin, so that it does on every machine."""
+    """Check with a margin, so that it holds on every machine."""
     case, measured = cases()[path], recorded()[path]
     assert measured.catches
     limits = {name: of_output["float32"] for name, of_output in measured.tolerances.items()}
@@ -84,7 +84,7 @@ def test_it_catches_what_is_recorded(path):
 
 @pytest.mark.parametrize("path", [path for i, path in enumerate(cases()) if i % 5 == 0 and path[:2] in ("L1", "L2")])
 def test_tolerances_measured_again_are_the_recorded_ones(path):
-    """But for the order in which this machine's BLAS sums, and the last bits of its exp and sine."""
+    """Allow for the order in which this machine's BLAS sums, and for the last bits of its exp and sine."""
     for profile in PROFILES:
         found = tolerances(cases()[path], profile) if not cases()[path].profiles else None
         for name, tolerance in (found or {}).items():
@@ -120,7 +120,7 @@ def alone(case):
     "path", [path for path, case in cases().items() if case.level == "L4" and np.ndim(case.arguments["passes"][0]) > 1]
 )
 def test_a_row_of_a_batch_is_the_sequence_by_itself(path):
-    """Rows that are padded, join, leave and are cut back, held against passes without a cache."""
+    """Compare rows that are padded, join, leave and are cut back with passes without a cache."""
     expected = exact(cases()[path])["logits"]
     np.testing.assert_allclose(expected, alone(cases()[path]), rtol=0, atol=1e-12 * np.nanmax(np.abs(expected)))
 

@@ -130,7 +130,7 @@ def test_our_own_rendering_passes():
 
 
 def test_transformers_passes():
-    """Its apply_chat_template gives the text; the ids are those of the text, as a fast tokenizer finds special tokens."""
+    """Compare with apply_chat_template's text, and with that text's ids, as a fast tokenizer finds special tokens."""
     utils = pytest.importorskip("transformers.utils.chat_template_utils", reason="transformers is not installed")
     pytest.importorskip("jinja2", reason="jinja2 is not installed")
 

@@ -27,7 +27,7 @@ def test_the_vector_is_the_config():
 
 @pytest.mark.parametrize("path", [path for path in config_files() if path.endswith("config.json")])
 def test_transformers_reads_the_same(path, tmp_path):
-    """transformers needs torch for models, not for a config."""
+    """Read with transformers, which needs torch for models but not for a config."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     file = config_files()[path]
     (tmp_path / "config.json").write_bytes(file.data)

@@ -32,7 +32,7 @@ def test_the_page_lists_the_levels():
 
 
 def test_only_mistakes_that_no_number_shows_are_not_caught():
-    """Each other is, by a case of its own operation at the least."""
+    """Check that each other mistake is caught, at least by a case of its own operation."""
     caught = {name for measured in recorded().values() for name in measured.catches}
     assert set(MISTAKES) - caught == NOT_CAUGHT, "run tests/record_conformance.py and docs/make_conformance.py"
 

@@ -47,7 +47,7 @@ def test_our_own_operations_pass_in_every_precision(name, precision):
 
 @pytest.mark.parametrize(("name", "precision"), RIGHT)
 def test_our_own_layers_and_models_pass_in_every_precision(name, precision):
-    """With the cache, the loaders and FAST's attention as they are."""
+    """Grade them with the cache, the loaders and FAST's attention unchanged."""
     pytest.importorskip("gguf", reason="gguf is not installed")
     levels = ["L2", "L3", "L4", "L5"] if precision == PROFILES[name][0] else ["L2", "L3"]
     report = run_functions("npllama", npllama_functions(precision), name, levels)
@@ -83,7 +83,7 @@ def test_torch_passes(name):
 
 @pytest.mark.parametrize("name", ["bfloat16", "float16", "float16-cache", "int8-activations"])
 def test_most_mistakes_show_in_coarse_profiles_too(name):
-    """Not those of a few per cent, nor rounding itself: of the 94 that one block catches in float32, at least 70."""
+    """Find at least 70 of the 94 that one block catches in float32; those of a few per cent and rounding itself don't show."""
     case, measured = cases()[BLOCK], recorded()[BLOCK]
     limits = {output: of_output[name] for output, of_output in measured.tolerances.items()}
     precision = profile(PROFILES[name][0])
@@ -213,7 +213,7 @@ def test_several_outputs_must_be_there_and_not_done_yet_is_not_run():
 
 
 def test_a_functions_inputs_are_its_own():
-    """One that writes into its arguments spoils no other case."""
+    """Check that a function that writes into its arguments spoils no other case."""
 
     def softmax(x):
         x -= x.max(axis=-1, keepdims=True)
@@ -271,7 +271,7 @@ def test_constants_may_be_named():
     ],
 )
 def test_the_bugs_that_released_packages_have_are_caught(change, hint):
-    """The issue names three: CTranslate2 lost the scaling, keras-hub eps, mlx-lm θ and scaling."""
+    """Catch the issue's three: CTranslate2 lost the scaling, keras-hub eps, mlx-lm θ and scaling."""
 
     def resolve_config(path):
         found = npllama_functions("float32")["resolve_config"](path)

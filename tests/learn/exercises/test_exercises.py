@@ -342,7 +342,7 @@ def check_body(folder, name: str, body: str) -> grading.Outcome:
 
 
 def test_the_first_ten_lead_from_softmax_to_the_cache():
-    """Documentation and people's folders have their numbers."""
+    """Keep their numbers, which the documentation and people's folders use."""
     assert (NAMES[0], NAMES[9]) == ("softmax", "cache_update")
     assert len(set(NAMES)) == len(NAMES) == 17
 
@@ -363,7 +363,7 @@ def test_the_real_one_exists(exercise):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_one_case_of_probabilities_is_on_the_edge_to_the_bit(dtype):
-    """Only there does "reach" differ from "exceed", and rounding must not decide it."""
+    """Check the edge: only there does "reach" differ from "exceed", and rounding must not decide it."""
     logits, temperature, top_p = find("probabilities").cases()[-1]
     p = np.exp(logits.astype(dtype) / temperature)
     assert p.dtype == dtype
@@ -382,7 +382,7 @@ def test_a_solution_passes(tmp_path, name):
 
 @pytest.mark.parametrize("exercise", EXERCISES, ids=NAMES)
 def test_its_mistakes_are_all_of_the_list_that_are_in_this_function(exercise):
-    """The order is the list's, since the first of several that explain the same numbers is named."""
+    """Keep the list's order, since the first of several that explain the same numbers is named."""
     assert exercise.mistakes == tuple(mistake.name for mistake in MISTAKES.values() if mistake.function(exercise.name))
     assert len(exercise.hints) == len(exercise.mistakes) + len(exercise.variants) >= 3
 
@@ -444,7 +444,7 @@ def test_a_function_that_fails_on_large_inputs_alone_shows_no_small_one(tmp_path
 
 @pytest.mark.parametrize("exercise", EXERCISES, ids=NAMES)
 def test_no_two_mistakes_look_alike(exercise):
-    """If two did, one's hint would be given for the other."""
+    """Check that they differ: else one's hint would be given for the other."""
     functions = [exercise.reference, *exercise.hints.values()]
     for a, b in itertools.combinations([outputs(exercise, function) for function in functions], 2):
         assert not all(map(same, a, b))
@@ -523,7 +523,7 @@ def test_whole_numbers_as_floats_are_said(tmp_path, name):
 
 
 def test_a_count_is_right_or_wrong(tmp_path):
-    """A relative tolerance would take a count of a billion for right that is off by a thousand."""
+    """Compare exactly: a relative tolerance would accept a count of a billion that is off by a thousand."""
     outcome = check_body(tmp_path, "cache_bytes", SOLUTIONS["cache_bytes"].rstrip() + " + 1")
     assert not outcome.passed
     assert outcome.line.endswith("found 1073741825, expected 1073741824")
@@ -585,7 +585,7 @@ def test_whatever_is_wrong_with_the_file_is_one_line(tmp_path, content, line):
 
 
 def test_a_change_within_a_second_counts(tmp_path):
-    """A compiled copy would be taken for a file of the same size and second."""
+    """Read the source again: a compiled copy would pass for a file of the same size and second."""
     for body, passed in (("return -np.exp(x)", False), (SOLUTIONS["softmax"], True), ("return +np.exp(x)", False)):
         assert check_body(tmp_path, "softmax", body).passed is passed
     assert not (tmp_path / "__pycache__").exists()
