@@ -11,11 +11,11 @@ where it can't be run, if they write the same, and for Meta's checkpoints, which
 
 Keep a KV cache from one turn to the next by the ids that both prompts begin with: mostly the encoding of a conversation, the
 answer's tokens and the end of the turn are the beginning of the longer conversation's, but a template may rewrite earlier turns
-(DeepSeek-R1's leaves out what was thought, Mistral's moves the system message on to the newest turn).
+(DeepSeek-R1's leaves out the reasoning, Mistral's moves the system message on to the newest turn).
 
 Special tokens come from the format alone: what a message's content spells stays text. Hugging Face's apply_chat_template takes
-it for the token, unless sanitize_control_tokens is set: then it stays text there too, encoded apart from what stands around it,
-where here it is encoded together with it.
+it for the token, unless sanitize_control_tokens is set: then it stays text there too, encoded separately from the text
+around it; here both are encoded together.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ class LogitsError(NpllamaError):
 
 @dataclass(frozen=True)
 class Sampling:
-    """The sampling settings. They apply in this order, each to the tokens that the one before left.
+    """The sampling settings. They apply in this order, each to the tokens that the previous one left.
 
     repetition_penalty  divides the positive logits of ids that came before and multiplies the negative ones; 1 changes nothing
                  (Keskar et al. 2019, arXiv:1909.05858, as Hugging Face's RepetitionPenaltyLogitsProcessor)

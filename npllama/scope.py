@@ -59,7 +59,7 @@ class Ops:
 
 @dataclass(slots=True)  # not frozen: that takes six times as long to construct, and each layer constructs three
 class Scope:
-    """One pass, seen from below a name: s["wq"] is a weight and s.see("q", x) an activation below the same prefix.
+    """A view of one pass under a name prefix: s["wq"] is a weight and s.see("q", x) an activation with that prefix.
 
     prefix  what their names begin with, such as `layers.0.attention.`
     layer   the number of the layer that it is in, -1 outside of all
@@ -74,7 +74,7 @@ class Scope:
     layer: int = -1
 
     def in_layer(self, layer: int) -> Scope:
-        """Return the same pass, seen from below a layer's name."""
+        """Return the view of the same pass under a layer's prefix."""
         return Scope(self.params, self.config, self.cache, self.ops, self.tap, f"layers.{layer}.", layer)
 
     def under(self, name: str) -> Scope:

@@ -172,7 +172,7 @@ class Tokenizer(ABC):
 
 
 class StreamDecoder:
-    """Decodes ids as they are made, never printing a broken character: all pushes joined with flush() are `decode(ids)`.
+    """Decodes ids as they are generated, never printing a broken character: all pushes joined with flush() are `decode(ids)`.
 
     prompt holds the ids that came before, whose text is not returned again: after a prompt, SentencePiece's `▁to` is " to"
     where at the beginning of a text it is "to".
@@ -238,7 +238,7 @@ class TiktokenTokenizer(Tokenizer):
     takes a copy from the machine's temporary folder by a hash of the path: stale, or somebody else's.
 
     Text is encoded by the package tiktoken or, where it isn't installed, by BytePairEncoding: their ids are the same. Either is
-    imported by the first text, so that ids are decoded without.
+    imported at the first encoding, so that decoding needs neither.
     """
 
     def __init__(self, path: PathLike, data: bytes | None = None):
@@ -502,7 +502,7 @@ class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer.json, run by the tokenizers package: byte-level BPE (Llama 3, SmolLM2) or SentencePiece's kind (Llama 2).
 
     data is the file's content where it has been read already. Every id is the package's own. A vocabulary that lacks some of
-    the 256 bytes, as SmolLM2's does, encodes what needs them to nothing: such a text doesn't round-trip.
+    the 256 bytes, as SmolLM2's does, drops the characters that need them: such a text doesn't round-trip.
 
     BOS is put in front of a text if tokenizer_config.json says so (`add_bos_token`), or else if the file's own post-processor
     does it. BOS and EOS are what files next to it name, or else the published models' names; generation ends at EOS, at the

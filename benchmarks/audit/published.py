@@ -46,7 +46,7 @@ class Published(TinyModel):
 
     @functools.cached_property
     def params(self) -> dict[str, np.ndarray]:
-        """Its parameters in Meta's names and layout.    float32"""
+        """Return its parameters in Meta's names and layout.    float32"""
         found = {}
         for name, shape in parameter_shapes(self.config).items():
             norm = len(shape) == 1

@@ -16,15 +16,15 @@ Each implementation was installed with pip, at the version given here, in an env
 
 {models}
 
-Those models have {layers} layers, {dim} dimensions, and weights drawn at random that are exact in bfloat16. The published
-model's are eps, θ, the scaling of RoPE, the head size, the share of key/value heads and tying. Each implementation reads a
-checkpoint file with its own loader, where it has one. Made by `python -m benchmarks.audit --work audit` with npllama {npllama};
-[audit.json](audit.json) has every figure.
+Those models have {layers} layers, {dim} dimensions, and random weights that are exact in bfloat16. Taken from the
+published model are eps, θ, the scaling of RoPE, the head size, the share of key/value heads and tied embeddings. Each
+implementation reads a checkpoint file with its own loader, where it has one. Made by
+`python -m benchmarks.audit --work audit` with npllama {npllama}; [audit.json](audit.json) has every figure.
 
-Columns L0 to L6 are the suite's levels: cases passed of those that the implementation's API offers. Empty means that it offers
-none. A trace is judged activation by activation against npllama's in float64; the figure is the largest error in multiples of
-the noise floor, which is the rounding of a right program. Right programs stay below the limit: 32 in float32, 16 in bfloat16,
-8 with quantised activations.
+Columns L0 to L6 are the suite's levels: cases passed, of those that the implementation's API can run; empty if it can
+run none. In the columns of models, a trace is judged activation by activation against npllama's in float64; the
+figure is the largest error in multiples of the noise floor, the error that rounding alone causes. Right programs stay
+below the limit: 32 in float32, 16 in bfloat16, 8 with quantised activations.
 
 """
 
@@ -90,7 +90,7 @@ def _findings(outcomes: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield "\n## What differs\n"
     yield (
         "A cause in bold was confirmed: npllama with these constants computes every recorded activation as the implementation "
-        "does, within rounding. `audit` is the folder that the audit was made in.\n"
+        "does, within rounding. `audit` is the audit's working folder.\n"
     )
     clean = True
     for outcome in outcomes:

@@ -3,14 +3,14 @@
     with new_folder("model", force=False, foreign=reason_to_refuse) as folder: ...write files into folder...
 
 The protocol. A run holds the lock of its target, the file `.model.npllama-lock`, so that there is one run at a time. It writes
-into `.model.partial-1a2b3c4d`, waits until the disk has that, and renames it to `model`; a `model` that is there is renamed to
-`.model.old-5e6f7a8b` first, and to a partial one last. An exception removes the partial folder, and so does a signal that asks.
+into `.model.partial-1a2b3c4d`, waits until the disk has it, and renames it to `model`; a `model` that is there is renamed to
+`.model.old-5e6f7a8b` first, and to a partial one last. An exception removes the partial folder, and so do SIGTERM and SIGHUP.
 A killed process leaves it, but the system releases the lock: the next run that holds the lock removes what is partial, and
 renames what is old back if `model` is missing. So `model` or what is old is complete at every moment: a reader takes what there
 is (survivor), and only what is partial has its files removed.
 
 A file is written to `.file.partial-1a2b3c4d`, locked itself, and then renamed; several runs may, and the last one wins.
-Where files can't be locked (Windows, some network disks), what is partial and changed lately belongs to another run at work.
+Where files can't be locked (Windows, some network disks), what is partial and changed recently counts as another run's.
 """
 
 from __future__ import annotations

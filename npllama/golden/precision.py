@@ -1,4 +1,4 @@
-"""Run the forward pass in other precisions: float64 as the gold, float32, and simulated bfloat16 and float16.
+"""Run the forward pass in other precisions: float64 as the reference, float32, and simulated bfloat16 and float16.
 
 A simulated 16-bit value is a float32 number that the 16-bit format has too. Every operation computes in float32 on such numbers
 and rounds its result to the nearest, ties to even, as torch's eager mode does on the CPU: each torch operation that returns a
@@ -219,7 +219,7 @@ def rounding_ops(r: Round, convention: str) -> Ops:
 
 
 class LazyParams(Mapping[str, Weight]):
-    """Parameters made from others of the same names as they are asked for, so that one at a time is held twice."""
+    """Parameters derived from others of the same names at access, so that only one at a time is in memory twice."""
 
     def __init__(self, params: Mapping[str, Weight], make: Callable[[str], Weight]):
         self._params, self._make = params, make

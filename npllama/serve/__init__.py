@@ -10,5 +10,5 @@
 | app.py | the routes, on Starlette: limits, API key, errors, server-sent events |
 | server.py | uvicorn's server, with an end to running requests at shutdown |
 
-Each request gets the tokens it would get alone, ties within rounding aside.
+Each request gets the tokens it would get alone, except where tokens tie within rounding.
 """

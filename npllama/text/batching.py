@@ -6,7 +6,7 @@
         for row, step in batch.step():  # decode a token in each row, and prefill a chunk of prompts
             ...                         # call batch.leave(row) when its text has ended
 
-Each text gets the tokens that it gets alone, ties within rounding aside.
+Each text gets the tokens that it gets alone, except where tokens tie within rounding.
 """
 
 from __future__ import annotations
