@@ -226,8 +226,8 @@ with np.errstate(over="ignore"):
 print("norm computed in float32:", ops.rms_norm(row.astype(np.float32), np.ones(4, np.float32), 1e-5).round(3))
 
 # %% [markdown]
-# Every known implementation of Llama computes its norms in float32 for this reason, even if
-# everything around them has 16 bits.
+# Meta's code and Hugging Face's compute the norms in float32 for this reason, even if everything
+# around them has 16 bits.
 #
 # And $\epsilon$? It keeps a row of zeros from becoming 0/0. It belongs *inside* the root: there it
 # matters only if the mean square is as small as $\epsilon$ itself.
@@ -269,8 +269,8 @@ for name, y in (
 
 # %% [markdown]
 # In NumPy 2 a scalar such as `np.sqrt(64)` is a float64 *array scalar* and wins; a plain Python
-# number doesn't. (In NumPy 1.26 the first line is float32.) The best-known NumPy port of Llama
-# lost a factor of ten in speed in this way.
+# number doesn't. (In NumPy 1.26 the first line is float32.) A port that meets one such line computes
+# everything after it in float64: with right results, twice the memory, and half the speed or less.
 #
 # ## The whole model in 16 bits
 #
@@ -314,7 +314,9 @@ plt.show()
 # grows only a little from layer to layer: errors are random, and random errors mostly cancel. (The
 # embedding is left out. The weights of this model are stored in bfloat16, so their error is zero.)
 #
-# Does it change what the model says? Compare the probabilities and the first choices.
+# Does it change what the model says? Compare the first choices, and the probabilities p and q of two
+# runs by their KL divergence, the sum of p · log(p / q): 0 where they are equal, in nats (the
+# logarithm's base is e). Surprise is -log q of the token that follows in the text.
 
 
 # %%
@@ -447,8 +449,8 @@ print("at the end over 100 times as much:", bool(angles[-1] > 100 * everything[-
 
 # %% [markdown]
 # At the first hundred tokens the rounded angles do no more harm than all other rounding together.
-# At the end they do over a hundred times as much. Widely used libraries have had exactly this bug,
-# and it is easy to see why it survives: tests have short prompts.
+# At the end they do over a hundred times as much. It is easy to see why such a mistake survives:
+# tests have short prompts.
 #
 # ## What you have now
 #
