@@ -189,6 +189,10 @@ def test_a_bad_prompt_is_refused_in_one_line(tokens, line):
         list(generate(MODEL, tokens))
 
 
+def test_a_prompt_that_fills_the_context_has_one_token_more():
+    assert len(list(generate(MODEL, [1] * 512, 5, stop_ids=[]))) == 1
+
+
 def test_id_0_is_an_id_as_any():
     assert list(generate(MODEL, [0, 5], 3)) == greedy([0, 5], 3)
 

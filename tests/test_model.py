@@ -179,6 +179,12 @@ def test_tied_output_is_the_embedding():
     np.testing.assert_array_equal(forward(params, tied, TOKENS), forward(separate, GROUPED, TOKENS))
 
 
+def test_untied_logits_come_from_the_output_matrix():
+    params = random_params(GROUPED, seed=1)
+    doubled = params | {"output.weight": 2 * params["output.weight"]}
+    assert np.array_equal(forward(doubled, GROUPED, TOKENS), 2 * forward(params, GROUPED, TOKENS))
+
+
 def test_an_interrupted_pass_leaves_the_cache_as_it_was():
     cache = KVCache(GROUPED)
     forward(PARAMS, GROUPED, TOKENS[:5], cache)
