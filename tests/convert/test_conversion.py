@@ -45,6 +45,13 @@ def test_a_part_of_a_quantised_tensor_is_quantised_as_it_was(rows, columns, tens
         assert widen(part.quantised(start, n)).tobytes() == expected[start:].tobytes()
 
 
+def test_a_part_of_a_plain_tensor_reads_its_rows_and_columns():
+    array = np.arange(60, dtype=np.float32).reshape(6, 10)
+    part = Tensor.of(array).part(slice(1, 5), slice(2, 9))
+    assert (part.shape, part.dtype) == ((4, 7), np.float32)
+    np.testing.assert_array_equal(part.rows(1, 3), array[2:4, 2:9])
+
+
 def test_quantised_rows_come_block_by_block(tensor, whole, monkeypatch):
     monkeypatch.setattr(writing, "BLOCK_BYTES", 5 * 128 * 4)  # five rows
     blocks = list(tensor.quantised_blocks())

@@ -61,7 +61,9 @@ class Module:
 
 
 WEIGHTS = "test_weights or test_ops or 1threads and not 20000 and not two_threads or known_answers or half_a_step or smallest"
-LINEAR = "multiplied_as_one or (test_weights or 1threads or 3threads) and not two_threads and not 20000"
+LINEAR = (
+    "multiplied_as_one or (test_weights or 1threads or 3threads or 2threads and every_path) and not two_threads and not 20000"
+)
 FAST = "tiled or padding or separate_ways or together or shared_from or eight or input or test_scope or test_model"
 SHARDS = "joined or order_of_their or bad_tensor or lost or too_many or differ or belong or tied"
 CORE = (
