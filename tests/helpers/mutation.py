@@ -251,7 +251,9 @@ def change(before: str, after: str) -> str:
 # Forks a process for each line of standard input and runs pytest in it, in a copy of the tree, with limits of its own. It has
 # imported what the tests import from elsewhere, which takes longer than most of them. No core files: a mutant may well crash.
 LAUNCHER = """
-import contextlib, importlib, json, os, pathlib, resource, sys, tempfile, traceback
+import sys
+sys.path[:] = [folder for folder in sys.path if folder]  # not the current one: Python's -P, which 3.10 lacks
+import contextlib, importlib, json, os, pathlib, resource, tempfile, traceback
 import pytest
 for name in {imports}:
     with contextlib.suppress(ImportError):
@@ -320,7 +322,7 @@ class Launcher:
         code = LAUNCHER.format(memory=MEMORY, file_bytes=FILE_BYTES, imports=IMPORTS)
         environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env=environment
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env=environment
         )
 
     def run(self, job: dict, window: float) -> tuple[int | None, float]:
