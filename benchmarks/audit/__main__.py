@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -125,6 +126,8 @@ def run_variant(
     suite, models, folder = work / "vectors", work / "models", results_of(implementation, variant, work)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "outcomes.jsonl").unlink(missing_ok=True)
+    for written in ("results", "published"):
+        shutil.rmtree(folder / written, ignore_errors=True)
     names = [name for name in published.MODELS if implementation.form == "safetensors" or name not in published.SAME_WEIGHTS]
     job = {
         "suite": str(suite),

@@ -8,6 +8,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from npllama.golden.conformance import config_files
@@ -79,6 +80,9 @@ def audit(work: Path, monkeypatch, variant: str, python=lambda: Path(sys.executa
 
 
 def test_a_right_implementation_passes(work, monkeypatch):
+    earlier = work / "results" / "fake-right" / "results" / "L0/resolve_config/hf_wide"
+    earlier.mkdir(parents=True)
+    np.save(earlier / "constants.npy", np.zeros(len(config_files.CONSTANTS)))  # of a run in which it was offered
     found = audit(work, monkeypatch, "right")
     assert found.stopped == ""
     assert found.levels["L3"].text == "5/5"

@@ -89,6 +89,8 @@ def _attempt(call: Callable[[], object]) -> tuple[str, str]:
 def _one_case(functions, form: str, given: dict, suite: Path, path: str, case: dict, folder: Path) -> bool | None:
     """Compute one case and write it; False for one that is in another form."""
     operation, constants = case["operation"], case["constants"]
+    if operation not in functions and "path" not in constants:
+        raise NotOffered("not offered by its API")
     arrays = {name: np.load(suite / path / x["file"]) for name, x in case["inputs"].items() if "/models/" not in x["file"]}
     if "path" in constants:
         file = Path(constants["path"])
@@ -97,7 +99,8 @@ def _one_case(functions, form: str, given: dict, suite: Path, path: str, case: d
         arguments = [str(suite / file), *arrays.values()]
     elif operation == "encode":
         if constants["tokenizer"] not in given["tokenizers"]:
-            raise NotOffered("the tokenizer's file is not at hand")
+            name = path.split("/")[-1].rpartition("_")[0]
+            raise NotOffered(f"the file of the tokenizer {name} is not at hand")
         arguments = [given["tokenizers"][constants["tokenizer"]], constants["text"]]
     else:
         model = next(x["file"].split("/")[-2] for x in case["inputs"].values() if "/models/" in x["file"])

@@ -1,6 +1,7 @@
 """Meta's llama-models: the Transformer of llama3/model.py in one process, with stand-ins for fairscale's parallel layers.
 
-Its sizes follow from params.json by formulas, which the suite's tiny models don't follow: they are not offered.
+The feed-forward's size follows from params.json by a formula. The suite's tiny models name the size instead: it becomes the
+multiple that the formula rounds up to.
 """
 
 from __future__ import annotations
@@ -35,16 +36,23 @@ stand_ins()
 from llama_models.llama3.args import ModelArgs  # noqa: E402
 from llama_models.llama3.model import Transformer  # noqa: E402
 
+LLAMA_3_VOCABULARY = 128256
+
 
 def arguments(path):
     values = json.loads(Path(path).read_text())
-    if values.get("hidden_dim") and "multiple_of" not in values:
-        raise adapting.NotOffered("its feed-forward's size follows from a formula, which the suite's tiny models don't follow")
+    heads = values["n_heads"]
+    if values["dim"] % heads or values.get("head_dim", values["dim"] // heads) != values["dim"] // heads:
+        raise adapting.NotOffered("its heads are as wide as dim / n_heads")
+    if "hidden_dim" in values and "multiple_of" not in values:
+        values |= {"multiple_of": values["hidden_dim"], "ffn_dim_multiplier": 1.5 / int(8 * values["dim"] / 3)}
     return ModelArgs(**values)
 
 
 def resolve_config(path):
     c = arguments(path)
+    if c.vocab_size != LLAMA_3_VOCABULARY:
+        raise adapting.NotOffered("build() in its llama3/generation.py asserts Llama 3's vocabulary")
     width = int(2 * 4 * c.dim / 3)
     width = width if c.ffn_dim_multiplier is None else int(c.ffn_dim_multiplier * width)
     scaling = (8, 1, 4, 8192) if c.use_scaled_rope else (0, 0, 0, 0)  # apply_scaling() in model.py has them as constants
@@ -104,7 +112,7 @@ def encode(path, text):
     if Path(path).read_bytes()[:1] == b"\n":
         raise adapting.NotOffered("llama-models has Llama 3's tokenizer alone")
     if path not in _TOKENIZERS:
-        _TOKENIZERS[path] = Tokenizer(path)
+        _TOKENIZERS[path] = Tokenizer(Path(path))
     return _TOKENIZERS[path].encode(text, bos=False, eos=False)
 
 
