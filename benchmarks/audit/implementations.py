@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 TORCH = "torch==2.13.0"  # the CPU's, as .ci/constraints.txt has it; an unpinned one may bring gigabytes of CUDA
 HUGGING_FACE = (TORCH, "transformers==5.23.0", "safetensors==0.8.0")
@@ -38,6 +38,7 @@ class Implementation:
     without_dependencies  packages that are installed with --no-deps, and why
     own_npllama   whether the adapter imports npllama's converter
     why_not       why it can't be installed, where that is known beforehand
+    source        the lines of this version's source that explain what differs, read by hand
     """
 
     name: str
@@ -51,13 +52,15 @@ class Implementation:
     without_dependencies: tuple[str, ...] = ()
     own_npllama: bool = False
     why_not: str = ""
-    note: str = field(default="")
+    note: str = ""
+    source: tuple[str, ...] = ()
 
 
 def _llama_cpp() -> tuple[Variant, ...]:
-    found = []
-    for kind, profile in (("F32", "float32"), ("Q8_0", "int8-activations"), ("Q4_0", "int8-activations")):
-        found += [Variant(f"{kind}{flash}", profile, None, kind) for flash in ("", "+flash attention")]
+    """Return its variants. With flash attention, llama.cpp casts a float32 cache's keys and values to float16."""
+    found = [Variant("F32", "float32", None), Variant("F32+flash attention", "float16-cache", None)]
+    for kind in ("Q8_0", "Q4_0"):
+        found += [Variant(f"{kind}{flash}", "int8-activations", None, kind) for flash in ("", "+flash attention")]
     return tuple(found)
 
 
@@ -76,7 +79,12 @@ IMPLEMENTATIONS = {
             map="meta",
             megabytes=250,
             without_dependencies=("llama-models==0.3.0",),
-            note="Run in one process, with stand-ins for fairscale's parallel layers.",
+            note="Run in one process, with stand-ins for fairscale's parallel layers. params.json of Llama 1 and 2 names no θ, "
+            "for which ModelArgs has 500000 (`llama3/args.py`, line 47): the one that is run names it.",
+            source=(
+                "`llama3/model.py`, line 47: apply_scaling() has a scale factor of 8, whichever model it is; Llama 3.2's "
+                "config.json has 32",
+            ),
         ),
         Implementation(
             *("llama.cpp", "llama.cpp (xllamacpp)", "run_llama_cpp.py"),
@@ -84,17 +92,30 @@ IMPLEMENTATIONS = {
             form="gguf",
             variants=_llama_cpp(),
             own_npllama=True,
-            note="Captured by npllama's converter, which reads llama.cpp's own tensors; the cache is float32.",
+            note="Captured by npllama's converter, which reads llama.cpp's own tensors. The cache is float32; with flash "
+            "attention its keys and values are cast to float16 (build_attn_mha() in `llama-graph.cpp`).",
         ),
         Implementation(
             *("mlx-lm", "mlx-lm, on the CPU", "run_mlx.py", ("mlx[cpu]==0.32.4", "mlx-lm==0.32.2")),
             map="mlx-lm",
+            source=(
+                "`mlx_lm/models/llama.py`, lines 30 and 32: ModelArgs has the fields rope_theta, 10000 by default, and "
+                "rope_scaling, none by default; from_dict() in `mlx_lm/models/base.py`, line 14, drops the key "
+                "rope_parameters, in which transformers 5 writes both",
+            ),
         ),
         Implementation(
             *("keras-hub", "keras-hub, on torch", "run_keras_hub.py"),
             (TORCH, "keras-hub==0.32.0", "safetensors==0.8.0"),
             map="keras-hub",
             megabytes=900,
+            source=(
+                "`keras_hub/src/utils/transformers/convert_llama3.py`, lines 15 to 24: no layer_norm_epsilon is given to the "
+                "backbone, whose default is 1e-6 (`keras_hub/src/models/llama3/llama3_backbone.py`, line 72)",
+                "the same file, line 26: the scaling is read from rope_scaling alone, not from rope_parameters; line 14: a "
+                "config.json without θ is an error; line 21: a null num_key_value_heads stays null",
+                "`keras_hub/src/models/llama/llama_attention.py`, line 59: heads are as wide as hidden_dim / num_query_heads",
+            ),
         ),
         Implementation(
             *("transformer-lens", "TransformerLens", "run_transformer_lens.py", (TORCH, "transformer-lens==4.3.0")),
@@ -111,9 +132,14 @@ IMPLEMENTATIONS = {
             *("ctranslate2", "CTranslate2", "run_ctranslate2.py", ("ctranslate2==4.8.5", *HUGGING_FACE)),
             megabytes=300,
             note="It gives logits alone.",
+            source=(
+                "`ctranslate2/specs/attention_spec.py`, lines 85 to 94: the scale factor is written for linear scaling, "
+                "and not for Llama 3's",
+                "`ctranslate2/converters/transformers.py`, lines 2354 to 2370: LlamaLoader gives the specification no head_dim",
+            ),
         ),
         Implementation(
-            *("torchtune", "torchtune", "run_torchtune.py", (TORCH, "torchtune==0.6.1", "torchao==0.18.0")),
+            *("torchtune", "torchtune", "run_torchtune.py", (TORCH, "torchtune==0.6.1", "torchao==0.10.0")),
             map="torchtune",
             megabytes=300,
             note="It reads no config.json: the adapter gives it the constants.",

@@ -24,7 +24,7 @@ implementation reads a checkpoint file with its own loader, where it has one. Ma
 Columns L0 to L6 are the suite's levels: cases passed, of those that the implementation's API can run; empty if it can
 run none. In the columns of models, a trace is judged activation by activation against npllama's in float64; the
 figure is the largest error in multiples of the noise floor, the error that rounding alone causes. Right programs stay
-below the limit: 32 in float32, 16 in bfloat16, 8 with quantised activations.
+below the limit: 32 in float32, 16 in bfloat16, 8 with quantised activations or with keys and values in float16.
 
 """
 
@@ -46,6 +46,10 @@ def _title(outcome: Mapping[str, Any]) -> str:
 
 def _version(outcome: Mapping[str, Any]) -> str:
     return next(iter(outcome["versions"].values()), "")
+
+
+def _version_named(outcome: Mapping[str, Any]) -> str:
+    return " ".join(next(iter(outcome["versions"].items()), (outcome["title"],)))
 
 
 def _table(outcomes: Sequence[Mapping[str, Any]], levels: Sequence[str], models: Sequence[str]) -> Iterator[str]:
@@ -103,6 +107,9 @@ def _findings(outcomes: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             yield from (f"    - **{_escaped(text)}**" for text in finding["confirmed"])
             if not finding["confirmed"]:
                 yield from (f"    - hint: {_escaped(text)}" for text in finding["causes"][:3])
+        if lines := IMPLEMENTATIONS[outcome["name"]].source if outcome["name"] in IMPLEMENTATIONS else ():
+            yield f"\nIn the source of {_version_named(outcome)}:\n"
+            yield from (f"- {_escaped(line)}" for line in lines)
         commands = dict.fromkeys(finding["command"] for finding in outcome["findings"] if finding["command"])
         yield "\n```console"
         yield from (f"$ {command}" for command in commands)
