@@ -126,7 +126,8 @@ IMPLEMENTATIONS = {
             *("litgpt", "litgpt", "run_litgpt.py", (TORCH, "litgpt==0.5.13")),
             map="litgpt",
             megabytes=300,
-            note="It knows models by name and reads no config.json: the adapter gives it the constants.",
+            note="It knows models by name and reads no config.json: the adapter gives it the constants. The eps, θ and "
+            "scaling that its own `config.py` has for Llama 2 to 3.3 are the published ones.",
         ),
         Implementation(
             *("ctranslate2", "CTranslate2", "run_ctranslate2.py", ("ctranslate2==4.8.5", *HUGGING_FACE)),
@@ -142,7 +143,8 @@ IMPLEMENTATIONS = {
             *("torchtune", "torchtune", "run_torchtune.py", (TORCH, "torchtune==0.6.1", "torchao==0.10.0")),
             map="torchtune",
             megabytes=300,
-            note="It reads no config.json: the adapter gives it the constants.",
+            note="It reads no config.json: the adapter gives it the constants. The eps, θ and scaling of its own "
+            "builders of Llama 2 to 3.2 are the published ones.",
         ),
         Implementation(
             *("llama2.c", "llama2.c", "", ()),

@@ -119,7 +119,7 @@ def _findings(outcomes: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _notes(outcomes: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    yield "## What was not run\n"
+    yield "## Notes, and what was not run\n"
     seen: dict[str, list[str]] = {}
     for outcome in outcomes:
         lines = [outcome["note"]] if outcome["note"] else []

@@ -159,6 +159,12 @@ def test_the_page_is_made_from_its_json():
     assert {outcome["name"] for outcome in content["outcomes"]} <= set(IMPLEMENTATIONS)
 
 
+def test_what_differs_is_explained_by_lines_of_the_source():
+    content = json.loads((ROOT / "docs" / "audit.json").read_text(encoding="utf-8"))
+    for outcome in content["outcomes"]:
+        assert bool(outcome["findings"]) == bool(IMPLEMENTATIONS[outcome["name"]].source), outcome["title"]
+
+
 def test_list_says_what_is_large(capsys):
     main.main(["--list"])
     lines = capsys.readouterr().out.splitlines()
