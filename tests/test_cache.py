@@ -199,3 +199,12 @@ def test_bad_rows_are_refused_in_one_line():
     with pytest.raises(ValueError, match="513 tokens do not fit the model's context of 512"):
         forward(PARAMS, CONFIG, [3] * 513, cache[2])
     assert cache.length == 0
+
+
+def test_a_pass_takes_slots_of_the_rows_that_it_is_for():
+    cache = KVCache(CONFIG, (3,))
+    forward(PARAMS, CONFIG, [[1, 2, 3]] * 3, cache)
+    forward(PARAMS, CONFIG, [[4], [-1], [-1]], cache.only([True, False, False]))  # rows of one length
+    assert cache.lengths.tolist() == [4, 3, 3]
+    forward(PARAMS, CONFIG, [[5], [5], [5]], cache)  # rows of different lengths
+    assert cache.lengths.tolist() == [5, 4, 4]

@@ -124,7 +124,7 @@ def test_sums_in_sequence_are_the_same_within_rounding():
     one_by_one = sequential_norms(PLAIN)
     scores = 300 * tiny.uniform(5, (2, 3, 7))
     np.testing.assert_allclose(one_by_one.softmax(scores), ops.softmax(scores), rtol=1e-5, atol=1e-30)
-    x, weight = tiny.uniform(6, (3, 9)), tiny.uniform(7, (9,))
+    x, weight = tiny.uniform(6, (2, 3, 9)), tiny.uniform(7, (9,))
     np.testing.assert_allclose(one_by_one.rms_norm(x, weight, 1e-5), ops.rms_norm(x, weight, 1e-5), rtol=1e-5)
 
 
