@@ -455,7 +455,7 @@ def page(results: dict, explained: dict[str, dict[str, str]]) -> str:
         f"{results['date']}, revision {results['revision']}: {', '.join(results['versions'])}.",
         "",
         f"**{len(mutants)} of {results['drawn']} drawn were run: {killed} killed, {len(alive) - len(equal)} survived**, and "
-        f"{len(equal)} equivalent, which change no result. Killed are {100 * killed / max(judged, 1):.1f} % of those not "
+        f"{len(equal)} equivalent: they change no result. Killed are {100 * killed / max(judged, 1):.1f} % of those not "
         "equivalent." + (" The others were not run: the time limit was reached." if rest else ""),
         "",
         "A mutant that was killed is not run again when tests change; survivors are: mutation.json has the revision of each.",
