@@ -227,7 +227,10 @@ def test_sums_in_8_bits_are_rounded_to_float16():
         precision = Precision(name, parts=(SUMS,))
         found = precision.ops.linear(x.astype(name), precision.weight(weight))
         assert found.dtype == name
-        np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
+        # Each kernel of a BLAS adds float32 numbers in its own order.
+        bound = 2e-6 if name == "float64" else 4 * np.finfo(np.float32).eps * (np.abs(x) @ np.abs(weight.widen()).T).max()
+        assert bound < 5e-5  # what rounding the sums changes is more, see below
+        np.testing.assert_allclose(found, expected, rtol=0, atol=bound)
         assert np.array_equal(found, precision.ops.linears(x.astype(name), precision.weight(weight))[0])
     unrounded = Precision("float64", parts=("int8-activations",))
     assert np.max(np.abs(unrounded.ops.linear(x.astype(float), unrounded.weight(weight)) - expected)) > 1e-4
