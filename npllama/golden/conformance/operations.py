@@ -139,7 +139,7 @@ class Operation:
     arguments  of the function, in its order
     outputs    what it returns, a tuple where there are several
     compute    npllama's own
-    text       formula, shapes and source
+    text       formula and shapes
     exact      it rounds nothing: results are equal in every precision
     rounded    its result is rounded to 16 bits in a 16-bit precision
     relative   its numbers differ much in size, so that each is compared relative to its own magnitude
@@ -153,6 +153,11 @@ class Operation:
     exact: bool = False
     rounded: bool = True
     relative: bool = False
+
+    @property
+    def source(self) -> str:
+        """Return the paper, standard or program that defines it."""
+        return SOURCES[self.name]
 
     @property
     def signature(self) -> str:
@@ -242,6 +247,10 @@ ROPE_AT = """\
 Rotate each adjacent pair of a head's numbers by the angles of its position: rope_frequencies, rope_rotation and rope in one.
 
 y[2j] + i·y[2j+1] = (x[2j] + i·x[2j+1]) · e^(i·m·θ_j)        x [T, heads, K], positions [T] -> like x"""
+LINEAR = """\
+Multiply by a weight matrix as torch.nn.Linear stores it.
+
+y = x Wᵀ        x [..., in], weight [out, in] -> [..., out]"""
 OF_BFLOAT16 = """\
 Multiply by a weight matrix that is stored in bfloat16: the upper 16 bits of a float32, given as uint16.
 
@@ -261,7 +270,7 @@ L1 = {
     operation.name: operation
     for operation in (
         _of("embed", "tokens weight", "y", lambda p, a: p.ops.embed(a["tokens"], a["weight"]), _doc(linear.embed), exact=True),
-        _of("linear", "x weight", "y", _linear, _doc(linear.linear)),
+        _of("linear", "x weight", "y", _linear, LINEAR),
         _of("linear_bfloat16", "x weight", "y", lambda p, a: _widened(p, a, widen(a["weight"])), OF_BFLOAT16),
         _of(
             *("linear_int8", "x weight scale", "y"),
@@ -508,3 +517,42 @@ BEYOND = {
     )
 }
 OPERATIONS = {**L1, **BEYOND}
+
+VASWANI = "Vaswani et al. 2017, arXiv:1706.03762"
+GROUPS = f"{VASWANI}; Ainslie et al. 2023, arXiv:2305.13245, for grouped queries"
+SU = "Su et al. 2021, arXiv:2104.09864"
+LLAMA = "Touvron et al. 2023, arXiv:2302.13971; Llama 3, arXiv:2407.21783"
+SOURCES = {
+    "embed": "torch.nn.Embedding",
+    "linear": "torch.nn.Linear",
+    "linear_bfloat16": "torch.nn.Linear; bfloat16 is the upper half of an IEEE 754 binary32",
+    "linear_int8": "torch.nn.Linear; Dettmers et al. 2022, arXiv:2208.07339, for a scale of each row",
+    "linear_groups": "torch.nn.Linear; block_q8_0 in llama.cpp's ggml-common.h",
+    "rms_norm": "Zhang & Sennrich 2019, arXiv:1910.07467",
+    "softmax": "torch.nn.functional.softmax",
+    "silu": "Elfwing et al. 2017, arXiv:1702.03118",
+    "swiglu": "Shazeer 2020, arXiv:2002.05202",
+    "rope_frequencies": f"{SU}; apply_scaling in Meta's llama-models for Llama 3.1",
+    "rope_rotation": SU,
+    "rope": SU,
+    "rope_half_split": f"{SU}; rotate_half in Hugging Face transformers' modeling_llama.py",
+    "rope_at": SU,
+    "causal_mask": VASWANI,
+    "attention_scores": GROUPS,
+    "attention_heads": GROUPS,
+    "round_bfloat16": "IEEE 754-2019, roundTiesToEven, to the upper half of a binary32",
+    "round_float16": "IEEE 754-2019, roundTiesToEven, to binary16",
+    "resolve_config": "Hugging Face transformers' LlamaConfig; Meta's params.json; the GGUF specification",
+    "probabilities": "Fan et al. 2018, arXiv:1805.04833 (top-k); Holtzman et al. 2019, arXiv:1904.09751 (top-p); "
+    "Nguyen et al. 2024, arXiv:2407.01082 (min-p)",
+    "encode": "the tokenizer's own file, as tiktoken, sentencepiece or Hugging Face tokenizers read it",
+    "chat": "the formats that the models' publishers document",
+    "chat_template": "apply_chat_template of Hugging Face transformers",
+    "attention": GROUPS,
+    "feed_forward": "Shazeer 2020, arXiv:2002.05202",
+    "block": LLAMA,
+    "forward": LLAMA,
+    "forward_file": f"{LLAMA}; the formats of safetensors, GGUF and torch",
+    "forward_passes": LLAMA,
+    "forward_at": LLAMA,
+}

@@ -220,6 +220,7 @@ def _described(case: Case, storage: str) -> dict[str, object]:
         "signature": case.operation.signature,
         "purpose": case.purpose,
         "formula": case.operation.text,
+        "source": case.operation.source,
         "inputs": {name: inputs(name, x) for name, x in case.arrays.items()},
         "constants": case.constants,
         "outputs": {
@@ -331,8 +332,8 @@ Inputs, constants and expected outputs of every operation of a Llama model, for 
   and after `->` the outputs with their shapes. Each level has such a file, for programs that read no JSON.
 - `models/` has the parameters of the tiny models, which the cases of L3 to L5 share, and for loaders the same as config.json
   and model.safetensors, model.gguf, params.json and consolidated.00.pth. A `file` in case.json is relative to its folder.
-- A folder holds `case.json` and its arrays. `case.json` has the formula, the shapes, the constants, for each output the
-  tolerance in each profile, what the case is there to catch, and the mistakes that it does catch.
+- A folder holds `case.json` and its arrays. `case.json` has the formula and its source, the shapes, the constants, for each
+  output the tolerance in each profile, what the case is there to catch, and the mistakes that it does catch.
 - `x.f32` holds bare little-endian numbers in C order, float32; `.f64` float64, `.i64` int64, `.i8` int8, `.u16` the bits of
   bfloat16. Inputs are exact in float32, float16 and bfloat16 unless the case says otherwise. Expected outputs are float64.
 

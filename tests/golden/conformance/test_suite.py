@@ -9,6 +9,7 @@ import struct
 import numpy as np
 import pytest
 
+from npllama.golden.conformance import operations
 from npllama.golden.conformance.cases import cases
 from npllama.golden.conformance.suite import FORMATS, VERSION, SuiteError, built_in, export, read_array, read_suite
 
@@ -45,6 +46,10 @@ def test_what_is_written_is_what_is_computed(storage, tmp_path):
     }
 
 
+def test_every_operation_has_its_source():
+    assert operations.SOURCES.keys() == operations.OPERATIONS.keys()
+
+
 def test_a_case_is_plain_files(folder):
     at = folder / "L1" / "rms_norm" / "small_rows"
     content = json.loads((at / "case.json").read_text(encoding="utf-8"))
@@ -54,6 +59,7 @@ def test_a_case_is_plain_files(folder):
     assert content["outputs"]["y"]["tolerance"].keys() >= {"float32", "bfloat16", "float16", "int8-activations"}
     assert "eps is added after the square root" in content["catches"]["eps_outside_root"]
     assert "mean(x²)" in content["formula"]
+    assert content["source"] == "Zhang & Sennrich 2019, arXiv:1910.07467"
     x, weight = np.fromfile(at / "x.f32", "<f4").reshape(5, 80), np.fromfile(at / "weight.f32", "<f4")
     y = x.astype(float) / np.sqrt(np.mean(x.astype(float) ** 2, axis=-1, keepdims=True) + 1e-5) * weight
     np.testing.assert_allclose(np.fromfile(at / "y.f64", "<f8").reshape(5, 80), y, rtol=1e-13)
