@@ -205,7 +205,7 @@ class Workers(LocalGroup):
             waiting = set(range(1, self.size))
             while waiting:
                 for rank in self._readable(sorted(waiting), None):
-                    if "ready" in self._report_of(rank):
+                    if self._read_reports(rank):  # the first one is that it's ready
                         waiting.remove(rank)
         except BaseException:
             self.close()
@@ -253,9 +253,9 @@ class Workers(LocalGroup):
 
     def _check(self, flag: int) -> None:
         for rank in self._readable(list(range(1, self.size)), 0):
-            report = self._report_of(rank)
-            if report.get("seq", -1) >= self._base:  # else it is about an abandoned pass
-                raise RankError(f"rank {rank}: {report['error']}")
+            for report in self._read_reports(rank):
+                if report["seq"] >= self._base:  # else it is about an abandoned pass
+                    raise RankError(f"rank {rank}: {report['error']}")
 
     def _readable(self, ranks: Sequence[int], timeout: float | None) -> list[int]:
         """Return the ranks that have reported something, or ended."""
@@ -271,16 +271,16 @@ class Workers(LocalGroup):
             raise RankLost(self._broken)
         return pipe.fileno()
 
-    def _report_of(self, rank: int) -> Message:
-        """Return a report; an empty one while it is incomplete. Raises RankError where the rank has ended or can't load."""
+    def _read_reports(self, rank: int) -> list[Message]:
+        """Return the reports that are complete. Raises RankError where the rank has ended or can't load."""
         if not (data := os.read(self._reports_of(rank), 1 << 16)):
             self._lose(rank)
-        line, end, rest = (self._heard.get(rank, b"") + data).partition(b"\n")
-        self._heard[rank] = rest if end else line
-        report: Message = json.loads(line) if end else {}
-        if "failed" in report:
-            raise RankError(f"rank {rank}: {report['failed']}")
-        return report
+        *lines, self._heard[rank] = (self._heard.get(rank, b"") + data).split(b"\n")
+        reports: list[Message] = [json.loads(line) for line in lines]
+        for report in reports:
+            if "failed" in report:
+                raise RankError(f"rank {rank}: {report['failed']}")
+        return reports
 
     def _lose(self, rank: int) -> None:
         process = self._processes[rank - 1]

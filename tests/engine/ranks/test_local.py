@@ -237,6 +237,33 @@ def test_an_exception_on_another_rank_is_raised_with_its_number(demo, monkeypatc
     assert forward(demo.params, demo.config, [1, 2]).shape == (2, demo.config.vocab_size)
 
 
+def test_a_report_is_read_even_if_it_arrives_with_one_of_an_abandoned_pass(demo, monkeypatch):
+    """Let rank 1 fail in two passes, of which rank 0 abandons the first before it reads why, and is late in the second."""
+
+    def interrupt(name, x):
+        time.sleep(0.3)
+        raise KeyboardInterrupt
+
+    def wait(name, x):
+        time.sleep(0.3 if name == "tok_embeddings" else 0)
+        return x
+
+    monkeypatch.setitem(leading.OPS, "MINE", leading.PLAIN)  # which only rank 0 knows
+    monkeypatch.setattr(leading, "operations_name", lambda ops, tap, arithmetic: "MINE")
+    with pytest.raises(KeyboardInterrupt):
+        forward(demo.params, demo.config, [1, 2], tap=interrupt)
+    before = signal.signal(signal.SIGALRM, lambda number, frame: pytest.fail("rank 0 waits for a rank that has reported"))
+    signal.alarm(20)
+    try:
+        with pytest.raises(RankError, match="rank 1: KeyError: 'MINE'"):
+            forward(demo.params, demo.config, [1, 2], tap=wait)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    monkeypatch.undo()
+    assert forward(demo.params, demo.config, [1, 2]).shape == (2, demo.config.vocab_size)
+
+
 def test_a_killed_rank_is_said_and_ends_the_others():
     model = npllama.load(processes=3)
     processes = group_of(model)._processes
