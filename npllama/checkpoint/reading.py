@@ -197,7 +197,7 @@ def _spread(model: Model, dtype: str, processes: int) -> Spread:
         group.close()
         raise
     group.wait_until_loaded()
-    return Spread(leader.part.params, leader.forward, _whole(model))
+    return Spread(leader.part.params, leader.forward, _whole(model), leader.check)
 
 
 def load_over(path: str | Path | None, dtype: str, group: World) -> Model:
@@ -217,7 +217,7 @@ def load_over(path: str | Path | None, dtype: str, group: World) -> Model:
         group.agree(error)
         raise
     group.agree(None)
-    model.params = Spread(leader.part.params, leader.forward, _whole(model))
+    model.params = Spread(leader.part.params, leader.forward, _whole(model), leader.check)
     return model
 
 

@@ -11,11 +11,14 @@ import numpy as np
 
 from ..checkpoint import Model
 from ..engine.ranks.groups import RankLost
+from ..engine.ranks.passes import check_ranks
 from ..errors import NpllamaError, reason
 from ..generation import Step
 from ..sampling import LogitsError, Sampling
 from ..text.batching import Batch
 from ..text.completion import Continuation, TokenLogprobs
+
+IDLE = 1.0  # seconds from one check of the ranks to the next while there is nothing to compute
 
 
 class Full(NpllamaError):
@@ -131,8 +134,10 @@ class Worker:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        while self._next():
+        while True:
             try:
+                if not self._next():
+                    return
                 for row, step in self._batch.advance():
                     self._take(row, step)
             except RankLost as error:
@@ -144,7 +149,10 @@ class Worker:
                 self._fail(error)
 
     def _next(self) -> bool:
-        """Let texts join and leave, and wait until there is something to compute; return False at the end."""
+        """Let texts join and leave, and wait until there is something to compute; return False at the end.
+
+        Raises RankLost for a rank that ends meanwhile.
+        """
         with self._changed:
             while True:
                 for row in [row for row, job in self._running.items() if job.cancelled]:
@@ -156,7 +164,8 @@ class Worker:
                     return True
                 if self._closed:
                     return False
-                self._changed.wait()
+                if not self._changed.wait(IDLE):
+                    check_ranks(self.model.params)
 
     def _join(self, job: Job) -> None:
         ids = job.continuation.completion.prompt_tokens

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import os
+import re
 import threading
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 
+import npllama
 from npllama import Model, Sampling, forward
 from npllama.engine.ranks.groups import RankLost
 from npllama.errors import NpllamaError
 from npllama.sampling import log_probabilities
-from npllama.serve.worker import Closed, Job, Worker
+from npllama.serve.worker import IDLE, Closed, Job, Worker
 from npllama.text import batching
 from npllama.text.batching import Batch
 from npllama.text.completion import Continuation
@@ -63,6 +66,17 @@ def test_a_lost_rank_ends_the_worker(monkeypatch):
     assert str(worker.lost) == "rank 1 of 2 (process 7) was ended by SIGKILL"
     with pytest.raises(Closed):
         worker.submit([job])
+
+
+@pytest.mark.skipif(os.name != "posix", reason="not a POSIX system: ranks can't be processes")
+def test_a_rank_that_is_killed_while_nothing_is_computed_ends_the_worker():
+    called, model = threading.Event(), npllama.load(processes=2)
+    worker = Worker(model, 2, 4, ends=called.set)
+    assert not called.wait(2.5 * IDLE)
+    model.params.lead.__self__.group._processes[0].kill()
+    assert called.wait(60)
+    assert worker.join(60)
+    assert re.fullmatch(r"rank 1 of 2 \(process \d+\) was ended by SIGKILL", str(worker.lost))
 
 
 def test_between_two_tokens_of_a_text_the_others_read_at_most_a_chunk(monkeypatch):

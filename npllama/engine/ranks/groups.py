@@ -50,6 +50,9 @@ class Leading(Group, Protocol):
     def abandon(self) -> None:
         """Abandon the pass under way, so that the other ranks stop waiting for it."""
 
+    def check(self) -> None:
+        """Raise RankLost if another rank has ended; for use between passes."""
+
     def close(self) -> None:
         """End the other ranks."""
 

@@ -84,6 +84,11 @@ class Leader:
         """End the other ranks."""
         self._finalizer()
 
+    def check(self) -> None:
+        """Raise RankLost if another rank has ended."""
+        with self.lock:
+            self.group.check()
+
     def forward(
         self,
         config: Config,

@@ -223,6 +223,10 @@ class Workers(LocalGroup):
         with contextlib.suppress(RankError):
             self._write({"abandon": True})
 
+    def check(self) -> None:  # noqa: D102
+        for rank in self._readable(range(1, self.size), 0):
+            self._read_reports(rank)  # of an abandoned pass, if the rank hasn't ended
+
     def close(self) -> None:  # noqa: D102
         if os.getpid() != self._owner:  # a child that was forked
             return
@@ -252,7 +256,7 @@ class Workers(LocalGroup):
                     self._lose(rank)
 
     def _check(self, flag: int) -> None:
-        for rank in self._readable(list(range(1, self.size)), 0):
+        for rank in self._readable(range(1, self.size), 0):
             for report in self._read_reports(rank):
                 if report["seq"] >= self._base:  # else it is about an abandoned pass
                     raise RankError(f"rank {rank}: {report['error']}")

@@ -136,6 +136,9 @@ class World:
         """Note that the other ranks wait inside a pass, where they receive no message."""
         self._abandoned = True
 
+    def check(self) -> None:
+        """Do nothing: mpiexec ends the run with the first rank that ends."""
+
     def close(self) -> None:
         """End the other ranks, as rank 0, unless they wait inside a pass."""
         if not self._abandoned and not self._closed:

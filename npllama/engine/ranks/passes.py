@@ -52,15 +52,22 @@ class Spread(dict[str, Weight]):
     """Rank 0's part of a model's parameters; lead() makes a pass by all ranks.
 
     whole  the parameters of the whole model, memory-mapped; None where rank 0 has a directory of its own share
+    check  raises RankLost if another rank has ended
     """
 
-    def __init__(self, parts: Mapping[str, Weight], lead: Lead, whole: Params | None = None):
+    def __init__(
+        self,
+        parts: Mapping[str, Weight],
+        lead: Lead,
+        whole: Params | None = None,
+        check: Callable[[], object] = lambda: None,
+    ):
         super().__init__(parts)
-        self.lead, self.whole = lead, whole
+        self.lead, self.whole, self.check = lead, whole, check
 
     def computed_in(self, arithmetic: Arithmetic) -> Spread:
         """Return the same parameters, over which each rank computes in an arithmetic."""
-        return Spread(self, functools.partial(self.lead, arithmetic=arithmetic), self.whole)
+        return Spread(self, functools.partial(self.lead, arithmetic=arithmetic), self.whole, self.check)
 
 
 def whole_params(params: Params) -> Params:
@@ -70,6 +77,12 @@ def whole_params(params: Params) -> Params:
     if params.whole is None:
         raise NpllamaError("rank 0 has a directory of its own share, but whole weights are needed: expected the whole model")
     return params.whole
+
+
+def check_ranks(params: Params) -> None:
+    """Raise RankLost if the parameters are spread over ranks, of which one has ended."""
+    if isinstance(params, Spread):
+        params.check()
 
 
 def by_all_ranks(forward: Forward) -> Forward:
