@@ -269,7 +269,7 @@ def test_text_grows_with_the_picture_and_with_the_font(model):
 def test_a_masked_cell_looks_unlike_a_weight_of_zero(heads, model):
     figure = drawn(plot.draw_attention, subject=subject(model, heads=heads))
     maps = [axes for axes in figure.axes if axes.images and np.ma.getmaskarray(axes.images[0].get_array()).any()]
-    assert len(maps) == {1: 2 + 6, 2: 2}[len(heads)] if heads else 6
+    assert len(maps) == ({1: 2 + 6, 2: 2}[len(heads)] if heads else 6)
     for axes in maps:
         [image] = axes.images
         zero, ground = np.array(image.cmap(image.norm(0.0))), np.array(axes.patch.get_facecolor())

@@ -95,7 +95,7 @@ def test_prompts_that_wait_together_are_read_in_one_pass(passes):
         ([9, 9, 9, 9, 9, 9, 9, 8, 9], slice(2, 9)),  # seven fit, the shortest among them
     ],
 )
-def testrows_to_read_fit_the_chunk_and_have_little_padding(rests, rows):
+def test_rows_to_read_fit_the_chunk_and_have_little_padding(rests, rows):
     assert batching.rows_to_read(rests, 64) == rows
 
 

@@ -140,6 +140,7 @@ def test_transformers_passes():
 
     report = run_functions("transformers", {"chat_template": theirs}, levels=["L8"])
     assert not report.failures, text(report)
+    assert sum(result.passed for result in report.results) == 4 * len(TEMPLATES)
 
 
 @pytest.mark.parametrize(
