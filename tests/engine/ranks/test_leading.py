@@ -33,21 +33,6 @@ CASES = [(name, size) for name in ("grouped", "one_kv_head", "odd_ffn") for size
 ]
 
 
-@pytest.fixture
-def spread():
-    """Give parameters spread over ranks in threads, which end with the test."""
-    leaders = []
-
-    def make(params, config, size):
-        found, ranks = thread_ranks.spread(params, config, size)
-        leaders.append(found.lead.__self__)
-        return found, ranks
-
-    yield make
-    for leader in leaders:
-        leader.close()
-
-
 @pytest.mark.parametrize(("name", "size"), CASES)
 def test_the_logits_are_one_process_s(spread, name, size):
     """Compute in chunks, with padding, a batch, the last token alone; every rank has the same bits of every sum."""

@@ -15,25 +15,9 @@ from npllama.golden.conformance.grading import run_functions
 from npllama.golden.precision import Precision, profile
 from npllama.golden.trace import read_trace, write_trace
 
-import thread_ranks
 import tiny
 
 STEPS = [3, 4]
-
-
-@pytest.fixture
-def spread():
-    """Return a function that spreads parameters over ranks in threads, which end with the test."""
-    leaders = []
-
-    def make(params, config, size):
-        found, ranks = thread_ranks.spread(params, config, size)
-        leaders.append(found.lead.__self__)
-        return found, ranks
-
-    yield make
-    for leader in leaders:
-        leader.close()
 
 
 @pytest.fixture
