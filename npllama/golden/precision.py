@@ -289,10 +289,14 @@ class Precision:
     @functools.cached_property
     def ops(self) -> Ops | None:
         """Return the operations with the roundings inside them, for 16 bits and with parts; None for forward()'s own."""
-        made = rounding_ops(ROUND[self.name], self.convention or "meta") if self.name in ROUND else None
+        made = self.without_parts()
         for part in self.parts:
             made = PARTS[part](made or model.PLAIN)
         return made
+
+    def without_parts(self) -> Ops | None:
+        """Return the operations to which the parts add their roundings; None for forward()'s own."""
+        return rounding_ops(ROUND[self.name], self.convention or "meta") if self.name in ROUND else None
 
     def params(self, params: Params) -> Params:
         """Return the parameters in this precision, cast when they are used; packed ones that need no cast stay packed.
@@ -348,13 +352,9 @@ class SequentialSums(Precision):
         """Return a name that profile() doesn't know, as no program is judged by it."""
         return "+".join(("sequential-sums", *self.parts))
 
-    @functools.cached_property
-    def ops(self) -> Ops:
-        """Return the operations, with parts or without."""
-        made = sequential_norms(model.PLAIN)
-        for part in self.parts:
-            made = PARTS[part](made)
-        return made
+    def without_parts(self) -> Ops:
+        """Return the plain operations, with other norms and softmax."""
+        return sequential_norms(model.PLAIN)
 
 
 def sequential_norms(made: Ops) -> Ops:
