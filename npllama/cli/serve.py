@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
             tuple(args.allow_origin),
             LOOPBACK if host in LOOPBACK else None,
         )
-        worker = Worker(model, rows, args.queue, ends=lambda: signal.raise_signal(signal.SIGTERM))
+        worker = Worker(model, rows, args.queue)
         address = f"[{host}]" if ":" in host else host
         line = f"{settings.name} at http://{address}:{port}/v1 ({rows} rows, context {context:,})"
         app = make_app(model, worker, format, settings)

@@ -17,8 +17,9 @@ GRACE = 7.0  # seconds that running requests get to finish after SIGTERM; with t
 
 
 class Server(uvicorn.Server):
-    """Serve until SIGTERM or Ctrl-C. Requests then get `grace` seconds to finish, and those that haven't end with an error.
+    """Serve until SIGTERM, Ctrl-C or the loss of a rank.
 
+    Requests then get `grace` seconds to finish, and those that haven't end with an error.
     `started` is called once signals are handled and requests are answered.
 
     Without this, uvicorn would cancel them at its own time limit: the client loses its connection, and a traceback is printed.
@@ -43,6 +44,10 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             self._started()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Return whether to shut down, which uvicorn asks ten times a second."""
+        return await super().on_tick(counter) or self._worker.lost is not None
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take no more connections, and wait for requests to finish, as long as the grace lasts."""

@@ -74,12 +74,11 @@ class Worker:
     rows   texts that are decoded together
     most   jobs that may wait for a row
     chunk  most tokens of prompts that are read between two decode steps
-    ends   is called, in that thread, when a rank is lost and nothing more can be computed
-    lost   the error of that rank
+    lost   the error of a rank that is lost, after which nothing more can be computed; else None
     """
 
-    def __init__(self, model: Model, rows: int, most: int, chunk: int = 128, ends: Callable[[], object] = lambda: None):
-        self.model, self.most, self.ends = model, most, ends
+    def __init__(self, model: Model, rows: int, most: int, chunk: int = 128):
+        self.model, self.most = model, most
         self.lost: RankLost | None = None
         self._batch = Batch(model, rows, chunk=chunk)
         self._waiting: deque[Job] = deque()
@@ -144,7 +143,6 @@ class Worker:
                 self.lost = error
                 self.close()
                 self._fail(error)
-                self.ends()
             except Exception as error:  # out of memory, for example: these texts end, the server goes on
                 self._fail(error)
 

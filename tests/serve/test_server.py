@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 import npllama
+from npllama.engine.ranks.groups import RankLost
 from npllama.text import batching
 
 openai = pytest.importorskip("openai", reason="openai is not installed")
@@ -15,6 +16,22 @@ pytest.importorskip("uvicorn", reason="uvicorn is not installed")
 pytest.importorskip("starlette", reason="starlette is not installed")
 
 from serving import served  # noqa: E402
+
+
+def test_a_lost_rank_ends_the_server(monkeypatch):
+    """End the request with the rank's error, then the server."""
+
+    def lose(batch):
+        raise RankLost("rank 1 of 2 (process 7) was ended by SIGKILL")
+
+    monkeypatch.setattr(batching.Batch, "step", lose)
+    with served(npllama.load()) as ending:
+        status, reply = ending.post("/v1/completions", {"prompt": "O"})
+        assert (status, reply["error"]["message"]) == (500, "RankLost: rank 1 of 2 (process 7) was ended by SIGKILL")
+        until = time.monotonic() + 20
+        while ending.server.servers[0].is_serving():
+            assert time.monotonic() < until
+            time.sleep(0.02)
 
 
 def test_a_text_that_is_not_done_in_time_ends_with_an_error_at_shutdown(monkeypatch):

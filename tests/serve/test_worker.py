@@ -51,9 +51,8 @@ def test_a_batch_that_makes_nothing_ends_its_texts_and_not_the_worker(monkeypatc
 
 
 def test_a_lost_rank_ends_the_worker(monkeypatch):
-    """End the texts with the rank's error, call for the server's end, and take no more jobs."""
-    called = threading.Event()
-    worker = Worker(MODEL, 2, 4, ends=called.set)
+    """End the texts with the rank's error, and take no more jobs."""
+    worker = Worker(MODEL, 2, 4)
 
     def lose(batch):
         raise RankLost("rank 1 of 2 (process 7) was ended by SIGKILL")
@@ -61,7 +60,6 @@ def test_a_lost_rank_ends_the_worker(monkeypatch):
     monkeypatch.setattr(Batch, "step", lose)
     job = run(worker, 5)
     assert str(job.error) == "RankLost: rank 1 of 2 (process 7) was ended by SIGKILL"
-    assert called.wait(60)
     assert worker.join(60)
     assert str(worker.lost) == "rank 1 of 2 (process 7) was ended by SIGKILL"
     with pytest.raises(Closed):
@@ -70,11 +68,10 @@ def test_a_lost_rank_ends_the_worker(monkeypatch):
 
 @pytest.mark.skipif(os.name != "posix", reason="not a POSIX system: ranks can't be processes")
 def test_a_rank_that_is_killed_while_nothing_is_computed_ends_the_worker():
-    called, model = threading.Event(), npllama.load(processes=2)
-    worker = Worker(model, 2, 4, ends=called.set)
-    assert not called.wait(2.5 * IDLE)
+    model = npllama.load(processes=2)
+    worker = Worker(model, 2, 4)
+    assert not worker.join(2.5 * IDLE)
     model.params.lead.__self__.group._processes[0].kill()
-    assert called.wait(60)
     assert worker.join(60)
     assert re.fullmatch(r"rank 1 of 2 \(process \d+\) was ended by SIGKILL", str(worker.lost))
 
