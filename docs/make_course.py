@@ -26,6 +26,8 @@ from typing import Any
 
 import nbformat
 
+import notebooks
+
 FOLDER = Path(__file__).resolve().parent / "course"
 PICTURES = FOLDER / "pictures"
 SECONDS = 120  # the longest a cell may take
@@ -65,40 +67,31 @@ def paragraphs(text: str) -> str:
 
 def make_notebook(source: Path) -> nbformat.NotebookNode:
     """Make a notebook without outputs."""
-    notebook = nbformat.v4.new_notebook()
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    notebook.metadata["language_info"] = {"name": "python"}
-    for i, (kind, body) in enumerate(cells(source)):
+    made = []
+    for kind, body in cells(source):
         if kind in ("code", "exercise"):
-            cell = nbformat.v4.new_code_cell(body)
+            made.append(nbformat.v4.new_code_cell(body))
         elif kind == "answer":
-            cell = nbformat.v4.new_markdown_cell(
-                folded("Answer", f'<pre><code class="language-python">{html.escape(body, quote=False)}</code></pre>')
-            )
+            code = f'<pre><code class="language-python">{html.escape(body, quote=False)}</code></pre>'
+            made.append(nbformat.v4.new_markdown_cell(folded("Answer", code)))
         else:
-            cell = nbformat.v4.new_markdown_cell(body if kind == "text" else folded("Answer", paragraphs(body)))
-        cell["id"] = f"cell-{i}"
-        notebook.cells.append(cell)
-    return notebook
+            made.append(nbformat.v4.new_markdown_cell(body if kind == "text" else folded("Answer", paragraphs(body))))
+    return notebooks.new(made)
 
 
-def execute(notebooks: Sequence[nbformat.NotebookNode]) -> None:
+def execute(chosen: Sequence[nbformat.NotebookNode]) -> None:
     """Run the notebooks, each in an empty namespace of one kernel, and keep their outputs. A cell that fails raises."""
-    from nbclient import NotebookClient
-
     together = nbformat.v4.new_notebook()  # starting a kernel takes longer than most notebooks
-    for notebook in notebooks:
+    for notebook in chosen:
         together.cells += [nbformat.v4.new_code_cell("%reset -f"), *notebook.cells]
-    NotebookClient(together, timeout=SECONDS, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}}).execute()
-    for notebook in notebooks:
+    notebooks.run(together, FOLDER, SECONDS)
+    for notebook in chosen:
         _tidy(notebook)
 
 
 def _tidy(notebook: nbformat.NotebookNode) -> None:
     """Leave out of a notebook what differs from run to run."""
-    notebook.metadata["language_info"] = {"name": "python"}
     for number, cell in enumerate((cell for cell in notebook.cells if cell.cell_type == "code"), start=1):
-        cell.metadata.pop("execution", None)
         cell.execution_count = number
         printed = [output for output in cell.outputs if output.get("name") == "stdout"]
         for output in printed[1:]:  # what a cell prints comes in as many parts as the time allows
@@ -125,43 +118,22 @@ def smaller(png: str) -> str:
 
 def to_markdown(name: str, notebook: nbformat.NotebookNode) -> tuple[str, dict[str, bytes]]:
     """Format a notebook as Markdown for the site, and return it with its pictures by name."""
-    parts = [f"<!-- made by docs/make_course.py from {name}.py: edit that -->"]
-    files: dict[str, bytes] = {}
-    heading = ""
-    for cell in notebook.cells:
-        if cell.cell_type == "markdown":
-            parts.append(re.sub(r"\]\((\d-[\w-]+)\.ipynb\)", r"](\1.md)", cell.source))
-            heading = ([heading] + [line.lstrip("# ") for line in cell.source.splitlines() if line.startswith("#")])[-1]
-            continue
-        parts.append(f"```python\n{cell.source}\n```")
-        for output in cell.outputs:
-            data = output.get("data", {})
-            if "image/png" in data:
-                file = f"{name}-{len(files) + 1}.png"
-                files[file] = base64.b64decode(data["image/png"])
-                parts.append(f"![{heading}]({PICTURES.name}/{file})")
-            elif "text/markdown" in data:
-                parts.append(data["text/markdown"].strip())
-            else:
-                parts.append(f"```text\n{(output.get('text') or data['text/plain']).rstrip()}\n```")
-    return "\n\n".join(parts) + "\n", files
+    script = f"docs/make_course.py from {name}.py"
+    page, pictures = notebooks.to_markdown(script, notebook, f"{PICTURES.name}/{name}", "{}")
+    return re.sub(r"\]\((\d-[\w-]+)\.ipynb\)", r"](\1.md)", page), pictures
 
 
 def main(names: Sequence[str]) -> None:
     """Run the notebooks of these names, or all, and write their files."""
     chosen = [source for source in sources() if not names or source.stem in names]
-    notebooks = [make_notebook(source) for source in chosen]
-    execute(notebooks)
-    PICTURES.mkdir(exist_ok=True)
-    for source, notebook in zip(chosen, notebooks, strict=True):
+    made = [make_notebook(source) for source in chosen]
+    execute(made)
+    for source, notebook in zip(chosen, made, strict=True):
         nbformat.write(notebook, source.with_suffix(".ipynb"))
-        page, files = to_markdown(source.stem, notebook)
+        page, pictures = to_markdown(source.stem, notebook)
         source.with_suffix(".md").write_text(page, encoding="utf-8")
-        for old in PICTURES.glob(f"{source.stem}-*.png"):
-            old.unlink()
-        for file, content in files.items():
-            (PICTURES / file).write_bytes(content)
-        print(f"{source.stem}: {len(notebook.cells)} cells, {len(files)} pictures", file=sys.stderr)
+        notebooks.replace_pictures(PICTURES, f"{source.stem}-*.png", pictures)
+        print(f"{source.stem}: {len(notebook.cells)} cells, {len(pictures)} pictures", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import nbformat
 
+import notebooks
+
 FOLDER = Path(__file__).resolve().parent
 NOTEBOOK, MARKDOWN, PICTURES = FOLDER / "walkthrough.ipynb", FOLDER / "walkthrough.md", FOLDER / "walkthrough"
 SECONDS = 300  # the longest a cell may take
@@ -395,16 +397,12 @@ are slowed down, so that their angles stay in the range of the training.
 
 def make_notebook() -> nbformat.NotebookNode:
     """Make the notebook without outputs."""
-    notebook = nbformat.v4.new_notebook()
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    notebook.metadata["language_info"] = {"name": "python"}
-    for i, cell in enumerate(CELLS.strip().split("# %%")[1:]):
+    made = []
+    for cell in CELLS.strip().split("# %%")[1:]:
         is_text = cell.startswith(" text\n")
         source = cell.removeprefix(" text").strip()
-        made = nbformat.v4.new_markdown_cell(source) if is_text else nbformat.v4.new_code_cell(source)
-        made["id"] = f"cell-{i}"
-        notebook.cells.append(made)
-    return notebook
+        made.append(nbformat.v4.new_markdown_cell(source) if is_text else nbformat.v4.new_code_cell(source))
+    return notebooks.new(made)
 
 
 # Where the reader prefers dark, the picture's paper and ink are exchanged; a program that ignores this shows it on white.
@@ -423,13 +421,9 @@ def for_light_and_dark(svg: str) -> str:
 
 
 def execute(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Run the notebook and keep its outputs, without the times of the runs. A cell that fails raises."""
-    from nbclient import NotebookClient
-
-    NotebookClient(notebook, timeout=SECONDS, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}}).execute()
-    notebook.metadata["language_info"] = {"name": "python"}
+    """Run the notebook and keep its outputs. A cell that fails raises."""
+    notebooks.run(notebook, FOLDER, SECONDS)
     for cell in notebook.cells:
-        cell.metadata.pop("execution", None)
         for output in cell.get("outputs", []):
             if SVG in output.get("data", {}):
                 output["data"] = {SVG: for_light_and_dark(output["data"][SVG])}
@@ -438,26 +432,8 @@ def execute(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 def to_markdown(notebook: nbformat.NotebookNode) -> tuple[str, dict[str, bytes]]:
     """Format the notebook as Markdown, and return it with its pictures by name."""
-    parts = ["<!-- made by docs/make_walkthrough.py: edit that -->"]
-    pictures: dict[str, bytes] = {}
-    heading = ""
-    for cell in notebook.cells:
-        if cell.cell_type == "markdown":
-            parts.append(cell.source)
-            heading = ([heading] + [line.lstrip("# ") for line in cell.source.splitlines() if line.startswith("#")])[-1]
-            continue
-        parts.append(f"```python\n{cell.source}\n```")
-        for output in cell.outputs:
-            data = output.get("data", {})
-            if SVG in data:
-                name = f"picture-{len(pictures) + 1}.svg"
-                pictures[name] = data[SVG].encode()
-                parts.append(f"![{heading}: what it does to the output]({PICTURES.name}/{name})")
-            elif "text/markdown" in data:
-                parts.append(data["text/markdown"].strip())
-            else:
-                parts.append(f"```text\n{(output.get('text') or data['text/plain']).rstrip()}\n```")
-    return "\n\n".join(parts) + "\n", pictures
+    alt = "{}: what it does to the output"
+    return notebooks.to_markdown("docs/make_walkthrough.py", notebook, f"{PICTURES.name}/picture", alt)
 
 
 def main() -> None:
@@ -466,11 +442,7 @@ def main() -> None:
     nbformat.write(notebook, NOTEBOOK)
     page, pictures = to_markdown(notebook)
     MARKDOWN.write_text(page, encoding="utf-8")
-    PICTURES.mkdir(exist_ok=True)
-    for file in PICTURES.glob("picture-*"):
-        file.unlink()
-    for name, content in pictures.items():
-        (PICTURES / name).write_bytes(content)
+    notebooks.replace_pictures(PICTURES, "picture-*", pictures)
     print(f"{NOTEBOOK}: {len(notebook.cells)} cells, {NOTEBOOK.stat().st_size:,} bytes", file=sys.stderr)
 
 

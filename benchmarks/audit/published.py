@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from npllama import Config, RopeScaling, load, parameter_shapes
+from npllama import Config, RopeScaling, load
 from npllama.golden.conformance import config_files, model_files
-from npllama.golden.conformance.models import TinyModel
-from npllama.golden.conformance.numbers import Floats, Integers
+from npllama.golden.conformance.models import TinyModel, params_of
+from npllama.golden.conformance.numbers import Integers
 from npllama.golden.precision import Precision
 from npllama.golden.trace import write_trace
 from npllama_convert.sources import convert
@@ -47,12 +47,7 @@ class Published(TinyModel):
     @functools.cached_property
     def params(self) -> dict[str, np.ndarray]:
         """Return its parameters in Meta's names and layout.    float32"""
-        found = {}
-        for name, shape in parameter_shapes(self.config).items():
-            norm = len(shape) == 1
-            drawn = Floats(shape, -2, 6, above=1.0) if norm else Floats(shape, -6 if "embeddings" in name else -5)
-            found[name] = drawn.draw(f"audit/{name}")
-        return found
+        return params_of(self.config, "audit", embeddings=-6, matrices=-5)
 
 
 MODELS = {

@@ -15,10 +15,10 @@ import threading
 from pathlib import Path
 
 import pytest
-from killed import at_each_change, write_model
 
 from npllama.checkpoint import atomic, open_model, verify
 
+from killed import at_each_change, write_model
 from system import hear_signals
 
 posix = pytest.mark.skipif(os.name == "nt", reason="links, pipes and signals are POSIX's")

@@ -1,15 +1,31 @@
-"""The repository's folder, and settings of processes: signals, a full disk."""
+"""The repository's folder and its scripts, and settings of processes: signals, a full disk."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def script(path: str) -> ModuleType:
+    """Import a script of the repository that is in no package, such as docs/make_course.py, with what is in its folder."""
+    file = ROOT / path
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(file.parent))  # where Python finds what a script imports
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(file.parent))
+    return module
 
 
 def hear_signals() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from types import ModuleType
 
@@ -12,7 +11,7 @@ import pytest
 from npllama.learn import course, grading
 from npllama.learn.exercises import EXERCISES, find
 
-from system import ROOT
+from system import ROOT, script
 
 nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed: pip install '.[notebook]'")
 
@@ -21,11 +20,8 @@ FOLDER = ROOT / "docs" / "course"
 
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_course", ROOT / "docs" / "make_course.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def maker() -> ModuleType:
+    return script("docs/make_course.py")
 
 
 @pytest.fixture(scope="module")
@@ -33,33 +29,33 @@ def stored():
     return {name: nbformat.read(FOLDER / f"{name}.ipynb", as_version=4) for name in NAMES}
 
 
-def exercises(script, name: str) -> list[tuple[str, str]]:
+def exercises(maker, name: str) -> list[tuple[str, str]]:
     """Return the code of each exercise's cell, and of the answer that follows it."""
-    cells = [cell for cell in script.cells(FOLDER / f"{name}.py") if cell[0] in ("exercise", "answer")]
+    cells = [cell for cell in maker.cells(FOLDER / f"{name}.py") if cell[0] in ("exercise", "answer")]
     assert [kind for kind, _ in cells] == ["exercise", "answer"] * (len(cells) // 2)
     codes = [body for _, body in cells]
     return list(zip(codes[::2], codes[1::2], strict=True))
 
 
-def test_there_are_six_of_an_hour_each(script):
-    assert [source.stem for source in script.sources()] == NAMES
-    for source in script.sources():
-        assert 25 <= len(list(script.cells(source))) <= 75, source.stem
+def test_there_are_six_of_an_hour_each(maker):
+    assert [source.stem for source in maker.sources()] == NAMES
+    for source in maker.sources():
+        assert 25 <= len(list(maker.cells(source))) <= 75, source.stem
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_stored_notebook_is_what_the_script_makes(script, stored, name):
-    made = script.make_notebook(FOLDER / f"{name}.py")
+def test_the_stored_notebook_is_what_the_script_makes(maker, stored, name):
+    made = maker.make_notebook(FOLDER / f"{name}.py")
     nbformat.validate(stored[name])
     for ours, theirs in zip(made.cells, stored[name].cells, strict=True):
         assert (ours.id, ours.cell_type, ours.source) == (theirs.id, theirs.cell_type, theirs.source), "run docs/make_course.py"
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_page_is_the_notebook(script, stored, name):
-    page, pictures = script.to_markdown(name, stored[name])
+def test_the_page_is_the_notebook(maker, stored, name):
+    page, pictures = maker.to_markdown(name, stored[name])
     assert (FOLDER / f"{name}.md").read_text(encoding="utf-8") == page, "run docs/make_course.py"
-    assert {file.name: file.read_bytes() for file in script.PICTURES.glob(f"{name}-*.png")} == pictures
+    assert {file.name: file.read_bytes() for file in maker.PICTURES.glob(f"{name}-*.png")} == pictures
     assert all(len(content) < 60_000 for content in pictures.values())
 
 
@@ -79,26 +75,26 @@ def shown(cell) -> list[str]:
 
 
 @pytest.mark.slow
-def test_the_notebooks_run_and_show_what_is_stored(script, stored):
+def test_the_notebooks_run_and_show_what_is_stored(maker, stored):
     for package in ("nbclient", "ipykernel", "matplotlib"):
         pytest.importorskip(package, reason=f"{package} is not installed: pip install '.[notebook]'")
-    made = {name: script.make_notebook(FOLDER / f"{name}.py") for name in NAMES}
-    script.execute(list(made.values()))  # raises where a cell does
+    made = {name: maker.make_notebook(FOLDER / f"{name}.py") for name in NAMES}
+    maker.execute(list(made.values()))  # raises where a cell does
     for name in NAMES:
         for ours, theirs in zip(made[name].cells, stored[name].cells, strict=True):
             assert shown(ours) == shown(theirs), f"{name}: {theirs.source}: run docs/make_course.py"
 
 
-def test_the_course_uses_every_exercise_once(script):
-    used = [re.search(r"^grade\((\w+)\)$", cell, re.MULTILINE)[1] for name in NAMES for cell, _ in exercises(script, name)]
+def test_the_course_uses_every_exercise_once(maker):
+    used = [re.search(r"^grade\((\w+)\)$", cell, re.MULTILINE)[1] for name in NAMES for cell, _ in exercises(maker, name)]
     assert sorted(used) == sorted(exercise.name for exercise in EXERCISES)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_exercise_fails_before_the_answer_and_passes_with_it(script, tmp_path, capsys, name):
+def test_an_exercise_fails_before_the_answer_and_passes_with_it(maker, tmp_path, capsys, name):
     """Check it in the notebook's own cell, and with the files that the command checks."""
     grading.start(tmp_path)
-    for empty, answer in exercises(script, name):
+    for empty, answer in exercises(maker, name):
         exec(empty, {"np": np, "grade": grading.grade})
         assert capsys.readouterr().out.split(maxsplit=1)[1] == "not done yet\n"
         function = re.search(r"^grade\((\w+)\)$", empty, re.MULTILINE)[1]
@@ -112,10 +108,10 @@ def test_an_exercise_fails_before_the_answer_and_passes_with_it(script, tmp_path
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_answers_are_folded(script, stored, name):
+def test_answers_are_folded(maker, stored, name):
     """Check that no answer is in a visible cell, and that each is closed until somebody opens it."""
     plain = [cell.source for cell in stored[name].cells if "<details>" not in cell.source]
-    for _, answer in exercises(script, name):
+    for _, answer in exercises(maker, name):
         assert not any(answer in source for source in plain)
     for cell in stored[name].cells:
         if "<details" in cell.source:
@@ -146,8 +142,8 @@ def test_the_source_that_is_shown_has_no_docstring():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_links_lead_somewhere(script, name):
-    for kind, body in script.cells(FOLDER / f"{name}.py"):
+def test_links_lead_somewhere(maker, name):
+    for kind, body in maker.cells(FOLDER / f"{name}.py"):
         if kind == "text":
             for target in re.findall(r"\]\(([^)\s]+)\)", body):
                 assert (FOLDER / target).resolve().exists(), target

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from npllama.golden.conformance import config_files
+from npllama.golden.conformance import config_files, model_files
 from npllama.golden.conformance.cases import cases
 
-from system import ROOT
+from system import ROOT, script
 
 sys.path.append(str(ROOT))
 from benchmarks.audit import __main__ as main
@@ -134,12 +134,19 @@ def test_what_pip_cant_install_is_its_reason(tmp_path, monkeypatch):
 
 
 def test_adapters_and_the_suite_mean_the_same_constants():
-    spec = importlib.util.spec_from_file_location("adapting", main.ADAPTERS / "adapting.py")
-    adapting = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(adapting)
+    adapting = script("benchmarks/audit/adapters/adapting.py")
     assert adapting.CONSTANTS == config_files.CONSTANTS
     for one in IMPLEMENTATIONS.values():
         assert one.why_not or (main.ADAPTERS / one.adapter).exists()
+
+
+@pytest.mark.parametrize("name", published.MODELS)
+def test_adapters_read_the_constants_of_a_config_of_hugging_faces(name):
+    adapting, model = script("benchmarks/audit/adapters/adapting.py"), published.MODELS[name]
+    values = model_files.hf_config(model.config, model.old)
+    theta, rope = adapting.rope_of(values)
+    found = adapting.constants(SimpleNamespace(**values), theta, rope or {}, values["head_dim"])
+    assert [float(found[key] or 0) for key in config_files.CONSTANTS] == config_files.constants_of(model.config).tolist()
 
 
 def test_published_models_have_published_constants():

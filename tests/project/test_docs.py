@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import re
 
 import pytest
@@ -12,7 +11,7 @@ from npllama.activations import AFTER, BEFORE, LAYER
 from npllama.cli import main
 from npllama.learn.exercises import EXERCISES
 
-from system import ROOT
+from system import ROOT, script
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINK = re.compile(r"!?\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
@@ -106,10 +105,7 @@ def test_the_exercises_page_prints_what_the_command_prints(tmp_path, capsys):
 
 def of_the_site(name):
     """Import a file of docs/site."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / "site" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script(f"docs/site/{name}.py")
 
 
 @pytest.mark.parametrize(

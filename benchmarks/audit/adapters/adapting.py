@@ -153,6 +153,27 @@ def rope_of(values: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
     return float(theta), rope if rope.get("rope_type", rope.get("type", "default")) != "default" else None
 
 
+def constants(c: Any, theta: float, rope: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
+    """Return the result of resolve_config from a config object with Hugging Face's names; `rope` has the scaling's, if any."""
+    scaling = rope if rope.get("rope_type", rope.get("type")) == "llama3" else {}
+    return {
+        "norm_eps": c.rms_norm_eps,
+        "rope_theta": theta,
+        "factor": scaling.get("factor"),
+        "low_freq_factor": scaling.get("low_freq_factor"),
+        "high_freq_factor": scaling.get("high_freq_factor"),
+        "original_max_seq_len": scaling.get("original_max_position_embeddings"),
+        "dim": c.hidden_size,
+        "n_layers": c.num_hidden_layers,
+        "n_heads": c.num_attention_heads,
+        "n_kv_heads": c.num_key_value_heads,
+        "head_dim": head_dim,
+        "ffn_dim": c.intermediate_size,
+        "vocab_size": c.vocab_size,
+        "tied_embeddings": c.tie_word_embeddings,
+    }
+
+
 def with_tokenizer(path: str, folder: Path) -> str:
     """Return a copy of a Hugging Face folder with a tokenizer whose token N is "tN", for loaders that ask for one."""
     source, target = Path(path), folder / Path(path).parent.name

@@ -26,24 +26,8 @@ def plain(x):
 
 def resolve_config(path):
     c = ModelArgs.from_dict(adapting.config_json(path))
-    scaling = c.rope_scaling or {}
-    scaling = scaling if scaling.get("rope_type", scaling.get("type")) == "llama3" else {}
-    return {
-        "norm_eps": c.rms_norm_eps,
-        "rope_theta": c.rope_theta,
-        "factor": scaling.get("factor"),
-        "low_freq_factor": scaling.get("low_freq_factor"),
-        "high_freq_factor": scaling.get("high_freq_factor"),
-        "original_max_seq_len": scaling.get("original_max_position_embeddings"),
-        "dim": c.hidden_size,
-        "n_layers": c.num_hidden_layers,
-        "n_heads": c.num_attention_heads,
-        "n_kv_heads": c.num_key_value_heads,
-        "head_dim": c.head_dim or c.hidden_size // c.num_attention_heads,  # as Attention does
-        "ffn_dim": c.intermediate_size,
-        "vocab_size": c.vocab_size,
-        "tied_embeddings": c.tie_word_embeddings,
-    }
+    head_dim = c.head_dim or c.hidden_size // c.num_attention_heads  # as Attention does
+    return adapting.constants(c, c.rope_theta, c.rope_scaling or {}, head_dim)
 
 
 def forward_file(path, tokens):

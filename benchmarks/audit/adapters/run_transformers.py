@@ -24,24 +24,7 @@ def plain(x):
 
 def resolve_config(path):
     c = AutoConfig.from_pretrained(Path(path).parent)
-    rope = c.rope_parameters
-    scaling = rope if rope["rope_type"] == "llama3" else {}
-    return {
-        "norm_eps": c.rms_norm_eps,
-        "rope_theta": rope["rope_theta"],
-        "factor": scaling.get("factor"),
-        "low_freq_factor": scaling.get("low_freq_factor"),
-        "high_freq_factor": scaling.get("high_freq_factor"),
-        "original_max_seq_len": scaling.get("original_max_position_embeddings"),
-        "dim": c.hidden_size,
-        "n_layers": c.num_hidden_layers,
-        "n_heads": c.num_attention_heads,
-        "n_kv_heads": c.num_key_value_heads,
-        "head_dim": c.head_dim,
-        "ffn_dim": c.intermediate_size,
-        "vocab_size": c.vocab_size,
-        "tied_embeddings": c.tie_word_embeddings,
-    }
+    return adapting.constants(c, c.rope_parameters["rope_theta"], c.rope_parameters, c.head_dim)
 
 
 @torch.inference_mode()

@@ -45,12 +45,15 @@ class TinyModel:
         return params_of(self.config, f"models/{self.name}")
 
 
-def params_of(config: Config, text: str) -> dict[str, np.ndarray]:
-    """Draw a model's parameters: norms between 1/2 and 3/2, matrices whose products are about as large as what goes in."""
+def params_of(config: Config, text: str, embeddings: int = 0, matrices: int = -3) -> dict[str, np.ndarray]:
+    """Draw a model's parameters: norms between 1/2 and 3/2, the others as large as their exponents say, see Floats.
+
+    By default, a product with a matrix is about as large as its input.
+    """
     params = {}
     for name, shape in parameter_shapes(config).items():
         norm = len(shape) == 1
-        drawn = Floats(shape, -2, 6, above=1.0) if norm else Floats(shape, 0 if "embeddings" in name else -3)
+        drawn = Floats(shape, -2, 6, above=1.0) if norm else Floats(shape, embeddings if "embeddings" in name else matrices)
         params[name] = drawn.draw(f"{text}/{name}")
     return params
 

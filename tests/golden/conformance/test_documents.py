@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shutil
 import subprocess
@@ -14,15 +13,13 @@ from npllama.golden.conformance.cases import cases
 from npllama.golden.conformance.suite import recorded
 from npllama.golden.mistakes import MISTAKES
 
-from system import ROOT
+from system import ROOT, script
 
 PAGE = (ROOT / "docs" / "conformance.md").read_text(encoding="utf-8")
 
 
 def test_the_matrix_is_what_is_recorded():
-    spec = importlib.util.spec_from_file_location("make_conformance", ROOT / "docs" / "make_conformance.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = script("docs/make_conformance.py")
     assert module.PAGE.read_text(encoding="utf-8") == module.text(), "run docs/make_conformance.py"
 
 

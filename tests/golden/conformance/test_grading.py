@@ -60,8 +60,9 @@ def test_our_own_layers_and_models_pass_in_every_precision(name, precision):
 @pytest.mark.parametrize("name", ["float32", "bfloat16"])
 def test_hugging_face_passes(name):
     """Run its operations, blocks, models and its own cache, from our parameters and from the suite's files."""
-    import hf_conformance
     import torch
+
+    import hf_conformance
 
     with torch.no_grad():
         levels = ["L1", "L2", "L3", "L4", "L5"]
