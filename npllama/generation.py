@@ -279,8 +279,9 @@ class TextStream:
         if ends := [i for s in self._stop if (i := self._held.find(s)) >= 0]:
             text, self._held, self.ended = self._held[: min(ends)], "", True
             return text
-        keep = max((k for s in self._stop for k in range(1, len(s)) if self._held.endswith(s[:k])), default=0)
-        cut = len(self._held) - keep
+        n = len(self._held)  # a stop string may be far longer, and its beginnings are as many as its letters
+        keep = max((k for s in self._stop for k in range(1, min(len(s), n + 1)) if self._held.endswith(s[:k])), default=0)
+        cut = n - keep
         text, self._held = self._held[:cut], self._held[cut:]
         return text
 

@@ -100,7 +100,7 @@ class Tokenizer(ABC):
         """
         if not isinstance(text, str):
             raise TypeError(f"the text is {type(text).__name__}, expected str")
-        ids = self._encode(_unicode(text), special)
+        ids = self._encode(unicode(text), special)
         if bos and self.adds_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             return [self.bos_id, *ids]
         return ids
@@ -443,7 +443,7 @@ class SentencePieceTokenizer(Tokenizer):
             if i % 2:
                 ids.append(self.special_tokens[part])
             else:
-                self._extend(ids, _unicode(part), self._plain)
+                self._extend(ids, unicode(part), self._plain)
         return ids
 
     def _extend(self, ids: list[int], text: str, splitter: _Splitter) -> None:
@@ -577,7 +577,7 @@ class HuggingFaceTokenizer(Tokenizer):
         if any(_NO_TEXT in part for part in parts):
             raise TokenizerError(f"{self._path}: can't split this text: it holds U+10FFFD and a special token's spelling")
         text = "".join(_private_name(self.special_tokens[part]) if i % 2 else part for i, part in enumerate(parts))
-        return self._run(self._library_for_parts, _unicode(text))
+        return self._run(self._library_for_parts, unicode(text))
 
     @cached_property
     def _library_for_parts(self) -> Any:
@@ -640,7 +640,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._library.id_to_token(id) or ""
 
 
-def _unicode(text: str) -> str:
+def unicode(text: str) -> str:
     """Return a text without lone surrogates."""
     try:
         text.encode()

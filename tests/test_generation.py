@@ -256,6 +256,22 @@ def test_no_more_is_held_back_than_might_begin_a_stop_string(stop, held):
     assert shown == "hello"[: 5 - held]
 
 
+def test_a_stop_string_of_any_length_takes_no_time():
+    """Count the beginnings that are compared: no more than letters have come, however long the stop string is."""
+    compared = []
+
+    class Counted(str):
+        __slots__ = ()
+
+        def __getitem__(self, letters):
+            compared.append(letters.stop)
+            return str.__getitem__(self, letters)
+
+    assert "".join(shown("hello", [Counted("ox" * 1000)])) == "hello"
+    assert compared
+    assert max(compared) <= 2
+
+
 @pytest.mark.parametrize(
     ("text", "stop", "expected"),
     [

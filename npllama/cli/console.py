@@ -6,7 +6,6 @@ import contextlib
 import io
 import json
 import logging
-import math
 import os
 import sys
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import TextIO
 
 from ..generation import Step
-from ..text.completion import Completion
+from ..text.completion import Completion, in_json
 
 FORESEEN = (ValueError, OSError, ImportError, MemoryError)  # bad input, the system, a missing package, too little memory
 
@@ -191,7 +190,7 @@ def as_json(done: Completion, timings: dict[str, float] | None = None) -> str:
     """Return a completion as one line of JSON; infinite and NaN log-probabilities are null."""
 
     def entry(token: int, piece: str, logprob: float) -> dict[str, object]:
-        return {"token": token, "piece": piece, "logprob": logprob if math.isfinite(logprob) else None}
+        return {"token": token, "piece": piece, "logprob": in_json(logprob)}
 
     fields: dict[str, object] = {
         "text": done.text,

@@ -6,7 +6,8 @@
 |---|---|
 | worker.py | the thread that computes: continuous batching, so requests join and leave a running batch |
 | requests.py | checks OpenAI's JSON; unsupported parameters are refused by name |
-| replies.py | writes completions as OpenAI's JSON |
+| replies.py | the parts of OpenAI's replies: ids, token counts, log-probabilities |
+| choices.py | writes choices as JSON, whole or piece by piece |
 | app.py | the routes, on Starlette: limits, API key, errors, server-sent events |
 | server.py | uvicorn's server, with an end to running requests at shutdown |
 

@@ -26,9 +26,10 @@ from ..chat import ChatError, ChatFormat
 from ..checkpoint import Model, foreign
 from ..errors import printable, reason, shown
 from ..generation import check_prompt
-from ..text.completion import Continuation, TokenLogprobs
-from .replies import FINISH, LegacyLogprobs, Reply, chat_logprobs, usage_of
-from .requests import BadRequest, ChatRequest, CompletionRequest, Fields, Generation, chat_request, completion_request, is_bool
+from ..text.completion import Continuation
+from .choices import ChatChoices, Choices, CompletionChoices
+from .replies import usage_of
+from .requests import BadRequest, Fields, Generation, chat_request, completion_request, is_bool
 from .worker import Closed, Full, Job, Worker
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -184,14 +185,16 @@ class _API:
     async def completions(self, request: Request) -> Response:
         asked = completion_request(await self._json(request), self._model.generation)
         self._check_name(asked.model)
+        self._check_count(len(asked.prompts), asked.n)
         prompts = [await run_in_threadpool(self._ids, prompt) for prompt in asked.prompts]
         run = self._start(asked, prompts, asked.logprobs if asked.echo else None, asked.logprobs)
-        shape = _CompletionShape(self._model, self._settings.name, asked, run.jobs)
-        return await self._answer(request, asked, run, prompts, shape)
+        choices = CompletionChoices(self._model, self._settings.name, asked, run.jobs)
+        return await self._answer(request, asked, run, prompts, choices)
 
     async def chat(self, request: Request) -> Response:
         asked = chat_request(await self._json(request), self._model.generation)
         self._check_name(asked.model)
+        self._check_count(1, asked.n)
         if isinstance(self._format, ChatError):
             raise BadRequest(str(self._format), "messages")
         try:
@@ -199,8 +202,8 @@ class _API:
         except ValueError as error:
             raise BadRequest(str(error), "messages") from None
         run = self._start(asked, [prompt.ids])
-        shape = _ChatShape(self._model, self._settings.name, asked, run.jobs)
-        return await self._answer(request, asked, run, [prompt.ids], shape)
+        choices = ChatChoices(self._model, self._settings.name, asked, run.jobs)
+        return await self._answer(request, asked, run, [prompt.ids], choices)
 
     def _ids(self, prompt: str | list[int]) -> list[int]:
         if not isinstance(prompt, str):
@@ -238,33 +241,32 @@ class _API:
         return run
 
     async def _answer(
-        self, request: Request, asked: Generation, run: _Run, prompts: Sequence[list[int]], shape: _Shape
+        self, request: Request, asked: Generation, run: _Run, prompts: Sequence[list[int]], choices: Choices
     ) -> Response:
         if asked.stream:
-            events = self._events(asked, run, prompts, shape)
-            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+            return _Stream(self._events(asked, run, prompts, choices), lambda: self._worker.cancel(run.jobs))
         try:
             await run.wait(request.is_disconnected)
         finally:
             self._worker.cancel(run.jobs)
-        choices = [shape.choice(i, job) for i, job in enumerate(run.jobs)]
-        return JSONResponse(shape.reply.whole(choices, self._usage(prompts, run)))
+        made = [choices.whole(i, job) for i, job in enumerate(run.jobs)]
+        return JSONResponse(choices.reply.whole(made, self._usage(prompts, run)))
 
-    async def _events(self, asked: Generation, run: _Run, prompts: Sequence[list[int]], shape: _Shape) -> AsyncIterator[bytes]:
-        """Yield server-sent events; when the client disconnects, its texts are cancelled."""
+    async def _events(
+        self, asked: Generation, run: _Run, prompts: Sequence[list[int]], choices: Choices
+    ) -> AsyncIterator[bytes]:
+        """Yield server-sent events."""
         try:
-            for event in shape.opening():
-                yield _event(shape.reply.event([event]))
+            for event in choices.opening():
+                yield _event(choices.reply.event([event]))
             async for i, text, n_tokens, ended in run.pieces():
-                if (choice := shape.piece(i, run.jobs[i], text, n_tokens, ended)) is not None:
-                    yield _event(shape.reply.event([choice]))
+                if (choice := choices.piece(i, run.jobs[i], text, n_tokens, ended)) is not None:
+                    yield _event(choices.reply.event([choice]))
             if asked.include_usage:
-                yield _event(shape.reply.event([], self._usage(prompts, run)))
+                yield _event(choices.reply.event([], self._usage(prompts, run)))
             yield b"data: [DONE]\n\n"
         except BadRequest as error:
             yield _event({"error": error_of(str(error), error.status, error.param, error.code)})
-        finally:
-            self._worker.cancel(run.jobs)
 
     # --------------------------------------------------------------------------------------------------------------- helpers
 
@@ -278,6 +280,13 @@ class _API:
         if name not in (None, self._settings.name):
             message = f"the model {shown(name)} is not served here, expected {self._settings.name}"
             raise BadRequest(message, "model", "model_not_found", 404)
+
+    def _check_count(self, n_prompts: int, n: int) -> None:
+        """Refuse more texts than ever fit, before anything is made for each: a small body can ask for millions."""
+        most = self._worker.rows + self._worker.most
+        if n_prompts * n > most:
+            found = f"the request asks for {n_prompts * n:,} texts ({n_prompts:,} prompts with n of {n})"
+            raise BadRequest(f"{found}, expected at most {most:,}", "n" if n > most else "prompt")
 
     def _tokenizer(self) -> Any:
         if self._model.tokenizer is None:
@@ -300,6 +309,21 @@ class _API:
             raise BadRequest(f"the body can't be parsed as JSON: {reason(error)}") from None
         except TypeError as error:
             raise BadRequest(f"the body is {error}, expected a JSON object") from None
+
+
+class _Stream(StreamingResponse):
+    """Send server-sent events; `after` is called at their end, or when the client disconnects, even before the first."""
+
+    def __init__(self, events: AsyncIterator[bytes], after: Callable[[], object]):
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._after = after
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._after()
 
 
 def _event(value: object) -> bytes:
@@ -355,94 +379,3 @@ class _Run:
         """Wait until all texts have ended. Raises BadRequest as pieces() does."""
         async for _ in self.pieces(gone):
             pass
-
-
-class _Shape:
-    """Write choices as JSON: whole, or piece by piece for a stream."""
-
-    def __init__(self, model: Model, name: str, asked: Generation, jobs: Sequence[Job], chat: bool):
-        self._tokenizer, self._jobs, self._logprobs = model.tokenizer, jobs, asked.logprobs
-        self.reply = Reply(name, chat)
-        self._sent = [0] * len(jobs)  # tokens whose log-probabilities have been sent
-
-    def opening(self) -> list[dict[str, Any]]:
-        """Return the choices that a stream opens with, one event each."""
-        return []
-
-    def choice(self, i: int, job: Job) -> dict[str, Any]:
-        """Return a whole choice."""
-        done = job.continuation.completion
-        return {
-            "index": i,
-            **self._content(i, job, done.text, len(done.tokens), True, True),
-            "finish_reason": FINISH[done.finish_reason],
-        }
-
-    def piece(self, i: int, job: Job, text: str, n_tokens: int, ended: bool) -> dict[str, Any] | None:
-        """Return a choice for one event of a stream, or None where there is nothing to send."""
-        if not text and not ended and (self._logprobs is None or n_tokens == self._sent[i]):
-            return None
-        content = self._content(i, job, text, n_tokens, False, ended)
-        return {"index": i, **content, "finish_reason": FINISH[job.continuation.completion.finish_reason] if ended else None}
-
-    def _content(self, i: int, job: Job, text: str, n_tokens: int, whole: bool, ended: bool) -> dict[str, Any]:
-        raise NotImplementedError
-
-
-class _CompletionShape(_Shape):
-    def __init__(self, model: Model, name: str, asked: CompletionRequest, jobs: Sequence[Job]):
-        super().__init__(model, name, asked, jobs, chat=False)
-        self._echo = asked.echo
-        self._opened: set[int] = set()  # choices whose first part has been sent
-        given = [prompt for prompt in asked.prompts for _ in range(asked.n)]
-        self._prompts = [self._text(prompt) for prompt in given]
-        self._lists = [self._list(job, text) for job, text in zip(jobs, self._prompts, strict=True)]
-
-    def _list(self, job: Job, prompt: str) -> LegacyLogprobs:
-        ids = job.continuation.completion.prompt_tokens
-        if not self._echo or self._tokenizer is None:
-            return LegacyLogprobs(self._tokenizer, 0, ids)
-        # Decoding may put BOS's spelling first, which the prompt lacks: BOS and the first token of text both have offset 0.
-        return LegacyLogprobs(self._tokenizer, len(prompt) - len(self._tokenizer.decode(ids)))
-
-    def _text(self, prompt: str | list[int]) -> str:
-        if isinstance(prompt, str):
-            return prompt
-        return self._tokenizer.decode(prompt) if self._tokenizer else ""
-
-    def _content(self, i: int, job: Job, text: str, n_tokens: int, whole: bool, ended: bool) -> dict[str, Any]:
-        done, echoed = job.continuation.completion, self._echo and i not in self._opened
-        content: dict[str, Any] = {"text": self._prompts[i] + text if echoed else text, "logprobs": None}
-        if self._logprobs is not None:
-            ids = done.tokens[self._sent[i] : n_tokens]
-            entries: list[TokenLogprobs | None] = [*(done.logprobs or [])[self._sent[i] : n_tokens]]
-            if ended and job.stop_logprobs is not None:
-                # As OpenAI and vLLM do, include the stop id: lm-eval counts tokens from the end and expects it.
-                ids, entries = [*ids, job.stop_logprobs.token], [*entries, job.stop_logprobs]
-            if echoed:
-                ids, entries = done.prompt_tokens + ids, [*job.prompt_logprobs, *entries]
-            content["logprobs"] = self._lists[i].take(ids, entries)
-        self._sent[i] = n_tokens
-        self._opened.add(i)
-        return content
-
-
-class _ChatShape(_Shape):
-    def __init__(self, model: Model, name: str, asked: ChatRequest, jobs: Sequence[Job]):
-        super().__init__(model, name, asked, jobs, chat=True)
-
-    def opening(self) -> list[dict[str, Any]]:
-        delta = {"role": "assistant", "content": ""}
-        return [{"index": i, "delta": delta, "logprobs": None, "finish_reason": None} for i in range(len(self._jobs))]
-
-    def _content(self, i: int, job: Job, text: str, n_tokens: int, whole: bool, ended: bool) -> dict[str, Any]:
-        content: dict[str, Any]
-        if whole:
-            content = {"message": {"role": "assistant", "content": text, "refusal": None}, "logprobs": None}
-        else:
-            content = {"delta": {"content": text} if text else {}, "logprobs": None}
-        if self._logprobs is not None and self._tokenizer is not None:
-            entries = (job.continuation.completion.logprobs or [])[self._sent[i] : n_tokens]
-            content["logprobs"] = chat_logprobs(self._tokenizer, entries)
-        self._sent[i] = n_tokens
-        return content

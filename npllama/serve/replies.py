@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import time
 import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from ..text.completion import Completion, TokenLogprobs
+from ..text.completion import Completion, TokenLogprobs, in_json
 from ..tokenizer import StreamDecoder, Tokenizer
 
 FINISH = {"stop": "stop", "length": "length", "context": "length", None: None}
@@ -56,10 +57,10 @@ class LegacyLogprobs:
         found: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for id, entry in zip(ids, entries, strict=True):
             found["tokens"].append(text_of(self._tokenizer, id))
-            found["token_logprobs"].append(entry.logprob if entry else None)
-            top: dict[str, float] = {}
+            found["token_logprobs"].append(in_json(entry.logprob) if entry else None)
+            top: dict[str, float | None] = {}
             for other, _, logprob in entry.top if entry else ():
-                top.setdefault(text_of(self._tokenizer, other), logprob)
+                top.setdefault(text_of(self._tokenizer, other), in_json(logprob))
             found["top_logprobs"].append(top if entry else None)
             found["text_offset"].append(max(0, self._offset))
             self._offset += len(self._decoder.push(id)) if self._decoder else 0
@@ -70,7 +71,7 @@ def chat_logprobs(tokenizer: Tokenizer, entries: Sequence[TokenLogprobs]) -> dic
     """Return log-probabilities in the form of /v1/chat/completions."""
 
     def one(id: int, logprob: float) -> dict[str, Any]:
-        return {"token": text_of(tokenizer, id), "logprob": logprob, "bytes": list(bytes_of(tokenizer, id))}
+        return {"token": text_of(tokenizer, id), "logprob": in_json(logprob), "bytes": list(bytes_of(tokenizer, id))}
 
     content = [{**one(e.token, e.logprob), "top_logprobs": [one(id, logprob) for id, _, logprob in e.top]} for e in entries]
     return {"content": content, "refusal": None}
@@ -78,10 +79,15 @@ def chat_logprobs(tokenizer: Tokenizer, entries: Sequence[TokenLogprobs]) -> dic
 
 def bytes_of(tokenizer: Tokenizer, id: int) -> bytes:
     """Return the bytes that a token adds to a text; for a special token, its spelling."""
-    names = {number: name for name, number in tokenizer.special_tokens.items()}
+    names = _spellings(tokenizer)
     if id in names:
         return names[id].encode()
     return tokenizer.token_bytes(id, False) if id < tokenizer.vocab_size else b""
+
+
+@functools.lru_cache(maxsize=1)  # they are needed for every alternative of every token
+def _spellings(tokenizer: Tokenizer) -> dict[int, str]:
+    return {id: name for name, id in tokenizer.special_tokens.items()}
 
 
 def text_of(tokenizer: Tokenizer | None, id: int) -> str:

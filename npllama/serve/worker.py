@@ -78,7 +78,7 @@ class Worker:
     """
 
     def __init__(self, model: Model, rows: int, most: int, chunk: int = 128):
-        self.model, self.most = model, most
+        self.model, self.rows, self.most = model, rows, most
         self.lost: RankLost | None = None
         self._batch = Batch(model, rows, chunk=chunk)
         self._waiting: deque[Job] = deque()

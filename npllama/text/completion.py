@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -42,6 +43,11 @@ class TokenLogprobs:
             return tokenizer.piece(id) if tokenizer else ""
 
         return cls(step.token, piece(step.token), step.logprob, [(id, piece(id), logprob) for id, logprob in step.top(k)])
+
+
+def in_json(logprob: float) -> float | None:
+    """Return a log-probability as JSON can hold it: None if it is infinite, as of a token that is ruled out, or NaN."""
+    return logprob if math.isfinite(logprob) else None
 
 
 @dataclass

@@ -131,6 +131,7 @@ ORDER = [
     "serve.requests",
     "serve.replies",
     "serve.worker",
+    "serve.choices",
     "serve.app",
     "serve.server",
     "serve",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import signal
@@ -24,6 +25,7 @@ openai = pytest.importorskip("openai", reason="openai is not installed")
 uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed")
 pytest.importorskip("starlette", reason="starlette is not installed")
 
+from npllama.serve.app import Settings, make_app  # noqa: E402
 from npllama.serve.worker import Worker  # noqa: E402
 
 from serving import served  # noqa: E402
@@ -131,6 +133,11 @@ def test_the_stop_id_that_ends_a_text_has_its_log_probability(stream, client, mo
     assert parts[-1].finish_reason == "stop"
     found = [x for part in parts for x in part.logprobs.token_logprobs][len(made.prompt_tokens) :]
     np.testing.assert_allclose(found, [entry.logprob for entry in made.logprobs[: at + 1]], atol=2e-5)
+
+
+def test_half_a_surrogate_pair_is_echoed_as_it_is_encoded(server):
+    status, reply = server.post("/v1/completions", {"prompt": "a\ud800b", "max_tokens": 0, "echo": True})
+    assert (status, reply["choices"][0]["text"]) == (200, "a\ufffdb")
 
 
 def test_no_new_tokens_but_the_prompts_log_probabilities(client):
@@ -283,6 +290,48 @@ def test_a_full_queue_is_429_and_one_that_goes_makes_room(model):
         first.close()  # disconnects, and the second request takes its row
         assert len(list(second)) > 5
         wait_until_idle(narrow.worker)
+
+
+def test_more_texts_than_ever_fit_are_refused_before_any_is_made(model, monkeypatch):
+    """Refuse a small body that asks for millions of texts; those that fit later get 429."""
+    monkeypatch.setattr("npllama.serve.app.Continuation", None)
+    with served(model, rows=1, most=2) as narrow:
+        for body, param, n in (
+            ({"prompt": "x", "n": 4}, "n", 4),
+            ({"prompt": ["x"] * 4}, "prompt", 4),
+            ({"prompt": [[1]] * 100_000, "n": 3}, "prompt", 300_000),
+        ):
+            status, reply = narrow.post("/v1/completions", body)
+            assert (status, reply["error"]["param"]) == (400, param)
+            assert reply["error"]["message"].startswith(f"the request asks for {n:,} texts (")
+            assert reply["error"]["message"].endswith("), expected at most 3")
+        assert narrow.post("/v1/chat/completions", {"messages": HELLO, "n": 4})[0] == 400
+
+
+def test_a_client_that_goes_before_the_first_event_is_noticed(model):
+    """End the texts of a stream that is never begun: its client has gone while the prompt was encoded."""
+    worker = Worker(model, 1, 4)
+    application = make_app(model, worker, chat_format(model), Settings("demo", 512, hosts=None))
+    body = json.dumps({"prompt": "O", "max_tokens": 500, "stream": True}).encode()
+    cancelled = []
+    cancel = worker.cancel
+    worker.cancel = lambda jobs: (cancelled.extend(jobs), cancel(jobs))
+    received = iter([{"type": "http.request", "body": body}])
+
+    async def receive():
+        return next(received, {"type": "http.disconnect"})
+
+    async def send(message):
+        pass
+
+    scope = {"type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "method": "POST"}
+    scope |= {"path": "/v1/completions", "raw_path": b"/v1/completions", "query_string": b"", "root_path": ""}
+    scope |= {"scheme": "http", "headers": [(b"content-type", b"application/json")], "client": None, "server": None}
+    asyncio.run(application(scope, receive, send))
+    assert len(cancelled) == 1
+    worker.close()
+    assert worker.join(60)
+    assert len(cancelled[0].continuation.completion.tokens) < 500
 
 
 def test_a_client_that_goes_while_it_waits_is_noticed(model):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+
 import pytest
 
 import npllama
@@ -39,3 +42,14 @@ def test_tokens_of_one_text_keep_the_likeliest(tokenizer):
     (content,) = chat_logprobs(tokenizer, [entry])["content"]
     assert content["bytes"] == [0xE2]
     assert [top["logprob"] for top in content["top_logprobs"]] == [-1.0, -2.0, -3.0]
+
+
+def test_infinite_log_probabilities_are_null(tokenizer):
+    """Write JSON for a token that the logits rule out, and for NaN: it has neither number."""
+    entry = TokenLogprobs(5, "", -math.inf, [(6, "", -1.0), (7, "", -math.inf), (8, "", math.nan)])
+    found = LegacyLogprobs(tokenizer).take([5], [entry])
+    assert found["token_logprobs"] == [None]
+    assert list(found["top_logprobs"][0].values()) == [-1.0, None, None]
+    chat = chat_logprobs(tokenizer, [entry])
+    assert [top["logprob"] for top in chat["content"][0]["top_logprobs"]] == [-1.0, None, None]
+    json.dumps([found, chat], allow_nan=False)
