@@ -86,11 +86,13 @@ def _mlx(where: object, settings: Settings, found: Found) -> Unpacked:
         if not isinstance(own, Mapping) or own.get("mode", "affine") != "affine":
             raise ConfigError(f"quantization of {name} is {shown(own)}, expected the mode affine")
         bits, group = own.get("bits"), own.get("group_size")
-        if bits not in (2, 3, 4, 5, 6, 8) or type(group) is not int or group < 2:
+        if type(bits) is not int or bits not in (2, 3, 4, 5, 6, 8) or type(group) is not int or group < 2:
             raise ConfigError(f"quantization of {name} is {shown(own)}, expected 2 to 6 or 8 bits, and a group_size")
         packed, scales, biases = (_taken(where, out, f"{name}.{part}") for part in ("weight", "scales", "biases"))
         _check_words(f"{where}: {name}", packed)
         shape = packed.shape[0], packed.shape[1] * 32 // bits
+        if packed.shape[1] * 32 % bits:
+            raise CheckpointError(f"{where}: {name}.weight is {list(packed.shape)}, which holds no rows of {bits}-bit numbers")
         out[f"{name}.weight"] = _affine(f"{where}: {name}", shape, _in_rows(packed, bits), bits, group, [scales, biases])
     return out
 
@@ -279,7 +281,7 @@ def _gptq(where: object, settings: Settings, found: Found) -> Unpacked:
         packed, zeros, scales = (_taken(where, out, f"{name}.{part}") for part in ("qweight", "qzeros", "scales"))
         _check_words(here, packed, zeros)
         shape = packed.shape[1], packed.shape[0] * 32 // bits
-        size = group or max(1, shape[1])
+        size = max(1, min(group or shape[1], shape[1]))  # a group may be wider than the matrix
         n_groups = -(-shape[1] // size)
         _check_shape(here, "scales", scales.shape, (n_groups, shape[0]))
         _check_shape(here, "qzeros", zeros.shape, (n_groups, -(-shape[0] * bits // 32)))

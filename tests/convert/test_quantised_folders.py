@@ -13,7 +13,7 @@ from npllama import forward, load
 from npllama.checkpoint import open_model, verify
 from npllama.engine.grouped import Grouped
 from npllama.engine.weights import widen
-from npllama_convert.quantised_folders import unpacked
+from npllama_convert.quantised_folders import open_quantised, unpacked
 
 import packed
 import tiny
@@ -126,6 +126,14 @@ def test_a_matrix_of_mlx_may_have_its_own_settings(tmp_path):
     )
 
 
+def test_words_that_hold_no_whole_number_of_numbers_are_refused():
+    parts = {"w.weight": np.zeros((2, 1), np.uint32), "w.scales": np.ones((2, 5), np.float16)}
+    parts["w.biases"] = parts["w.scales"]
+    settings = {"quantization": {"bits": 3, "group_size": 2}}
+    with pytest.raises(ValueError, match=r"^file: w\.weight is \[2, 1\], which holds no rows of 3-bit numbers$"):
+        open_quantised("file", settings, parts)
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
@@ -134,6 +142,7 @@ def test_a_matrix_of_mlx_may_have_its_own_settings(tmp_path):
             r"config\.json: quantization of .* is .*, expected 2 to 6 or 8 bits, and a group_size$",
         ),
         ({"bits": 4}, r"expected 2 to 6 or 8 bits, and a group_size$"),
+        ({"bits": 4.0, "group_size": 32}, r"expected 2 to 6 or 8 bits, and a group_size$"),
         ({"bits": 4, "group_size": 32, "mode": "mxfp4"}, r"expected the mode affine$"),
     ],
 )
@@ -326,6 +335,13 @@ def test_awq_folders_keep_their_quantisation(tmp_path, group, zeros):
     parts = {name: packed.awq(*of) for name, of in chosen.items()}
     src = folder_of(tmp_path / "src", parts, quant_method="awq", bits=4, group_size=group, version="gemm", zero_point=True)
     convert(src, tmp_path / "m")
+    assert_widens_to(tmp_path / "m", meant(chosen), 0.0)
+
+
+def test_a_group_may_be_wider_than_the_matrix(tmp_path):
+    """Read whole rows, whatever the number: one that no 64 bits hold was an OverflowError."""
+    chosen = any_numbers(4, -1, (1, 15))
+    convert(gptq_folder(tmp_path / "src", chosen, group_size=10**30), tmp_path / "m")
     assert_widens_to(tmp_path / "m", meant(chosen), 0.0)
 
 
