@@ -122,6 +122,8 @@ def run(file: Path | str, profile: str = "float32", levels: Collection[str] | No
     path = Path(file)
     try:
         namespace = runpy.run_path(str(path))
+    except SystemExit:  # it would end this command, with a status that is no verdict
+        raise SuiteError(f"{path} calls exit() when it is loaded, expected functions alone") from None
     except Exception as error:  # whatever the file does when it is run
         raise SuiteError(f"{path}: {type(error).__name__}: {reason(error)}") from None
     functions = {name: value for name, value in namespace.items() if callable(value)}
@@ -192,6 +194,8 @@ def call(functions: Mapping[str, Callable[..., Any]], case: Case, name: str) -> 
             found = functions[operation.name](*operation.inputs(arguments, profile(name)))
     except NotImplementedError:
         return None
+    except SystemExit:
+        return "it called exit(), expected a result"
     except Exception as error:
         return printable(f"it raised {type(error).__name__}: {reason(error)}")
     if found is None:

@@ -289,6 +289,11 @@ def _read_case(folder: Path, path: str) -> Expected:
             raise ValueError("a shape is not one")
         held = (content["operation"], content["purpose"])
         catches = dict(content["catches"])
+        if not all(isinstance(text, str) for text in (*held, *catches.values())):
+            raise ValueError("operation, purpose or catches is not text")
+        for tolerance in (tolerance for of_output in tolerances.values() for tolerance in of_output.values()):
+            if not 0 <= tolerance.max < math.inf or not 0 <= tolerance.rms < math.inf:
+                raise ValueError(f"a tolerance is {tolerance.max} and {tolerance.rms}, expected numbers that are 0 or more")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise SuiteError(f"{file}: not a case of {FORMAT!r}: {type(error).__name__} {error}") from None
     outputs = {}

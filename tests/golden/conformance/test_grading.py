@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -173,6 +174,7 @@ def test_all_passed_and_its_page():
         ("def nothing(): pass", "defines no operation of the suite: expected resolve_config, embed, linear, "),
         ("def broken(", "SyntaxError"),
         ("raise RuntimeError('no GPU')", "RuntimeError: no GPU"),
+        ("raise SystemExit", "mine.py calls exit() when it is loaded, expected functions alone"),
     ],
 )
 def test_a_file_that_is_unusable(content, words, tmp_path, capsys):
@@ -196,6 +198,7 @@ def test_what_is_unusable(tmp_path, capsys):
         (lambda x: x / 0, "found inf at [0, 0, 0], expected"),
         (lambda x: None, "it returned nothing: is there a `return`?"),
         (lambda x: 1 / 0, "it raised ZeroDivisionError: division by zero"),
+        (lambda x: sys.exit(0), "it called exit(), expected a result"),
     ],
 )
 def test_a_function_that_returns_nonsense_fails(function, words):

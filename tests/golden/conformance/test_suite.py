@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 
 from npllama.golden.conformance import operations
 from npllama.golden.conformance.cases import cases
-from npllama.golden.conformance.suite import FORMATS, VERSION, SuiteError, built_in, export, read_array, read_suite
+from npllama.golden.conformance.suite import FORMAT, FORMATS, VERSION, SuiteError, built_in, export, read_array, read_suite
 
 from commands import fails
 
@@ -134,6 +135,31 @@ def test_a_folder_that_is_no_suite_is_refused_and_kept(tmp_path, capsys):
 def test_a_file_outside_of_the_folder_is_refused(tmp_path):
     (tmp_path / "suite.json").write_text('{"format": "npllama conformance 1", "cases": [], "files": {"../x": "0"}}')
     with pytest.raises(SuiteError, match=r"names '\.\./x', expected files inside the folder"):
+        read_suite(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"operation": 5}, "ValueError operation, purpose or catches is not text"),
+        ({"catches": {"eps_left_out": None}}, "ValueError operation, purpose or catches is not text"),
+        ({"catches": 3}, "TypeError "),
+        ({"outputs": {"y": {"shape": [-1], "tolerance": {}}}}, "ValueError a shape is not one"),
+        ({"outputs": {"y": {"shape": [], "tolerance": {"float32": {"max": math.inf, "rms": 1}}}}}, "a tolerance is inf and 1"),
+        ({"outputs": {"y": {"shape": [], "tolerance": {"float32": {"max": 1, "rms": math.nan}}}}}, "a tolerance is 1 and nan"),
+        ({"outputs": {"y": {"shape": [], "tolerance": {"float32": {"max": "1", "rms": 1}}}}}, "TypeError "),
+        ({"outputs": {"y": {"shape": [], "tolerance": {"float32": {"max": 1}}}}}, "TypeError "),
+    ],
+)
+def test_a_case_that_is_none_is_refused(changes, expected, tmp_path):
+    """Check in particular that no tolerance lets everything pass."""
+    case = {"operation": "softmax", "purpose": "p", "catches": {}, "outputs": {}} | changes
+    data = json.dumps(case).encode()
+    (tmp_path / "L1").mkdir()
+    (tmp_path / "L1" / "case.json").write_bytes(data)
+    contents = {"format": FORMAT, "cases": ["L1"], "files": {"L1/case.json": hashlib.sha256(data).hexdigest()}}
+    (tmp_path / "suite.json").write_text(json.dumps(contents))
+    with pytest.raises(SuiteError, match=f"case.json: not a case of '{FORMAT}': .*{expected}"):
         read_suite(tmp_path)
 
 
