@@ -13,10 +13,11 @@
 # 5. [Precision: the effect of 16 bits](5-precision.ipynb)
 # 6. [Finding a bug, and a conversation](6-conversation.ipynb)
 #
-# You need Python, some linear algebra and `pip install '.[notebook]'`. Each notebook has
-# exercises: replace the line `raise NotImplementedError` by your code and run the cell, and it is
-# graded. If you prefer files and an editor, the same exercises are `npllama exercise start
-# my-llama` and `npllama exercise check my-llama`. Answers are folded; try first.
+# You need Python, some linear algebra, `pip install '.[notebook]'`, and a program that opens
+# notebooks: Jupyter (`pip install jupyterlab`, then `jupyter lab`) or an editor such as VS Code.
+# Each notebook has exercises: replace the line `raise NotImplementedError` by your code and run the
+# cell, and it is graded. If you prefer files and an editor, the same exercises are `npllama
+# exercise start my-llama` and `npllama exercise check my-llama`. Answers are folded; try first.
 
 # %%
 import matplotlib.pyplot as plt
@@ -46,8 +47,9 @@ table(["token", "its number"], [(repr(model.tokenizer.piece(i)), logits[i]) for 
 
 # %% [markdown]
 # The model has never been told a rule of grammar, and its first choice is the word Shakespeare
-# wrote. How are these numbers computed? We begin at the end, with the last operation of every
-# Llama, because it is the simplest one and nearly all others are of its kind: a matrix product.
+# wrote, in a play that it was trained on. How are these numbers computed? We begin at the end, with
+# the last operation of every Llama, because it is the simplest one and nearly all others are of its
+# kind: a matrix product.
 #
 # ## One matrix product
 #
@@ -315,8 +317,10 @@ merges = learn_merges(corpus, 6)
 
 # %% [markdown]
 # The tokenizer of this model learned 1,744 merges in this way from Shakespeare, Llama 3's about
-# 128,000 from much of the internet. The file `tokenizer.model` is the list of pieces in the order
-# in which they were learned, and the number of the line, the *rank*, is the token's id.
+# 128,000 from much of the internet. The file `tokenizer.model` is the list of pieces: first the 256
+# bytes, printable ones in front, then the merges in the order in which they were learned. The
+# number of the line, counted from 0, is the *rank*, and it is the token's id. So 256 + 1,744 =
+# 2,000 pieces of text. The other 256 of the 2,256 ids stand for no text; more on them below.
 
 # %%
 ranks = model.tokenizer.ranks
@@ -432,9 +436,9 @@ plt.show()
 # training hardly ever moves them.
 
 # %% [markdown]
-# Some ids stand for no text: they mark where a text begins and ends, and who speaks. `bos=True`
-# puts the first of them, BOS, in front. Every training text began with it, so a prompt without it
-# is something that the model has never seen.
+# The last 256 ids stand for no text: they mark where a text begins and ends, and who speaks (most
+# of them are spare). `bos=True` puts the first of them, BOS, in front. Every training text began
+# with it, so a prompt without it is something that the model has never seen.
 
 # %%
 print(model.tokenizer.encode("hear me", bos=True))

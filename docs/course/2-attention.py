@@ -55,8 +55,9 @@ source(code.block)
 
 # %% [markdown]
 # `s["..."]` is a weight and `s.see("...", x)` shows an intermediate array to whoever watches; you
-# can read past it. What remains is two additions: attention, in which rows exchange information,
-# and a feed-forward, which treats each row alone.
+# can read past it. `rms_norm` brings each row to the same size before it is used (notebook 5). What
+# remains is two additions: attention, in which rows exchange information, and a feed-forward, which
+# treats each row alone.
 #
 # ## An average with weights
 #
@@ -266,7 +267,7 @@ heat_map(previous, layers, heads, title="mean weight on the previous token")
 plt.show()
 
 # %% [markdown]
-# **Question.** Every head puts a tenth to a quarter of its weight on BOS, the first token, which
+# **Question.** Every head puts a tenth to three tenths of its weight on BOS, the first token, which
 # tells it nothing. Why might that be useful?
 
 # %%
@@ -328,9 +329,42 @@ print("shape", by_hand.shape, " equal to the model's:", np.allclose(by_hand, see
 #
 # A picture shows where a head attends, not whether it matters. To find out, remove it: a *tap* can
 # replace any activation while the model runs. We set one head's output to zero and measure how
-# much worse the model predicts a passage. The measure is the **surprise**, minus the logarithm of
-# the probability that it gave to the right token, in nats: 0 is certain, and guessing among all
-# tokens is ln 2256 = 7.7.
+# much worse the model predicts a passage.
+#
+# The measure is the **surprise**, minus the logarithm of the probability that the model gave to the
+# token that came next, averaged over the text. With the natural logarithm its unit is the nat: 0 is
+# certain, and guessing among all tokens is ln 2256 = 7.7. Mind the shift: row t of the logits
+# predicts token t + 1. So the last row has nothing to be compared with, and the first token is
+# predicted by no row.
+#
+# A worked example: the text has three tokens, and the model gave 0.5 to the second and 0.25 to the
+# third. The surprises are 0.69 and 1.39, and their mean is 1.04.
+#
+# ### Exercise: `surprise`
+#
+# `logits [T, V]` and `ids [T]` give one number. Where a probability is too small for a float, its
+# logarithm is still an ordinary number: take the logarithm of the softmax's formula on paper first.
+
+
+# %% tags=["exercise"]
+def surprise(logits, ids):
+    raise NotImplementedError
+
+
+grade(surprise)
+
+
+# %% tags=["answer"]
+def surprise(logits, ids):
+    z = logits[:-1] - logits[:-1].max(axis=-1, keepdims=True)
+    log_p = z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
+    return -log_p[np.arange(len(ids) - 1), ids[1:]].mean()
+
+
+# %% [markdown]
+# ### Remove each head
+#
+# npllama's own logarithm of softmax is `log_probabilities`. Now remove each of the 36 heads in turn:
 
 # %%
 passage = (
@@ -340,7 +374,7 @@ passage = (
 ids = np.array(model.tokenizer.encode(passage, bos=True))
 
 
-def surprise(tap=None, ops=None):
+def mean_surprise(tap=None, ops=None):
     """Return the mean surprise at the tokens of the passage, in nats."""
     logits = npllama.forward(params, config, ids, tap=tap, ops=ops)
     return -log_probabilities(logits[:-1])[np.arange(len(ids) - 1), ids[1:]].mean()
@@ -359,9 +393,9 @@ def without(layer, head):
     return tap
 
 
-whole = surprise()
+whole = mean_surprise()
 loss = np.array(
-    [[surprise(without(n, h)) - whole for h in range(config.n_heads)] for n in range(config.n_layers)]
+    [[mean_surprise(without(n, h)) - whole for h in range(config.n_heads)] for n in range(config.n_layers)]
 )
 heat_map(loss, layers, heads, title=f"surprise added by removing a head (with all: {whole:.2f})")
 plt.show()
@@ -427,8 +461,8 @@ no_attention = replace(code.PLAIN, attention=lambda q, keys, values, mask, s: np
 no_feed_forward = replace(code.PLAIN, feed_forward=lambda x, s: np.zeros_like(x))
 rows = [
     ("both", whole),
-    ("no attention", surprise(ops=no_attention)),
-    ("no feed-forward", surprise(ops=no_feed_forward)),
+    ("no attention", mean_surprise(ops=no_attention)),
+    ("no feed-forward", mean_surprise(ops=no_feed_forward)),
 ]
 table(["model", "surprise, nats"], [*rows, ("guessing", np.log(config.vocab_size))])
 
@@ -444,6 +478,7 @@ table(["model", "surprise, nats"], [*rows, ("guessing", np.log(config.vocab_size
 # - Heads do it side by side; in grouped-query attention several query heads share a key head.
 # - A layer is attention plus a feed-forward, each added to the residual stream.
 #
-# One thing is still missing. In everything above, nothing says which token is *before* which: the
-# dot product of a query and a key is the same wherever they stand. How can a head attend to the
-# previous token, then? Next: [RoPE and long contexts](3-rope.ipynb).
+# One thing is still missing. The mask hides what is later, but among the earlier tokens nothing
+# says which is *before* which: the dot product of a query and a key is the same wherever they
+# stand. How can a head attend to the previous token, then? Next: [RoPE and long
+# contexts](3-rope.ipynb).

@@ -246,9 +246,9 @@ ax.axvline(1, color="black", lw=0.8)
 plt.show()
 
 # %% [markdown]
-# All pairs below the line have angles that the model has never met. At a distance of 2,000 it gets
-# inputs unlike any in training, and a neural network promises nothing there. npllama therefore
-# refuses more tokens than `max_seq_len`:
+# The pairs whose bars end before the line, from pair 6 on, get angles that the model has never met.
+# At a distance of 2,000 it gets inputs unlike any in training, and a neural network promises
+# nothing there. npllama therefore refuses more tokens than `max_seq_len`:
 
 # %%
 try:

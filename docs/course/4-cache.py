@@ -289,7 +289,7 @@ plt.show()
 # The cache. Each new token reads the keys and values of all earlier ones. For Llama 3 8B this is
 # 128 KiB for each token in the context: at 8,192 tokens 1 GiB, against 16 GB of weights. At
 # 131,072 tokens it is 17 GB, and the cache is the larger part. In a batch the weights are shared,
-# the caches are not: with 16 conversations of 8,192 tokens both are equal.
+# the caches are not: with 15 conversations of 8,192 tokens both are equal, 16 GB.
 
 # %% [markdown]
 # ## Guess and check
@@ -305,8 +305,8 @@ guess = model.tokenizer.encode(".\n\nAll the")  # after "hear me speak"
 after = npllama.forward(params, config, guess, cache)  # one pass checks all of them
 chosen = np.concatenate([before, after]).argmax(-1)  # the model's choice at each place
 for token, choice in zip(guess, chosen, strict=False):
-    guessed, said = (model.tokenizer.piece(int(id)) for id in (token, choice))
-    print(f"guess {guessed!r:8} the model says {said!r:9} {'ok' if guessed == said else 'no'}")
+    guessed, said = (f"'{model.tokenizer.piece(int(id))}'" for id in (token, choice))
+    print(f"guess {guessed:8} the model says {said:9} {'ok' if guessed == said else 'no'}")
 right = int(np.cumprod(chosen[:-1] == guess).sum())
 cache.truncate(len(tokens) + right)
 print(f"{right} guesses are right; {cache.length} slots are kept, and the next token is {chosen[right]}")
@@ -365,8 +365,8 @@ for question in ("Who is there?", "Speak again.", "Farewell."):
 # %% [markdown]
 # ## What you have now
 #
-# - Earlier rows never change, and attention needs only their keys and values: a cache of those
-#   makes generation linear.
+# - Earlier rows never change, and attention needs only their keys and values: with a cache of
+#   those, each token is computed once.
 # - Cached and uncached results are equal within rounding, however the tokens are divided into
 #   passes. Test that.
 # - The cache costs 2 · layers · key/value heads · head_dim numbers for each token, often as much

@@ -234,7 +234,7 @@ print("norm computed in float32:", ops.rms_norm(row.astype(np.float32), np.ones(
 #
 # ### Exercise: `rms_norm`
 #
-# `x [..., D]`, `weight [D]`. Each row is scaled by itself, and float32 must stay float32.
+# `x [..., D]`, `weight [D]`. Each row has a mean square of its own, and float32 must stay float32.
 
 
 # %% tags=["exercise"]
@@ -395,12 +395,12 @@ for bits_per_weight in (8, 6, 5, 4, 3, 2):
 table(["bits per weight", "KL divergence, nats", "same first choice", "surprise, nats"], rows)
 
 # %% [markdown]
-# Each bit less makes the divergence about four to six times as large. 8 bits cost no more than
-# bfloat16 activations do; at 2 bits, with only -1, 0 and 1 left, the model is as good as guessing.
-# The surprise hardly moves before that: on one short passage it is too coarse a measure, and the
-# divergence is the better one. Real 4-bit formats have a scale for each 32 numbers, so that a
-# large number spoils only its own group. [The speed page](../speed.md) has what npllama's formats
-# cost and gain.
+# From 6 bits to 3, each bit less makes the divergence about four to six times as large. 8 bits cost
+# no more than bfloat16 activations do; at 2 bits, with only -1, 0 and 1 left, the model is as good
+# as guessing. The surprise hardly moves before that: on one short passage it is too coarse a
+# measure, and the divergence is the better one. Real 4-bit formats have a scale for each 32
+# numbers, so that a large number spoils only its own group. [The speed page](../speed.md) has what
+# npllama's formats cost and gain.
 #
 # ## Where 16 bits must not be used
 #

@@ -382,6 +382,9 @@ def draw(p, u):
 
 
 # %% [markdown]
+# In floating point the sum may end a little below 1, and a dart just below 1 then hits nothing.
+# npllama's `sample` therefore multiplies u by the sum.
+#
 # ## The loop
 #
 # Everything is there: tokens (notebook 1), a pass (2 and 3), a cache (4) and a draw. This loop

@@ -54,6 +54,18 @@ class Unusable(NpllamaError):
     """Raised where the student's file gives no result to compare; the message is the line to print."""
 
 
+class Raised(Unusable):
+    """Raised where the student's function raises an exception.
+
+    found  the results of the cases before
+    call   a line about the arguments that it got
+    """
+
+    def __init__(self, message: str, found: list[np.ndarray], call: str):
+        super().__init__(message)
+        self.found, self.call = found, call
+
+
 def file_name(exercise: Exercise) -> str:
     """Return the name of the student's file, `01_softmax.py`: files are listed in the order of the exercises."""
     return f"{EXERCISES.index(exercise) + 1:02}_{exercise.name}.py"
@@ -98,8 +110,13 @@ def _checked(exercise: Exercise, get: Callable[[], Callable[..., Result]], path:
         with warnings.catch_warnings(), np.errstate(all="ignore"):  # a NaN is reported as one, once
             warnings.simplefilter("ignore")
             function = get()
-            outcome = judge(exercise, results(exercise, function, path))
-            return outcome if outcome.passed else dataclasses.replace(outcome, example=counterexample(exercise, function))
+            try:
+                outcome = judge(exercise, results(exercise, function, path))
+            except Raised as error:  # what it returned before may be wrong already, which says more
+                outcome = first_wrong(exercise, error.found) or Outcome(False, str(error), example=error.call)
+            if outcome.passed:
+                return outcome
+            return dataclasses.replace(outcome, example=counterexample(exercise, function) or outcome.example)
     except Unusable as error:
         return Outcome(False, str(error))
 
@@ -127,16 +144,16 @@ def load(path: Path, name: str) -> Callable[..., Result]:
 
 
 def results(exercise: Exercise, function: Callable[..., Result], path: Path) -> list[np.ndarray]:
-    """Run the student's function on each case. Raises Unusable if a result is not an array."""
-    found = []
-    for arguments in exercise.cases():
+    """Run the student's function on each case. Raises Unusable if a result is not an array, Raised if there is none."""
+    found: list[np.ndarray] = []
+    for case, arguments in enumerate(exercise.cases()):
         before = copy.deepcopy(arguments)
         try:
             result = function(*arguments)
         except NotImplementedError:
             raise Unusable("not done yet") from None
         except (Exception, SystemExit) as error:
-            raise Unusable(described(error, path)) from None
+            raise Raised(described(error, path), found, f"failing input: {given(exercise, case)}") from None
         if result is None:
             raise Unusable("it returned nothing: is there a `return`?")
         if not isinstance(result, np.ndarray | np.generic | int | float):
@@ -149,10 +166,9 @@ def results(exercise: Exercise, function: Callable[..., Result], path: Path) -> 
 
 def judge(exercise: Exercise, found: list[np.ndarray]) -> Outcome:
     """Compare results with the reference's: right, a known mistake, or wrong at the place of the largest difference."""
+    if outcome := first_wrong(exercise, found):
+        return outcome
     expected = outputs(exercise, exercise.reference)
-    if not all(map(same, found, expected)):
-        hint = next((hint for hint, wrong in exercise.hints.items() if all(map(same, found, outputs(exercise, wrong)))), None)
-        return Outcome(False, difference(exercise, found, expected), hint)
     if expected[0].dtype.kind == "i":
         if wrong := {array.dtype.name for array in found if array.dtype.kind not in "iu"}:
             return Outcome(False, f"the numbers are right, but they are {wrong.pop()}, expected whole numbers")
@@ -181,36 +197,62 @@ def same(a: np.ndarray, b: np.ndarray) -> bool:
     return numeric and a.shape == b.shape and np.allclose(a, b, RTOL, ATOL, equal_nan=True)
 
 
-def difference(exercise: Exercise, found: list[np.ndarray], expected: list[np.ndarray]) -> str:
-    """Describe the first wrong case in one line: its shape, its NaNs, or its largest difference."""
-    case = next(i for i, pair in enumerate(zip(found, expected, strict=True)) if not same(*pair))
-    f, e = found[case], expected[case]
-    shapes = ", ".join(shape_of(argument) for argument in exercise.cases()[case])
-    given = f"case {case + 1} of {len(found)}, {exercise.name}({shapes})"
+def first_wrong(exercise: Exercise, found: list[np.ndarray]) -> Outcome | None:
+    """Find the first case whose numbers are wrong; None if there is none among the results, which may be fewer than cases."""
+    for case, (f, e) in enumerate(zip(found, outputs(exercise, exercise.reference), strict=False)):
+        if not same(f, e):
+            return Outcome(False, difference(exercise, case, f, e), recognised(exercise, found, case))
+    return None
+
+
+def recognised(exercise: Exercise, found: list[np.ndarray], case: int) -> str | None:
+    """Name the mistake that explains all results, or else those that explain the first wrong case, if they are one or two."""
+    predicted = {hint: outputs(exercise, function) for hint, function in exercise.hints.items()}
+    for hint, results in predicted.items():
+        if all(map(same, found, results)):
+            return hint
+    here = [hint for hint, results in predicted.items() if same(found[case], results[case])]
+    if not 0 < len(here) < 3 or found[case].dtype.kind != "f" or not np.isfinite(found[case]).any():  # others could be meant
+        return None
+    return f"{'; or: '.join(here)} (this explains case {case + 1}, not every case)"
+
+
+def difference(exercise: Exercise, case: int, f: np.ndarray, e: np.ndarray) -> str:
+    """Describe a wrong case in one line: its shape, its NaNs, or its largest difference."""
+    which = given(exercise, case)
     if f.dtype.kind not in "fiub":
-        return f"{given}: the result is {f.dtype}, expected float32"
+        return f"{which}: the result is {f.dtype}, expected float32"
     if f.shape != e.shape:
-        return f"{given}: the result has shape {list(f.shape)}, expected {list(e.shape)}"
+        return f"{which}: the result has shape {list(f.shape)}, expected {list(e.shape)}"
     if np.any(unexpected := np.isnan(f) & ~np.isnan(e)):
-        return f"{given}: {np.count_nonzero(unexpected)} of {f.size} numbers are NaN"
+        return f"{which}: {np.count_nonzero(unexpected)} of {f.size} numbers are NaN"
     wide_f, wide_e = f.astype(np.float64), e.astype(np.float64)
     gap = np.subtract(wide_f, wide_e, out=np.zeros_like(wide_f), where=wide_f != wide_e)  # inf - inf would be NaN
     at = np.unravel_index(np.argmax(np.abs(gap)), gap.shape)
     digits = 15 if e.dtype.kind == "i" else 6
     place = f" at [{', '.join(map(str, at))}]" if at else ""
-    return f"{given}: found {wide_f[at]:.{digits}g}{place}, expected {wide_e[at]:.{digits}g}"
+    return f"{which}: found {wide_f[at]:.{digits}g}{place}, expected {wide_e[at]:.{digits}g}"
+
+
+def given(exercise: Exercise, case: int) -> str:
+    """Name a case by its number and the shapes of its arguments."""
+    cases = exercise.cases()
+    return f"case {case + 1} of {len(cases)}, {exercise.name}({', '.join(map(shape_of, cases[case]))})"
 
 
 def counterexample(exercise: Exercise, function: Callable[..., Result]) -> str | None:
-    """Run the small inputs; show the first that fails, its result and the expected one; None if none fails."""
+    """Run the small inputs; show the first that fails, its result or exception, and what is expected; None if none fails."""
     expected = outputs(exercise, exercise.reference, exercise.small())
     for i, (arguments, right) in enumerate(zip(exercise.small(), expected, strict=True)):
         try:
             found = np.array(function(*arguments))
-        except (Exception, SystemExit):  # wrong on other inputs: their line says so
-            return None
-        if not same(found, right):
-            return f"small failing input: {call(exercise, i)}\ngot       {numbers(found)}\nexpected  {numbers(right)}"
+        except (Exception, SystemExit) as error:
+            got = type(error).__name__
+        else:
+            if same(found, right):
+                continue
+            got = numbers(found)
+        return f"small failing input: {call(exercise, i)}\ngot       {got}\nexpected  {numbers(right)}"
     return None
 
 

@@ -120,6 +120,7 @@ ORDER = [
     "learn.exercises.round_bfloat16",
     "learn.exercises.relative_error",
     "learn.exercises.draw",
+    "learn.exercises.surprise",
     "learn.exercises",
     "learn.grading",
     "learn.course",

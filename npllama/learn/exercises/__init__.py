@@ -25,6 +25,7 @@ from . import (
     round_bfloat16,
     scaled_rope,
     softmax,
+    surprise,
     swiglu,
 )
 from .exercise import Exercise
@@ -47,6 +48,7 @@ EXERCISES: tuple[Exercise, ...] = (
     round_bfloat16.EXERCISE,
     relative_error.EXERCISE,
     draw.EXERCISE,
+    surprise.EXERCISE,
 )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from ... import ops
 from .exercise import Exercise, floats, normal
 
@@ -44,5 +46,12 @@ Heads share values as they share keys: the first H/G query heads use value head 
         "heads_before_tokens",
         "heads_reshaped",
     ),
+    variants={
+        "the weights are transposed: rows are queries, so the sum goes along the last axis": lambda weights, values: (
+            ops.attention_heads(weights.swapaxes(-1, -2), values)
+            if weights.shape[-2] == weights.shape[-1]
+            else np.einsum("hts,hsk->shk", weights, np.repeat(values, len(weights) // len(values), axis=0))
+        ),
+    },
     small=small,
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from ... import ops
@@ -27,7 +29,7 @@ def cases() -> list[tuple]:
 
 
 def small() -> list[tuple]:
-    """Return one query and key; a mask; two heads; two queries; grouped heads."""
+    """Return one query and key; a mask; two heads; two queries; grouped heads; two queries of two heads."""
     zero = floats([[0]])
     return [
         (floats([[2, 0, 0, 0]]), floats([[3, 0, 0, 0]]), zero),
@@ -35,6 +37,7 @@ def small() -> list[tuple]:
         (floats([[1], [2]]), floats([[3]], [[5]]), zero),
         (floats([[1]], [[2]]), floats([[1], [3]]), floats([[0, -np.inf], [0, 0]])),
         (floats([[1], [1], [1], [1]]), floats([[1]], [[2]]), zero),
+        (floats([[1], [2]], [[3], [4]]), floats([[1]], [[1]]), floats([[0], [0]])),
     ]
 
 
@@ -62,5 +65,17 @@ H is a multiple of G: the first H/G query heads share key head 0, the next H/G k
         "keys_of_the_last_head",
         "keys_of_head_0",
     ),
+    variants={
+        "the products are multiplied by sqrt(K): divide by it": lambda q, keys, mask: (
+            ops.query_key_products(q, keys) * math.sqrt(q.shape[-1]) + mask
+        ),
+        "the mask is subtracted: add it": lambda q, keys, mask: ops.attention_scores(q, keys, np.negative(mask)),
+        "reshape keeps the order of the numbers, and so mixes tokens and entries of the keys: swap the axes instead": (
+            lambda q, keys, mask: ops.attention_scores(q, keys.reshape(len(keys), -1, keys.shape[1]).swapaxes(1, 2), mask)
+        ),
+        "reshape keeps the order of the numbers, and so mixes heads and tokens of q: swap the axes instead": (
+            lambda q, keys, mask: ops.attention_scores(q.reshape(q.shape[1], q.shape[0], -1).swapaxes(0, 1), keys, mask)
+        ),
+    },
     small=small,
 )

@@ -17,7 +17,7 @@ def reference(n_layers: int, n_heads: int, n_kv_heads: int, head_dim: int, n_tok
 
 def small() -> list[tuple]:
     """Return a small model."""
-    return [(2, 4, 2, 3, 5, 4)]
+    return [(2, 6, 2, 3, 5, 4)]
 
 
 EXERCISE = Exercise(
@@ -37,6 +37,7 @@ n_heads is the number of query heads; queries are not kept.""",
         "a key and a value are kept for each key/value head, not for each query head": (
             lambda layers, heads, kv_heads, *others: reference(layers, heads, heads, *others)
         ),
+        "these are bits: n_bytes counts bytes": lambda *sizes: reference(*sizes) * 8,
         "these are the bytes of one layer": lambda layers, *others: reference(1, *others),
         "these are numbers, not bytes: each takes n_bytes": lambda *sizes: reference(*sizes) // sizes[-1],
         "these are the bytes of one token": lambda *sizes: reference(*sizes) // sizes[4],

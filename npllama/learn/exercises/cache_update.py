@@ -34,6 +34,13 @@ def reference(store: np.ndarray, length: int, k: np.ndarray) -> np.ndarray:
     return keys
 
 
+def one_late(store: np.ndarray, length: int, k: np.ndarray) -> np.ndarray:
+    """Write one slot too late, in the first call as in all others."""
+    end = length + 1 + len(k)
+    store[:, length + 1 : end] = k.swapaxes(0, 1)
+    return store[:, :end]
+
+
 def small() -> list[tuple]:
     """Return two calls of a cache with one number per key; then a prompt of two tokens with two heads."""
     store, heads = np.zeros((1, 3, 1), np.float32), np.zeros((2, 2, 1), np.float32)
@@ -63,6 +70,7 @@ It is called for the prompt, then for each new token, with the same store. Value
         "cache_not_kept",
         "cache_reshaped",
     ),
+    variants={"slots count from 0: the first free one is slot `length`, not `length` + 1": one_late},
     small=small,
     in_place=True,
 )

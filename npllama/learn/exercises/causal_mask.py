@@ -49,6 +49,11 @@ In decoding, T is 1 and S is all tokens so far. Slots need not be in order.""",
         "mask_multiplied_reversed",
         "mask_axes_exchanged",
     ),
+    variants={
+        "what may be seen is hidden, and what is later is not: exchange 0 and -inf": lambda q, s, dtype: np.where(
+            s[None, :] <= q[:, None], np.asarray(-np.inf, dtype), np.asarray(0, dtype)
+        )[None],
+    },
     small=small,
     rest=(np.float32,),
 )

@@ -31,8 +31,9 @@ def by_likelihood(p: np.ndarray) -> np.ndarray:
 
 
 def small() -> list[tuple]:
-    """Return a draw of the first token and of the second, and a first token of probability 0."""
-    return [(np.array([0.25, 0.5, 0.25]), 0.1), (np.array([0.25, 0.5, 0.25]), 0.3), (np.array([0.0, 1.0]), 0.0)]
+    """Return draws of each of three tokens, and a first token of probability 0."""
+    p = np.array([0.25, 0.5, 0.25])
+    return [(p, 0.1), (p, 0.3), (p, 0.8), (np.array([0.0, 1.0]), 0.0)]
 
 
 EXERCISE = Exercise(
@@ -58,6 +59,8 @@ If u is drawn evenly from [0, 1), each id is drawn with its probability; one of 
         "the most likely tokens come first: here the order is that of the ids": lambda p, u: by_likelihood(p)[
             np.searchsorted(np.cumsum(p[by_likelihood(p)]), u, side="right")
         ],
+        "single probabilities are compared with u: add them up first, np.cumsum(p)": lambda p, u: np.argmax(p > u),
+        "the id is one too small": lambda p, u: np.searchsorted(np.cumsum(p), u, side="right") - 1,
         "the id is one too large": lambda p, u: np.searchsorted(np.cumsum(p), u, side="right") + 1,
     },
     small=small,

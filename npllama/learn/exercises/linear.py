@@ -9,8 +9,8 @@ from .exercise import Exercise, floats, normal
 
 
 def cases() -> list[tuple]:
-    """Return a row and a batch of rows with matrices that are not square, and rows with one that is."""
-    return [(normal(1, 4), normal(2, 3, 4)), (normal(3, 5, 8), normal(4, 2, 8)), (normal(5, 2, 3, 4), normal(6, 4, 4))]
+    """Return rows with a square matrix, whose transpose fits too; a vector and rows with matrices that are not square."""
+    return [(normal(5, 2, 3, 4), normal(6, 4, 4)), (normal(1, 4), normal(2, 3, 4)), (normal(3, 5, 8), normal(4, 2, 8))]
 
 
 def cosines(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
@@ -32,7 +32,7 @@ Multiply by a weight matrix: entry i of the result is the dot product of x with 
 
     y = x Wᵀ        x [..., in], weight [out, in] -> [..., out]
 
-Each row of x is multiplied by itself.""",
+Each row of x gives a row of the result, whatever the other rows are.""",
     real="engine.linear.linear",
     reference=linear,
     cases=cases,

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from ... import ops
 from ...sampling import Sampling, probabilities
 from .exercise import Exercise, floats
 
@@ -25,6 +26,13 @@ def cases() -> list[tuple]:
 def reference(logits: np.ndarray, temperature: float, top_p: float) -> np.ndarray:
     """Call sampling.probabilities() with these settings."""
     return probabilities(logits, Sampling(temperature, top_p=top_p))
+
+
+def kept(p: np.ndarray, top_p: float, order: np.ndarray) -> np.ndarray:
+    """Keep the first tokens of an order that together reach top_p."""
+    kept = p.copy()
+    kept[order[np.cumsum(p[order]) - p[order] >= top_p]] = 0
+    return kept / np.sum(kept)
 
 
 def small() -> list[tuple]:
@@ -64,6 +72,14 @@ At least one token is always kept, and top_p = 1 keeps all. The result may be fl
         "no_top_p",
         "sampling_overflow",
     ),
+    variants={
+        "the least likely tokens are kept: sort from the most likely, np.argsort(-p)": lambda x, t, top_p: kept(
+            ops.softmax(x / t), top_p, np.argsort(ops.softmax(x / t), kind="stable")
+        ),
+        "the result is in the order of the probabilities: each belongs at its token's id": lambda x, t, top_p: np.sort(
+            reference(x, t, top_p)
+        )[::-1],
+    },
     small=small,
     any_float=True,
 )

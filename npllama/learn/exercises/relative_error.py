@@ -43,6 +43,12 @@ The sums are over the numbers that are finite in both: masked scores are -inf.""
     variants={
         "-inf minus -inf is NaN: leave out what is not finite": lambda c, r: np.sqrt(np.sum((c - r) ** 2) / np.sum(r**2)),
         "the error is divided by the candidate's size: the reference is what is right": lambda c, r: relative_error(r, c),
+        "this is the largest difference by the largest number: take the roots of the summed squares": lambda c, r: float(
+            np.max(np.abs(c - r), where=np.isfinite(r), initial=0) / np.max(np.abs(r), where=np.isfinite(r), initial=0)
+        ),
+        "this is the mean of each number's relative error: divide the roots of the summed squares": lambda c, r: float(
+            np.mean(np.abs(c - r)[np.isfinite(r)] / np.abs(r[np.isfinite(r)]))
+        ),
         "the square root is missing": ratio,
         "the error is not relative: divide by the reference's size": lambda c, r: (
             relative_error(c, r) * float(np.linalg.norm(r[np.isfinite(r)].astype(np.float64)))

@@ -43,6 +43,17 @@ VARIANTS: dict[str, Callable[..., np.ndarray]] = {
     f"{STD}; eps is missing": lambda x, weight, eps: x / _std(x) * weight,
     f"{STD_NORM}; eps belongs inside the root": lambda x, weight, eps: _centred(x) / (_std(x) + eps) * weight,
     f"{STD_NORM}; eps is missing": lambda x, weight, eps: _centred(x) / _std(x) * weight,
+    "the row is divided by its length, the root of the sum of squares: RMS is the root of their mean, and eps is missing": (
+        lambda x, weight, eps: x / np.linalg.norm(x, axis=-1, keepdims=True) * weight
+    ),
+    "the mean goes along the first axis, over the tokens: each token has its own, axis=-1 with keepdims=True": (
+        lambda x, weight, eps: x / np.sqrt(np.mean(x * x, axis=0) + eps) * weight
+    ),
+    "x is multiplied by its root-mean-square: divide by it": lambda x, weight, eps: (
+        x * np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
+    ),
+    "eps is 1e-5 whatever the argument says": lambda x, weight, eps: ops.rms_norm(x, weight, 1e-5),
+    "eps is 1e-6 whatever the argument says": lambda x, weight, eps: ops.rms_norm(x, weight, 1e-6),
 }
 
 
@@ -54,7 +65,7 @@ Scale x to unit root-mean-square, then by a learned weight.
 
     y = x / sqrt(mean(x²) + eps) · weight        x [..., D], weight [D] -> [..., D]
 
-Each token, a row of D numbers, is scaled by itself.""",
+Each token is a row of D numbers and has a mean square of its own.""",
     real="ops.rms_norm",
     reference=ops.rms_norm,
     cases=cases,

@@ -15,6 +15,24 @@ def cases() -> list[tuple]:
     return [(normal(1, len(m), 2, 8), *ops.rope_rotation(m, frequencies)) for m in positions]
 
 
+def mixed(x: np.ndarray, partner: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+    """Rotate with a cosine and a sine for each number, x · cos + partner · sin."""
+    return x * cos + partner * sin
+
+
+def halves_with_repeated_angles(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+    """Pair x[j] with x[j + K/2], and repeat each angle for two neighbours."""
+    half = x.shape[-1] // 2
+    partner = np.concatenate([-x[..., half:], x[..., :half]], axis=-1)
+    return mixed(x, partner, np.repeat(cos, 2, axis=-1), np.repeat(sin, 2, axis=-1))
+
+
+def pairs_with_doubled_angles(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+    """Pair neighbours, and use the list of angles for the first half and again for the second."""
+    partner = np.stack([-x[..., 1::2], x[..., 0::2]], axis=-1).reshape(x.shape)
+    return mixed(x, partner, np.concatenate([cos, cos], axis=-1), np.concatenate([sin, sin], axis=-1))
+
+
 def small() -> list[tuple]:
     """Return one pair rotated by 90 degrees, then two pairs by different angles."""
     return [
@@ -46,5 +64,16 @@ The pairs are those of Meta's checkpoints: (x[0], x[1]), (x[2], x[3]), ...""",
         "cos_sin_exchanged",
         "half_of_the_head_rotated",
     ),
+    variants={
+        "two layouts are mixed: the pairs are x[j] with x[j + K/2], and the angles those of adjacent pairs": (
+            halves_with_repeated_angles
+        ),
+        "two layouts are mixed: the pairs are adjacent, and the angles those of x[j] with x[j + K/2]; use np.repeat": (
+            pairs_with_doubled_angles
+        ),
+        "the second of the pair has cos and sin exchanged: y[2j+1] = x[2j] · sin + x[2j+1] · cos": lambda x, cos, sin: np.stack(
+            [x[..., 0::2] * cos - x[..., 1::2] * sin, x[..., 0::2] * cos + x[..., 1::2] * sin], axis=-1
+        ).reshape(x.shape),
+    },
     small=small,
 )

@@ -13,6 +13,11 @@ def cases() -> list[tuple]:
     return [(8, 10000.0), (64, 500000.0)]
 
 
+def from_one(head_dim: int, theta: float, *rest: object) -> np.ndarray:
+    """Compute theta^(-2j/K) for j = 1, 2, ..., K/2."""
+    return (theta ** (-np.arange(2, head_dim + 2, 2) / head_dim)).astype(np.float32)
+
+
 def small() -> list[tuple]:
     """Return a head of one pair, and one of two."""
     return [(2, 100.0), (4, 100.0)]
@@ -39,6 +44,7 @@ The first pair is rotated by 1 radian per position, each further one by less."""
         "theta_10000",
         "theta_500000",
     ),
+    variants={"j counts from 1: it counts from 0, so that the first pair is rotated by 1 radian per position": from_one},
     small=small,
     rest=(None, np.float32),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -46,6 +47,19 @@ def the_short_waves(head_dim: int, theta: float, factor: float, low: float, high
     return ((1 - s) * frequencies / np.float32(factor) + s * frequencies).astype(np.float32)
 
 
+def by_ratio(
+    ratio: Callable[[np.ndarray, int], np.ndarray], lowest: float = 0, highest: float = 1
+) -> Callable[..., np.ndarray]:
+    """Return a scaled_rope() with another ratio of length to wavelength, and s between other limits."""
+
+    def scaled_rope(head_dim: int, theta: float, factor: float, low: float, high: float, length: int) -> np.ndarray:
+        frequencies = plain(head_dim, theta)
+        s = np.clip((ratio(2 * math.pi / frequencies, length) - low) / np.float32(high - low), lowest, highest)
+        return ((1 - s) * frequencies / np.float32(factor) + s * frequencies).astype(np.float32)
+
+    return scaled_rope
+
+
 def small() -> list[Arguments]:
     """Return four pairs: two short waves, one between, a long one."""
     return [(8, 10000.0, 2.0, 1.0, 4.0, 1024)]
@@ -70,6 +84,11 @@ K is head_dim, and length the context length of the first training.""",
         "all frequencies are divided: those of short waves (s > 1) stay": lambda head_dim, theta, factor, *others: (
             plain(head_dim, theta) / np.float32(factor)
         ),
+        "s is not kept between 0 and 1: np.clip(s, 0, 1)": by_ratio(
+            lambda wavelengths, length: length / wavelengths, -np.inf, np.inf
+        ),
+        "the wavelength lacks 2π: λ = 2π/θ_j": by_ratio(lambda wavelengths, length: length / wavelengths * (2 * math.pi)),
+        "the wavelength is divided by the length: s has length/λ": by_ratio(lambda wavelengths, length: wavelengths / length),
         "there is no interpolation: between s = 0 and s = 1 both are mixed": in_a_step,
         "the frequencies of short waves are divided, and those of long ones stay: it is the other way round": the_short_waves,
         "the frequencies are multiplied by the factor: divide by it, so that the waves become longer": (

@@ -40,5 +40,13 @@ A score may be 1000, and may be -inf, which gives exactly 0.""",
         "softmax_first_axis",
         "softmax_unnormalised",
     ),
+    variants={
+        "the maximum and the sum are those of the whole array: each row is a distribution of its own, axis=-1": lambda x: (
+            (e := np.exp(x - np.max(x))) / np.sum(e)
+        ),
+        "the sum goes along the first axis, and the maximum along the last: both belong to the last, axis=-1": lambda x: (
+            (e := np.exp(x - np.max(x, axis=-1, keepdims=True))) / np.sum(e, axis=0)
+        ),
+    },
     small=small,
 )

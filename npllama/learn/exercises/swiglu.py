@@ -43,5 +43,9 @@ A gate may be 1000 or -1000.""",
         "silu_overflow",
         "silu_wrong_sign",
     ),
+    variants={
+        "silu is applied to the product: it belongs to the gate alone, silu(gate) · up": lambda gate, up: ops.silu(gate * up),
+        "up is added: multiply, silu(gate) · up": lambda gate, up: ops.silu(gate) + up,
+    },
     small=small,
 )

@@ -109,6 +109,13 @@ SOLUTIONS = {
         keep = np.isfinite(candidate) & np.isfinite(reference)
         return np.linalg.norm(candidate[keep] - reference[keep]) / np.linalg.norm(reference[keep])
     """,
+    "surprise": """
+        total = 0
+        for t in range(len(ids) - 1):
+            z = logits[t].astype(np.float64)
+            total += np.logaddexp.reduce(z) - z[ids[t + 1]]
+        return total / (len(ids) - 1)
+    """,
     "draw": """
         total = 0
         for i, probability in enumerate(p):
@@ -319,6 +326,25 @@ BLUNDERS = [
     ("draw", "return int(p.argmax())", "always the most likely"),
     ("draw", "return np.searchsorted(p.cumsum(), u)", "of probability 0 can be drawn"),
     (
+        "surprise",
+        "z = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True); return -z[range(len(ids)), ids].mean()",
+        "row t predicts token t + 1",
+    ),
+    (
+        "surprise",
+        "z = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True); return -z[range(len(ids) - 1), ids[1:]].sum()",
+        "take their mean",
+    ),
+    (
+        "surprise",
+        """
+        e = np.exp(logits - logits.max(-1, keepdims=True))
+        p = e / e.sum(-1, keepdims=True)
+        return -np.log(p[range(len(ids) - 1), ids[1:]]).mean()
+        """,
+        "log(sum(exp(z - m)))",
+    ),
+    (
         "cache_update",
         "at = length + (length > 0); store[:, at:at + len(k)] = k.swapaxes(0, 1); return store[:, :at + len(k)]",
         "an empty slot after the prompt",
@@ -344,7 +370,7 @@ def check_body(folder, name: str, body: str) -> grading.Outcome:
 def test_the_first_ten_lead_from_softmax_to_the_cache():
     """Keep their numbers, which the documentation and people's folders use."""
     assert (NAMES[0], NAMES[9]) == ("softmax", "cache_update")
-    assert len(set(NAMES)) == len(NAMES) == 17
+    assert len(set(NAMES)) == len(NAMES) == 18
 
 
 def test_each_has_a_file_of_its_name():
@@ -440,6 +466,47 @@ def test_a_function_that_fails_on_large_inputs_alone_shows_no_small_one(tmp_path
     outcome = check_body(tmp_path, "softmax", body)
     assert not outcome.passed
     assert outcome.example is None
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "example"),
+    [
+        (  # which fits a small square matrix, and gives other numbers
+            "softmax",
+            "e = np.exp(x - x.max(-1, keepdims=True)); return e / e.sum(-1)",
+            [
+                "small failing input: softmax(np.float32([[0, 0], [0, 1]]))",
+                "got [[0.5, 0.731059], [0.18394, 0.731059]]",
+                "expected [[0.5, 0.5], [0.268941, 0.731059]]",
+            ],
+        ),
+        (
+            "draw",
+            "return 1 / 0",
+            ["small failing input: draw(np.array([0.25, 0.5, 0.25]), 0.1)", "got ZeroDivisionError", "expected 0"],
+        ),
+        ("linear", "return np.einsum('i,oi->o', x, weight)", ["failing input: case 1 of 3, linear([2, 3, 4], [4, 4])"]),
+    ],
+)
+def test_an_exception_shows_the_input_it_came_from(tmp_path, name, body, example):
+    outcome = check_body(tmp_path, name, body)
+    assert not outcome.passed
+    assert "Error in line 5: " in outcome.line
+    assert [" ".join(line.split()) for line in outcome.example.splitlines()] == example
+
+
+def test_wrong_numbers_say_more_than_a_later_exception(tmp_path):
+    outcome = check_body(tmp_path, "linear", "return x @ weight")  # fits the square matrix of the first case
+    assert outcome.line.startswith("case 1 of 3, linear([2, 3, 4], [4, 4]): found ")
+    assert outcome.hint.endswith("transpose it, weight.T")
+
+
+def test_of_two_mistakes_the_one_of_the_first_wrong_case_is_named(tmp_path):
+    outcome = check_body(tmp_path, "softmax", "return np.exp(x) / np.exp(x).sum()")  # overflows too
+    assert outcome.hint.startswith("the maximum and the sum are those of the whole array")
+    assert outcome.hint.endswith(" (this explains case 1, not every case)")
+    outcome = check_body(tmp_path, "causal_mask", "return np.ones((1, len(query_positions), len(slot_positions)), np.float32)")
+    assert outcome.hint is None
 
 
 @pytest.mark.parametrize("exercise", EXERCISES, ids=NAMES)
