@@ -33,7 +33,7 @@ def test_closed_streams_are_no_traceback():
     assert closed(2, command="generate x -m /nowhere").returncode == 2
 
 
-@pytest.fixture(params=["", "1"], ids=["buffered", "unbuffered"])
+@pytest.fixture(params=["", pytest.param("1", marks=pytest.mark.once)], ids=["buffered", "unbuffered"])
 def environment(request):
     """Test buffered output and unbuffered output (-u), for which Python takes a partial write for a whole one."""
     return {**os.environ, "PYTHONUNBUFFERED": request.param}

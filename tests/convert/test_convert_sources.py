@@ -398,6 +398,7 @@ def test_a_foreign_architecture_is_refused_before_its_weights_are_fetched(tmp_pa
     assert not (tmp_path / "m").exists()
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("name", "expected"),
     [

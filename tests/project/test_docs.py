@@ -13,6 +13,7 @@ from npllama.learn.exercises import EXERCISES
 
 from system import ROOT, script
 
+pytestmark = pytest.mark.once
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINK = re.compile(r"!?\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)

@@ -13,7 +13,7 @@ import pytest
 
 import mutation
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system can't fork a process")
+pytestmark = [pytest.mark.once, pytest.mark.skipif(not hasattr(os, "fork"), reason="this system can't fork a process")]
 
 SOURCE = '''
 """A module."""

@@ -17,6 +17,7 @@ from npllama.golden.trace import read_trace, record, write_trace
 import broken_ports
 import tiny
 
+pytestmark = pytest.mark.once  # minutes, for what test_mistakes.py shows of most mistakes in every environment
 TOKENS = tiny.random_tokens(broken_ports.CONFIG, 2, 24)
 
 # mistake -> where it shows first, words of its hint (each of which is in no other's), and whether it needs the model
@@ -404,7 +405,7 @@ def test_a_mistake_inside_of_fused_attention(bug, model, reference, tmp_path):
 
 
 @pytest.mark.parametrize("bug", ["no_scaling", "theta_500000", "half_split", "eps"])
-def test_a_port_that_gives_its_logits_alone(bug, model, reference, tmp_path):
+def test_a_port_that_gives_its_logits_alone(bug, model, reference, run_once, tmp_path):
     words = {"theta_500000": "theta is 500000", "eps": "eps is 1e-6"}.get(bug, EXPECTED[bug][1])
     mine = kept(trace_of(bug, model, reference, tmp_path / "mine"), tmp_path / "mine.npz", "logits")
     found = compare(reference, mine, model=model, partial=True)
@@ -414,7 +415,7 @@ def test_a_port_that_gives_its_logits_alone(bug, model, reference, tmp_path):
     assert len(found.hints) == 1
 
 
-def test_centred_logits_are_what_they_are(model, reference, tmp_path):
+def test_centred_logits_are_what_they_are(model, reference, run_once, tmp_path):
     logits = np.array(read_trace(reference)["logits"])
     np.savez(tmp_path / "mine.npz", logits=(logits - logits.mean(axis=-1, keepdims=True)).astype(np.float32))
     found = compare(reference, tmp_path / "mine.npz", model=model, partial=True)
