@@ -24,7 +24,8 @@ h1 { font-size: 1.35rem; margin: 0 0 .5rem } h2 { font-size: 1rem; margin: 2rem 
 .bad { color: var(--bad) } .after { color: var(--after) } .good { color: var(--good) } .soft { color: var(--soft) }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)); gap: .75rem }
 figure { margin: 0; background: var(--panel); border-radius: 8px; padding: .5rem }
-figcaption { font-size: .85rem; padding: 0 .25rem } svg { display: block; width: 100%; height: auto }
+figcaption { font-size: .85rem; padding: 0 .25rem } figure { overflow-x: auto }
+svg { display: block; width: 100%; min-width: 420px; height: auto }
 svg text { font: 10px system-ui, sans-serif; fill: var(--soft) } svg .name-bad { fill: var(--bad) }
 svg .name-after { fill: var(--after) }
 .grid { stroke: var(--line); stroke-width: 1 } .floor { fill: none; stroke: var(--floor); stroke-width: 1.5 }
@@ -36,6 +37,8 @@ svg .name-after { fill: var(--after) }
 th, td { padding: .15rem .45rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line) }
 th:first-child, td:first-child, th:last-child, td:last-child { text-align: left }
 th:last-child, td:last-child { white-space: normal; min-width: 6.5rem; position: sticky; right: 0; background: var(--paper) }
+@media (max-width: 600px) { body { padding: .75rem } th:last-child, td:last-child { min-width: 4rem }
+  th, td { padding: .15rem .3rem } }
 tr.failed td { color: var(--after) } tr.culprit td { color: var(--bad) } tr.missing td { color: var(--soft) }
 """
 HEADINGS = {

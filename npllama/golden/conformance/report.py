@@ -17,6 +17,8 @@ body { margin: 0 auto; max-width: 1100px; padding: 1.5rem; font: 15px/1.5 system
 h1 { font-size: 1.3rem } h2 { font-size: 1rem; margin: 1.5rem 0 .3rem } .bad { color: var(--bad) } .good { color: var(--good) }
 .soft { color: var(--soft) } table { border-collapse: collapse; width: 100% }
 td { border-bottom: 1px solid var(--line); padding: .2rem .6rem; vertical-align: top; overflow-wrap: anywhere }
+td:nth-child(2) { white-space: nowrap }
+@media (max-width: 600px) { body { padding: .75rem } td { padding: .2rem .3rem } td:first-child { width: 35% } }
 """
 
 
@@ -72,7 +74,8 @@ def page(report: Report) -> str:
             kind = {"passed": "good", "failed": "bad"}.get(word, "soft")
             rows.append(f'<tr><td>{e(result.case.path)}<td class="{kind}">{word}<td>{e(result.case.purpose)}{more}')
         parts.append(f"<h2>{e(level)}</h2>\n<table>\n" + "\n".join(rows) + "\n</table>")
-    head = f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>Conformance</title>\n<style>{STYLE}</style>\n'
+    head = '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<meta name="viewport" content="width=device-width">\n'
+    head += f"<title>Conformance</title>\n<style>{STYLE}</style>\n"
     return head + "\n".join(parts) + "\n</html>\n"
 
 
