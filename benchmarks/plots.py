@@ -22,21 +22,27 @@ def draw(points: Sequence[dict[str, object]], file: Path) -> None:
     """Write the picture. Raises ImportError without matplotlib."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    by_size, by_context = figure.subplots(1, 2, width_ratios=[3, 2])
+    figure = Figure(figsize=(6.4, 8), layout="constrained")  # one above the other: a phone shows the letters in their size
+    by_size, by_context = figure.subplots(2, 1, height_ratios=[4, 3])
     _draw_series(by_size, [point for point in points if point["figure"] == "size"])
     by_size.set(xscale="log", yscale="log", xlabel="parameters", ylabel="tokens/s", title="Decode, one sequence")
     sizes = sorted({point["x"] for point in points if point["figure"] == "size"})
     by_size.set_xticks(sizes, [_size_text(size) for size in sizes])
     by_size.minorticks_off()
+    values = [point["y"] for point in points if point["figure"] == "size"]
+    low, high = min(values, default=1) / 1.3, max(values, default=1) * 1.3
+    ticks = [step * 10.0**power for power in range(-3, 7) for step in (1, 2, 5)]
+    by_size.set_yticks(ticks, [f"{tick:,g}" for tick in ticks])
+    by_size.set_ylim(low, high)
     _draw_series(by_context, [point for point in points if point["figure"] == "context"])
     by_context.set(xlabel="tokens before", ylabel="ms a token", title="Decode, SmolLM2-135M's shape", ylim=(0, None))
     for axes in (by_size, by_context):
         if axes.lines:
-            axes.legend(fontsize=7)
+            axes.legend(fontsize=8, frameon=False)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(file, dpi=110)
+    by_context.xaxis.set_major_formatter("{x:,.0f}")
+    figure.savefig(file, dpi=150)
 
 
 def _draw_series(axes: object, points: Sequence[dict[str, object]]) -> None:

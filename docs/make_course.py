@@ -119,7 +119,7 @@ def smaller(png: str) -> str:
 def to_markdown(name: str, notebook: nbformat.NotebookNode) -> tuple[str, dict[str, bytes]]:
     """Format a notebook as Markdown for the site, and return it with its pictures by name."""
     script = f"docs/make_course.py from {name}.py"
-    page, pictures = notebooks.to_markdown(script, notebook, f"{PICTURES.name}/{name}", "{}")
+    page, pictures = notebooks.to_markdown(script, notebook, f"{PICTURES.name}/{name}", "{heading}: {title}")
     return re.sub(r"\]\((\d-[\w-]+)\.ipynb\)", r"](\1.md)", page), pictures
 
 

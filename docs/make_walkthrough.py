@@ -432,7 +432,7 @@ def execute(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 def to_markdown(notebook: nbformat.NotebookNode) -> tuple[str, dict[str, bytes]]:
     """Format the notebook as Markdown, and return it with its pictures by name."""
-    alt = "{}: what it does to the output"
+    alt = "{heading}: what it does to the output"
     return notebooks.to_markdown("docs/make_walkthrough.py", notebook, f"{PICTURES.name}/picture", alt)
 
 

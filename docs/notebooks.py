@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def to_markdown(script: str, notebook: nbformat.NotebookNode, pictures: str, alt
 
     script    what the page's first line names as its source
     pictures  the path of a picture on the page, before `-1.png` and the like
-    alt       the text in place of a picture, with {} for the heading above it
+    alt       the text in place of a picture, with {heading} for the heading above it, and {title} for its own
     """
     parts, files, heading = [f"<!-- made by {script}: edit that -->"], {}, ""
     for cell in notebook.cells:
@@ -52,12 +53,19 @@ def to_markdown(script: str, notebook: nbformat.NotebookNode, pictures: str, alt
             if kind:
                 path = f"{pictures}-{len(files) + 1}{ENDINGS[kind]}"
                 files[Path(path).name] = base64.b64decode(data[kind]) if kind == "image/png" else data[kind].encode()
-                parts.append(f"![{alt.format(heading)}]({path})")
+                text = alt.format(heading=heading, title=title(cell.source)).removesuffix(": ")
+                parts.append(f"![{text}]({path})")
             elif "text/markdown" in data:
                 parts.append(data["text/markdown"].strip())
             else:
                 parts.append(f"```text\n{(output.get('text') or data['text/plain']).rstrip()}\n```")
     return "\n\n".join(parts) + "\n", files
+
+
+def title(code: str) -> str:
+    """Return the title that a cell gives its picture, where it is a plain string."""
+    found = re.search(r"""title(?:=|\()(["'])(.*?)\1[,)\n]""", code)
+    return found[2] if found else ""
 
 
 def replace_pictures(folder: Path, old: str, pictures: dict[str, bytes]) -> None:

@@ -134,7 +134,7 @@ scores = rng.standard_normal(8) * 128**0.5
 figure, axes = plt.subplots(1, 2, sharey=True)
 for ax, s, title in ((axes[0], scores, "unscaled"), (axes[1], scores / 128**0.5, "divided by sqrt(128)")):
     ax.bar(range(8), ops.softmax(s), color=BLUE)
-    ax.set(title=title, xlabel="key")
+    ax.set(title=title, xlabel="key position")
 axes[0].set_ylabel("weight")
 plt.show()
 
@@ -243,8 +243,8 @@ print("rows that differ:", [t for t in range(len(tokens)) if not np.array_equal(
 labels = token_labels(model.tokenizer, tokens)
 visible = np.tri(len(tokens), dtype=bool)
 shown = np.where(visible, seen["layers.4.attention.weights"][2], np.nan)  # masked cells in grey
-axes = heat_map(shown, labels, labels, title="layer 4, head 2")
-axes.set(xlabel="key", ylabel="query")
+axes = heat_map(shown, labels, labels, title="weights of layer 4, head 2 (· is a space)", unit="weight")
+axes.set(xlabel="key position", ylabel="query position")
 plt.show()
 
 # %% [markdown]
@@ -263,7 +263,7 @@ def on_previous(weights):
 
 previous = np.stack([on_previous(seen[f"layers.{n}.attention.weights"]) for n in range(config.n_layers)])
 layers, heads = [f"layer {n}" for n in range(config.n_layers)], [f"head {h}" for h in range(config.n_heads)]
-heat_map(previous, layers, heads, title="mean weight on the previous token")
+heat_map(previous, layers, heads, title="mean weight on the previous token", unit="weight")
 plt.show()
 
 # %% [markdown]
@@ -397,7 +397,7 @@ whole = mean_surprise()
 loss = np.array(
     [[mean_surprise(without(n, h)) - whole for h in range(config.n_heads)] for n in range(config.n_layers)]
 )
-heat_map(loss, layers, heads, title=f"surprise added by removing a head (with all: {whole:.2f})")
+heat_map(loss, layers, heads, title=f"surprise added by removing a head (with all: {whole:.2f})", unit="nats")
 plt.show()
 
 # %% [markdown]
@@ -425,7 +425,7 @@ z = np.linspace(-6, 6, 200, dtype=np.float32)
 figure, ax = plt.subplots()
 ax.plot(z, ops.silu(z), color=BLUE, label="silu(z)")
 ax.plot(z, np.maximum(z, 0), color="black", ls=":", label="max(z, 0)")
-ax.set(xlabel="z")
+ax.set(xlabel="z", title="silu, and the hard switch max(z, 0)")
 ax.legend(frameon=False)
 plt.show()
 

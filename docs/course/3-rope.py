@@ -240,7 +240,10 @@ print("distance with the largest score:", int(scores(distances, frequencies).arg
 # %%
 turns = 511 * frequencies / (2 * np.pi)
 ax = bars(
-    [f"pair {j}" for j in range(K // 2)], np.minimum(turns, 3), title="turns over a distance of 511 (cut at 3)"
+    [f"pair {j}" for j in range(K // 2)],
+    np.minimum(turns, 3),
+    title="full turns of each pair over a distance of 511",
+    unit="turns; bars are cut at 3",
 )
 ax.axvline(1, color="black", lw=0.8)
 plt.show()
@@ -371,7 +374,7 @@ curves = {
     "all divided by 8": ([surprise(gap, linear) for gap in gaps], "black", ":"),
     "Llama 3.1's scaling": ([surprise(gap, llama31) for gap in gaps], GREEN, "--"),
 }
-figure, ax = plt.subplots()
+figure, ax = plt.subplots(figsize=(6.4, 4))
 for name, (values, colour, dashes) in curves.items():
     ax.plot(
         gaps,
@@ -381,8 +384,8 @@ for name, (values, colour, dashes) in curves.items():
         marker=".",
         label=f"{name}: {np.mean(values[5:]):.2f} on average past 512",
     )
-ax.set(xlabel="gap, tokens", ylabel="surprise, nats")
-ax.legend(frameon=False, fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1))
+ax.set(xlabel="gap, tokens", ylabel="surprise, nats", title="the same gaps with scaled frequencies")
+figure.legend(frameon=False, fontsize=9, loc="outside lower center")
 plt.show()
 
 # %% [markdown]

@@ -219,7 +219,8 @@ for (name, (layers, _, kv_heads, head_dim, billions)), colour in zip(
         n_tokens, 2 * layers * kv_heads * head_dim * 2 * n_tokens / 1e9, color=colour, label=f"{name}: cache"
     )
     ax.axhline(billions * 2, color=colour, ls=":", label=f"{name}: weights")
-ax.set(xlabel="tokens in the context", ylabel="GB in 16 bits")
+ax.set(xlabel="tokens in the context", ylabel="GB in 16 bits", title="memory of the cache and of the weights")
+ax.xaxis.set_major_formatter("{x:,.0f}")
 ax.legend(frameon=False, fontsize=9)
 plt.show()
 
@@ -272,7 +273,7 @@ by_memory, by_arithmetic = np.full(len(T), 16e9 / bandwidth), T * 16e9 / arithme
 figure, ax = plt.subplots()
 ax.loglog(T, by_memory / T, color=BLUE, marker=".", label="reading the weights, shared by T rows")
 ax.loglog(T, by_arithmetic / T, color=ORANGE, ls="--", label="arithmetic")
-ax.set(xlabel="rows T in one pass", ylabel="seconds per token, Llama 3 8B")
+ax.set(xlabel="rows T in one pass", ylabel="seconds per token", title="time limits of Llama 3 8B on a laptop")
 ax.legend(frameon=False)
 plt.show()
 

@@ -131,6 +131,7 @@ errors = {name: error_of(wrong[name].astype(np.float64), right[name].astype(np.f
 figure, ax = plt.subplots()
 ax.semilogy([max(error, 1e-9) for error in errors.values()], color=ORANGE, marker=".", ls="")
 ax.set(xlabel="activations in the order of computation", ylabel="relative error (0 drawn at 10⁻⁹)")
+ax.set_title("error of the port, activation by activation")
 plt.show()
 
 # %% [markdown]
@@ -161,6 +162,7 @@ ax.semilogy(
     label="rounding: the noise floor",
 )
 ax.set(xlabel="activations in the order of computation", ylabel="relative error against float64")
+ax.set_title("error of the port and of rounding alone")
 ax.legend(frameon=False)
 plt.show()
 first = next(name for name in found if found[name] > 32 * floor[name] + 1e-12)
@@ -316,9 +318,10 @@ figure, axes = plt.subplots(1, 3, figsize=(7.2, 3.4), sharey=True)
 for ax, (t, top_p) in zip(axes, ((0.5, 1.0), (1.0, 1.0), (1.0, 0.5)), strict=True):
     chances = sampling.probabilities(logits, Sampling(t, top_p=top_p))
     ax.barh([repr(model.tokenizer.piece(i)) for i in best], chances[best], color=BLUE)
-    ax.set(title=f"temperature {t}, top-p {top_p}", xlim=(0, 0.3))
+    ax.set(title=f"temperature {t}, top-p {top_p}", xlim=(0, 0.3), xticks=(0, 0.1, 0.2), xlabel="probability")
     ax.title.set_fontsize(9)
 axes[0].invert_yaxis()
+figure.suptitle("the next token after 'I'")
 plt.show()
 
 # %% [markdown]
@@ -353,11 +356,11 @@ def probabilities(logits, temperature, top_p):
 # %%
 p = np.array([0.1, 0.2, 0.4, 0.3])
 edges = np.concatenate([[0], np.cumsum(p)])
-figure, ax = plt.subplots(figsize=(6.4, 1.2))
+figure, ax = plt.subplots(figsize=(6.4, 1.5))
 for i, colour in enumerate((BLUE, ORANGE, GREEN, "#777777")):
     ax.barh(0, p[i], left=edges[i], color=colour)
     ax.text(edges[i] + p[i] / 2, 0, f"token {i}", ha="center", va="center", color="white", fontsize=9)
-ax.set(xlim=(0, 1), yticks=[])
+ax.set(xlim=(0, 1), yticks=[], title="the probabilities, end to end")
 ax.spines["left"].set_visible(False)
 plt.show()
 

@@ -69,6 +69,7 @@ def pictures() -> None:
 
     plt.rcParams.update({"figure.figsize": (6.4, 3.2), "figure.dpi": 110, "figure.facecolor": "white", "font.size": 11})
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "figure.constrained_layout.use": True})
+    plt.rcParams.update({"axes.formatter.min_exponent": 4})  # a logarithmic axis says 0.01 and 100, not 10⁻² and 10²
 
 
 def bars(labels: Sequence[str], values: Sequence[float] | np.ndarray, title: str = "", unit: str = "") -> Axes:
@@ -77,25 +78,29 @@ def bars(labels: Sequence[str], values: Sequence[float] | np.ndarray, title: str
 
     _, axes = plt.subplots(figsize=(6.4, 0.8 + 0.3 * len(labels)))
     axes.barh(range(len(labels)), values, color=BLUE)
-    axes.set_yticks(range(len(labels)), [label.replace("$", r"\$") for label in labels])
+    axes.set_yticks(range(len(labels)), drawable(labels))
     axes.invert_yaxis()
     axes.set(title=title, xlabel=unit)
     return axes
 
 
-def heat_map(x: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str = "", axes: Axes | None = None) -> Axes:
+def drawable(labels: Sequence[str]) -> list[str]:
+    """Write labels so that no `$` starts a formula and no ␣ hangs below the text: a space is a raised dot."""
+    return [label.replace("$", r"\$").replace("␣", "·") for label in labels]
+
+
+def heat_map(x: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str = "", unit: str = "") -> Axes:
     """Draw a matrix as colours with its rows and columns named; zero is white, masked numbers are grey."""
     import matplotlib.pyplot as plt
 
-    if axes is None:
-        _, axes = plt.subplots(figsize=(6.4, 5))
+    _, axes = plt.subplots(figsize=(6.4, 5))
     shown = np.ma.masked_invalid(x)
     limit = float(np.abs(shown).max())
     least, colours = (-limit, "RdBu_r") if shown.min() < 0 else (0.0, "Blues")
     axes.set_facecolor("#bbbbbb")
     image = axes.imshow(shown, cmap=colours, vmin=least, vmax=limit)
-    axes.set_xticks(range(len(columns)), [label.replace("$", r"\$") for label in columns], rotation=90)
-    axes.set_yticks(range(len(rows)), [label.replace("$", r"\$") for label in rows])
+    axes.set_xticks(range(len(columns)), drawable(columns), rotation=90 if len(columns) > 8 else 0)
+    axes.set_yticks(range(len(rows)), drawable(rows))
     axes.set_title(title)
-    axes.figure.colorbar(image, ax=axes, shrink=0.8)
+    axes.figure.colorbar(image, ax=axes, shrink=0.8, label=unit)
     return axes

@@ -208,7 +208,16 @@ def figures(data: Mapping[str, Any]) -> dict[str, Any]:
     """Make Bokeh's three figures as JSON, without numbers: the page fills each source by its name and sets the colours."""
     from bokeh.core.types import ID
     from bokeh.embed import json_item
-    from bokeh.models import ColorBar, ColumnDataSource, FixedTicker, HoverTool, LinearColorMapper, PlainText, Range1d
+    from bokeh.models import (
+        BasicTickFormatter,
+        ColorBar,
+        ColumnDataSource,
+        FixedTicker,
+        HoverTool,
+        LinearColorMapper,
+        PlainText,
+        Range1d,
+    )
     from bokeh.palettes import Viridis256
     from bokeh.plotting import figure
 
@@ -264,6 +273,7 @@ def figures(data: Mapping[str, Any]) -> dict[str, Any]:
     lengths = unpacked(data["norms"], "<f4")
     low, high = (float(bound(lengths[lengths > 0], initial=1)) for bound in (np.min, np.max))
     range_ = bounds(0.7 * low, 1.5 * high)
+    decade = (1, 2, 5) if high < 1000 * low else (1,)
     norms = empty(900, 340, sizing_mode="stretch_width", y_axis_type="log", x_range=bounds(-0.2, L + 0.2), y_range=range_)
     every = norms.multi_line("xs", "ys", line_color="#8a8a8a", line_alpha=0.45, source=source("norms", "xs", "ys", "label"))
     chosen = norms.line("x", "y", line_color="#D55E00", line_width=3, source=source("norm", "x", "y", "name", "label"))
@@ -272,6 +282,8 @@ def figures(data: Mapping[str, Any]) -> dict[str, Any]:
         HoverTool(renderers=[points], tooltips="@label, @name: @y{0.000}", mode="mouse"),
         HoverTool(renderers=[every], tooltips="@label", line_policy="nearest"),
     )
+    norms.yaxis.ticker = FixedTicker(ticks=[step * 10.0**power for power in range(-9, 10) for step in decade])
+    norms.yaxis.formatter = BasicTickFormatter(use_scientific=False)
     norms.xaxis.axis_label, norms.yaxis.axis_label = "layers passed; half steps are after attention", "norm"
 
     n = len(data["candidates"])

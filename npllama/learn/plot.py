@@ -407,7 +407,7 @@ def draw_logit_lens(sheet: Sheet, subject: Subject) -> None:
         axes.set_yticks(range(len(layers)), names, fontsize=SMALL)
         axes.spines[["top", "right"]].set_visible(False)
     grid[0].set_title(f"logit lens: the likeliest next token after {which} layer, by the final norm and output matrix")
-    grid[-1].set_xlabel("position and its token")
+    grid[-1].set_xlabel("position and its token; · is a space, ↵ a newline")
     shrink = min(1.0, 4 / height)
     bar = sheet.figure.colorbar(image, ax=grid, label="probability (linear scale)", shrink=shrink, aspect=25, pad=0.01)
     bar.ax.tick_params(labelsize=SMALL)
@@ -492,7 +492,8 @@ def draw_error(sheet: Sheet, report: Report) -> None:
     if limit is not None:
         upper.plot(x, inside(limit * floor), "--", color=GREY, linewidth=1.2, label=f"limit: {limit:g} times the floor")
     upper.plot(x, inside(error), "o-", color=BLUE, markersize=3, linewidth=1, label="error; at the bottom edge: none")
-    upper.plot(x[~passed], inside(error)[~passed], "X", color=VERMILION, markersize=7, label="different")
+    if not passed.all():
+        upper.plot(x[~passed], inside(error)[~passed], "X", color=VERMILION, markersize=7, label="different")
     bounds = [*(indices[0] - 0.5 for indices in groups.values()), len(x) - 0.5]
     for left, right in list(itertools.pairwise(bounds))[1::2]:
         upper.axvspan(left, right, color="#f2f2f2", zorder=0)

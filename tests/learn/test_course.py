@@ -57,6 +57,8 @@ def test_the_page_is_the_notebook(maker, stored, name):
     assert (FOLDER / f"{name}.md").read_text(encoding="utf-8") == page, "run docs/make_course.py"
     assert {file.name: file.read_bytes() for file in maker.PICTURES.glob(f"{name}-*.png")} == pictures
     assert all(len(content) < 60_000 for content in pictures.values())
+    texts = re.findall(r"^!\[(.*)\]\(pictures/", page, re.MULTILINE)
+    assert len(set(texts)) == len(pictures), "each picture has an alternative text of its own"
 
 
 def shown(cell) -> list[str]:

@@ -12,6 +12,7 @@ from .names import place
 from .text import counts, in_layers, judged_by, logits_lines, status
 
 WIDTH, HEIGHT = 420, 170  # of a panel's plotting area
+WARNINGS = 3  # shown at once: a trace that was edited has one for each activation
 LEFT, TOP, BOTTOM = 46, 8, 104  # room for the numbers, and for the names below
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1f24; --soft: #667; --paper: #fff; --line: #d8dbe0; --bad: #c0262d;
@@ -59,7 +60,10 @@ def page(comparison: Comparison) -> str:
     if culprits := in_layers(comparison.wrong_by_themselves):
         parts.append(f"<p><b>Wrong by themselves</b>, given the candidate's own inputs: {_text(culprits)}</p>")
     parts += [f"<p>{_text(line)}</p>" for line in logits_lines(comparison)]
-    parts += [f'<p class="bad">Warning: {_text(warning)}</p>' for warning in comparison.warnings]
+    warnings = [f'<p class="bad">Warning: {_text(warning)}</p>' for warning in comparison.warnings]
+    parts += warnings[:WARNINGS]
+    if more := warnings[WARNINGS:]:
+        parts.append(f"<details><summary>{len(more)} more warnings</summary>{''.join(more)}</details>")
     parts.append(
         f'<p class="soft">reference {_text(comparison.reference)}<br>candidate {_text(comparison.candidate)} '
         f"({comparison.precision})<br>{_text(judged_by(comparison))}</p>"
@@ -137,7 +141,8 @@ def _panel(title: str, rows: list[tuple[Row, Judged]], comparison: Comparison) -
     failed = sum(not row.passed for row, _ in rows)
     state = f'<span class="bad">{failed} different</span>' if failed else '<span class="good">within the limit</span>'
     size = f"0 0 {LEFT + WIDTH + 6} {TOP + HEIGHT + BOTTOM}"
-    picture = f'<svg viewBox="{size}" role="img">{"".join(out)}</svg>'
+    says = f"{title}: {failed} of {len(rows)} activations different" if failed else f"{title}: all within the limit"
+    picture = f'<svg viewBox="{size}" role="img" aria-label="{_text(says)}">{"".join(out)}</svg>'
     return f"<figure><figcaption><b>{_text(title)}</b> {state}</figcaption>{picture}</figure>"
 
 
@@ -163,4 +168,5 @@ def _table(comparison: Comparison) -> str:
         name = f"<b>{_text(row.name)}</b>" if row is comparison.first else _text(row.name)
         last = _text(status(row, comparison))
         lines.append(f"<tr{mark}><td>{name}</td>{''.join(f'<td>{n}</td>' for n in numbers)}<td>{last}</td></tr>")
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    return f'<div class="scroll" tabindex="0">{table}</div>'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from pathlib import Path
 
 from ..compare.report import write_as_its_name_says
@@ -17,8 +18,9 @@ body { margin: 0 auto; max-width: 1100px; padding: 1.5rem; font: 15px/1.5 system
 h1 { font-size: 1.3rem } h2 { font-size: 1rem; margin: 1.5rem 0 .3rem } .bad { color: var(--bad) } .good { color: var(--good) }
 .soft { color: var(--soft) } table { border-collapse: collapse; width: 100% }
 td { border-bottom: 1px solid var(--line); padding: .2rem .6rem; vertical-align: top; overflow-wrap: anywhere }
+td:first-child { overflow-wrap: break-word }
 td:nth-child(2) { white-space: nowrap }
-@media (max-width: 600px) { body { padding: .75rem } td { padding: .2rem .3rem } td:first-child { width: 35% } }
+@media (max-width: 600px) { body { padding: .75rem } td { padding: .2rem .3rem } }
 """
 
 
@@ -72,7 +74,8 @@ def page(report: Report) -> str:
             word = _word(result)
             more = "".join(f"<br>{e(line)}" for line in (result.problem, *(f"Hint: {hint}" for hint in result.hints)) if line)
             kind = {"passed": "good", "failed": "bad"}.get(word, "soft")
-            rows.append(f'<tr><td>{e(result.case.path)}<td class="{kind}">{word}<td>{e(result.case.purpose)}{more}')
+            path = re.sub(r"([/_])", r"\1<wbr>", e(result.case.path))  # where a narrow screen may break it
+            rows.append(f'<tr><td>{path}<td class="{kind}">{word}<td>{e(result.case.purpose)}{more}')
         parts.append(f"<h2>{e(level)}</h2>\n<table>\n" + "\n".join(rows) + "\n</table>")
     head = '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<meta name="viewport" content="width=device-width">\n'
     head += f"<title>Conformance</title>\n<style>{STYLE}</style>\n"

@@ -59,6 +59,7 @@ def test_the_page_is_one_file_without_requests(traces, arrays, tmp_path, capsys)
     assert not any(word in page for word in ("http", "src=", "href", "url(", "@import", "<script"))
     assert "&lt;script&gt;" in page
     assert page.count("<svg") == 4, "a picture for each layer of the prompt and of the step"
+    assert page.count('role="img" aria-label="') == 4
     assert "prefers-color-scheme: dark" in page
     from xml.etree import ElementTree
 
