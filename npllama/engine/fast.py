@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .. import ops
-from .linear import products
 from .threads import n_threads, parallel
 from .weights import Shard
 
@@ -31,7 +30,8 @@ if TYPE_CHECKING:
 _ = np.empty(31 << 20, np.uint8)
 del _
 
-TILE = 1 << 18  # scores
+TILE = 1 << 19  # scores
+QUERIES = 64  # a tile takes several key heads while it can have as many queries: BLAS multiplies fewer slowly
 SHARED = 1 << 17  # scores: below this, a second thread costs more than it saves
 TOKENS = 256  # per thread, at least: with fewer, BLAS spends longer packing the weights than multiplying
 
@@ -91,29 +91,41 @@ def tiled_attention(q: np.ndarray, keys: np.ndarray, values: np.ndarray, mask: n
     R = H // G
     if q.size // K * S < SHARED:
         return ops.attention_heads(ops.softmax(ops.attention_scores(q, keys, mask)), values)
-    size = max(8, TILE // (R * S))  # queries
-    n_tiles = -(-T // size)
+    n_groups = min(G, max(1, TILE // (QUERIES * R * S)))  # key heads in a tile
+    n_parts = -(-G // n_groups)
+    n_tiles = -(-T // max(8, TILE // (n_groups * R * S)))
+    size = -(-T // n_tiles)  # queries
     q = q / math.sqrt(K)
-    y, ones = np.empty_like(q), np.ones(S, q.dtype)
+    y = np.empty_like(q)
     # Without padding, what came before a tile's first query is hidden from none of its queries.
     padded = any(mask[..., start : start + size, : S - T + start].any() for start in range(0, T, size))
 
     def work(i: int) -> None:
-        *at, g, tile = np.unravel_index(i, (*batch, G, n_tiles))
-        row = tuple(at)  # of the batch
-        tokens, heads = slice(tile * size, min(T, tile * size + size)), slice(g * R, g * R + R)
+        tile, *at, part = np.unravel_index(i, (n_tiles, *batch, n_parts))
+        row, start = tuple(at), (n_tiles - 1 - tile) * size  # of the batch; the last tile, with most slots, comes first
+        tokens, groups = slice(start, min(T, start + size)), slice(part * n_groups, min(G, part * n_groups + n_groups))
+        heads = slice(groups.start * R, groups.stop * R)
         first, stop = S - T + tokens.start, S - T + tokens.stop  # slots: of the first query, and after the last
-        queries = q[row][tokens, heads].swapaxes(0, 1).reshape(-1, K)  # those of one head after another
-        scores = products(queries, keys[row][g, :stop])
-        hidden = slice(0 if padded else first, stop)  # slots that may be, to some
-        scores.reshape(R, -1, stop)[..., hidden] += mask[row][:, tokens, hidden]
-        scores -= np.max(scores, axis=-1, keepdims=True)
-        weights = np.exp(scores, out=scores)
-        y_tile = weights @ values[row][g, :stop]
-        y_tile /= (weights @ ones[:stop])[:, None]
-        y[row][tokens, heads] = y_tile.reshape(R, -1, K).swapaxes(0, 1)
+        hidden = mask[row][:, tokens, 0 if padded else first : stop]  # all others are visible
+        k, v = keys[row][groups, :stop], values[row][groups, :stop]
+        y[row][tokens, heads] = _attend(q[row][tokens, heads], k, v, hidden)
 
-    parallel(work, math.prod(batch) * G * n_tiles)
+    parallel(work, n_tiles * math.prod(batch) * n_parts)
+    return y
+
+
+def _attend(q: np.ndarray, keys: np.ndarray, values: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Compute attention of queries that are divided by sqrt(K); the mask is that of the last slots, the others are visible.
+
+    q [..., T, H, K], keys, values [..., G, S, K], mask [..., 1, T, up to S] -> [..., T, H, K]
+    """
+    S = keys.shape[-2]
+    scores = ops.query_key_products(q, keys)  # [..., H, T, S]
+    scores[..., S - mask.shape[-1] :] += mask
+    scores -= scores.max(axis=-1, keepdims=True)
+    weights = np.exp(scores, out=scores)
+    y = ops.attention_heads(weights, values)
+    y /= (weights @ np.ones(S, q.dtype)).swapaxes(-1, -2)[..., None]  # sums of a row, by BLAS
     return y
 
 

@@ -178,11 +178,13 @@ def test_products_are_the_dot_products(n, slots):
 
 @pytest.mark.parametrize("batch", [(), (2,)], ids=str)
 @pytest.mark.parametrize(("T", "S"), [(1, 1), (1, 70), (9, 9), (30, 71), (64, 64)])
-@pytest.mark.parametrize("tile", [1, 100, 1 << 17])
+@pytest.mark.parametrize("tile", [1, 100, 2500, 1 << 17])
 def test_tiled_attention_is_attention(batch, T, S, tile, monkeypatch):
+    """Attend in tiles of one key head, of two and then the third (2,500 scores of 64 slots), and of all three."""
     monkeypatch.setattr(fast, "TILE", tile)
+    monkeypatch.setattr(fast, "QUERIES", 8)
     monkeypatch.setattr(fast, "SHARED", 0)
-    H, G, K = 6, 2, 8
+    H, G, K = 6, 3, 8
     q, keys, values = uniform(1, (*batch, T, H, K)), uniform(2, (*batch, G, S, K)), uniform(3, (*batch, G, S, K))
     slots = np.broadcast_to(np.arange(S), (*batch, S)).copy()
     if batch:

@@ -96,7 +96,7 @@ CORE = (
     ),
 )
 # What was found by measuring speed, and decides that alone.
-TUNING = {"FEW_ROWS", "IN_PLACE", "FEW_TILE", "SHARED", "TILE", "TOKENS", "SHORT_ROW", "PREFILL_CHUNK"}
+TUNING = {"FEW_ROWS", "IN_PLACE", "FEW_TILE", "SHARED", "TILE", "QUERIES", "TOKENS", "SHORT_ROW", "PREFILL_CHUNK"}
 MEMORY, FILE_BYTES = 8 << 30, 1 << 30  # of address space, of which torch alone reserves several gigabytes
 # Seconds of the processor that a mutant may take: so many times what the tests take on right code, and so many more.
 FACTOR, EXTRA = 5, 20
