@@ -29,7 +29,7 @@ def prepare_environment(n_threads: int) -> None:
 
 
 class Worker:
-    """A module that speaks benchmarks.worker's protocol, in a process; `load` is its time from start to first logits."""
+    """A module that speaks benchmarks.worker's protocol, in a process: as a context manager, it is ready to answer inside."""
 
     def __init__(
         self,
@@ -46,7 +46,6 @@ class Worker:
             cwd=ROOT,
             env=os.environ | dict(environment or {}),
         )
-        self.load = self._answer()["seconds"]
 
     def ask(self, command: str) -> dict[str, float]:
         self._send(command)
@@ -76,6 +75,7 @@ class Worker:
         self.process.stdout.close()
 
     def __enter__(self) -> Worker:
+        self._answer()  # the time to its first logits
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -101,9 +101,12 @@ class Bench:
 
     @contextlib.contextmanager
     def workers(self, kinds: Mapping[str, tuple[str, ...]], n_ranks: int = 1) -> Iterator[dict[str, Worker]]:
-        """Start the workers that name -> (kind, path, dtype) lists; those whose packages are absent are left out."""
+        """Start the workers that name -> (kind, path, dtype) lists; those whose packages are absent are left out.
+
+        They start at the same time, since importing torch takes most of it.
+        """
+        started = {}
         with contextlib.ExitStack() as stack:
-            started = {}
             for name, (kind, path, dtype) in kinds.items():
                 if (kind == "torch" and not self.has_torch) or (kind == "llamacpp" and not self.has_llama_cpp):
                     continue
@@ -115,8 +118,9 @@ class Bench:
                         kind, changed = "npllama", dict.fromkeys(THREADS, "1")
                     launcher = [mpiexec(), "-n", str(n_ranks)] if kind == "mpi" else []
                     worker = Worker(kind, path, dtype, environment=changed, launcher=launcher)
-                started[name] = stack.enter_context(worker)
-            yield started
+                stack.callback(worker.close)
+                started[name] = worker
+            yield {name: stack.enter_context(worker) for name, worker in started.items()}
 
     def point(self, figure: str, series: str, x: float, y: float) -> None:
         self.points.append({"figure": figure, "series": series, "x": x, "y": y})
