@@ -68,6 +68,7 @@ ORDER = [
     "golden.compare.names",
     "golden.compare.metrics",
     "golden.compare.inputs",
+    "golden.compare.known_maps",
     "golden.compare.maps",
     "golden.compare.noise",
     "golden.compare.judging",

@@ -5,7 +5,8 @@
 | names.py | the activations' names, order and axes |
 | metrics.py | distances between two arrays |
 | inputs.py | reads what a port wrote, in whatever container |
-| maps.py | other programs' names and layouts |
+| known_maps.py | names and layouts of known programs |
+| maps.py | reads a map, and arranges a candidate's arrays by it |
 | noise.py | how far rounding alone goes, and how far is too far |
 | judging.py | compares two arrays of one activation |
 | angles.py | finds the angles of a candidate's RoPE and their constants |
