@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def stored(src: str, report: Report = print) -> Path:
     Raises ValueError with one line.
     """
     remote = src.startswith(hub.PREFIX)
-    path = src if remote else str(Path(src).resolve())
+    path = src if remote else os.path.realpath(src)
     stem = re.sub(r"[^\w.-]+", "-", path.removeprefix(hub.PREFIX).rstrip("/").split("/")[-1].removesuffix(".gguf")).strip(".-_")
     name = f"{stem or 'model'}-{hashlib.sha256(path.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
     target, found = store.folder(name), {} if remote else _identity(Path(src))

@@ -11,6 +11,8 @@ is (survivor), and only what is partial has its files removed.
 
 A file is written to `.file.partial-1a2b3c4d`, locked itself, and then renamed; several runs may, and the last one wins.
 Where files can't be locked (Windows, some network disks), what is partial and changed recently counts as another run's.
+
+Paths are resolved by os.path.realpath: of links in a circle, Path.resolve() makes a RuntimeError before Python 3.13.
 """
 
 from __future__ import annotations
@@ -224,7 +226,7 @@ def new_folder(path: str | Path, force: bool, foreign: Callable[[Path], str | No
     Missing parent folders are made. An existing `path` is replaced only with force, and only if it is empty or `foreign(path)`
     finds no reason not to. Raises FolderError, a ValueError.
     """
-    target = Path(path).resolve()
+    target = Path(os.path.realpath(path))
     with scratch_folder(target) as partial:
         check_target(target, force, foreign)
         yield partial
@@ -243,7 +245,7 @@ def scratch_folder(path: str | Path) -> Iterator[Path]:
 
     What a killed run with the same `path` left is removed. Raises FolderError where another run is at work on it.
     """
-    target = Path(path).resolve()
+    target = Path(os.path.realpath(path))
     partial = _sibling(target, "partial")
     with _signals_unwind(), contextlib.ExitStack() as cleanup:
         try:
@@ -278,7 +280,7 @@ def new_file(path: str | Path) -> Iterator[BinaryIO]:
             with open(path, "wb") as file:
                 yield file
             return
-        target = Path(path).resolve()
+        target = Path(os.path.realpath(path))
         with _signals_unwind(), contextlib.ExitStack() as cleanup:
             while True:
                 partial = _sibling(target, "partial")

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import io
 import json
+import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -57,7 +58,7 @@ INT8_LIMIT = np.nextafter(np.finfo(np.float32).max, np.float32(0))
 
 def check_free(path: str | Path, force: bool = False) -> None:
     """Raise the ValueError that create() would for a path that is taken, before anything costly is begun."""
-    check_target(Path(path).resolve(), force, _why_not_ours)
+    check_target(Path(os.path.realpath(path)), force, _why_not_ours)
 
 
 @contextlib.contextmanager

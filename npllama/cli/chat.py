@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 from ..chat import FORMATS, chat_format
@@ -67,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
         conversation = Conversation(model, args.system, **options)
     if args.model is None:
         chat_loop.report("the embedded model writes plays and follows no instructions: choose one that does with -m MODEL")
-    loop = chat_loop.Loop(conversation, args.json, {Path(args.load).expanduser().resolve()} if args.load else set())
+    loop = chat_loop.Loop(conversation, args.json, {chat_loop.absolute(args.load)} if args.load else set())
     if args.question is not None:
         chat_loop.answer(loop, read_text("-") if args.question == "-" else args.question)
     elif sys.stdin.isatty():

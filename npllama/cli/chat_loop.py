@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import sys
 from dataclasses import dataclass, field
@@ -113,7 +114,7 @@ def typed() -> str:
 def obey(command: str, argument: str | None, loop: Loop) -> None:
     """Execute a command. Raises ValueError or OSError if it fails, and EOFError for /exit."""
     if command == "save" and argument:
-        path = Path(argument).expanduser().resolve()
+        path = absolute(argument)
         if path.exists() and path not in loop.saved:
             raise ValueError(f"{path} exists: choose another name")
         loop.conversation.save(path)
@@ -128,6 +129,11 @@ def obey(command: str, argument: str | None, loop: Loop) -> None:
         print(HELP, file=sys.stderr)
     else:
         raise ValueError(f"unknown command /{command}: expected /help, /reset, /save FILE or /exit")
+
+
+def absolute(path: str) -> Path:
+    """Return a path with `~` and links resolved, as it is where they can't be: pathlib raises a RuntimeError then."""
+    return Path(os.path.realpath(os.path.expanduser(path)))
 
 
 def report(line: str) -> None:

@@ -197,6 +197,7 @@ class Selection:
 
 
 EVERYTHING = Selection()
+MOST_LAYERS = 10_000
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
@@ -205,7 +206,11 @@ def parse_layers(text: str) -> tuple[int, ...]:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()) or int(last or first) < int(first):
-            raise TraceError(f"layers {text!r}: expected numbers and ranges, such as 0-3,7")
+            raise TraceError(f"layers {text!r:.60}: expected numbers and ranges, such as 0-3,7")
+        if int(last or first) >= MOST_LAYERS:  # a range of any length would fill the memory before the model is asked
+            raise TraceError(
+                f"layers {text!r:.60}: no model has layer {int(last or first)}, expected numbers below {MOST_LAYERS:,}"
+            )
         layers.update(range(int(first), int(last or first) + 1))
     return tuple(sorted(layers))
 

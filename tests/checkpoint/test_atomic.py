@@ -75,6 +75,16 @@ def test_a_link_stays_and_what_it_names_is_replaced(tmp_path):
 
 
 @posix
+def test_links_in_a_circle_are_an_error_of_ours(tmp_path):
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    for target in (tmp_path / "circle", tmp_path / "circle" / "model"):
+        with pytest.raises(atomic.FolderError), atomic.new_folder(target, True, lambda path: None):
+            pass
+    with pytest.raises(atomic.FileError, match="symbolic links"), atomic.new_file(tmp_path / "circle" / "file"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["circle"]
+
+
 def test_a_pipe_is_written_to_and_stays(tmp_path):
     """Keep devices and pipes: `--out /dev/null` must not replace them by a file."""
     os.mkfifo(tmp_path / "pipe")

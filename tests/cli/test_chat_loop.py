@@ -82,6 +82,14 @@ def test_save_on_a_full_disk_keeps_the_last(loop, tmp_path):
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [before]
 
 
+def test_a_path_that_leads_nowhere_is_an_error_and_not_the_end(loop, tmp_path):
+    """Refuse an unknown user's home, and links in a circle: pathlib's RuntimeError ended the chat, and the conversation."""
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    for path in ("~nobody-of-this-name/saved.json", tmp_path / "circle" / "saved.json", "a\0b"):
+        with pytest.raises((ValueError, OSError), match=r"No such file or directory|symbolic links|null"):
+            chat_loop.obey("save", str(path), loop)
+
+
 def test_an_interrupted_answer_is_kept(loop, monkeypatch, capsys):
     def impatient(text: str) -> None:
         raise KeyboardInterrupt

@@ -198,6 +198,9 @@ def test_layers_are_read_as_people_write_them():
     for text in ("", "1-", "-1", "3-1", "a", "1,,2", "0x1"):
         with pytest.raises(TraceError, match="expected numbers and ranges, such as 0-3,7"):
             parse_layers(text)
+    for text in ("0-999999999999", "10000"):  # without taking memory for each
+        with pytest.raises(TraceError, match="expected numbers below 10,000"):
+            parse_layers(text)
 
 
 @pytest.mark.parametrize(
