@@ -24,7 +24,8 @@ pytest.importorskip("gguf", reason="gguf is not installed")
 
 from npllama_convert import llamacpp
 
-from foreign import convert, write_gguf
+from conversions import convert
+from foreign import write_gguf
 
 CONFIG = tiny.config(n_layers=1, dim=128, n_heads=4, n_kv_heads=2, head_dim=32, vocab_size=128, rope_theta=500000.0)
 TOKENS = tiny.random_tokens(CONFIG, 2, 12)

@@ -18,11 +18,11 @@ from npllama_convert import gguf as reader
 from npllama_convert import sources
 
 import tiny
+from conversions import assert_same, convert, refused
 from tiny import relative_error, uniform
 
 library = pytest.importorskip("gguf", reason="gguf is not installed")
 foreign = pytest.importorskip("foreign", reason="ml_dtypes is not installed", exc_type=ImportError)
-assert_same, convert, refused = foreign.assert_same, foreign.convert, foreign.refused
 
 CONFIG = tiny.config(n_layers=1)
 WIDE = tiny.config(dim=256, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=64, ffn_dim=256, vocab_size=20)  # whole K-blocks

@@ -17,11 +17,11 @@ from npllama.engine.linear import to_bfloat16
 from npllama_convert import huggingface
 
 import tiny
+from conversions import assert_same, convert, refused
 from tiny import relative_error
 
 pytest.importorskip("safetensors", reason="safetensors is not installed")
 foreign = pytest.importorskip("foreign", reason="ml_dtypes is not installed", exc_type=ImportError)
-assert_same, convert, refused = foreign.assert_same, foreign.convert, foreign.refused
 
 CONFIG = tiny.config(n_layers=1)
 CONFIGS = tiny.CONFIGS | {"linear": tiny.config(rope_scaling=LinearRopeScaling(4.0), n_layers=1)}

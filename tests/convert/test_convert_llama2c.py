@@ -12,9 +12,9 @@ import pytest
 from npllama.checkpoint import open_model, verify
 
 import tiny
+from conversions import assert_same, convert, refused
 
 foreign = pytest.importorskip("foreign", reason="ml_dtypes is not installed", exc_type=ImportError)
-assert_same, convert, refused = foreign.assert_same, foreign.convert, foreign.refused
 
 # llama2.c knows one kind: heads of dim / n_heads, θ 10000, eps 1e-5.
 CONFIGS = {

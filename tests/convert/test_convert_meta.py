@@ -28,9 +28,10 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from npllama import checkpoint, n_parameters  # noqa: E402
 from npllama.checkpoint import load, open_model, verify, writing  # noqa: E402
-from npllama_convert import meta, sources  # noqa: E402
+from npllama_convert import meta  # noqa: E402
 
 import tiny  # noqa: E402
+from conversions import convert, refused  # noqa: E402
 from to_meta import to_meta, to_params  # noqa: E402
 
 TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -79,12 +80,6 @@ def save(folder: Path, shards: list[dict], params=PARAMS) -> Path:
         torch.save(shard, folder / f"consolidated.{i:02d}.pth")
     (folder / "params.json").write_text(json.dumps(params))
     return folder
-
-
-def convert(src: Path, dst: Path, **options) -> list[str]:
-    lines = []
-    sources.convert(src, dst, report=lines.append, **options)
-    return lines
 
 
 def bits(tensor) -> np.ndarray:
@@ -377,14 +372,6 @@ BAD_TENSORS = {
     "a list": (lambda tensors: list(tensors.values()), r"00\.pth holds list, expected tensors by name$"),
     "code": (lambda tensors: tensors | {"x": Evil()}, r"plain tensors: loading it would run \w+\.system, which is refused$"),
 }
-
-
-def refused(src: Path, dst: Path, expected: str, **options) -> None:
-    before = sorted(dst.parent.iterdir())
-    with pytest.raises(ValueError, match=expected) as error:
-        convert(src, dst, **options)
-    assert "\n" not in str(error.value)
-    assert sorted(dst.parent.iterdir()) == before
 
 
 @pytest.mark.usefixtures("_no_code_runs")

@@ -14,10 +14,10 @@ from npllama.engine.ranks import shares
 from npllama.engine.weights import form_of, widen
 
 import tiny
+from conversions import convert, refused
 
 pytest.importorskip("safetensors", reason="safetensors is not installed")
 foreign = pytest.importorskip("foreign", reason="ml_dtypes is not installed", exc_type=ImportError)
-convert, refused = foreign.convert, foreign.refused
 
 
 @pytest.fixture(autouse=True)

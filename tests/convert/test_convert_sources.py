@@ -21,9 +21,9 @@ from npllama.cli import main
 from npllama_convert import conversion, sources
 
 import tiny
+from conversions import assert_same, convert, refused
 
 foreign = pytest.importorskip("foreign", reason="ml_dtypes is not installed", exc_type=ImportError)
-assert_same, convert, refused = foreign.assert_same, foreign.convert, foreign.refused
 
 CONFIG = tiny.config(n_layers=1)
 PARAMS = tiny.random_params(CONFIG, seed=5)

@@ -18,7 +18,7 @@ from npllama.checkpoint import open_model
 
 import foreign
 import tiny
-from foreign import assert_same, convert, refused
+from conversions import assert_same, convert, refused
 from vocabularies import metadata_of_json
 
 

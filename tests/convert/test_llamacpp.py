@@ -30,7 +30,8 @@ if importlib.util.find_spec("xllamacpp") is None:  # imported in the server's pr
     pytest.skip("xllamacpp is not installed", allow_module_level=True)
 pytest.importorskip("gguf", reason="gguf is not installed")
 pytest.importorskip("tokenizers", reason="tokenizers is not installed")
-from foreign import convert, write_gguf
+from conversions import convert
+from foreign import write_gguf
 
 
 def vocabulary_only(folder: Path, metadata: dict[str, object]) -> Path:

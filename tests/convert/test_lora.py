@@ -13,7 +13,7 @@ from npllama.checkpoint import open_model
 
 import foreign
 import tiny
-from foreign import convert, refused
+from conversions import convert, refused
 
 pytestmark = [
     pytest.mark.torch,

@@ -17,11 +17,11 @@ from npllama_convert.quantised_folders import open_quantised, unpacked
 
 import packed
 import tiny
+from conversions import convert, refused
 from tiny import relative_error, uniform
 
 foreign = pytest.importorskip("foreign", reason="ml_dtypes is not installed", exc_type=ImportError)
 safetensors = pytest.importorskip("safetensors.numpy", reason="safetensors is not installed")
-convert, refused = foreign.convert, foreign.refused
 
 CONFIG = tiny.config(dim=128, n_heads=4, n_kv_heads=2, head_dim=32, ffn_dim=192, n_layers=1, vocab_size=252)
 PARAMS = tiny.random_params(CONFIG, seed=5)

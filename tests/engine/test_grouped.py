@@ -39,12 +39,10 @@ def stored(request):
 
 
 @pytest.fixture(params=[1, 2], ids=lambda n: f"{n}threads")
-def n_threads(request, monkeypatch):
-    before = threads.n_threads()
+def n_threads(request, monkeypatch, threads_restored):
     threads.set_threads(request.param)
     monkeypatch.setattr(linear, "SHARED", 1)
-    yield request.param
-    threads.set_threads(before)
+    return request.param
 
 
 # ------------------------------------------------------------------------------------------------------------------- a form

@@ -19,6 +19,7 @@ from npllama.evaluate.perplexity import compare
 from npllama.golden.precision import Precision
 
 import tiny
+from conversions import convert
 from tiny import relative_error
 
 CONFIG = tiny.config(n_layers=1)
@@ -354,7 +355,7 @@ def test_convert_quantizes_what_every_reader_reads(tmp_path, kind):
         foreign.write_gguf(src, config, params, "Q8_0")
     else:
         foreign.write_llama2c(src, config, params)
-    foreign.convert(src, tmp_path / "auto")
+    convert(src, tmp_path / "auto")
     assert main(["convert", str(src), str(tmp_path / "m"), "--dtype", "int8"]) == 0
     auto, found = open_model(tmp_path / "auto").params, open_model(tmp_path / "m").params
     for name, array in auto.items():

@@ -25,14 +25,12 @@ PACK = {
 
 
 @pytest.fixture(autouse=True, params=[1, 2, 3], ids=lambda n: f"{n}threads")
-def n_threads(request, monkeypatch):
+def n_threads(request, monkeypatch, threads_restored):
     """Run each test on one thread and on more; all work, however small, is shared."""
-    before = threads.n_threads()
     threads.set_threads(request.param)
     monkeypatch.setattr(linear, "SHARED", 1)
     monkeypatch.setattr(fast, "SHARED", 1)
-    yield request.param
-    threads.set_threads(before)
+    return request.param
 
 
 def exact(x, weight):

@@ -33,16 +33,13 @@ def tokens():
 
 
 @pytest.fixture(params=[1, 2], ids=["1thread", "2threads"])
-def n_threads(request, monkeypatch):
+def n_threads(request, monkeypatch, threads_restored):
     """Run on one thread and on two, which share this short text as if it were long."""
     if request.param == 2:
         monkeypatch.setattr(fast, "TOKENS", 8)
         monkeypatch.setattr(fast, "SHARED", 0)
         monkeypatch.setattr(fast, "TILE", 64)
-    before = threads.n_threads()
     threads.set_threads(request.param)
-    yield
-    threads.set_threads(before)
 
 
 @pytest.mark.parametrize("dtype", ["stored", "float32"])

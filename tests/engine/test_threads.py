@@ -16,6 +16,7 @@ from threadpoolctl import ThreadpoolController, threadpool_limits
 
 from npllama.engine import threads
 
+pytestmark = pytest.mark.usefixtures("threads_restored")
 BLAS = ThreadpoolController().select(user_api="blas").lib_controllers
 
 
@@ -29,13 +30,6 @@ def started_with(value: str, code: str) -> str:
     command = [sys.executable, "-c", f"import os\nfrom npllama.engine import threads\n{code}"]
     environment = os.environ | {threads.VARIABLE: value}
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
-
-
-@pytest.fixture(autouse=True)
-def as_before():
-    before = threads.n_threads()
-    yield
-    threads.set_threads(before)
 
 
 @pytest.mark.parametrize("n_threads", [1, 2, 5])

@@ -9,12 +9,9 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-import pytest
 
 from npllama import Config, LinearRopeScaling, RopeScaling
-from npllama.checkpoint import open_model
 from npllama.ops import rope_frequencies
-from npllama_convert import sources
 
 Params = Mapping[str, np.ndarray]
 HF_LAYER = {
@@ -231,28 +228,3 @@ def write_llama2c(path: Path, config: Config, params: Params) -> Path:
     data = struct.pack("<7i", *header, sign * config.vocab_size, config.max_seq_len)
     path.write_bytes(data + b"".join(part.astype("<f4").tobytes() for part in parts))
     return path
-
-
-def convert(src: Path, dst: Path, **options: object) -> list[str]:
-    """Run `npllama convert`, and return its report."""
-    lines: list[str] = []
-    sources.convert(src, dst, report=lines.append, **options)
-    return lines
-
-
-def assert_same(folder: Path, params: Params) -> None:
-    """Check that the model directory holds these parameters, bit for bit."""
-    found = open_model(folder).params
-    assert found.keys() == params.keys()
-    for name, array in params.items():
-        assert found[name].dtype == array.dtype, name
-        assert np.array_equal(found[name], array), name
-
-
-def refused(src: Path, dst: Path, expected: str, **options: object) -> None:
-    """Check that the conversion raises a ValueError of one line and leaves no files."""
-    before = sorted(dst.parent.iterdir())
-    with pytest.raises(ValueError, match=expected) as error:
-        convert(src, dst, **options)
-    assert "\n" not in str(error.value)
-    assert sorted(dst.parent.iterdir()) == before

@@ -24,6 +24,7 @@ from npllama.learn.lesson import Source, Step, Table, cell_width
 from npllama.learn.walkthrough import Pass, walkthrough
 from npllama.model import forward
 
+from commands import fails
 from system import ROOT
 from tiny import CONFIGS, random_params
 
@@ -411,14 +412,6 @@ def test_it_costs_no_more_memory_than_a_layer(demo):
 # -------------------------------------------------------------------------------------------------------------- command line
 
 
-def fails(capsys, *args: str) -> str:
-    assert main(["walkthrough", *map(str, args)]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    (line,) = err.splitlines()
-    return line
-
-
 def test_the_command(capsys):
     assert main(["walkthrough", "ROMEO:", "--layer", "2", "--head", "3"]) == 0
     out = capsys.readouterr().out
@@ -430,17 +423,17 @@ def test_the_command(capsys):
 
 
 def test_it_says_in_a_line_what_it_cannot_do(capsys):
-    assert fails(capsys, "x", "--layer", 6).endswith("layer 6 is not in this model, which has layers 0 to 5")
-    assert fails(capsys, "x", "--layer", -1).endswith("layer -1 is not in this model, which has layers 0 to 5")
-    assert fails(capsys, "x", "--head", 6).endswith("head 6 is not in this model, which has heads 0 to 5")
-    assert "expected a prompt, or --tokens" in fails(capsys)
-    assert "expected a prompt, or --tokens" in fails(capsys, "x", "--tokens", "1")
-    assert "outside the vocabulary" in fails(capsys, "--tokens", "5000")
-    assert "do not fit the model's context" in fails(capsys, "--tokens", ",".join(["1"] * 513))
-    assert "--tokenizer" in fails(capsys, "x", "--beside", "y")
-    assert "takes a text" in fails(capsys, "--tokenizer", "--tokens", "1")
+    assert fails(capsys, "walkthrough", "x", "--layer", 6).endswith("layer 6 is not in this model, which has layers 0 to 5")
+    assert fails(capsys, "walkthrough", "x", "--layer", -1).endswith("layer -1 is not in this model, which has layers 0 to 5")
+    assert fails(capsys, "walkthrough", "x", "--head", 6).endswith("head 6 is not in this model, which has heads 0 to 5")
+    assert "expected a prompt, or --tokens" in fails(capsys, "walkthrough")
+    assert "expected a prompt, or --tokens" in fails(capsys, "walkthrough", "x", "--tokens", "1")
+    assert "outside the vocabulary" in fails(capsys, "walkthrough", "--tokens", "5000")
+    assert "do not fit the model's context" in fails(capsys, "walkthrough", "--tokens", ",".join(["1"] * 513))
+    assert "--tokenizer" in fails(capsys, "walkthrough", "x", "--beside", "y")
+    assert "takes a text" in fails(capsys, "walkthrough", "--tokenizer", "--tokens", "1")
     for option in ("--layer", "--head"):
-        assert "--tokenizer shows no forward pass" in fails(capsys, "x", "--tokenizer", option, 0)
+        assert "--tokenizer shows no forward pass" in fails(capsys, "walkthrough", "x", "--tokenizer", option, 0)
 
 
 def test_a_model_without_a_tokenizer_takes_ids(tmp_path, capsys):
@@ -450,7 +443,7 @@ def test_a_model_without_a_tokenizer_takes_ids(tmp_path, capsys):
             writer.add(name, array)
     assert main(["walkthrough", "-m", str(tmp_path / "bare"), "--tokens", "1,2,3"]) == 0
     assert "came without a tokenizer" in " ".join(capsys.readouterr().out.split())
-    assert "expected --tokens" in fails(capsys, "-m", tmp_path / "bare", "text")
+    assert "expected --tokens" in fails(capsys, "walkthrough", "-m", tmp_path / "bare", "text")
 
 
 def test_colour_is_for_terminals_that_want_it(monkeypatch, capsys):

@@ -241,7 +241,6 @@ PROGRAMS = {
     "record_conformance.py",
     "record_tokenizer_vectors.py",
     "fetch_llama3_tokenizer.py",
-    "mutation.py",
 }
 
 

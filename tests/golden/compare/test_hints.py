@@ -44,11 +44,6 @@ WORDS = {words for _, words, _ in EXPECTED.values()}
 
 
 @pytest.fixture(scope="module")
-def model():
-    return broken_ports.tiny_model()
-
-
-@pytest.fixture(scope="module")
 def reference(model, tmp_path_factory):
     """Write a float64 trace of a prompt and one decode step."""
     return write_trace(model, TOKENS, tmp_path_factory.mktemp("compare") / "reference", 1, Precision("float64")).path

@@ -22,11 +22,6 @@ TOKENS = tiny.random_tokens(broken_ports.CONFIG, 2, T)
 
 
 @pytest.fixture(scope="module")
-def model():
-    return broken_ports.tiny_model()
-
-
-@pytest.fixture(scope="module")
 def reference(model, tmp_path_factory):
     return write_trace(model, TOKENS, tmp_path_factory.mktemp("maps") / "reference", 0, Precision("float64"))
 
