@@ -92,38 +92,13 @@ def run(args: argparse.Namespace) -> None:
     steps = generate_steps(model, ids, args.max_tokens, sampling, args.seed, cache=cache, lookup=args.lookup)
     statistics = Statistics(len(ids), args.note)
     steps = statistics.watch(steps)
-    made: list[int] = []
-    reason: str | None = None
     try:
         if profile:
             steps = profile.watch(steps)
-        if args.json:
-            stream = Stream(Continuation(model, ids, args.max_tokens, args.stop, args.logprobs or 0), steps)
-            deque(stream, maxlen=0)
-            reason, made = stream.completion.finish_reason, stream.completion.tokens
-            write(as_json(stream.completion, statistics.timings()))
-        elif args.logprobs is not None:
-            print_logprobs(noted(steps, made), args.logprobs, model.tokenizer)
-        elif args.tokens is not None:
-            echoed = [] if args.no_echo else ids
-            write(",".join(map(str, echoed)))
-            for i, step in enumerate(noted(steps, made)):
-                write(("," if i or echoed else "") + str(step.token))
-        else:
-            if not args.no_echo:
-                write(args.prompt)
-            required_tokenizer(model)
-            stream = Stream(Continuation(model, ids, args.max_tokens, args.stop), steps)
-            for text in stream:
-                write(text)
-            reason, made = stream.completion.finish_reason, stream.completion.tokens
+        reason, n_made = print_steps(args, model, ids, steps, statistics)
         if args.json or args.logprobs is None:
             print()
-        if len(made) == args.max_tokens and reason is None:
-            reason = "length"
-        elif reason is None and len(ids) + len(made) > model.config.max_seq_len:
-            reason = "context"
-        say_if_cut(reason, len(made))
+        say_if_cut(reason, n_made)
     except (KeyboardInterrupt, ValueError):
         print()
         raise
@@ -131,6 +106,36 @@ def run(args: argparse.Namespace) -> None:
         statistics.print()
         if profile:
             print(profile.text(), file=sys.stderr)
+
+
+def print_steps(
+    args: argparse.Namespace, model: Model, ids: list[int], steps: Iterator[Step], statistics: Statistics
+) -> tuple[str | None, int]:
+    """Print the steps in the form that the options choose; return why they ended and how many there were."""
+    if args.json:
+        stream = Stream(Continuation(model, ids, args.max_tokens, args.stop, args.logprobs or 0), steps)
+        deque(stream, maxlen=0)
+        write(as_json(stream.completion, statistics.timings()))
+        return stream.completion.finish_reason, len(stream.completion.tokens)
+    if args.logprobs is None and args.tokens is None:
+        if not args.no_echo:
+            write(args.prompt)
+        required_tokenizer(model)
+        stream = Stream(Continuation(model, ids, args.max_tokens, args.stop), steps)
+        for text in stream:
+            write(text)
+        return stream.completion.finish_reason, len(stream.completion.tokens)
+    made: list[int] = []
+    if args.logprobs is not None:
+        print_logprobs(noted(steps, made), args.logprobs, model.tokenizer)
+    else:
+        echoed = [] if args.no_echo else ids
+        write(",".join(map(str, echoed)))
+        for i, step in enumerate(noted(steps, made)):
+            write(("," if i or echoed else "") + str(step.token))
+    if len(made) == args.max_tokens:
+        return "length", len(made)
+    return "context" if len(ids) + len(made) > model.config.max_seq_len else None, len(made)
 
 
 def continue_lines(args: argparse.Namespace, model: Model, sampling: Sampling) -> None:

@@ -12,7 +12,7 @@ from ... import ops
 from ...config import Config, LinearRopeScaling, RopeScaling
 
 
-def angles_between(before: np.ndarray, after: np.ndarray, positions: np.ndarray) -> np.ndarray | None:
+def angles_between(before: np.ndarray, after: np.ndarray) -> np.ndarray | None:
     """Find the angle per position of each pair, from one token to the next; None for a single token.    [T, heads, K] -> [K/2]
 
     The sum over heads of after · conj(before) has the phase m·θ_j at position m, whatever the first position is.

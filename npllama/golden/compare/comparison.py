@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -174,35 +174,20 @@ def compare(
             raise InputError(f"{option} is {x:g}, expected a finite number that is not below 0")
     warnings: list[str] = []
     tokens, steps = _tokens(reference, candidate)
-    if precision and profile:
-        raise InputError(f"precision is {precision} and profile {profile}: expected one of them")
-    stored = (candidate.meta or {}).get("profile")
-    parts: tuple[str, ...] = ()
-    if (named := profile or (None if precision else stored)) is not None:
-        computed = read_profile(named)
-        precision, parts = computed.name, computed.parts
-    assumed = "" if precision else candidate.mixed
+    precision, parts, assumed = _arithmetic(candidate, precision, profile)
     opened = functools.partial(open_model, dtype=Precision(parts=parts).load_dtype)
     found = model if isinstance(model, Model) else _find_model(reference, model, opened, warnings)
     config = found.config if found else _config(reference)
     if tokens is not None:
         tokens = _checked_tokens(tokens, steps, reference, candidate, config)
     name_map = read_map(names)
-    precision = precision or candidate.precision
-    if precision not in PRECISIONS:
-        raise InputError(f"precision is {precision!r}, expected {', '.join(PRECISIONS)}")
     coarser = max(precision, reference.precision, key=unit_roundoff)
 
     aligned = Aligned(reference, {}, config, found, tokens, steps)
     rows = _align(aligned, candidate, name_map, partial, warnings)
     if not rows or (partial and not aligned.candidate and all(row.problem in (None, *ABSENT) for row in rows)):
         raise InputError(f"{candidate.path}: no activation in common with {reference.path}")
-    for side, own in ((reference, list(aligned.candidate)), (candidate, list(candidate))):
-        changed = [name for name in own if not side.hash_matches(name)]
-        warnings += [f"{side.path}: {name} does not match its sha256 in trace.json" for name in changed]
-        if side.skipped:
-            text = "holds whole numbers" if len(side.skipped) == 1 else f"and {len(side.skipped) - 1} more hold whole numbers"
-            warnings.append(f"{side.path}: {side.skipped[0]} {text}: not compared (bfloat16: as float32)")
+    warnings += [*_doubts(reference, aligned.candidate), *_doubts(candidate, candidate)]
 
     tolerance = None if atol is None and rtol is None else (atol or 0.0, rtol or 0.0)
     floor = _noise_floor(aligned, coarser, parts, noise, reference, tolerance is not None, name_map)
@@ -241,6 +226,30 @@ def _essence(hint: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------- what is compared
+
+
+def _arithmetic(candidate: Activations, precision: str | None, profile: str | None) -> tuple[str, tuple[str, ...], str]:
+    """Return the precision that the candidate was computed in, its further roundings, and what is assumed of some arrays."""
+    if precision and profile:
+        raise InputError(f"precision is {precision} and profile {profile}: expected one of them")
+    stored = None if precision else (candidate.meta or {}).get("profile")
+    if (named := profile or stored) is not None:
+        computed = read_profile(named)
+        return computed.name, computed.parts, ""
+    found = precision or candidate.precision
+    if found not in PRECISIONS:
+        raise InputError(f"precision is {found!r}, expected {', '.join(PRECISIONS)}")
+    return found, (), "" if precision else candidate.mixed
+
+
+def _doubts(side: Activations, names: Iterable[str]) -> Iterator[str]:
+    """Yield a warning for each of these arrays that changed after it was written, and for arrays that are not compared."""
+    for name in names:
+        if not side.hash_matches(name):
+            yield f"{side.path}: {name} does not match its sha256 in trace.json"
+    if side.skipped:
+        text = "holds whole numbers" if len(side.skipped) == 1 else f"and {len(side.skipped) - 1} more hold whole numbers"
+        yield f"{side.path}: {side.skipped[0]} {text}: not compared (bfloat16: as float32)"
 
 
 def _tokens(reference: Activations, candidate: Activations) -> tuple[np.ndarray | None, list]:

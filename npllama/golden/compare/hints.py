@@ -222,7 +222,7 @@ class Attempt:
         if self.ops.rope_frequencies is not PLAIN.rope_frequencies:
             return at_hand(None)
         q, rotated = (at_hand(self.scene.reference(self.scene.sibling(kind))) for kind in ("attention.q", "attention.q_rope"))
-        return at_hand(angles_between(q, rotated, self.scene.positions()[0]))
+        return at_hand(angles_between(q, rotated))
 
     def weight(self, row: Activation) -> Weight:
         """Return the weight; without a model, a norm's weight from the reference's numbers."""
@@ -353,7 +353,7 @@ def other_angles(right: Attempt) -> Iterator[Prediction]:
     if kind not in ROTATED or (made := right.computed[kind]) is None or made.shape != scene.target.shape:
         return
     x, expected, (positions, _) = right(kind.removesuffix("_rope")), right.expected_frequencies(), scene.positions()
-    if (found := angles_between(x, scene.target, positions)) is not None:
+    if (found := angles_between(x, scene.target)) is not None:
         for text, frequencies in wrong_frequencies(found, expected, scene.config, positions):
             yield text, Attempt(scene, frequencies=frequencies).compute(kind)
 

@@ -194,13 +194,13 @@ def _check_run(file: Path, meta: dict) -> None:
         except ConfigError as error:
             raise InputError(f"{file}: the model's config: {error}") from None
     for name, entry in meta["activations"].items():
-        if not _is_noise(entry.get("noise", {}), entry["shape"]):
+        if not _is_noise(entry.get("noise", {})):
             raise InputError(
                 f"{file}: the noise of {shown(name)} is {shown(entry['noise'])}, expected rms and max by precision"
             )
 
 
-def _is_noise(noise: object, shape: list[int]) -> bool:
+def _is_noise(noise: object) -> bool:
     """Return whether this is a golden bundle's noise entry: {"float32": {"rms": number, "max": number}, ...}."""
     precisions = noise.values() if isinstance(noise, dict) else [None]
     numbers = [norms.get(norm) if isinstance(norms, dict) else None for norms in precisions for norm in ("rms", "max")]

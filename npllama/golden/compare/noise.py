@@ -70,6 +70,7 @@ from numpy.typing import ArrayLike
 from ...activations import AFTER
 from ...checkpoint import Model
 from ...config import Config
+from ...scope import Tap
 from ..precision import CONVENTIONS, Precision, SequentialSums
 from ..trace import Recording, run
 from .inputs import Activations
@@ -245,27 +246,23 @@ def measure_noise(
                 add(accumulated, name, rounded[name], x)
         return x
 
+    def recorded(rounded: Recording) -> Tap:
+        return lambda name, x: rounded(name, x) if name in names else x
+
+    def against_operations(found: dict[str, Norms], rounded: Recording) -> Tap:
+        def tap(name: str, x: np.ndarray) -> np.ndarray:
+            if name not in names:
+                return x
+            add(found, name, rounded[name], x)
+            return rounded[name].astype(np.float64)
+
+        return tap
+
     for way, rounded in zip(ways, passes, strict=True):
-
-        def record(name: str, x: np.ndarray, rounded: Recording = rounded) -> np.ndarray:
-            return rounded(name, x) if name in names else x
-
-        def against_operation(name: str, x: np.ndarray, rounded: Recording = rounded) -> np.ndarray:
-            if name not in names:
-                return x
-            add(local, name, rounded[name], x)
-            return rounded[name].astype(np.float64)
-
-        def without_parts(name: str, x: np.ndarray, rounded: Recording = rounded) -> np.ndarray:
-            if name not in names:
-                return x
-            add(several, name, rounded[name], x)
-            return rounded[name].astype(np.float64)
-
-        run(model, tokens, steps, way, record)
-        run(model, tokens, steps, Precision("float64", parts=parts), against_operation)
+        run(model, tokens, steps, way, recorded(rounded))
+        run(model, tokens, steps, Precision("float64", parts=parts), against_operations(local, rounded))
         if parts:
-            run(model, tokens, steps, Precision("float64"), without_parts)
+            run(model, tokens, steps, Precision("float64"), against_operations(several, rounded))
     run(model, tokens, steps, Precision("float64"), against_whole_passes)
     source = f"measured: npllama in {ways[-1].profile} against float64, the larger of two passes"
     if not parts:

@@ -26,8 +26,8 @@ def test_the_angles_are_found_from_any_first_position(first):
     positions = np.arange(first, first + 40)
     x = np.random.default_rng(1).standard_normal((40, 3, CONFIG.head_dim))
     after = ops.rope(x, *ops.rope_rotation(positions, frequencies(CONFIG)))
-    np.testing.assert_allclose(angles.angles_between(x, after, positions), frequencies(CONFIG), atol=1e-12)
-    assert angles.angles_between(x[:1], after[:1], positions[:1]) is None
+    np.testing.assert_allclose(angles.angles_between(x, after), frequencies(CONFIG), atol=1e-12)
+    assert angles.angles_between(x[:1], after[:1]) is None
 
 
 @pytest.mark.parametrize(
