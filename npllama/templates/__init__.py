@@ -1,4 +1,10 @@
-"""Render chat templates, which are programs that come with a checkpoint, in a separate sandboxed process."""
+"""Render chat templates, which are programs that come with a checkpoint, in a separate sandboxed process.
+
+| file | what it does |
+|---|---|
+| rendering.py | finds a checkpoint's templates and sends them to the other process |
+| child.py | the program of that process, which renders with Jinja |
+"""
 
 from .rendering import (
     FILE,

@@ -319,6 +319,18 @@ def test_each_module_has_a_test_in_the_folder_of_its_room(name):
 # ---------------------------------------------------------------------------------------------------------------- the library
 
 
+# The files of BY_NAME are alike: commands, exercises. The top level is in CONTRIBUTING.md.
+PACKAGES = {name: path.parent for name, path in FILES.items() if path.stem == "__init__" and name not in {"__init__", *BY_NAME}}
+PACKAGES |= {"convert": ROOT / "convert"}
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_a_package_says_what_is_in_each_file(name):
+    text = ast.get_docstring(ast.parse((PACKAGES[name] / "__init__.py").read_text(encoding="utf-8")))
+    files = {path.name for path in PACKAGES[name].glob("*.py")} - {"__init__.py"}
+    assert set(re.findall(r"\w+\.py", text)) & files == files
+
+
 def test_the_math_sees_no_file_and_no_tokenizer():
     own = {".cache", ".config", ".ops", ".scope", ".engine", ".errors"}
     own |= {f".engine.{name}" for name in ("fast", "linear", "ranks.passes", "threads", "weights")}
