@@ -9,7 +9,6 @@ import pytest
 
 from npllama.golden import trace
 from npllama.golden.compare import comparison, hints
-from npllama.golden.compare.names import place
 
 
 def once(function: Callable[..., Any], key: Callable[..., Hashable]) -> Callable[..., Any]:
@@ -38,17 +37,17 @@ def noise_measured_once() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def run_once() -> Iterator[None]:
-    """Let hints run a model with each mistake once, for candidates that record nothing between the model's ends but logits."""
-
-    def logits(model, tokens, steps, port):
-        found = []
-        trace.run(model, tokens, steps, port, lambda name, x: found.append((name, x)) or x)
-        return [(name, x) for name, x in found if place(name).kind == "logits"]
+    """Let hints run a model with each mistake once, not for each candidate."""
 
     def key(model, tokens, steps, port):
         return id(model), str(tokens.tolist()), str(steps), port.mistakes[0].name, port.computed.profile
 
-    remembered = once(logits, key)
+    def activations(model, tokens, steps, port):
+        found = []
+        trace.run(model, tokens, steps, port, lambda name, x: found.append((name, x)) or x)
+        return found
+
+    remembered = once(activations, key)
 
     def run(model, tokens, steps, port, tap):
         for name, x in remembered(model, tokens, steps, port):

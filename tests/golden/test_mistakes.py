@@ -190,6 +190,7 @@ def reference(tmp_path_factory):
     return lambda name: made(*kind_of(name)[:2], representative(*kind_of(name)))
 
 
+@pytest.mark.once  # a second for each mistake; with every NumPy, test_it_is_named_whatever_is_recorded names ten
 @pytest.mark.parametrize("name", IN_A_PASS)
 @np.errstate(all="ignore")
 def test_compare_names_it(name, reference, tmp_path):
@@ -244,6 +245,7 @@ FROM_LOGITS = [
 ]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", FROM_LOGITS)
 @np.errstate(all="ignore")
 def test_no_hint_from_the_logits_alone_is_definite_and_false(name, reference, run_once, tmp_path):

@@ -17,7 +17,7 @@ from npllama.golden.trace import read_trace, record, write_trace
 import broken_ports
 import tiny
 
-pytestmark = pytest.mark.once  # minutes, for what test_mistakes.py shows of most mistakes in every environment
+pytestmark = pytest.mark.once  # minutes; with every NumPy, test_mistakes.py has ten mistakes named
 TOKENS = tiny.random_tokens(broken_ports.CONFIG, 2, 24)
 
 # mistake -> where it shows first, words of its hint (each of which is in no other's), and whether it needs the model

@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from npllama.golden.compare import compare
+from npllama.golden.compare import compare, comparison
 from npllama.golden.compare.maps import BUILT_IN, MapError, Rule, read_map
 from npllama.golden.mistakes import Port
 from npllama.golden.precision import Precision
@@ -210,7 +210,7 @@ MADE = {
 
 
 @pytest.mark.parametrize("program", MADE)
-def test_other_programs_names_and_layouts(program, model, reference, ours, tmp_path):
+def test_other_programs_names_and_layouts(program, model, reference, ours, tmp_path, monkeypatch):
     theirs = MADE[program](model, ours)
     np.savez(tmp_path / "theirs.npz", **theirs)
     partial = program not in ("transformerlens", "ggml", "llama2.c")  # the others have fused attention
@@ -219,6 +219,7 @@ def test_other_programs_names_and_layouts(program, model, reference, ours, tmp_p
     rules = [rule for rule in BUILT_IN[program].values() if isinstance(rule, Rule)]
     assert len(found.rows) >= len({r.name for r in rules if "{i}" in r.name}) * 2 - 2
 
+    monkeypatch.setattr(comparison, "hints", lambda *args: [])  # which activation is wrong, of fifty, is asked here, not why
     for name, x in theirs.items():
         if read_map(program).find(name) is None or np.ptp(x) == 0:
             continue
