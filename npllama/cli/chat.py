@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
         chat_loop.report("the embedded model writes plays and follows no instructions: choose one that does with -m MODEL")
     loop = chat_loop.Loop(conversation, args.json, {chat_loop.absolute(args.load)} if args.load else set())
     if args.question is not None:
-        chat_loop.answer(loop, read_text("-") if args.question == "-" else args.question)
+        chat_loop.answer(loop, read_text("-", model.params) if args.question == "-" else args.question)
     elif sys.stdin.isatty():
         chat_loop.at_a_terminal(loop)
     else:

@@ -9,8 +9,9 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..engine.ranks.groups import RankLost
 from ..text.conversation import Conversation
-from .console import Statistics, as_json, say_if_cut, write
+from .console import Statistics, as_json, say_if_cut, watched_ranks, write
 
 COMMAND = re.compile(r"/([A-Za-z]+)(?:\s+(.*))?", re.DOTALL)  # "/usr/bin" is no command
 COMMANDS = """\
@@ -33,11 +34,12 @@ class Loop:
     conversation: Conversation
     json: bool = False
     saved: set[Path] = field(default_factory=set)  # files that /save may replace
+    lost: bool = False  # whether a rank is lost, after which no answer is possible
 
 
 def in_a_pipe(loop: Loop) -> None:
-    """Answer each line of standard input that isn't empty, and execute commands; an error ends the chat."""
-    for line in sys.stdin:
+    """Answer each line of standard input that isn't empty, and execute commands; an error or a lost rank ends the chat."""
+    while line := next_line(loop):
         if command := COMMAND.fullmatch(line.rstrip()):
             try:
                 obey(command[1], command[2], loop)
@@ -45,6 +47,12 @@ def in_a_pipe(loop: Loop) -> None:
                 return
         elif line.strip():
             answer(loop, line.rstrip("\n"))
+
+
+def next_line(loop: Loop) -> str:
+    """Return the next line of standard input, "" at its end. Raises RankLost if a rank ends during the wait."""
+    with watched_ranks(loop.conversation.model.params):
+        return sys.stdin.readline()
 
 
 def answer(loop: Loop, question: str) -> None:
@@ -78,7 +86,7 @@ def at_a_terminal(loop: Loop) -> None:
     report("/help lists the commands, Ctrl-D ends the chat")
     while True:
         try:
-            message = typed()
+            message = typed(loop)
         except EOFError:
             print()
             return
@@ -94,21 +102,47 @@ def at_a_terminal(loop: Loop) -> None:
             return
         except KeyboardInterrupt:
             report("stopped")
+        except RankLost as error:
+            lose(loop, error)
         except (ValueError, OSError) as error:
             report(" ".join(str(error).split()))
 
 
-def typed() -> str:
+def lose(loop: Loop, error: RankLost) -> None:
+    """Report that a rank is lost. The chat goes on, so that the conversation can be saved."""
+    loop.lost = True
+    report(f"{error}; no more answers, but /save FILE and /exit")
+
+
+def typed(loop: Loop) -> str:
     """Read one message: a line, which a backslash at its end continues, or all lines between two \"\"\"."""
-    line = input("> ")
+    line = typed_line("> ", loop)
     if line.startswith('"""'):
         lines = [line[3:]]
         while not lines[-1].endswith('"""'):
-            lines.append(input(". "))
+            lines.append(typed_line(". ", loop))
         return "\n".join(lines)[:-3].strip("\n")
     while line.endswith("\\"):
-        line = line[:-1] + "\n" + input(". ")
+        line = line[:-1] + "\n" + typed_line(". ", loop)
     return line
+
+
+def typed_line(prompt: str, loop: Loop) -> str:
+    """Read one line. If a rank is lost meanwhile, report it, then go on with the line as far as it was typed."""
+    try:
+        with watched_ranks(None if loop.lost else loop.conversation.model.params):
+            return input(prompt)
+    except RankLost as error:
+        if readline := sys.modules.get("readline"):  # else the terminal keeps the line
+            begun = readline.get_line_buffer()
+            readline.set_startup_hook(lambda: readline.insert_text(begun))
+        print(file=sys.stderr)
+        lose(loop, error)
+        try:
+            return input(prompt)
+        finally:
+            if readline:
+                readline.set_startup_hook(None)
 
 
 def obey(command: str, argument: str | None, loop: Loop) -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import signal
 import sys
 import time
 import traceback
@@ -14,10 +15,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
 
+from ..engine.ranks.groups import RankLost
+from ..engine.ranks.passes import Spread, check_ranks
 from ..generation import Step
+from ..scope import Params
 from ..text.completion import Completion, in_json
 
 FORESEEN = (ValueError, OSError, ImportError, MemoryError)  # bad input, the system, a missing package, too little memory
+CHECKED = 1.0  # seconds from one check of the ranks to the next while a command waits for input
 
 
 def open_streams() -> None:
@@ -102,9 +107,39 @@ def in_colour() -> bool:
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
-def read_text(path: Path | str) -> str:
-    """Return the text of a file, or of standard input for `-`. Raises ValueError unless it is UTF-8."""
-    data = Path(path).read_bytes() if path != "-" else sys.stdin.buffer.read()
+@contextlib.contextmanager
+def watched_ranks(params: Params | None) -> Iterator[None]:
+    """Raise RankLost within a wait for input if the parameters are spread over ranks, of which one ends meanwhile.
+
+    A timer's signal interrupts the wait: its handler runs in the waiting thread, where no pass is under way, and can end it.
+    """
+    if not isinstance(params, Spread) or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def check(*_: object) -> None:
+        try:
+            check_ranks(params)
+        except RankLost:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            raise
+
+    before = signal.signal(signal.SIGALRM, check)
+    signal.setitimer(signal.ITIMER_REAL, CHECKED, CHECKED)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def read_text(path: Path | str, params: Params | None = None) -> str:
+    """Return the text of a file, or of standard input for `-`. Raises ValueError unless it is UTF-8.
+
+    `params` are those of a model that is loaded already: if one of its ranks ends during the wait, RankLost is raised.
+    """
+    with watched_ranks(params):
+        data = Path(path).read_bytes() if path != "-" else sys.stdin.buffer.read()
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:

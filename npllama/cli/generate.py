@@ -145,7 +145,7 @@ def continue_lines(args: argparse.Namespace, model: Model, sampling: Sampling) -
             raise ValueError(f"{option} takes one prompt, but --prompts gives several")
     if args.logprobs is not None and not args.json:
         raise ValueError("--logprobs with --prompts needs --json, which prints an object per line")
-    prompts = [line for line in read_text(args.prompts).splitlines() if line.strip()]
+    prompts = [line for line in read_text(args.prompts, model.params).splitlines() if line.strip()]
     if not prompts:
         raise ValueError(f"{args.prompts} holds no text, expected a prompt on each line")
     found = complete(

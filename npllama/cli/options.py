@@ -253,7 +253,7 @@ def prompt_ids(args: argparse.Namespace, model: Model) -> list[int]:
         return ids
     tokenizer = required_tokenizer(model)
     if args.prompt == "-":
-        args.prompt = read_text("-")
+        args.prompt = read_text("-", model.params)
     if not (ids := tokenizer.encode(args.prompt, bos=True, special=getattr(args, "special", False))):
         raise ValueError("the prompt is empty, and this model has no BOS token to start from")
     return ids

@@ -19,9 +19,10 @@ from npllama import Conversation
 from npllama.cli import chat_loop
 from npllama.cli.chat_loop import Loop
 
-from system import full_disk, hear_signals
+from system import full_disk, hear_signals, needs_proc, workers_of
 
 pty = pytest.importorskip("pty", reason="this system has no pseudo-terminals")
+termios = pytest.importorskip("termios", reason="this system has no pseudo-terminals")
 
 
 @pytest.fixture
@@ -37,6 +38,7 @@ class Terminal:
 
     def __init__(self, *args: str):
         self.ours, theirs = pty.openpty()
+        self.attributes = termios.tcgetattr(theirs)  # as they are to be at the end
         self.process = subprocess.Popen(
             [sys.executable, "-m", "npllama", "chat", "--temperature", "0", *args],
             stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, env={**os.environ, "TERM": "dumb"},
@@ -179,6 +181,29 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(open_terminal, processes):
     terminal.type("/help\n")
     terminal.until("/save FILE(.|\n)*\n> ")
     assert terminal.close() == 0
+
+
+@needs_proc
+def test_a_rank_that_is_lost_while_a_line_is_typed(open_terminal, tmp_path):
+    """Kill a rank while the chat waits: it says so, keeps what was typed, answers no more, saves, and restores the terminal."""
+    terminal = open_terminal("-n", "2", "--processes", "2")
+    terminal.type("Who art thou?\n")
+    terminal.until("tokens/s.*\n> ")
+    terminal.type('"""two\nli')
+    terminal.until(r"\. li")
+    [worker] = workers_of(terminal.process.pid)
+    os.kill(worker, signal.SIGKILL)
+    lost = rf"\[rank 1 of 2 \(process {worker}\) was ended by SIGKILL; no more answers, but /save FILE and /exit\]\n"
+    terminal.until(rf"\n{lost}\. li$")
+    terminal.type('nes"""\n')
+    assert terminal.until(f"{lost}> $").startswith('nes"""\n')
+    saved = tmp_path / "saved.json"
+    terminal.type(f"/save {saved}\n")
+    terminal.until("messages.*\n> ")
+    assert {"role": "user", "content": "Who art thou?"} in json.loads(saved.read_text())
+    terminal.type("/exit\n")
+    assert terminal.process.wait(60) == 0
+    assert termios.tcgetattr(terminal.ours) == terminal.attributes
 
 
 def test_the_arrow_brings_the_last_message_back(open_terminal):

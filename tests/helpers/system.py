@@ -1,4 +1,4 @@
-"""The repository's folder and its scripts, and settings of processes: signals, a full disk."""
+"""The repository's folder and its scripts, processes that one has started, and their settings: signals, a full disk."""
 
 from __future__ import annotations
 
@@ -13,6 +13,15 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self/task").exists(), reason="this system has no /proc to find a process's children in"
+)
+
+
+def workers_of(pid: int) -> list[int]:
+    """Return the processes that this one has started."""
+    return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def script(path: str) -> ModuleType:

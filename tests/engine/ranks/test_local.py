@@ -24,7 +24,7 @@ from npllama.engine.ranks.groups import RankError
 
 import tiny
 from commands import COMMAND
-from system import hear_signals
+from system import hear_signals, needs_proc, workers_of
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="not a POSIX system: ranks can't be processes")
 CLOSE = {"rtol": 0, "atol": 1e-5}
@@ -68,14 +68,6 @@ def demo():
     group_of(model).close()
 
 
-def state(pid: int) -> str:
-    """Return the letter of a process's state from /proc, - for one that has ended."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return "-"
-
-
 def gone(pids: list[int]) -> bool:
     """Return whether all processes have ended within the time; zombies have."""
     until = time.monotonic() + WITHIN
@@ -88,15 +80,6 @@ def gone(pids: list[int]) -> bool:
         time.sleep(0.02)
     return False
 
-
-def workers_of(pid: int) -> list[int]:
-    """Return the processes that this one has started."""
-    return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-needs_proc = pytest.mark.skipif(
-    not Path("/proc/self/task").exists(), reason="this system has no /proc to find a process's children in"
-)
 
 # ------------------------------------------------------------------------------------------------------------ what they compute
 
@@ -264,7 +247,8 @@ def test_a_report_is_read_even_if_it_arrives_with_one_of_an_abandoned_pass(demo,
     assert forward(demo.params, demo.config, [1, 2]).shape == (2, demo.config.vocab_size)
 
 
-def test_a_killed_rank_is_said_and_ends_the_others():
+@pytest.mark.parametrize("when", ["within a pass", "between two passes"])
+def test_a_killed_rank_is_said_and_ends_the_others(when):
     model = npllama.load(processes=3)
     processes = group_of(model)._processes
 
@@ -273,6 +257,10 @@ def test_a_killed_rank_is_said_and_ends_the_others():
             processes[0].kill()
         return x
 
+    if when == "between two passes":
+        forward(model.params, model.config, [1, 2, 3])
+        processes[0].kill()
+        processes[0].wait()
     with pytest.raises(RankError, match=r"rank 1 of 3 \(process \d+\) was ended by SIGKILL") as error:
         forward(model.params, model.config, [1, 2, 3], tap=kill)
     assert all(process.poll() is not None for process in processes)
@@ -349,6 +337,48 @@ def test_the_command_says_a_killed_rank_in_one_line():
     lines = [line for line in error.splitlines() if "tokens/s" not in line]
     assert len(lines) == 1
     assert f"rank 1 of 2 (process {worker}) was ended by SIGKILL" in lines[0]
+
+
+@pytest.mark.parametrize("command", [["generate", "-"], ["generate", "--prompts", "-"], ["chat"], ["chat", "-"]])
+def test_a_rank_that_is_killed_during_a_wait_for_input_ends_the_command(command, monkeypatch, capsys):
+    started = []
+
+    class Input:
+        """Kill the other rank, then wait."""
+
+        def read(self) -> bytes:
+            started[-1].kill()
+            time.sleep(WITHIN)
+            pytest.fail("the wait went on")
+
+        buffer, readline, isatty = property(lambda self: self), read, lambda self: False
+
+    def start(*args, start=local.start_process):
+        started.append(start(*args))
+        return started[-1]
+
+    monkeypatch.setattr(local, "start_process", start)
+    monkeypatch.setattr("sys.stdin", Input())
+    before = signal.getsignal(signal.SIGALRM)
+    assert main([*command, "--processes", "2"]) == 2
+    line = f"npllama {command[0]}: rank 1 of 2 (process {started[-1].pid}) was ended by SIGKILL"
+    assert capsys.readouterr().err.splitlines()[-1] == line
+    assert signal.getsignal(signal.SIGALRM) == before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+@needs_proc
+def test_a_rank_that_is_killed_ends_a_chat_that_waits_at_a_pipe():
+    command = [*COMMAND, "chat", "--processes", "2", "-n", "2"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdin.write("Who art thou?\n")
+    process.stdin.flush()
+    assert process.stdout.readline()
+    [worker] = workers_of(process.pid)
+    os.kill(worker, signal.SIGKILL)
+    assert process.wait(WITHIN) == 2  # its input is still open
+    _, error = process.communicate()
+    assert error.splitlines()[-1] == f"npllama chat: rank 1 of 2 (process {worker}) was ended by SIGKILL"
 
 
 @needs_proc
