@@ -209,8 +209,9 @@ def load_over(path: str | Path | None, dtype: str, group: World) -> Model:
     model = _open_share(demo_path() if path is None else path, group.rank, group.size)
     shares.shares(model.config, group.size)
     dtype = _decided(dtype, model)
-    group.send({"path": _shared_path(model), "dtype": dtype})
-    threads.set_threads(group.threads())
+    told = threads.n_threads() if threads.n_threads() < threads.available_cpus() else None  # other machines may have more
+    group.send({"path": _shared_path(model), "dtype": dtype, "threads": told})
+    threads.set_threads(group.threads(told))
     try:
         leader = Leader(_part(model, dtype, group), group)
     except Exception as error:

@@ -48,7 +48,7 @@ def follow_world(group: mpi.World) -> None:
     part: Part | None = None
     fault: Exception | None = None
     try:
-        set_threads(group.threads())
+        set_threads(group.threads(order["threads"]))
         part = load_part(order["path"], order["dtype"], group)
     except Exception as error:
         fault = error

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from ...errors import NpllamaError, reason
-from ..threads import n_threads
 from .groups import Message, RankError, RankLost, described
 
 # The variables in which MPICH's (also Intel's and Slurm's) and Open MPI's mpiexec give a process its rank, and their number.
@@ -151,12 +150,16 @@ class World:
             _leave(status)
         self.close()
 
-    def threads(self) -> int:
-        """Return the number of threads of this rank, so that all threads on one machine have a processor each."""
+    def threads(self, together: int | None) -> int:
+        """Return the number of threads of this rank, so that all threads on one machine have a processor each.
+
+        `together` is the most that the ranks of a machine may have in all; None: as many as it has processors.
+        """
         own = set(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
         local = self._comm.Split_type(self._mpi.COMM_TYPE_SHARED)
-        together: set[int] = set().union(*local.allgather(own))  # some mpiexec pin each rank to processors of its own
-        return max(1, min(n_threads(), len(own), len(together) // local.Get_size()))
+        all_cpus: set[int] = set().union(*local.allgather(own))  # some mpiexec pin each rank to processors of its own
+        most = len(all_cpus) if together is None else min(together, len(all_cpus))
+        return max(1, min(len(own), most // local.Get_size()))
 
 
 def _leave(status: int) -> None:

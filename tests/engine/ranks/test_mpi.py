@@ -141,6 +141,29 @@ def test_a_rank_that_fails_ends_all(mpiexec, change, error):
     assert not error or not left
 
 
+IDLE = """
+import os, sys
+from npllama.cli import main
+if os.environ["PMI_RANK"] == "1":
+    print(os.getpid(), file=sys.stderr, flush=True)
+sys.exit(main(["chat", "-n", "2"]))
+"""
+
+
+def test_a_rank_that_is_killed_during_a_wait_for_input_ends_all(mpiexec):
+    before = shared_memory()
+    command = [mpiexec, "-n", "2", sys.executable, "-c", IDLE]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdin.write("Who art thou?\n")
+    process.stdin.flush()
+    assert process.stdout.readline()
+    os.kill(int(process.stderr.readline()), signal.SIGKILL)
+    assert process.wait(WITHIN)  # its input is still open
+    process.communicate()
+    for name in shared_memory() - before:  # MPICH leaves it, of a rank that was killed
+        Path("/dev/shm", name).unlink()
+
+
 def test_ctrl_c_ends_all_with_130(mpiexec):
     before = shared_memory()
     command = [mpiexec, "-n", "2", *COMMAND, "generate", "Once", "-n", "400", "--temperature", "1"]
@@ -192,6 +215,57 @@ def test_what_mpiexec_tells(monkeypatch, variables, expected):
     mpi.world.cache_clear()
     if expected is None:
         assert mpi.world() is None
+
+
+class Machine:
+    """Stand for mpi4py.MPI, of two ranks on one machine of eight processors, each pinned to `own` of them."""
+
+    COMM_TYPE_SHARED = 0
+
+    def __init__(self, *own: set[int]):
+        self.COMM_WORLD, self.own = self, own
+
+    def Get_rank(self) -> int:
+        return 0
+
+    def Get_size(self) -> int:
+        return 2
+
+    def Split_type(self, kind: int) -> Machine:
+        return self
+
+    def allgather(self, found: set[int]) -> tuple[set[int], ...]:
+        assert found == self.own[0]
+        return self.own
+
+
+@pytest.mark.parametrize(("together", "of_each"), [(None, 4), (8, 4), (100, 4), (5, 2), (2, 1), (1, 1)])
+def test_the_threads_of_a_machine_are_those_of_all_its_ranks_together(together, of_each, monkeypatch):
+    cpus = set(range(8))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: cpus, raising=False)
+    assert mpi.World(Machine(cpus, cpus)).threads(together) == of_each
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    assert mpi.World(Machine({0, 1}, {2, 3})).threads(together) == min(of_each, 2)
+
+
+def test_every_rank_is_told_the_number_of_threads(mpiexec, tmp_path):
+    """Print each rank's number: --threads is that of the ranks of a machine together."""
+    code = """
+    import os, sys
+    from npllama.engine import threads
+    from npllama.engine.ranks import mpi
+    from npllama.cli import main
+    threads.available_cpus = lambda: 8
+    told = []
+    def give(self, together):
+        told.append(together)
+        return 1
+    mpi.World.threads = give
+    main(["logits", "--tokens", "1", "--out", sys.argv[1], "--threads", "5"])
+    os.write(1, f"{told}\\n".encode())
+    """
+    found = run(mpiexec, "-n", "2", sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "logits.npy"))
+    assert found.stdout == "[5]\n" * 2, found.stderr
 
 
 def test_without_mpi4py_the_extra_is_named(monkeypatch):
