@@ -10,6 +10,7 @@ import argparse
 import importlib.util
 import json
 import platform
+import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -83,10 +84,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("benchmarks.json"), metavar="FILE", help="default: benchmarks.json")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="a PNG; needs matplotlib")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="for the models, 20 GB; else where temporary files go")
+    parser.add_argument("--python", metavar="FILE", help="another Python, as a free-threaded one, for the row `processes`")
     args = parser.parse_args()
     for folder in (args.folder or Path(), args.json.parent, (args.plot or args.json).parent):
         if not folder.is_dir():  # found now rather than after an hour
             parser.error(f"{folder} is not a folder")
+    if args.python and not shutil.which(args.python):
+        parser.error(f"--python {args.python}: found no program, expected a Python")
     prepare_environment(args.threads)
     result: dict[str, object] = {"machine": machine(args.threads), "quick": args.quick, "seconds": {}}
     print(", ".join(f"{key} {value}" for key, value in result["machine"].items() if value is not None))
@@ -96,7 +100,7 @@ def main() -> None:
         print("toy shapes in place of the models: this shows that it runs, not how fast")
     lines: list[Line] = []
     with tempfile.TemporaryDirectory(prefix="npllama-benchmarks-", dir=args.folder) as folder:
-        bench = Bench(Path(folder).resolve(), args.quick, 1 if args.quick else args.rounds)
+        bench = Bench(Path(folder).resolve(), args.quick, 1 if args.quick else args.rounds, args.python)
         for row, measure in ROWS.items():
             if args.only and row not in args.only:
                 continue

@@ -37,9 +37,10 @@ class Worker:
         module: str = "benchmarks.worker",
         environment: Mapping[str, str] | None = None,
         launcher: Sequence[str] = (),
+        python: str = sys.executable,
     ):
         self.process = subprocess.Popen(
-            [*launcher, sys.executable, "-m", module, *arguments],
+            [*launcher, python, "-m", module, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import os
 import statistics
 import subprocess
@@ -24,14 +25,17 @@ from npllama.evaluate.profile import LARGE
 
 from . import conversion, models
 from .processes import ROOT, THREADS, Ask, Worker, alternate, mpiexec
+from .sums import NUMBERS
 from .worker import PRODUCTS
 
 OURS, HF, LLAMA_CPP, NAIVE, LIMIT = "npllama", "Hugging Face", "llama.cpp", "naive NumPy", "limit"
 TORCH_BF16, TORCH_AVX512 = "torch bfloat16", "torch bfloat16, AVX-512 without bf16"
+MPICH = "MPICH"
 INT8 = "npllama int8"
 INT4 = "npllama int4"
 READ_BYTES = PRODUCTS * LARGE[0] * LARGE[1] * 4  # by the command `bandwidth`
 ONE = "one thread"  # a kind of worker
+OTHER_PYTHON = "threads of --python"  # another
 ALONE = "its matrix products alone"  # in BLAS, as one runs them by hand: what is left of the limit by their sizes
 LOOKUP = 8  # tokens proposed
 
@@ -69,11 +73,15 @@ class Line:
 
 @dataclass
 class Bench:
-    """The folder of the models and the packages that are installed; `points` collects the data of the plots."""
+    """The folder of the models and the packages that are installed; `points` collects the data of the plots.
+
+    python  another interpreter, measured in the row `processes`: a free-threaded one, for example
+    """
 
     folder: Path
     quick: bool = False
     most_rounds: int = 1 << 30
+    python: str | None = None
     points: list[dict[str, object]] = field(default_factory=list)
 
     has_torch = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
@@ -117,7 +125,10 @@ class Bench:
                     if kind == ONE:
                         kind, changed = "npllama", dict.fromkeys(THREADS, "1")
                     launcher = [mpiexec(), "-n", str(n_ranks)] if kind == "mpi" else []
-                    worker = Worker(kind, path, dtype, environment=changed, launcher=launcher)
+                    python = sys.executable
+                    if kind == OTHER_PYTHON:
+                        kind, python = "npllama", self.python
+                    worker = Worker(kind, path, dtype, environment=changed, launcher=launcher, python=python)
                 stack.callback(worker.close)
                 started[name] = worker
             yield {name: stack.enter_context(worker) for name, worker in started.items()}
@@ -291,15 +302,62 @@ def _ranks(bench: Bench, kind: str) -> list[Line]:
         print(f"{kind}: left out, there is one processor")
         return []
     paths = {dtype: bench.model(shape, dtype) for dtype in ("bfloat16", "int8")}
-    kinds = {f"{dtype} {of}": (of, path, "stored") for dtype, path in paths.items() for of in ("npllama", kind, ONE)}
+    other = kind == "processes" and bench.python is not None
+    kinds = {
+        f"{dtype} {of}": (of, path, "stored")
+        for dtype, path in paths.items()
+        for of in ("npllama", kind, ONE, *([OTHER_PYTHON] if other else []))
+    }
     with bench.workers(kinds, n_ranks) as workers:
         found = alternate(workers, [Ask(name, f"decode {n}") for name in workers], bench.rounds(5))
     lines = []
     for dtype in paths:
         rates = [n / found[f"{dtype} {of}", f"decode {n}"] for of in (kind, "npllama", ONE)]
-        work = f"decode, {dtype}, 4 layers of {bench.name('8B')}, {n_ranks} {'MPI ranks' if kind == 'mpi' else 'processes'}"
+        work = f"decode, {dtype}, 4 layers of {bench.name('8B')}"
         limit = n_ranks * rates[2]  # each process computes in one thread
-        lines.append(Line(kind, work, "tokens/s", rates[0], "one process's threads", rates[1], 1.45, limit))
+        ranks = f"{work}, {n_ranks} {'MPI ranks' if kind == 'mpi' else 'processes'}"
+        lines.append(Line(kind, ranks, "tokens/s", rates[0], "one process's threads", rates[1], 1.45, limit))
+        if other:
+            rate = n / found[f"{dtype} {OTHER_PYTHON}", f"decode {n}"]
+            threads = f"{work}, threads of {version_of(bench.python)}"
+            lines.append(Line(kind, threads, "tokens/s", rate, "one process's threads", rates[1], limit=limit))
+    return lines
+
+
+VERSION = """
+import platform, sys
+import numpy
+import npllama.tokenizer
+free = not getattr(sys, "_is_gil_enabled", lambda: True)()
+print(f"Python {platform.python_version()}{', free-threaded' if free else ''}, NumPy {numpy.__version__}")
+"""
+
+
+def version_of(python: str) -> str:
+    """Return an interpreter's version, that of its NumPy, and whether its threads run without a lock."""
+    done = subprocess.run([python, "-c", VERSION], capture_output=True, text=True, check=True, cwd=ROOT)
+    return done.stdout.strip()
+
+
+def sums(bench: Bench) -> list[Line]:
+    """Measure the sum that two ranks compute twice in each layer: over shared memory, and over MPI where it is installed."""
+    if available_cpus() < 2:
+        print("sums: left out, there is one processor")
+        return []
+    launchers: dict[str, list[str]] = {OURS: []}
+    if (launcher := mpiexec()) is not None:
+        launchers[MPICH] = [launcher, "-n", "2"]
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in launchers}
+    for _ in range(bench.rounds(5)):
+        for name, launcher in launchers.items():
+            command = [*launcher, sys.executable, "-m", "benchmarks.sums"]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT)
+            found[name].append(json.loads(done.stdout))
+    lines = []
+    for figure, when in (("together", "both arrive at once"), ("late", "the other is 3 ms late")):
+        times = {name: 1e6 * statistics.median(each[figure] for each in of) for name, of in found.items()}
+        work = f"one sum of {NUMBERS:,} float32 by 2 ranks, {when}"
+        lines += [replace(line, less_is_better=True) for line in compared("sums", work, "µs", times)]
     return lines
 
 
@@ -520,6 +578,7 @@ ROWS: dict[str, Callable[[Bench], list[Line]]] = {
     "8b": llama_8b,
     "processes": processes,
     "mpi": mpi,
+    "sums": sums,
     "opening": opening,
     "cold": cold,
     "8b-whole": whole_8b,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -112,7 +113,8 @@ def test_small_rows_run_from_the_command_line(tmp_path):
     """Run the rows that need no other package; CI runs all with --quick."""
     command = [sys.executable, "-m", "benchmarks", "--quick", "--only", "batch", "opening", "8b-whole", "processes", "--json"]
     target = tmp_path / "found.json"
-    done = subprocess.run([*command, str(target)], capture_output=True, text=True, cwd=ROOT, env=os.environ)
+    command += [str(target), "--python", sys.executable]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ)
     assert done.returncode == 0, done.stderr
     found = json.loads(target.read_text())
     ranks = {"processes"} if threads.available_cpus() > 1 and os.name == "posix" else set()
@@ -120,6 +122,10 @@ def test_small_rows_run_from_the_command_line(tmp_path):
     assert all(" toy " in line["work"] or "load(" in line["work"] for line in found["lines"]), "labelled as such"
     assert {line["met"] for line in found["lines"]} == {None}  # no threshold in --quick
     assert {"cpu", "numpy", "threads"} <= set(found["machine"])
+    if ranks:
+        works = [line["work"] for line in found["lines"] if line["row"] == "processes"]
+        other = f"threads of Python {platform.python_version()}, NumPy {np.__version__}"
+        assert [other in work for work in works] == [False, True] * 2
 
 
 def test_ranks_of_mpi_answer_as_one_process(tmp_path):
@@ -130,6 +136,17 @@ def test_ranks_of_mpi_answer_as_one_process(tmp_path):
     with Worker("mpi", path, "stored", launcher=[mpiexec, "-n", "2"]) as worker:
         assert worker.ask("decode 2")["seconds"] > 0
     assert worker.process.returncode == 0
+
+
+def test_the_time_of_a_sum_is_measured_over_shared_memory_and_mpi(monkeypatch):
+    """Measure a few sums; without MPI, those over shared memory alone."""
+    lines = rows.sums(rows.Bench(ROOT, most_rounds=1))
+    assert len(lines) == (2 if threads.available_cpus() > 1 else 0)
+    for line in lines:
+        assert (line.theirs is None) == (processes.mpiexec() is None)
+        assert min(line.ours, line.theirs or line.ours) > 0
+    monkeypatch.setattr(rows, "available_cpus", lambda: 1)
+    assert rows.sums(None) == []
 
 
 def test_without_mpi_the_row_is_left_out(monkeypatch, capsys):
@@ -212,12 +229,16 @@ def test_serving_says_in_one_line_what_is_wrong(tmp_path, capfd, monkeypatch):
             serving.main(argv)
 
 
-def test_a_folder_that_is_missing_is_found_before_anything_is_measured(tmp_path):
+def test_a_folder_or_python_that_is_missing_is_found_before_anything_is_measured(tmp_path):
     for option in ("--json", "--plot", "--folder"):
         command = [sys.executable, "-m", "benchmarks", "--quick", option, str(tmp_path / "no" / "where")]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         assert (done.returncode, done.stdout) == (2, "")
         assert "is not a folder" in done.stderr
+    command = [sys.executable, "-m", "benchmarks", "--python", "/nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--python /nowhere: found no program, expected a Python" in done.stderr
 
 
 def test_tied_models_have_no_output_matrix(tmp_path):
