@@ -100,5 +100,6 @@ def _table(path: Path) -> dict[str, int]:
 
 
 def size_text(n_bytes: int) -> str:
-    """Return a size for people to read: 16.1 GB, 0.5 MB."""
-    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.1f} MB"
+    """Return a size for people to read: 16.1 GB, 0.5 MB, 2.3 kB."""
+    unit, size = ("GB", 1e9) if n_bytes >= 1e8 else ("MB", 1e6) if n_bytes >= 1e5 else ("kB", 1e3)
+    return f"{n_bytes / size:.1f} {unit}"

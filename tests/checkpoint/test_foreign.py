@@ -107,7 +107,7 @@ def test_a_mapping_that_finds_no_address_space(form, tmp_path, monkeypatch):
     safetensors = struct.pack("<Q", len(header)) + header + array.tobytes()
     path.write_bytes({"npy": npy(array), "safetensors": safetensors, "raw": array.tobytes()}[form])
     monkeypatch.setattr(np, "memmap", full)
-    expected = r"x: Cannot allocate memory: 0\.0 MB of address space are needed$"
+    expected = r"x: Cannot allocate memory: 0\.0 kB of address space are needed$"
     read = {"npy": foreign.read_npy, "safetensors": foreign.read_safetensors, "raw": foreign.read_raw}[form]
     refused(read, path, expected, *([(6,)] if form == "raw" else []))
 

@@ -244,7 +244,7 @@ def test_a_python_without_pip(wheels, monkeypatch, capsys, tmp_path):
 def test_a_full_disk(wheels, monkeypatch, capsys):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1000, 900, 100))
-    assert "0.0 MB of the disk are free, expected" in fails(capsys)
+    assert "0.1 kB of the disk are free, expected" in fails(capsys)
     monkeypatch.undo()
 
 

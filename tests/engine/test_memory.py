@@ -216,7 +216,7 @@ def test_a_mapping_without_address_space_says_what_it_needs(tmp_path, monkeypatc
 
     monkeypatch.setattr(np, "memmap", full)
     with pytest.raises(
-        checkpoint.CheckpointError, match=r"\.npy: Cannot allocate memory: 0\.1 MB of address space are needed$"
+        checkpoint.CheckpointError, match=r"\.npy: Cannot allocate memory: 50\.3 kB of address space are needed$"
     ):
         checkpoint.open_model(tmp_path / "m")
 

@@ -356,7 +356,7 @@ def test_an_interrupted_trace_leaves_nothing(tmp_path):
 
 def test_a_full_disk_is_seen_before_the_first_byte(tmp_path, monkeypatch):
     monkeypatch.setattr("npllama.golden.trace.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(TraceError, match=r"the trace needs 0\.1 MB, but only 0\.0 MB are free"):
+    with pytest.raises(TraceError, match=r"the trace needs 0\.1 MB, but only 1\.0 kB are free"):
         write_trace(MODEL, TOKENS, tmp_path / "t")
     assert not any(tmp_path.iterdir())
 

@@ -26,7 +26,6 @@ once, so that a crash or the time limit loses one call. A function raises NotOff
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
@@ -216,8 +215,3 @@ def recording(model: Any) -> tuple[dict[str, Any], list[Any]]:
         return keep
 
     return found, [module.register_forward_hook(hook(name)) for name, module in model.named_modules() if name]
-
-
-def finite(x: float | None) -> float:
-    """Return a number, NaN for None."""
-    return math.nan if x is None else float(x)

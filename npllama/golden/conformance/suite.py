@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ...checkpoint.atomic import new_folder, not_ours
+from ...checkpoint.atomic import new_folder, not_ours, writing
 from ...checkpoint.foreign import (
     LONG_LIMIT,
     file_size,
@@ -129,11 +129,16 @@ def export(out: Path | str, levels: Collection[str] | None = None, storage: str 
     chosen = [case for case in cases().values() if levels is None or case.level in levels]
     files: dict[str, str] = {}
     with new_folder(out, force, _why_not_ours) as folder:
-        for path, data in _files(chosen, storage):
+
+        def write(path: str, data: bytes) -> None:
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            (folder / path).write_bytes(data)
+            with writing(folder / path, Path(out) / path) as file:  # an error on a full disk names the file
+                file.write(data)
+
+        for path, data in _files(chosen, storage):
+            write(path, data)
             files[path] = hashlib.sha256(data).hexdigest()
-        (folder / "suite.json").write_bytes(as_json(_contents(chosen, storage, files)))
+        write("suite.json", as_json(_contents(chosen, storage, files)))
     return files
 
 

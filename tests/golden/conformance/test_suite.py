@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import struct
 
 import numpy as np
@@ -15,6 +16,7 @@ from npllama.golden.conformance.cases import cases
 from npllama.golden.conformance.suite import FORMAT, FORMATS, VERSION, SuiteError, built_in, export, read_array, read_suite
 
 from commands import fails
+from system import full_disk
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +78,13 @@ def test_every_input_is_where_case_json_says(folder):
         for name, facts in content["inputs"].items():
             found = (folder / path / facts["file"]).resolve().read_bytes()
             assert found == case.arrays[name].astype(case.arrays[name].dtype.newbyteorder("<")).tobytes()
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, capsys):
+    with full_disk(1000):
+        line = fails(capsys, "conformance", "export", tmp_path / "v")
+    assert re.fullmatch(rf"npllama conformance: {tmp_path}/v/L\d/[\w/.]+: File too large", line)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_npy_files_open_in_numpy(tmp_path):
