@@ -23,7 +23,9 @@ html_theme = "furo"  # its fonts are the reader's own, and it loads nothing from
 html_static_path = ["site.css"]
 html_css_files = ["site.css"]
 html_copy_source = False
+html_show_copyright = False  # LICENSE names the holders
 html_use_index = False
+html_domain_indices = False  # the list of modules, which the navigation is too
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
@@ -74,12 +76,13 @@ def block_math(self: Any, node: Any) -> None:
 
 
 def break_names(app: Any, page: str, template: str, context: dict[str, Any], doctree: object) -> None:
-    """Let long names in tables break at their underscores and dots, and nowhere else."""
+    """Let long names in tables break at their underscores and dots, and nowhere else; an option such as --top-p nowhere."""
 
     def breakable(cell: re.Match) -> str:
         return re.sub(r"<code[^>]*>.*?</code>", lambda code: re.sub(r"([_.])(?=\w)(?![^<]*>)", r"\1<wbr>", code[0]), cell[0])
 
     if body := context.get("body"):
+        body = re.sub(r'<span class="pre">(?=-)', '<span class="pre option">', body)
         context["body"] = re.sub(r"<td>.*?</td>", breakable, body, flags=re.S)
 
 

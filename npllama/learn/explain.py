@@ -284,7 +284,7 @@ def figures(data: Mapping[str, Any]) -> dict[str, Any]:
     )
     norms.yaxis.ticker = FixedTicker(ticks=[step * 10.0**power for power in range(-9, 10) for step in decade])
     norms.yaxis.formatter = BasicTickFormatter(use_scientific=False)
-    norms.xaxis.axis_label, norms.yaxis.axis_label = "layers passed; half steps are after attention", "norm"
+    norms.xaxis.axis_label, norms.yaxis.axis_label = "layers passed; half: after attention", "norm"
 
     n = len(data["candidates"])
     candidates = empty(600, 40 + 20 * n, sizing_mode="stretch_width", y_range=bounds(n - 0.5, -0.5), x_range=bounds(0, 1))

@@ -20,6 +20,7 @@ import functools
 import itertools
 import math
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ from ..config import Config
 from ..errors import shown
 from ..golden.compare.names import place
 from ..golden.trace import Recording, Selection, record
-from .figure import CHAR, LINE, SMALL, Sheet, cells, cut, drawable, label_between, label_cells, label_decades, show
+from .figure import CHAR, LINE, POINTS, SMALL, Sheet, cells, cut, drawable, label_between, label_cells, label_decades, show
 from .lens import lens_names, logit_lens, residual_names, residual_norms, token_labels
 
 if TYPE_CHECKING:
@@ -138,9 +139,12 @@ def draw_rope(sheet: Sheet, subject: Subject) -> None:
     height = sheet.fit(sheet.width * 9 / 16)
     left, right = sheet.figure.subfigures(1, 2, squeeze=False, width_ratios=[1.25, 1]).flat
     rows, columns = tiling(len(pairs), sheet.width * 1.25 / 2.25, height - 4 * LINE, 1.5 * LINE)
-    left.suptitle(
-        f"RoPE at position {position}, {token}: layer {layer}, head {head}\n"
+    explanation = textwrap.wrap(
         "each pair of the query, grey before and coloured after; pair: angle modulo 360°",
+        int(sheet.width * 1.25 / 2.25 / (CHAR * 9 / SMALL)),
+    )
+    left.suptitle(
+        "\n".join([f"RoPE at position {position}, {token}: layer {layer}, head {head}", *explanation]),
         fontsize=9,
     )
     colours = _colours("viridis", n_pairs)
@@ -339,7 +343,8 @@ def draw_mask(sheet: Sheet, subject: Subject) -> None:
     heat_map(axes, zeros, hidden, sky, Normalize(-1, 1), "the causal mask: blue is 0, hatched is −∞", cell, numbers=False)
     if cell >= 0.22:
         for row, column in np.ndindex(hidden.shape):
-            axes.text(column, row, "−∞" if hidden[row, column] else "0", ha="center", va="center", fontsize=7)
+            text = "−∞" if hidden[row, column] else "0"
+            axes.text(column, row, text, ha="center", va="center", fontsize=7 if cell < 0.5 else POINTS)
     label_cells(axes.xaxis, labels, cell, LONGEST, rotation=90)
     label_cells(axes.yaxis, labels, cell, LONGEST)
     axes.set(xlabel="key position", ylabel="query position")

@@ -209,7 +209,12 @@ def test_where_no_font_has_a_glyph_its_code_is_shown(monkeypatch):
 
 SLIDE = (1280, 720)
 LOOKS = [(kind, 60, SLIDE, None) for kind in [*plot.KINDS, "heads"]]
-LOOKS += [("attention", 60, SLIDE, 20), ("logit-lens", 60, SLIDE, 20), ("attention", 6, (640, 480), None)]
+LOOKS += [
+    ("attention", 60, SLIDE, 20),
+    ("logit-lens", 60, SLIDE, 20),
+    ("rope", 6, SLIDE, 20),
+    ("attention", 6, (640, 480), None),
+]
 
 
 @pytest.mark.parametrize(("kind", "n_tokens", "size", "font"), LOOKS, ids=str)

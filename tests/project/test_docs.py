@@ -194,6 +194,15 @@ def test_pages_are_checked(page, said, tmp_path):
     assert of_the_site("build").problems(tmp_path) == ([f"a.html {said}"] if said else [])
 
 
+def test_a_long_name_breaks_at_its_parts_and_an_option_nowhere():
+    context = {"body": '<td><code><span class="pre">--top-p</span> <span class="pre">a_b</span></code></td>'}
+    of_the_site("conf").break_names(None, "", "", context, None)
+    assert context["body"] == (
+        '<td><code><span class="pre option">--top-p</span> <span class="pre">a_<wbr>b</span></code></td>'
+    )
+    assert ".option" in (ROOT / "docs" / "site" / "site.css").read_text(encoding="utf-8")
+
+
 def formulas() -> set[str]:
     """Return the TeX of the activation table and of the pages."""
     found = {row.tex for row in (*BEFORE, *LAYER, *AFTER)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -69,6 +70,15 @@ def test_the_page_is_one_file_without_requests(traces, arrays, tmp_path, capsys)
         .replace('<meta name="viewport" content="width=device-width">', "")
         .replace("<br>", "<br/>")
     )
+
+
+def test_the_page_shows_three_warnings_and_folds_the_others(traces):
+    found = compare(traces / "reference", traces / "mine")
+    found.warnings[:] = [f"warning {i}" for i in range(5)]
+    shown, _, folded = html.page(found).partition("<details>")
+    assert re.findall(r"Warning: warning (\d)", shown) == ["0", "1", "2"]
+    assert re.findall(r"Warning: warning (\d)", folded.partition("</details>")[0]) == ["3", "4"]
+    assert "<summary>2 more warnings</summary>" in folded
 
 
 def test_a_report_that_can_not_be_written_is_bad_usage(traces, tmp_path, capsys):
