@@ -16,7 +16,7 @@ def add_parser(commands: Commands) -> None:
     p.add_argument("--layer", type=int, metavar="N", help="the layer to show in detail (default 0)")
     p.add_argument("--head", type=int, metavar="N", help="the query head to show in detail (default 0)")
     p.add_argument("--tokenizer", action="store_true", help="the old name of `npllama walkthrough-tokenizer`")
-    p.add_argument("--beside", action="append", default=[], metavar="MODEL", help=argparse.SUPPRESS)  # with --tokenizer
+    p.add_argument("--compare", action="append", default=[], metavar="MODEL", help=argparse.SUPPRESS)  # with --tokenizer
     p.add_argument("--markdown", action="store_true", help="print Markdown")
     add_model_options(p)
 
@@ -28,10 +28,10 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError("--tokenizer takes a text, not --tokens")
         if (args.layer, args.head) != (None, None):
             raise ValueError("--tokenizer shows no forward pass: expected neither --layer nor --head with it")
-        print_lesson(tokenizer_steps(args.prompt, args.model, args.beside), args.markdown)
+        print_lesson(tokenizer_steps(args.prompt, args.model, args.compare), args.markdown)
         return
-    if args.beside:
-        raise ValueError("--beside compares tokenizers: expected --tokenizer with it")
+    if args.compare:
+        raise ValueError("--compare compares tokenizers: expected --tokenizer with it")
     if (args.prompt is None) == (args.tokens is None):
         raise ValueError("expected a prompt, or --tokens instead of it")
     from ..learn.walkthrough import walkthrough

@@ -18,22 +18,28 @@ def add_parser(commands: Commands) -> None:
     """Declare the command and its options."""
     p = add_command(commands, "walkthrough-tokenizer", run, "follow a text through the tokenizer: split, merges, ids")
     p.add_argument("text", nargs="?", help="a sentence (default: one that shows everything)")
-    p.add_argument("--beside", action="append", default=[], metavar="MODEL", help="compare with this model or tokenizer file")
+    p.add_argument(
+        "--compare",
+        action="append",
+        default=[],
+        metavar="MODEL",
+        help="compare with the tokenizer of this model or file; repeatable",
+    )
     p.add_argument("--markdown", action="store_true", help="print Markdown")
     add_tokenizer_option(p)
 
 
 def run(args: argparse.Namespace) -> None:
     """Print the lesson about the tokenizer."""
-    print_lesson(tokenizer_steps(args.text, args.model, args.beside), args.markdown)
+    print_lesson(tokenizer_steps(args.text, args.model, args.compare), args.markdown)
 
 
-def tokenizer_steps(text: str | None, model: str | None, beside: Sequence[str]) -> list[Step]:
-    """Return the lesson about a text in a model's tokenizer, compared with the tokenizers of the models in `beside`."""
+def tokenizer_steps(text: str | None, model: str | None, others: Sequence[str]) -> list[Step]:
+    """Return the lesson about a text in a model's tokenizer, compared with the tokenizers of `others`."""
     from ..learn import tokenizer_lesson
 
-    others = [tokenizer_of(path) for path in beside]
-    return tokenizer_lesson.tokenizer_lesson(tokenizer_of(model), tokenizer_lesson.SENTENCE if text is None else text, others)
+    compared = [tokenizer_of(path) for path in others]
+    return tokenizer_lesson.tokenizer_lesson(tokenizer_of(model), tokenizer_lesson.SENTENCE if text is None else text, compared)
 
 
 def print_lesson(steps: Sequence[Step], markdown: bool) -> None:

@@ -11,12 +11,12 @@ from commands import fails
 
 
 @pytest.mark.parametrize("text", [[], ["hello user"]], ids=["default", "given"])
-@pytest.mark.parametrize("options", [[], ["--markdown"], ["--beside", "DEMO"]], ids=" ".join)
+@pytest.mark.parametrize("options", [[], ["--markdown"], ["--compare", "DEMO"]], ids=" ".join)
 def test_the_old_spelling_prints_the_same(text, options, tiny_tiktoken_file, capsys):
     options = ["-m", str(tiny_tiktoken_file), *(option.replace("DEMO", str(demo_path())) for option in options)]
     assert main(["walkthrough-tokenizer", *text, *options]) == 0
     found = capsys.readouterr().out
-    assert ("2,256 ids" in found) == ("--beside" in options)
+    assert ("2,256 ids" in found) == ("--compare" in options)
     assert (" ".join(text) or "Don't panic") in found
     assert main(["walkthrough", "--tokenizer", *text, *options]) == 0
     assert capsys.readouterr().out == found

@@ -166,6 +166,6 @@ def test_the_command(tiny_tiktoken_file, capsys):
     assert main(["walkthrough", "--tokenizer"]) == 0
     shown = capsys.readouterr().out
     assert shown == lesson.text(tokenizer_lesson(npllama.load().tokenizer))
-    assert main(["walkthrough", "hello user", "--tokenizer", "-m", str(tiny_tiktoken_file), "--beside", str(demo_path())]) == 0
+    assert main(["walkthrough", "hello user", "--tokenizer", "-m", str(tiny_tiktoken_file), "--compare", str(demo_path())]) == 0
     expected = tokenizer_lesson(load_tokenizer(tiny_tiktoken_file), "hello user", [npllama.load().tokenizer])
     assert capsys.readouterr().out == lesson.text(expected)

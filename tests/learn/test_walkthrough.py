@@ -430,7 +430,7 @@ def test_it_says_in_a_line_what_it_cannot_do(capsys):
     assert "expected a prompt, or --tokens" in fails(capsys, "walkthrough", "x", "--tokens", "1")
     assert "outside the vocabulary" in fails(capsys, "walkthrough", "--tokens", "5000")
     assert "do not fit the model's context" in fails(capsys, "walkthrough", "--tokens", ",".join(["1"] * 513))
-    assert "--tokenizer" in fails(capsys, "walkthrough", "x", "--beside", "y")
+    assert "--tokenizer" in fails(capsys, "walkthrough", "x", "--compare", "y")
     assert "takes a text" in fails(capsys, "walkthrough", "--tokenizer", "--tokens", "1")
     for option in ("--layer", "--head"):
         assert "--tokenizer shows no forward pass" in fails(capsys, "walkthrough", "x", "--tokenizer", option, 0)
