@@ -1,7 +1,7 @@
 """Measure everything on this machine:  python -m benchmarks [--quick] [--only ROW ...] [--json FILE] [--plot FILE]
 
-Prints our figures, those of others and the machine's limit in a table, and writes JSON. Nothing else should run meanwhile.
-Hugging Face on torch, and llama.cpp, are measured where they are installed.
+Prints npllama's figures, those of others and the machine's limit in a table, and writes JSON. Nothing else should run
+meanwhile. Hugging Face on torch, and llama.cpp, are measured where they are installed.
 """
 
 from __future__ import annotations
@@ -77,17 +77,37 @@ def number(x: float | None) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="toy shapes, under two minutes: whether it runs, not how fast")
-    parser.add_argument("--only", nargs="+", choices=[*ROWS, "storage"], metavar="ROW", help=f"of {', '.join(ROWS)}, storage")
-    parser.add_argument("--rounds", type=int, default=1 << 30, metavar="N", help="at most so many of everything")
-    parser.add_argument("--threads", type=int, default=min(2, available_cpus()), metavar="N", help="for all (default: two)")
-    parser.add_argument("--json", type=Path, default=Path("benchmarks.json"), metavar="FILE", help="default: benchmarks.json")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="a PNG; needs matplotlib")
-    parser.add_argument("--folder", type=Path, metavar="DIR", help="for the models, 20 GB; else where temporary files go")
-    parser.add_argument("--python", metavar="FILE", help="another Python, as a free-threaded one, for the row `processes`")
+    parser.add_argument("--quick", action="store_true", help="toy shapes, under two minutes: shows that it runs, not how fast")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=[*ROWS, "storage"],
+        metavar="ROW",
+        help=f"measure only these rows of {', '.join(ROWS)}, storage",
+    )
+    parser.add_argument("--rounds", type=int, default=1 << 30, metavar="N", help="at most N rounds of each measurement")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=min(2, available_cpus()),
+        metavar="N",
+        help="threads of each implementation (default: two)",
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        default=Path("benchmarks.json"),
+        metavar="FILE",
+        help="write the results to FILE (default: benchmarks.json)",
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a PNG; needs matplotlib")
+    parser.add_argument(
+        "--folder", type=Path, metavar="DIR", help="put the models there, 25 GB (default: the system's temporary folder)"
+    )
+    parser.add_argument("--python", metavar="FILE", help="another Python, such as a free-threaded one, for the row `processes`")
     args = parser.parse_args()
     for folder in (args.folder or Path(), args.json.parent, (args.plot or args.json).parent):
-        if not folder.is_dir():  # found now rather than after an hour
+        if not folder.is_dir():  # reported now rather than at the end
             parser.error(f"{folder} is not a folder")
     if args.python and not shutil.which(args.python):
         parser.error(f"--python {args.python}: found no program, expected a Python")

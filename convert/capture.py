@@ -1,9 +1,9 @@
 """Record a torch model's activations as a trace directory, under npllama's names.
 
-Two kinds of models are recognised by their structure: Hugging Face's (LlamaForCausalLM and those built alike) and Meta's
-reference Transformer (llama3/model.py of llama-models). Modules are hooked. The rotary function is wrapped in its module, and a
-torch function mode intercepts the softmax; both are undone after the run. Nothing is recomputed: the trace holds what the
-model's own operations returned, in any torch dtype.
+Two kinds of models are recognised by their structure: Hugging Face's (LlamaForCausalLM and models with the same structure) and
+Meta's reference Transformer (llama3/model.py of llama-models). Modules are hooked. The rotary function is wrapped in its
+module, and a torch function mode intercepts the softmax; both are undone after the run. Nothing is recomputed: the trace holds
+what the model's own operations returned, in any torch dtype.
 
 Hugging Face's queries and keys are reordered from halves, (x[j], x[j + K/2]), to adjacent pairs, which is exact; scores that
 its mask pushed to the lowest finite number are written as -inf. trace.json says so.
@@ -47,7 +47,7 @@ from npllama.model import Tap
 if TYPE_CHECKING:
     import torch
 
-# Where an activation is: a module's output, or its input where no module ends.
+# The place of an activation: a module's output, or the input of one if no module outputs it.
 IN, OUT = "input", "output"
 
 
@@ -136,10 +136,10 @@ def capture(
 
     model   a folder with Hugging Face's config.json and weights; or a Hugging Face model, or Meta's Transformer, in memory
     tokens  int [T] or [B, T], no padding
-    dtype   "float64", "float32", "bfloat16" or "float16" to run a copy of the model in; None takes it as it is
+    dtype   "float64", "float32", "bfloat16" or "float16" to run a copy of the model in; None runs it unchanged
     steps   how many tokens to decode greedily after the prompt, or the ids to feed
 
-    The other arguments are those of golden.trace.write_trace. Attention runs in eager mode: fused kernels show no scores.
+    The other arguments are those of golden.trace.write_trace. Attention runs in eager mode: fused kernels compute no scores.
     Raises ValueError when the model or the tokens can't be used, ImportError without torch or transformers.
     """
     torch = needed("torch")
@@ -179,7 +179,7 @@ def capture(
 
 
 def needed(package: str) -> ModuleType:
-    """Import torch or transformers, or raise the ImportError that says how to get it."""
+    """Import torch or transformers, or raise an ImportError that says how to install it."""
     try:
         return importlib.import_module(package)
     except ImportError:
@@ -187,7 +187,7 @@ def needed(package: str) -> ModuleType:
 
 
 def load_hugging_face(path: Path, dtype: str | None = None) -> torch.nn.Module:
-    """Load the causal language model that save_pretrained() wrote, its RoPE frequencies in float32; nothing is fetched.
+    """Load the causal language model that save_pretrained() wrote, its RoPE frequencies in float32, without the network.
 
     Raises ValueError when there is none.
     """
@@ -206,7 +206,7 @@ def load_hugging_face(path: Path, dtype: str | None = None) -> torch.nn.Module:
 
 
 def in_dtype(model: torch.nn.Module, dtype: str) -> torch.nn.Module:
-    """Return the model itself if it is of that dtype, else a copy that is, with RoPE frequencies as they were.
+    """Return the model itself if it has that dtype, else a copy in it, with unchanged RoPE frequencies.
 
     `.to()` would round a Hugging Face model's frequencies like a weight, which loading in that dtype doesn't.
     """
@@ -230,7 +230,7 @@ def _torch_dtype(torch: ModuleType, name: str) -> torch.dtype:
 def _hf_config(model: torch.nn.Module) -> Config:
     c = model.config
     if not hasattr(model, "lm_head") or not hasattr(getattr(model, "model", None), "layers"):
-        raise TraceError(f"{type(model).__name__} is neither built like LlamaForCausalLM nor like Meta's Transformer")
+        raise TraceError(f"{type(model).__name__} has neither the structure of LlamaForCausalLM nor that of Meta's Transformer")
     rope = getattr(c, "rope_parameters", None) or {"rope_theta": c.rope_theta, **(getattr(c, "rope_scaling", None) or {})}
     kind = rope.get("rope_type") or rope.get("type") or "default"
     scaling: RopeScaling | LinearRopeScaling | None = None
@@ -286,7 +286,7 @@ def _meta_config(model: torch.nn.Module) -> Config:
 
 @dataclass
 class _Watch:
-    """Share state among the hooks: where activations go, the current layer and the current pass."""
+    """Share state among the hooks: the writer of the activations, the current layer and the current pass."""
 
     config: Config
     layout: Layout
@@ -302,7 +302,7 @@ class _Watch:
 
         name = self.prefix + name
         if name in self.seen:
-            raise TraceError(f"{name} was computed twice: this model is not built as expected")
+            raise TraceError(f"{name} was computed twice: this model has another structure than expected")
         self.seen.add(name)
         x = x.detach().to("cpu", torch.float64 if x.dtype == torch.float64 else torch.float32).numpy()
         self.tap(name, x[0] if self.squeeze else x)
@@ -343,7 +343,7 @@ def _run(
     watch = _Watch(config, layout, tap, squeeze=tokens.ndim == 1)
     # transformers 5.24 renames past_key_values to cache, as an argument and in the result.
     cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    logits: Any = None  # of the pass before
+    logits: Any = None  # of the previous pass
     fed: list[list[int]] = []
     cache, start = None, 0
     with _hooked(model, layout, watch), torch.inference_mode():

@@ -50,7 +50,7 @@ LLAMA3_CONTEXT = 8192  # what Llama 3 was trained on, before its frequencies wer
 
 COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")  # BOS and EOS by name
 
-# What a checkpoint holds besides parameters: rotary tables and caches that some releases saved along.
+# Tensors of a checkpoint that are not parameters: rotary tables and caches that some releases saved too.
 NOT_A_PARAMETER = re.compile(r"(.*\.)?(rope\.freqs|freqs_cis|freqs_cos|freqs_sin|cache_k|cache_v|rotary_emb\.inv_freq)")
 WRAPPERS = re.compile(r"^(_orig_mod\.|module\.)+")
 
@@ -65,9 +65,9 @@ class Tensor:
     shape: tuple[int, ...]
     dtype: np.dtype  # uint16 is bfloat16
     rows: Callable[[int, int], np.ndarray]  # rows start to stop
-    grouping: Grouping | None = None  # how it is quantised, if it is
+    grouping: Grouping | None = None  # its quantisation, if it has one
     quantised: Callable[[int, int], Grouped] | None = None  # the same rows, still quantised
-    undone: str = ""  # the quantisation that npllama does not store, undone while reading
+    undone: str = ""  # a quantisation that npllama can't store, undone while reading
 
     @classmethod
     def of(cls, array: np.ndarray, order: np.ndarray | None = None) -> Tensor:
@@ -113,7 +113,7 @@ class Tensor:
 
     def blocks(self) -> Iterator[np.ndarray]:
         """Return the whole as consecutive blocks of rows."""
-        with np.errstate(all="ignore"):  # what isn't finite is refused by name when it is written
+        with np.errstate(all="ignore"):  # numbers that aren't finite are refused, with the tensor's name, when they are written
             yield from (self.rows(part.start, part.stop) for part in self.parts())
 
     def quantised_blocks(self) -> Iterator[Grouped]:
@@ -127,7 +127,7 @@ class Tensor:
         return same and all(map(same_bits, self.blocks(), other.blocks()))
 
     def same_values(self, other: Tensor) -> bool:
-        """Return whether both hold the same numbers, in whatever dtype."""
+        """Return whether both hold the same numbers, in any dtype."""
 
         def wide(tensor: Tensor, part: slice) -> np.ndarray:
             return widen(tensor.rows(part.start, part.stop)).astype(np.float64)
@@ -148,10 +148,10 @@ class Source:
     kind: str
     config: Config
     tensors: dict[str, Tensor]  # in Meta's layout, named as in parameter_shapes(config)
-    files: list[Path]  # their sha256 goes into the manifest
-    tokenizer: dict[str, Path | bytes] = field(default_factory=dict)  # its file, those that belong to it, chat templates
+    files: list[Path]  # files whose sha256 goes into the manifest
+    tokenizer: dict[str, Path | bytes] = field(default_factory=dict)  # the tokenizer's files, chat templates
     generation: dict[str, object] = field(default_factory=dict)  # recommended chat_format, system, temperature, top_p
-    about: dict[str, object] = field(default_factory=dict)  # more for the manifest
+    about: dict[str, object] = field(default_factory=dict)  # further entries for the manifest
 
 
 def tie(config: Config, tensors: dict[str, Tensor], report: Report) -> tuple[Config, dict[str, Tensor]]:
@@ -209,7 +209,7 @@ def match(
 
     Raises CheckpointError for a tensor that is missing, unexpected or of another shape.
     """
-    if config.n_layers > len(found):  # checked before parameter_shapes makes a name per announced layer
+    if config.n_layers > len(found):  # checked before parameter_shapes creates the names of all announced layers
         raise CheckpointError(f"{where}: {config.n_layers} layers are announced, but there are only {len(found)} tensors")
     shapes = parameter_shapes(config)
     theirs = {name: _renamed(name, names) for name in shapes}
@@ -296,11 +296,11 @@ def read_generation(
 ) -> tuple[dict[str, object], dict[str, bytes]]:
     """Read the recommended temperature and top_p from generation_config.json, where there is one.
 
-    Returns them, and the generation_config.json to be stored where the folder's own doesn't say what ends an answer: the
-    `eos_token_id` of config_file, config.json's values, counts then, as in Hugging Face.
+    Returns them, and the generation_config.json to store if the folder's own has no `eos_token_id`: as in Hugging Face, that of
+    config.json, whose values are config_file, then counts.
 
     A recommendation that can't be followed is left out and reported, ids that end an answer included (the tokenizer, which
-    reads them, leaves the same out).
+    reads them, leaves out the same ones).
     """
     path, files = folder / "generation_config.json", {}
     values = checkpoint.read_json(path) if path.exists() else {}
@@ -359,7 +359,7 @@ def check_tokenizer(path: Path, config: Config, report: Report) -> Tokenizer | N
         report(f"{path.name} is not checked: the package {needs} is not installed")
         return None
     tokenizer = load_tokenizer(path)
-    if tokenizer.vocab_size > 2 * config.vocab_size:  # more than padding or added tokens explain
+    if tokenizer.vocab_size > 2 * config.vocab_size:  # more than padding or added tokens can explain
         raise CheckpointError(
             f"{path} has {tokenizer.vocab_size} tokens, but the model's vocabulary {config.vocab_size}: is it another model's?"
         )
@@ -483,7 +483,7 @@ def _hashed(files: Iterable[Path]) -> Iterator[Callable[[], dict[str, object]]]:
 
 @contextlib.contextmanager
 def progress_bar(total: int, doing: str | None = None) -> Iterator[Callable[[int], object] | None]:
-    """Yield a function that advances a progress bar by a number of bytes; None where standard error is no terminal."""
+    """Yield a function that advances a progress bar by a number of bytes; None if standard error isn't a terminal."""
     if not sys.stderr.isatty():
         yield None
         return

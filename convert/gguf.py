@@ -1,6 +1,6 @@
 """Read llama.cpp's GGUF files, versions 2 and 3, whole or split, without torch. gguf_blocks.py unpacks quantised blocks.
 
-The header is parsed here, and every count is checked against the file's size: the package gguf trusts the file.
+The header is parsed here, and every count is checked against the file's size, because the package gguf trusts the file.
 Queries and keys are interleaved already. RoPE scaling is the tensor rope_freqs.weight: one divisor per pair.
 Source: the GGUF specification (ggml, docs/gguf.md).
 """
@@ -74,7 +74,7 @@ FOREIGN_KEY = re.compile(r"llama\.(.*expert.*|attention\.scale|.*_scale|.*softca
 
 
 def read(src: Path, report: Report, choice: TokenizerChoice = OWN) -> Source:
-    """Open a .gguf file, one of the files it is split into, or a folder with one model in it.
+    """Open a .gguf file, one file of a split model, or a folder that holds one model.
 
     Raises CheckpointError, a ValueError, with one line.
     """
@@ -232,7 +232,7 @@ def find_files(src: Path) -> list[Path]:
 
 
 class _Header:
-    """Read a header's values one after the other, never past the end of the file."""
+    """Read a header's values in order, never past the end of the file."""
 
     def __init__(self, path: Path):
         if not path.stat().st_size:
@@ -355,7 +355,7 @@ def _map(where: str, library: ModuleType, data: np.ndarray, shape: tuple[int, ..
 
 
 def _can_undo(library: ModuleType, quantization: IntEnum) -> bool:
-    """Return whether the library dequantises a kind, by a block of zeros."""
+    """Return whether the library can dequantise a kind, by trying a block of zeros."""
     try:
         library.dequantize(np.zeros((1, library.GGML_QUANT_SIZES[quantization][1]), np.uint8), quantization)
     except (NotImplementedError, KeyError):

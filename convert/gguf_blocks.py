@@ -62,7 +62,7 @@ def _q5_1(b: np.ndarray) -> Parts:
 
 
 def _of_32(x: np.ndarray, bits: int) -> np.ndarray:
-    """Unpack K-quants: of each 32 bytes the lowest bits, then the next.    [n, blocks, b] -> [n, blocks, 8b / bits]"""
+    """Unpack K-quants: of each 32 bytes the lowest bits first, then the next.    [n, blocks, b] -> [n, blocks, 8b / bits]"""
     return _crumbs(x.reshape(*x.shape[:2], -1, 32), bits).reshape(*x.shape[:2], -1)
 
 

@@ -1,7 +1,8 @@
 """Make tokenizer files that npllama loads from the vocabulary in a GGUF file's metadata.
 
 Metadata are plain Python values by their GGUF name: `tokenizer.ggml.model`, `.tokens`, `.scores`, `.token_type`, `.merges`,
-`.pre`, `.bos_token_id`... What they mean is llama.cpp's src/llama-vocab.cpp and the GGUF specification (ggml, docs/gguf.md).
+`.pre`, `.bos_token_id`... Their meaning is defined by llama.cpp's src/llama-vocab.cpp and the GGUF specification (ggml,
+docs/gguf.md).
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ Metadata = Mapping[str, object]
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # token types; SentencePiece's numbers are the same
 
-# From here on by `tokenizer.ggml.pre`: how a text is split before the merges, as in the published tokenizer.json of the models
-# that the name stands for; `default` as in llama.cpp, which alone defines it. llama.cpp's ids are the same, but for `tekken`'s
-# combining marks, which it doesn't count among the letters, and Mistral's own tekken.json does.
+# The rest, by `tokenizer.ggml.pre`: how a text is split before the merges, as in the published tokenizer.json of the models
+# that the name refers to; `default` is defined by llama.cpp alone. llama.cpp's ids are the same, except for `tekken`: it
+# doesn't count combining marks as letters, and Mistral's own tekken.json does.
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
 _GPT2 = [{**_BYTE_LEVEL, "use_regex": True}]
 
@@ -93,7 +94,7 @@ WHOLE_WORDS = {"falcon3", "llama-bpe", "llama-v3", "llama3", "tekken"}
 def tokenizer_file(metadata: Metadata) -> tuple[str, bytes]:
     """Return the tokenizer's file name and content: tokenizer.json for a `gpt2` vocabulary, tokenizer.model for `llama`.
 
-    tokenizer_config() belongs to it. Raises ValueError for a kind or a `pre` that isn't known, and for what is damaged.
+    tokenizer_config() belongs to it. Raises ValueError for an unknown kind or `pre`, and for damaged metadata.
     """
     kind = metadata.get("tokenizer.ggml.model")
     if kind == "gpt2":
@@ -104,7 +105,7 @@ def tokenizer_file(metadata: Metadata) -> tuple[str, bytes]:
 
 
 def tokenizer_config(metadata: Metadata) -> bytes:
-    """Return tokenizer_config.json, for what the tokenizer's file can't hold: BOS, whether it is added, and the stop tokens."""
+    """Return tokenizer_config.json, for what the tokenizer's file can't hold: BOS, whether it is added, stop tokens."""
     tokens = _tokens(metadata)
     values: dict[str, object] = {"add_bos_token": _adds_bos(metadata)}
     for name in ("bos", "eos", "eot", "eom"):

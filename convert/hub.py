@@ -28,9 +28,9 @@ WEIGHTS = [
 
 
 def download(name: str, report: Report) -> tuple[Path, dict[str, object]]:
-    """Fetch what a conversion needs into huggingface_hub's cache: the folder, and where it is from for the manifest.
+    """Fetch a conversion's files into huggingface_hub's cache; return the folder, and its origin for the manifest.
 
-    Raises CheckpointError, with one line, for a name, a repository or a revision that isn't one, and for no connection.
+    Raises CheckpointError, with one line, for a name, repository or revision that doesn't exist, and without a connection.
     """
     if not (match := NAME.fullmatch(name)):
         raise CheckpointError(f"{name!r:.80}: expected hf:owner/name, hf:owner/name@revision, or either with /original")
@@ -49,7 +49,7 @@ def download(name: str, report: Report) -> tuple[Path, dict[str, object]]:
     except ConfigError as error:
         raise CheckpointError(f"{name}: config.json: {error}") from None
     for patterns in WEIGHTS:
-        folder = _snapshot(repository, folder.name, patterns)  # of the same revision, should the branch have moved
+        folder = _snapshot(repository, folder.name, patterns)  # of the same revision, in case the branch has moved
         if any(path.match(pattern) for path in folder.iterdir() for pattern in patterns):
             return folder, about
     raise CheckpointError(f"{name}: the repository has no weights, expected model*.safetensors or pytorch_model*.bin")

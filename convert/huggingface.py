@@ -54,7 +54,7 @@ NAMES = {
     "norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-MODEL_TYPES = ("llama", "mistral")  # Mistral's models are Llamas, but for a sliding window
+MODEL_TYPES = ("llama", "mistral")  # Mistral's models are Llamas, except for a sliding window
 FOREIGN_KEY = re.compile(
     r"moe.*|.*experts.*|vision_.*|audio_.*|quantization.*|compression_config|use_qk_norm"
     r"|.*softcapping|no_rope_layer.*|attention_chunk_size|(embedding|residual|attention)_multiplier|logit_scale|logits_scaling"
@@ -65,7 +65,7 @@ QUANTISED = ("quantization", "quantization_config")  # quantised_folders.py read
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 SHARD = re.compile(r"(model|pytorch_model|ft-model)-(\d{5})-of-(\d{5})(\.safetensors|\.bin)")
 TORCHTUNE = re.compile(r"hf_model_(\d{4})_(\d+)\.pt")  # its number and its epoch
-TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # the first has the tokens that were added to the second
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # the first also has the tokens that were added to the second
 
 
 def read(src: Path, report: Report, choice: TokenizerChoice = OWN) -> Source:
@@ -74,7 +74,7 @@ def read(src: Path, report: Report, choice: TokenizerChoice = OWN) -> Source:
     values = read_json(config_file)
     try:
         refuse(values)
-        dtypes = SAFETENSORS_DTYPES | (INTEGERS if reader_of(values)[0] else {})  # whole numbers are those of quantised ones
+        dtypes = SAFETENSORS_DTYPES | (INTEGERS if reader_of(values)[0] else {})  # integer types are those of quantised weights
         index = next((src / name for name in WEIGHTS if (src / name).is_file()), None)
         if index is None:
             index = src
@@ -204,7 +204,7 @@ def interleaved_order(n_heads: int, head_dim: int) -> np.ndarray:
 
 
 def _open_weights(index: Path, dtypes: Dtypes, report: Report) -> tuple[list[Path], Mapping[str, np.ndarray | None]]:
-    """Return the files that hold weights, and every tensor in them by name, mapped; None for what is no parameter."""
+    """Return the files that hold weights, and every tensor in them by name, mapped; None for one that isn't a parameter."""
     if index.suffix != ".json":
         return [index], _open_file(index, dtypes, report)
     where = read_json(index).get("weight_map")
@@ -224,7 +224,7 @@ def _open_weights(index: Path, dtypes: Dtypes, report: Report) -> tuple[list[Pat
 
 
 def _open_shards(src: Path, dtypes: Dtypes, report: Report) -> tuple[list[Path], Mapping[str, np.ndarray | None]]:
-    """Return what _open_weights() does for shards that no index names: all of one model, and no tensor in two of them."""
+    """Return the same as _open_weights() for shards without an index; they must be all of one model, without duplicates."""
     files = find_shards(src)
     if not files:
         raise CheckpointError(f"{src} has no weights: expected {', '.join(WEIGHTS)}")

@@ -46,10 +46,10 @@ from . import gguf
 KNOWN = ("2026.9.11063", "2026.10.11549")  # versions of xllamacpp
 FLASH = {"off": 0, "on": 1, "auto": -1}  # llama_flash_attn_type
 CACHE = {"f32": 0, "f16": 1}  # ggml_type
-NUMBERS: dict[int, np.dtype] = {0: np.dtype("<f4"), 1: np.dtype("<f2")}  # ggml_type -> what a tensor is read as
-LEAST_CONTEXT = 256  # what llama.cpp pads its cache to
-# What llama.cpp's CPU code rounds the other side of a product to (vec_dot_type in ggml-cpu.c), by the weights' type, as a part
-# of a profile.
+NUMBERS: dict[int, np.dtype] = {0: np.dtype("<f4"), 1: np.dtype("<f2")}  # ggml_type -> the dtype that a tensor is read with
+LEAST_CONTEXT = 256  # llama.cpp pads its cache to this length
+# The rounding of the other factor of a product in llama.cpp's CPU code (vec_dot_type in ggml-cpu.c), by the weights' type, as a
+# part of a rounding profile.
 PART_OF = {
     "f32": "",
     "f16": "float16-activations",
@@ -154,7 +154,7 @@ def capture(
     tokens           int [T], one sequence without padding
     steps            how many tokens to decode greedily after the prompt, or the ids to feed
     flash_attention  "off", "on" or "auto"
-    cache            "f32" or "f16": what keys and values are kept in; llama.cpp's own default is f16
+    cache            "f32" or "f16": the dtype of stored keys and values; llama.cpp's own default is f16
 
     The other arguments are those of golden.trace.write_trace. Raises ValueError when the file or the tokens can't be used or
     the library's version isn't known, ImportError without xllamacpp.
@@ -184,7 +184,7 @@ def capture(
         notes, simulated = list(NOTES), sorted(part for part in parts if part)
         if len(parts) > 1 or None in parts:
             notes.append(
-                f"weights are {', '.join(sorted(graph.weights))}: no profile describes what activations are rounded to"
+                f"weights are {', '.join(sorted(graph.weights))}: no rounding profile describes how activations are rounded"
             )
             simulated = []
         if cache == "f16" or not graph.scores_seen:  # flash attention keeps queries, keys and values in float16
@@ -250,7 +250,7 @@ def _library() -> tuple[ctypes.CDLL, str]:
 def _context(
     library: ctypes.CDLL, path: Path, length: int, graph: _Graph, flash_attention: str, cache: str
 ) -> Iterator[c_void_p]:
-    """Open the model with room for `length` tokens in one batch; TraceError with what llama.cpp says if it can't."""
+    """Open the model with room for `length` tokens in one batch; TraceError with llama.cpp's message if that fails."""
     said: list[str] = []
 
     @LogCallback
@@ -297,9 +297,9 @@ def SILENT(level: int, line: bytes, _: object) -> None:  # a constant: it must o
 
 
 class _Graph:
-    """Collect what the callback is given during a pass, until it is written.
+    """Collect the tensors that the callback gets during a pass, until they are written.
 
-    weights      the types of the matrices that were multiplied by
+    weights      the types of the weight matrices used
     scores_seen  whether attention ran op by op
     """
 
@@ -324,7 +324,7 @@ class _Graph:
         return not asked
 
     def _chosen(self, tensor: Tensor) -> str | None:
-        """Return our name for the tensor; None for one that has none, or isn't selected."""
+        """Return our name for the tensor; None if it has none, or isn't selected."""
         name = self.library.ggml_get_name(tensor).decode(errors="replace")
         if name.encode() != tensor.contents.name:
             raise TraceError(

@@ -1,7 +1,7 @@
 """Merge PEFT's LoRA adapters into a checkpoint during conversion: W + scale · B A, in float32, rounded once.
 
-Hu et al. 2021, arXiv:2106.09685; the scale is alpha / r, or alpha / sqrt(r) (rsLoRA, arXiv:2312.03732). Modules trained
-whole (`modules_to_save`) replace the base's. Every other kind of adapter is refused by its name.
+Hu et al. 2021, arXiv:2106.09685; the scale is alpha / r, or alpha / sqrt(r) (rsLoRA, arXiv:2312.03732). Modules that were
+trained whole (`modules_to_save`) replace the base's. Every other kind of adapter is refused, and named.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .conversion import Report, Source, Tensor, number, tie, whole
 CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
 READ_KEYS = {"peft_type", "r", "lora_alpha", "use_rslora", "init_lora_weights", "bias"}
-# Settings without effect on the merged weights: the tensors themselves say which modules and layers were trained.
+# Settings without effect on the merged weights: the trained modules and layers are known from the tensors.
 HARMLESS_KEYS = {
     "auto_mapping",
     "base_model_name_or_path",

@@ -78,8 +78,8 @@ def resolve(
 ) -> Config:
     """Return every model constant, from params.json and the weights' shapes; missing ones are inferred and reported.
 
-    ffn_dim, vocab_size   as the weights have them, against which params.json is checked; None takes params.json's word
-    rope_factor           in place of the scaling factor inferred from use_scaled_rope
+    ffn_dim, vocab_size   from the weights, against which params.json is checked; None uses params.json's
+    rope_factor           replaces the scaling factor inferred from use_scaled_rope
 
     Raises ConfigError, a ValueError.
     """
@@ -186,7 +186,7 @@ def _context_length(
     if rope_theta == 500000.0:
         return LLAMA3_CONTEXT, "Llama 3"
     if rope_theta == 10000.0:
-        # Of LLaMA 1, only 65B has the eps of Llama 2; its 80 layers of Llama 2 have grouped queries.
+        # Of LLaMA 1, only 65B has the eps of Llama 2; Llama 2's model with 80 layers has grouped queries.
         is_65b = (known["dim"], known["n_layers"]) == (8192, 80) and n_kv_heads == n_heads
         if norm_eps == 1e-6 or is_65b:
             return LLAMA1_CONTEXT, "LLaMA 1"
@@ -279,7 +279,7 @@ def _check_number_of_shards(params: Mapping[str, object], shards: Sequence[Mappi
 def read(src: str | Path, rope_factor: float | None = None, report: Report = print, choice: TokenizerChoice = OWN) -> Source:
     """Open the folder `src` as Meta ships it, with no weight read yet.
 
-    rope_factor  in place of the inferred scaling factor, where params.json says use_scaled_rope
+    rope_factor  replaces the inferred scaling factor, if params.json has use_scaled_rope
     report       gets a line for everything inferred, left out or chosen
 
     Raises CheckpointError or ConfigError, both ValueError, with one line that names the file or tensor.
@@ -302,7 +302,7 @@ def read(src: str | Path, rope_factor: float | None = None, report: Report = pri
 
 
 def chat_format(config: Config, tokenizer: Tokenizer | None) -> str | None:
-    """Return the chat format that Meta's code has for a tokenizer; a base model gets it too, as the files don't distinguish.
+    """Return the chat format of Meta's code for a tokenizer; a base model gets it too, as the files don't say which it is.
 
     None for LLaMA 1, of which there was no chat model, and for a vocabulary other than LLaMA's.
     """
@@ -331,7 +331,7 @@ def assemble(
 
     found   each shard's arrays in Meta's names; None for what is not a parameter
 
-    Raises ConfigError for what params.json says, CheckpointError for what the shards hold.
+    Raises ConfigError for errors in params.json, CheckpointError for errors in the shards.
     """
     report_left_out((name for shard in found for name, array in shard.items() if array is None), report)
     plain = [without_biases("the shards", shard, report if i == 0 else _silent) for i, shard in enumerate(found)]

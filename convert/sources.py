@@ -31,8 +31,8 @@ def convert(
     """Write the model directory `dst` from a checkpoint of any kind.
 
     src          a folder, a file, or hf:owner/name[@revision][/original], which is downloaded
-    dtype        float32, float16, bfloat16, int8, int4, or auto for each tensor's own, quantised as it is
-    rope_factor  in place of the inferred scaling factor, where Meta's params.json says use_scaled_rope
+    dtype        float32, float16, bfloat16, int8, int4, or auto for each tensor's own type, including its quantisation
+    rope_factor  replaces the inferred scaling factor, if Meta's params.json has use_scaled_rope
     force        replace `dst` if it is a model directory
     report       gets a line for everything inferred, left out or chosen
     tokenizer    a tokenizer.model or tokenizer.json, with the files next to it that belong to it, in place of the source's
@@ -52,7 +52,7 @@ def convert(
         checkpoint.check_free(folder, force)
     choice = TokenizerChoice(None if tokenizer is None else Path(tokenizer), no_tokenizer)
     if choice.file:
-        file_size(choice.file, CheckpointError)  # raises if it is no file
+        file_size(choice.file, CheckpointError)  # raises unless it is a file
     source = read(src, rope_factor, report, choice)
     if lora is not None:
         source = adapters.merge(source, Path(lora), report)
@@ -97,7 +97,7 @@ def _kind_of_folder(src: Path) -> str:
         return "huggingface"
     if any(name.endswith(".gguf") for name in names):
         return "gguf"
-    if "config.json" in names:  # the reader says what is missing
+    if "config.json" in names:  # the reader reports what is missing
         return "huggingface"
     if "params.json" in names:
         return "meta"

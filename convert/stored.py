@@ -18,7 +18,7 @@ KEY = "run"  # in the manifest's source: the checkpoint's files, sizes and times
 
 
 def stored(src: str, report: Report = print) -> Path:
-    """Return the model directory of a checkpoint, of any kind that convert reads; it is converted unless it is there.
+    """Return the model directory of a checkpoint, of any kind that convert reads; it is converted if it isn't stored yet.
 
     Its name is the checkpoint's, with a digest of its path. A folder of that name which holds other files is not replaced.
     Raises ValueError with one line.

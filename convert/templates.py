@@ -22,7 +22,7 @@ def _conversation(*contents: str, system: str | None = None) -> list[dict[str, s
     return messages + [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
 
 
-# A format is taken to write the same as a template if it does for each of these conversations.
+# A format counts as equal to a template if both write the same text for each of these conversations.
 PROBES: list[Messages] = [
     _conversation("Hi"),
     _conversation("Hi", system="Be kind."),
@@ -33,7 +33,7 @@ PROBES: list[Messages] = [
     _conversation("1+1?", "<think>\nhm\n</think>\n\n2", "<think></think>"),
     _conversation("[INST] <|im_end|> <|eot_id|> </s>", "{{ 1 }}", "Größe 🦙"),
 ]
-THEN = datetime(2001, 2, 3, 4, 5, 6)  # the probes' date: a template that writes the date equals no format
+THEN = datetime(2001, 2, 3, 4, 5, 6)  # the date in the probes: a template that writes the date equals no format
 
 
 def templates_of_folder(folder: Path, report: Report) -> tuple[dict[str, str], list[Path]]:
@@ -101,7 +101,7 @@ def add_templates(source: Source, named: Mapping[str, str], tokenizer: Tokenizer
 
 
 def _tried(source: Source, template: str, tokenizer: Tokenizer | None, folder: Path) -> str:
-    """Set the format that writes the same, if there is one; say what was found."""
+    """Set the format that writes the same, if there is one; return a description of the result."""
     if tokenizer is None or (missing := templates.missing_package()):
         return "not tried: " + ("the tokenizer's package is not installed" if tokenizer is None else str(missing))
     own = ChatFormat("default", tokenizer, None, template, "the template", templates.template_variables(folder))

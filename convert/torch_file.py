@@ -25,7 +25,7 @@ LONGEST_GLOBAL = 300  # characters of a module's and a member's names
 
 
 def import_torch() -> ModuleType:
-    """Import torch, or raise the CheckpointError that says how to get it."""
+    """Import torch, or raise a CheckpointError that says how to install it."""
     try:
         return importlib.import_module("torch")
     except ImportError:
@@ -60,7 +60,7 @@ def load(path: Path, report: Report) -> object:
 
 
 def arrays(path: Path, state: object) -> dict[str, np.ndarray | None]:
-    """Return the parameters of a state dict by name, bfloat16 as its bits in uint16; None for what is no parameter.
+    """Return the parameters of a state dict by name, bfloat16 as its bits in uint16; None for anything that isn't a parameter.
 
     The state dict may be an entry of what a training run saved, and its names may have the prefixes of wrappers.
     """
@@ -79,7 +79,7 @@ def arrays(path: Path, state: object) -> dict[str, np.ndarray | None]:
         elif tensor.layout != torch.strided or tensor.device.type != "cpu":
             raise CheckpointError(f"{path}: {name} is {tensor.layout} on {tensor.device}, expected a dense tensor")
         elif tensor.is_neg() or tensor.is_conj():
-            raise CheckpointError(f"{path}: {name} is negated or conjugated when it is read, expected its numbers as they are")
+            raise CheckpointError(f"{path}: {name} is negated or conjugated when it is read, expected its plain numbers")
         elif (needed := tensor.numel() * tensor.element_size()) > (there := tensor.untyped_storage().nbytes()):
             raise CheckpointError(
                 f"{path}: {name} is {needed:,} bytes, but its storage has {there:,}: expected every number once"
@@ -94,7 +94,7 @@ def arrays(path: Path, state: object) -> dict[str, np.ndarray | None]:
 
 
 def _check_zip(path: Path) -> None:
-    """Refuse what torch.save doesn't write: compressed members, which may expand without limit, and paths outside it."""
+    """Refuse anything that torch.save doesn't write: compressed members, which may expand without limit, and paths outside."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
@@ -133,5 +133,5 @@ def _reason(error: Exception) -> str:
     """Return the reason for a failure in one line; torch adds advice, such as to unpickle without its safety."""
     if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
         return f"loading it would run {found[1]}, which is refused"
-    is_spoken = isinstance(error, RuntimeError) and str(error)  # the zip reader's; a KeyError of a stray byte says nothing
+    is_spoken = isinstance(error, RuntimeError) and str(error)  # the zip reader's; a KeyError for a stray byte explains nothing
     return re.split(r"(?<=\w)\. |\n", str(error))[0] if is_spoken else "its content can't be read"

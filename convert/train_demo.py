@@ -53,7 +53,7 @@ def train_tokenizer(text: str, path: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(LLAMA3_PATTERN), behavior="isolated"),
-            # No piece joins a colon with the line's end, so that a prompt may end in "ROMEO:".
+            # No piece joins a colon with the line break, so that a prompt may end in "ROMEO:".
             pre_tokenizers.Split(Regex(r"[\r\n]+"), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
@@ -146,7 +146,7 @@ class Transformer(nn.Module):
 
 
 def split_speeches(text: str) -> list[str]:
-    """Split a text into speeches, each with its speaker's name and the blank line that follows."""
+    """Split a text into speeches, each with its speaker's name and the empty line that follows."""
     return [speech + "\n\n" for speech in text.strip().split("\n\n")]
 
 
@@ -193,8 +193,8 @@ def card(record: dict) -> str:
     return f"""\
 # The embedded demo model
 
-A Llama 3 of {record["parameters"]:,} parameters that writes verse in the manner of Shakespeare's plays. It is there so that
-npllama has something real to run, to test and to teach with, without a download.
+A Llama 3 of {record["parameters"]:,} parameters that writes verse in the manner of Shakespeare's plays. With it, npllama can be
+run, tested and taught without a download.
 
 | | |
 |---|---|

@@ -235,7 +235,7 @@ def surprise(logits, ids=ids):
 
 
 def divergence(wrong):
-    """Compute the KL divergence of the mistaken probabilities from the right ones at each token, in nats.    [T]"""
+    """Compute the KL divergence of the wrong probabilities from the right ones at each token, in nats.    [T]"""
     p, q = log_probabilities(right), log_probabilities(wrong)
     return np.sum(np.exp(p) * (p - q), axis=-1)
 
@@ -304,7 +304,7 @@ draw_differences(bottom, names, wrong_seen, "Difference of the residual stream, 
 plt.show()
 
 # %% text
-Whoever follows a tutorial for one layer and checks that layer finds every number right: layer 0 does use layer 0's
+A reader who follows a tutorial for one layer, and checks that layer, finds every number right: layer 0 does use layer 0's
 weights. The mistake is in the loop, and the first number that shows it is in layer 1's feed-forward.
 
 ### Interleaved and half-split RoPE mixed
@@ -387,7 +387,7 @@ predicts it worse: its slow pairs are rotated to angles that never occurred in t
 danger; npllama refuses positions past `max_seq_len` for this reason. The third line is Llama 3.1's remedy: the slow pairs
 are slowed down, so that their angles stay in the range of the training.
 
-## 7. Go on
+## 7. Next
 
 - [Finding a bug in a port](finding-a-bug.md): the same for code that isn't yours, with the noise of rounding measured.
 - The code itself: [npllama/model.py](../npllama/model.py) is the whole pass, [npllama/ops.py](../npllama/ops.py) the formulas.
@@ -405,7 +405,7 @@ def make_notebook() -> nbformat.NotebookNode:
     return notebooks.new(made)
 
 
-# Where the reader prefers dark, the picture's paper and ink are exchanged; a program that ignores this shows it on white.
+# Where the reader prefers dark colours, background and ink are exchanged; a program that ignores this shows white.
 DARK = """<style>@media (prefers-color-scheme: dark) {
 svg { fill: #e6e8ec }
 [style*="fill: #ffffff"] { fill: #1c1f25 !important }
@@ -417,7 +417,7 @@ def for_light_and_dark(svg: str) -> str:
     """Remove the date from a picture of matplotlib's, and add its colours for readers who prefer dark."""
     svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     start = svg.index(">", svg.index("<svg")) + 1
-    return f"{svg[:start]}{DARK}{svg[start:]}".replace("\n", " ")  # one line: a diff of pictures says nothing
+    return f"{svg[:start]}{DARK}{svg[start:]}".replace("\n", " ")  # one line, since nobody reads a diff of pictures
 
 
 def execute(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
@@ -432,7 +432,7 @@ def execute(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 def to_markdown(notebook: nbformat.NotebookNode) -> tuple[str, dict[str, bytes]]:
     """Format the notebook as Markdown, and return it with its pictures by name."""
-    alt = "{heading}: what it does to the output"
+    alt = "{heading}: its effect on the output"
     return notebooks.to_markdown("docs/make_walkthrough.py", notebook, f"{PICTURES.name}/picture", alt)
 
 

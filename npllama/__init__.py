@@ -1,7 +1,7 @@
 """Llama in pure NumPy: a reference implementation to check others against.
 
-Names are loaded when they are first asked for: whoever only runs a model needs no more than that, and the command line can
-prepare for Ctrl-C before anything takes time.
+Names are imported when they are first used: `import npllama` is fast, and the command line can prepare for Ctrl-C before the
+slow imports.
 """
 
 import importlib

@@ -29,7 +29,7 @@ def main() -> int:
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
-    """End at once: no file is open yet, and an exception in the middle of an import may come out as another one."""
+    """End at once: no file is open yet, and an exception during an import may be replaced by another one."""
     os._exit(INTERRUPTED)
 
 

@@ -1,18 +1,18 @@
 """The activation table: what forward() computes, one row an activation, in the order of computation.
 
-Whatever else needs to know of activations derives it from here: the shapes of a trace, the order and the inputs of a
-comparison, an operation that is judged alone, the texts of pages and lessons. A row says
+Everything else that needs facts about activations derives them from this table: the shapes of a trace, the order and inputs of
+a comparison, the judgement of a single operation, the texts of pages and lessons. The columns of a row:
 
-    name       as the tap is given it; of a layer's activations without `layers.N.`
+    name       as passed to the tap, without `layers.N.` for a layer's activations
     axes       of one sequence's array, in the dimension key of model.py; a batch adds B in front
     inputs     the activations of this pass that it is computed from; STREAM is the residual stream before this layer
-    slots      one more input, of all passes so far: what the cache holds of this activation
+    slots      one more input: this activation of all tokens so far, from the cache
     operation  the field of Ops that computes it, or ADD
-    weight     the parameter that the operation takes, named likewise, without `.weight`
+    weight     the name of the parameter that the operation takes, without `layers.N.` and `.weight`
     formula    in plain text; x, y and h are the residual stream before attention, normed, and before the feed-forward
     tex        the same for typesetting; t counts tokens, n slots, h heads, j pairs, and m is a token's position
-    sentence   what happens, for people
-    functions  that compute it: in ops.py, linear.py and model.py
+    sentence   a description of the step, for readers
+    functions  the functions of ops.py, linear.py and model.py that compute it
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .engine.linear import Weight
 from .model import PLAIN, Rotation
 from .scope import Array, Ops
 
-TOKENS, STREAM = "tokens", "stream"  # inputs that are no activation of this layer
+TOKENS, STREAM = "tokens", "stream"  # inputs that aren't activations of this layer
 ADD = "add"  # the residual connection: an operation that isn't one of Ops
 
 
@@ -85,12 +85,12 @@ class Activation:
 
 @dataclass(frozen=True)
 class Context:
-    """The inputs of a pass's operations besides its activations and weights.
+    """The inputs of a pass's operations other than its activations and weights.
 
     config    the constants
     rotation  of this pass's tokens, as ops.rope takes it
     mask      [..., 1, T, S]
-    slots     activation -> what the cache holds of it, this pass's tokens included: [..., G, S, K]
+    slots     activation -> its array in the cache, this pass's tokens included: [..., G, S, K]
 
     Each of the first three may be None where no operation that is called needs it.
     """
@@ -241,7 +241,7 @@ LAYER = (
         weight="attention.wo",
         formula="attention.out = join_heads(heads) Woᵀ",
         tex=r"a_t = [z_{t0}, \dots, z_{t,H-1}]\,W_o^{\mathsf{T}}",
-        sentence="The heads are laid side by side and projected back to the model's width.",
+        sentence="The heads are concatenated and projected back to the model's width.",
         functions=(model.join_heads, linear.linear),
     ),
     Activation(

@@ -74,9 +74,9 @@ class KVCache:
 
     @property
     def view(self) -> tuple[_Memory, tuple[int | slice, ...], np.ndarray | None]:
-        """Return the memory, the indices from all its rows to those of this view, and which of these are active, if not all.
+        """Return the memory, the indices of this view's rows in it, and which of these rows are active (None: all).
 
-        Views of one cache have the same memory. A cache elsewhere can follow this one by it (engine/ranks/leading.py).
+        Views of one cache share their memory. With these, another rank's cache can follow this one (engine/ranks/leading.py).
         """
         return self._memory, self._at, self._active
 
@@ -161,7 +161,7 @@ class KVCache:
         return other
 
     def _settle(self) -> None:
-        """Go back to no pass under way: update() would write nothing, and read up to the longest row's end."""
+        """End the pass under way: update() then writes nothing, and reads up to the longest row's end."""
         self._end = self.length
         self._new: tuple = (*[slice(None)] * self._lengths.ndim, slice(0, 0))
         self._written: Any = ...  # the rows whose new slots those are, as an index

@@ -6,16 +6,16 @@ the last from the user.
 >>> messages = [{"role": "user", "content": "Hello"}]
 >>> text, ids = npllama.chat.chat_format(model).prompt(messages)
 
-A model's own format is the chat template that came with it, a Jinja program (templates/); the formats written here stand in
-where it can't be run, if they write the same, and for Meta's checkpoints, which have none.
+A model's own format is the chat template that came with it, a Jinja program (templates/). The formats in this file are used
+where it can't be run, if they write the same text, and for Meta's checkpoints, which have no template.
 
-Keep a KV cache from one turn to the next by the ids that both prompts begin with: mostly the encoding of a conversation, the
-answer's tokens and the end of the turn are the beginning of the longer conversation's, but a template may rewrite earlier turns
+From one turn to the next, reuse the part of the KV cache whose ids both prompts begin with. Usually the longer conversation's
+ids begin with the shorter one's, the answer's tokens and the end of the turn; but a template may rewrite earlier turns
 (DeepSeek-R1's leaves out the reasoning, Mistral's moves the system message on to the newest turn).
 
-Special tokens come from the format alone: what a message's content spells stays text. Hugging Face's apply_chat_template takes
-it for the token, unless sanitize_control_tokens is set: then it stays text there too, encoded separately from the text
-around it; here both are encoded together.
+Special tokens come from the format alone: one that a message spells stays text. Hugging Face's apply_chat_template takes such a
+spelling for the token, unless sanitize_control_tokens is set: then it stays text there too, but is encoded separately from the
+text around it; here both are encoded together.
 """
 
 from __future__ import annotations
@@ -52,16 +52,16 @@ class ChatFormat:
 
     name: str  # a key of FORMATS, or the template's: `default` is the model's own
     tokenizer: Tokenizer
-    system: str | None = None  # put in front of a conversation without a system message; a template adds its own
+    system: str | None = None  # prepended to a conversation without a system message; a template adds its own
     template: str | None = None  # Jinja; None: FORMATS[name]
-    where: str = "the chat template"  # names the template's file in errors
+    where: str = "the chat template"  # the template's file, for error messages
     variables: Mapping[str, str] = field(default_factory=dict)  # the special tokens that a template refers to
 
     def prompt(self, messages: Messages, now: datetime | None = None) -> Prompt:
-        """Return the prompt that asks for the next answer. Raises ValueError in one line for what can't be written.
+        """Return the prompt that asks for the next answer. Raises ValueError for a conversation that the format can't write.
 
-        messages may hold more texts than role and content, where a template reads them. now is the time that a template writes
-        into the prompt, if it does.
+        messages may hold more texts than role and content, where a template reads them. now is the time, for a template that
+        writes it into the prompt.
         """
         if self.system is not None and not any(message.get("role") == "system" for message in messages):
             messages = [{"role": "system", "content": self.system}, *messages]
@@ -71,7 +71,7 @@ class ChatFormat:
         return self._rendered(self.template, messages, now or datetime.now())
 
     def _rendered(self, template: str, messages: Messages, now: datetime) -> Prompt:
-        """Run the template with special tokens marked that a message spells: the others in its text are the template's own."""
+        """Run the template with marks around special tokens that a message spells: all others are the template's own."""
         plain = [_checked_message(i, message) for i, message in enumerate(messages)]
         if not plain:
             raise ChatError("a conversation must have a message, but there is none")
@@ -110,8 +110,8 @@ class ChatFormat:
 def chat_format(model: Model, name: str | None = None) -> ChatFormat:
     """Return a model's chat format, or the one of a name: a key of FORMATS, or of a template that came with it.
 
-    Without a name that is the model's own template. Where jinja2 is missing it is the format of FORMATS that was found to write
-    just the same when the model was converted. Raises ChatError where there is neither.
+    Without a name that is the model's own template; without jinja2, the format of FORMATS that wrote exactly the same text when
+    the model was converted. Raises ChatError if there is neither.
     """
     where = model.path or "the model"
     if (tokenizer := model.tokenizer) is None:
@@ -131,7 +131,7 @@ def chat_format(model: Model, name: str | None = None) -> ChatFormat:
             raise ChatError(f"{where} has no chat template of its own: expected {_expected(tokenizer, own)}")
         return fallback
     if missing := templates.missing_package():
-        if name is None and fallback and templates.FILE in files:  # an older converter chose by the template's tags alone
+        if name is None and fallback and templates.FILE in files:  # an older converter chose by its tags
             return fallback
         raise ChatError(f"{where}: {missing}; or choose a --format, which may differ from the template")
     name = name or "default"
@@ -140,7 +140,7 @@ def chat_format(model: Model, name: str | None = None) -> ChatFormat:
 
 
 def _expected(tokenizer: Tokenizer, named: Mapping[str, str]) -> str:
-    """Describe which formats there are, and which one the tokenizer's special tokens suggest, for a model that names none."""
+    """Describe the available formats, and the one that the special tokens suggest, for a model without a template."""
     try:
         hint = f" (its tokenizer has the special tokens of {chat_format_of(tokenizer)})"
     except ValueError:

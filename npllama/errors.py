@@ -18,7 +18,7 @@ def printable(text: str) -> str:
 
 
 class _Short(reprlib.Repr):
-    """A repr that takes no longer than what it shows, also of lists that share their parts or hold themselves."""
+    """A repr that takes time in proportion to its output, even for lists that share their parts or contain themselves."""
 
     def __init__(self) -> None:
         super().__init__()

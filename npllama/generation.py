@@ -48,11 +48,11 @@ def generate(
     lookup: int = 0,
     repetition_penalty: float = 1.0,
 ) -> Iterator[int]:
-    """Continue a prompt: yields ids as they are made, at most max_tokens; complete() takes and returns text.
+    """Continue a prompt: yield ids as they are generated, at most max_tokens; complete() takes and returns text.
 
     Ends before a stop id (the tokenizer's, unless given) and where the context is full. The same seed gives the same tokens. A
-    cache holds what came before `tokens`. `lookup` is prompt-lookup decoding: one pass verifies up to that many tokens,
-    proposed from earlier n-grams. The tokens are equal up to ties within rounding, and come sooner where text repeats itself.
+    cache holds the tokens before `tokens`. `lookup` is prompt-lookup decoding: one pass verifies up to that many tokens,
+    proposed from earlier n-grams. The tokens are the same, except for ties within rounding; repetitive texts take less time.
     Raises ValueError for a prompt that is empty, outside the vocabulary or longer than the context, for lookup with a
     temperature, and, at the step that computes them, for logits that are NaN or infinite.
     """
@@ -189,9 +189,9 @@ def generate_batch(
     seed: int = 0,
     stop_ids: Iterable[int] | None = None,
 ) -> Iterator[list[int | None]]:
-    """Continue several prompts at once: yields one id per prompt and step, None for those that have ended.
+    """Continue several prompts at once: yield in each step one id per prompt, None for those that have ended.
 
-    Each prompt gets the tokens it would get alone, up to ties within rounding; prompt i draws from the stream (seed, i). Their
+    Each prompt gets the tokens it would get alone, except where two tie within rounding; prompt i draws with (seed, i). Their
     lengths may differ, and they are given without padding. Raises ValueError as generate() does.
     """
     rows = [check_prompt(prompt, model) for prompt in prompts]
@@ -200,7 +200,7 @@ def generate_batch(
     longest = max(map(len, rows))
     batch = np.full((len(rows), longest), -1)
     for padded, row in zip(batch, rows, strict=True):
-        padded[longest - len(row) :] = row  # on the left, so that all go on from the same slot
+        padded[longest - len(row) :] = row  # on the left, so that all continue from the same slot
     cache = KVCache(model.config, (len(rows),))
     check_room(batch, cache)
     check_counts(max_tokens, seed)
@@ -232,7 +232,7 @@ def _decode_batch(
 
 
 def draw(logits: np.ndarray, sampling: Sampling, rng: np.random.Generator, name: str, before: Sequence[int] = ()) -> int:
-    """Sample as sample() does; an error names the token that was to be drawn."""
+    """Sample as sample() does; the message of an error names the token."""
     try:
         return sample(logits, sampling, rng, before)
     except LogitsError as error:
@@ -253,9 +253,9 @@ def prefill(model: Model, tokens: np.ndarray, cache: KVCache) -> np.ndarray:
 
 
 class TextStream:
-    """The text of ids as they come, up to the first stop string; pieces never break a character.
+    """The text of ids as they are generated, up to the first stop string; pieces never break a character.
 
-    What might be the beginning of a stop string is held back until it is clear that it isn't one.
+    Text that may be the beginning of a stop string is held back until later ids decide.
     """
 
     def __init__(self, decoder: StreamDecoder, stop: Sequence[str] = ()):
@@ -287,7 +287,7 @@ class TextStream:
 
 
 def stream_text(ids: Iterable[int], decoder: StreamDecoder, stop: Sequence[str] = ()) -> Iterator[str]:
-    """Yield the text of ids as they come, up to the first stop string (TextStream)."""
+    """Yield the text of ids as they are generated, up to the first stop string (TextStream)."""
     stream = TextStream(decoder, stop)
     for id in ids:
         if text := stream.push(id):

@@ -6,7 +6,7 @@ Dimension key, used all over the project:
     D  dim            F  ffn_dim            V  vocab_size
     H  query heads    G  key/value heads    R  H / G        K  head_dim
 
-`...` stands for nothing or for B: a single sequence and a batch are the same code. Functions take the data first and the scope
+`...` stands for no axis or for B: one code serves a single sequence and a batch. Functions take the data first and the scope
 `s` last (scope.py): s["wq"] is a weight, s.ops.softmax an operation, and s.see("q", x) names an activation.
 
 Papers: LLaMA (Touvron et al. 2023, arXiv:2302.13971), Llama 2 (arXiv:2307.09288), Llama 3 (arXiv:2407.21783).
@@ -25,7 +25,7 @@ from .scope import Array, Ops, Params, Scope, Tap
 
 Rotation = tuple[Array, ...]  # what rope_rotation returns and rope takes
 
-no_tap = None  # forward(tap=no_tap): the activations are shown to nobody
+no_tap = None  # forward(tap=no_tap): nothing is recorded or replaced
 
 
 @by_all_ranks
@@ -41,12 +41,12 @@ def forward(
     """Return the logits of the token that follows each token.    int [..., T] -> [..., T, V], or [..., 1, V] with last_only
 
     params     name -> array, as config.parameter_shapes names them
-    cache      the tokens before these, to which these are added; a new one if not given
+    cache      keys and values of the tokens before these, to which these are added; a new one if not given
     tap        called as x = tap(name, x) on every activation, to record or replace it
-    last_only  only after the last slot, which saves most of the output matrix's work; then pad a batch on the left
+    last_only  return the last slot's logits only, which saves most of the output matrix's work; then pad batches on the left
     ops        the operations; by default FAST without a tap and PLAIN with one, whose logits agree within rounding
 
-    Negative ids are padding: nothing attends to them, and the row's other tokens keep the positions they would have without.
+    Negative ids are padding: nothing attends to them, and the row's other tokens keep the positions they would have without it.
     Rows of different lengths make a batch when padded; pad on the left if generation is to continue. The result has the dtype
     of the parameters; 16-bit and int8 parameters compute in float32.
 
@@ -127,7 +127,7 @@ def split_heads(x: Array, n_heads: int) -> Array:
 
 
 def join_heads(x: Array) -> Array:
-    """Lay heads side by side.    [..., T, heads, K] -> [..., T, heads·K]"""
+    """Concatenate heads.    [..., T, heads, K] -> [..., T, heads·K]"""
     return x.reshape(*x.shape[:-2], -1)
 
 

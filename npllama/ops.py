@@ -81,8 +81,8 @@ def rope_frequencies(
         λ = 2π/θ_j,  s = (L/λ - low_freq_factor) / (high_freq_factor - low_freq_factor)
         θ_j where s > 1,  θ_j/f where s < 0,  else (1 - s)·θ_j/f + s·θ_j
 
-    In float32 this follows torch's order of operations, every intermediate rounded to float32: the result is torch's, within
-    one unit in the last place at most, while rounding the exact frequencies is not. float64 is the exact formula.
+    In float32 this follows torch's order of operations, every intermediate rounded to float32. The result equals torch's within
+    one unit in the last place, whereas rounding the exact frequencies would differ more. float64 computes the exact formula.
     """
     exponents = np.arange(0, head_dim, 2, dtype=dtype) / head_dim  # [K/2]
     powers = theta ** exponents.astype(np.float64)  # as torch's float32 power rounds; NumPy's is less exact

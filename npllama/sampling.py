@@ -11,12 +11,12 @@ from .errors import NpllamaError
 
 
 class LogitsError(NpllamaError):
-    """Logits that no token can be drawn from: NaN or inf. -inf rules a token out, but not all tokens."""
+    """Logits from which no token can be drawn: some are NaN or inf, or all are -inf, which excludes a token."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """The sampling settings. They apply in this order, each to the tokens that the previous one left.
+    """The sampling settings. They apply in this order, each to the tokens that the previous one kept.
 
     repetition_penalty  divides the positive logits of ids that came before and multiplies the negative ones; 1 changes nothing
                  (Keskar et al. 2019, arXiv:1909.05858, as Hugging Face's RepetitionPenaltyLogitsProcessor)
@@ -70,7 +70,7 @@ def probabilities(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
 
 
 def sample(logits: np.ndarray, sampling: Sampling, rng: np.random.Generator, before: Sequence[int] = ()) -> int:
-    """Draw the next token's id; the repetition penalty is on the ids that came before.    [V] -> int"""
+    """Draw the next token's id; the repetition penalty applies to the ids in `before`.    [V] -> int"""
     logits = penalised(checked(logits), before, sampling.repetition_penalty)
     if sampling.temperature == 0:
         return int(np.argmax(logits))
@@ -108,6 +108,6 @@ def likeliest(values: np.ndarray, k: int) -> np.ndarray:
 
 
 def log_probabilities(logits: np.ndarray) -> np.ndarray:
-    """Return the log-probabilities of the model's own distribution, unsampled, in float64.    [..., V] -> [..., V]"""
+    """Return the log-probabilities of the model's distribution, before any sampling, in float64.    [..., V] -> [..., V]"""
     shifted = logits.astype(np.float64) - np.max(logits, axis=-1, keepdims=True)
     return shifted - np.log(np.sum(np.exp(shifted), axis=-1, keepdims=True))

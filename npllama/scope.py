@@ -28,10 +28,10 @@ class Linears(Protocol):
 
 @dataclass(frozen=True)
 class Ops:
-    """The operations that a pass calls, each by the signature that it has in model.py, linear.py or ops.py.
+    """The operations that a pass calls, each with its signature in model.py, linear.py or ops.py.
 
-    dataclasses.replace(model.PLAIN, softmax=mine) is the set with another softmax. An operation that isn't called has no field,
-    so that replacing it raises TypeError. Where attention is computed as one, its three parts are None, and replacing one of
+    dataclasses.replace(model.PLAIN, softmax=mine) returns the set with another softmax. Operations that aren't called have no
+    field: replacing one raises TypeError. Where attention is one operation, its three parts are None, and replacing one of
     them raises ValueError.
     """
 
@@ -61,7 +61,7 @@ class Ops:
 class Scope:
     """A view of one pass under a name prefix: s["wq"] is a weight and s.see("q", x) an activation with that prefix.
 
-    prefix  what their names begin with, such as `layers.0.attention.`
+    prefix  of the names, such as `layers.0.attention.`
     layer   the number of the layer that it is in, -1 outside of all
     """
 
@@ -78,7 +78,7 @@ class Scope:
         return Scope(self.params, self.config, self.cache, self.ops, self.tap, f"layers.{layer}.", layer)
 
     def under(self, name: str) -> Scope:
-        """Return the same pass, seen from one name further down."""
+        """Return a view of the same pass whose prefix is longer by one name."""
         return Scope(self.params, self.config, self.cache, self.ops, self.tap, f"{self.prefix}{name}.", self.layer)
 
     @overload  # vectors are in no packed form
@@ -89,7 +89,7 @@ class Scope:
         return self.params[f"{self.prefix}{name}.weight"]
 
     def see(self, name: str, x: Array) -> Array:
-        """Show an activation to the tap and return what that returns: ValueError if it is no array of the same shape."""
+        """Pass an activation to the tap and return the tap's result; ValueError if that is no array of the same shape."""
         if self.tap is None:
             return x
         y = self.tap(self.prefix + name, x)

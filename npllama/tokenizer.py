@@ -60,7 +60,7 @@ MAX_NO_WHITESPACES_CHARS = 25_000
 # at every one of EOS_NAMES that the vocabulary has, as with Meta's own tokenizer at <|eot_id|>.
 BOS_NAMES = ("<|begin_of_text|>", "<s>")
 EOS_NAMES = ("<|end_of_text|>", "</s>", "<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>")
-# The tokens of the prompt formats are special, even where a tokenizer.json does not mark them.
+# The tokens of the prompt formats are special, even where a tokenizer.json does not mark them as such.
 ALWAYS_SPECIAL = {*BOS_NAMES, *EOS_NAMES, "<|start_header_id|>", "<|end_header_id|>", "<|im_start|>"}
 
 PathLike = str | os.PathLike[str]
@@ -117,7 +117,7 @@ class Tokenizer(ABC):
     def encode_parts(self, parts: Sequence[str]) -> list[int]:
         """Turn parts as split_special() returns them into ids; a special token that is spelled in a text stays text.
 
-        Where none is, the ids are those of the whole, encoded with special=True.
+        If no text spells one, the ids equal those of the joined parts, encoded with special=True.
         """
         if self.split_special(text := "".join(parts)) == list(parts):
             return self.encode(text, special=True)
@@ -139,7 +139,7 @@ class Tokenizer(ABC):
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Turn ids into the very bytes they stand for, UTF-8 or not."""
+        """Turn ids into bytes, which may not be UTF-8."""
         decoder = StreamDecoder(self)
         return b"".join([decoder.push_bytes(id) for id in ids])
 
@@ -165,14 +165,14 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def token_bytes(self, id: int, opening: bool) -> bytes:
-        """Return the bytes that an id below vocab_size adds to a text; opening says that only silent ids stand before it."""
+        """Return the bytes that an id below vocab_size adds to a text; opening: only silent ids come before it."""
 
     @abstractmethod
     def _encode(self, text: str, special: bool) -> list[int]: ...
 
 
 class StreamDecoder:
-    """Decodes ids as they are generated, never printing a broken character: all pushes joined with flush() are `decode(ids)`.
+    """Decode ids as they are generated, never a part of a character: all pushes joined with flush() equal `decode(ids)`.
 
     prompt holds the ids that came before, whose text is not returned again: after a prompt, SentencePiece's `▁to` is " to"
     where at the beginning of a text it is "to".
@@ -207,8 +207,8 @@ def load_tokenizer(path: PathLike) -> Tokenizer:
     """Load a tokenizer's file of any kind, detected from its content; `gs://` and `az://` paths are opened through blobfile.
 
     tokenizer_config.json, special_tokens_map.json and generation_config.json next to it say which tokens are BOS and EOS, and
-    whether BOS is put in front of a text. Raises TokenizerError for a file of no such kind, one that is damaged, and one that
-    needs a package that isn't installed.
+    whether BOS is put in front of a text. Raises TokenizerError for a file of another kind, for a damaged one, and for one
+    that needs a package that isn't installed.
     """
     data = _read(path)
     line = data.lstrip().split(b"\n", 1)[0]
@@ -327,8 +327,8 @@ def ids_of(piece: bytes, ranks: Mapping[bytes, int]) -> list[int]:
 def merge_rounds(piece: bytes, ranks: Mapping[bytes, int]) -> Iterator[list[bytes | None]]:
     """Merge a piece's bytes until no neighbours are a piece together. Yields the parts before the first merge and after each.
 
-    In each round the pair of the lowest rank merges, the leftmost of equals: what was learned first comes first. It is always
-    the same list: a part that merged into the one on its left is None.
+    In each round the pair of the lowest rank merges, the leftmost of equals: what was learned first comes first. Each time it
+    yields the same list, changed in place: a part that merged into the one on its left is None.
     """
     parts: list[bytes | None] = [piece[i : i + 1] for i in range(len(piece))]
     n = len(parts)
@@ -478,7 +478,7 @@ class AddedToken:
 
 
 class _Splitter:
-    """Finds added tokens in a text, of those that begin at the same place the longest."""
+    """Find added tokens in a text; of several that begin at the same place, the longest."""
 
     def __init__(self, tokens: Sequence[AddedToken]):
         tokens = sorted(tokens, key=lambda token: -len(token.content))
@@ -685,7 +685,7 @@ class _Settings:
     def added(self) -> list[AddedToken]:
         """Return the tokens that tokenizer_config.json (added_tokens_decoder) and added_tokens.json add to tokenizer.model."""
         named = [token.get("content") if isinstance(token, dict) else token for token in self._names.values()]
-        # added_tokens.json, of before 2023, has no word on what is special: what BOS, EOS and the like are named after is.
+        # added_tokens.json (before 2023) doesn't say which tokens are special: those named as BOS, EOS and the like are.
         entries: dict[str, object] = {str(id): {"content": text, "special": text in named} for text, id in self._added.items()}
         entries |= _mapping(self._config.get("added_tokens_decoder"))
         found = []
@@ -708,7 +708,7 @@ class _Settings:
     def _ids(self, name: str, size: int) -> list[int]:
         found = self._generation.get(f"{name}_token_id")
         ids = found if isinstance(found, list) else [found]
-        return [id for id in ids if type(id) is int and 0 <= id < size]  # the others are recommendations that mean nothing
+        return [id for id in ids if type(id) is int and 0 <= id < size]  # other values mean nothing
 
 
 def _mapping(value: object) -> dict[str, Any]:
@@ -731,7 +731,7 @@ def _parse_json(path: PathLike, data: bytes) -> dict[str, object]:
 
 
 def _check_merges(path: PathLike, model: object) -> None:
-    """Refuse what the package panics at, with pages on standard error; it says by itself what else is wrong."""
+    """Refuse settings at which the package panics and prints pages to standard error; it reports other errors itself."""
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict) or not isinstance(model.get("merges"), list):
         return
     if (prefix := model.get("continuing_subword_prefix")) not in (None, ""):

@@ -74,7 +74,7 @@ def test_bos_and_eos_of_llama2s_kind(tiny_llama2_json: Tokenizer) -> None:
         ),  # no other is an id
     ],
 )
-def test_the_files_beside_it(
+def test_the_files_next_to_it(
     tiny_llama3_json_file: Path, tmp_path: Path, settings: dict, bos: int, adds: bool, eos: int, stop: set[int] | None
 ) -> None:
     tokenizer = load_tokenizer(changed(tiny_llama3_json_file, tmp_path, **settings))
@@ -219,7 +219,7 @@ def test_what_is_no_tokenizer_json_is_refused(tmp_path: Path, content: bytes) ->
         ("tokenizer_config", [], "found list, expected a JSON object"),
     ],
 )
-def test_a_bad_file_beside_it_is_named(
+def test_a_bad_file_next_to_it_is_named(
     tiny_llama3_json_file: Path, tmp_path: Path, name: str, values: object, message: str
 ) -> None:
     with pytest.raises(TokenizerError, match=rf"{name}\.json: {message}"):

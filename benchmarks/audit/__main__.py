@@ -32,7 +32,7 @@ LARGE = 500  # megabytes
 
 
 def prepared(work: Path) -> tuple[Path, Path]:
-    """Return the suite and the published models' folder, which are written unless they are there."""
+    """Return the folders of the suite and of the published models, which are written if they don't exist."""
     suite, models = work / "vectors", work / "models"
     if not (suite / "suite.json").exists():
         export(suite, LEVELS, "npy", force=True)
@@ -42,7 +42,7 @@ def prepared(work: Path) -> tuple[Path, Path]:
 
 
 def tokenizers() -> dict[str, str]:
-    """Return the published tokenizers' files that are at hand, by their sha256."""
+    """Return the available files of published tokenizers, by their sha256."""
     from npllama.golden.conformance.texts import TOKENIZERS
 
     shared = os.environ.get("NPLLAMA_SHARED_DATA")
@@ -91,7 +91,7 @@ def audit(
     seconds: float = RUN_SECONDS,
     judge_only: bool = False,
 ) -> Outcome:
-    """Run one variant of an implementation, unless it is only judged, and judge what it wrote."""
+    """Run one variant of an implementation (not with judge_only), and judge its results."""
     outcome = Outcome(
         name=implementation.name,
         title=implementation.title,
@@ -122,7 +122,7 @@ def audit(
 def run_variant(
     implementation: Implementation, variant: Variant, work: Path, python: Path, adapters: Path, seconds: float
 ) -> None:
-    """Run an adapter in its environment; what it writes, and why it ended early, is in its folder."""
+    """Run an adapter in its environment; its results, and the reason if it ended early, go to its folder."""
     suite, models, folder = work / "vectors", work / "models", results_of(implementation, variant, work)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "outcomes.jsonl").unlink(missing_ok=True)
@@ -158,11 +158,17 @@ def content_of(outcomes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.audit", description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=IMPLEMENTATIONS, metavar="NAME", help=f"of {', '.join(IMPLEMENTATIONS)}")
-    parser.add_argument("--list", action="store_true", help="what is installed, and how much is downloaded")
-    parser.add_argument("--judge", action="store_true", help="run nothing: judge again what is in the work folder")
     parser.add_argument(
-        "--work", type=Path, default=Path.home() / ".cache" / "npllama-audit", metavar="DIR", help="default: %(default)s"
+        "--only", nargs="+", choices=IMPLEMENTATIONS, metavar="NAME", help=f"audit only these of {', '.join(IMPLEMENTATIONS)}"
+    )
+    parser.add_argument("--list", action="store_true", help="list the packages, and the size of their download")
+    parser.add_argument("--judge", action="store_true", help="run nothing: judge the results in the work folder again")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path.home() / ".cache" / "npllama-audit",
+        metavar="DIR",
+        help="for environments, models and results (default: %(default)s)",
     )
     parser.add_argument("--out", type=Path, default=ROOT / "docs", metavar="DIR", help="for audit.json and audit.md")
     args = parser.parse_args(arguments)

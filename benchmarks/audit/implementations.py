@@ -1,4 +1,4 @@
-"""What is audited: each implementation's packages at pinned versions, its adapter and its variants."""
+"""List the audited implementations: packages at pinned versions, an adapter, and variants."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ HUGGING_FACE = (TORCH, "transformers==5.23.0", "safetensors==0.8.0")
 class Variant:
     """One way to run an implementation.
 
-    name       what the adapter is told
-    profile    the conformance suite's profile that it is graded by
-    precision  what compare judges its traces by; None where trace.json says it
-    model      which of the published models' forms the reference is made from: "F32", "Q8_0" or "Q4_0"
+    name       passed to the adapter
+    profile    the rounding profile by which the conformance suite grades it
+    precision  by which compare judges its traces; None if trace.json states it
+    model      the form of the published models from which the reference is computed: "F32", "Q8_0" or "Q4_0"
     """
 
     name: str = ""
@@ -34,11 +34,11 @@ class Implementation:
     packages      what pip installs, pinned
     form          the checkpoint that it reads: safetensors, gguf or pth
     map           compare's map for its names; None for logits alone and for traces of npllama's format
-    megabytes     the download, roughly, without what pip has in its cache
-    without_dependencies  packages that are installed with --no-deps, and why
+    megabytes     the approximate download, without pip's cache
+    without_dependencies  packages that are installed with --no-deps
     own_npllama   whether the adapter imports npllama's converter
     why_not       why it can't be installed, where that is known beforehand
-    source        the lines of this version's source that explain what differs, read by hand
+    source        the lines of this version's source that explain the differences, found by hand
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Judge what an adapter has written: the suite's cases by its tolerances, the published models' traces by compare."""
+"""Judge an adapter's results: the suite's cases by its tolerances, the published models' traces by compare."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class Level:
 
     @property
     def text(self) -> str:
-        """5/5, or 3/5 where two failed; empty where nothing was run."""
+        """Return 5/5, or 3/5 if two failed; an empty text if nothing was run."""
         return f"{self.passed}/{self.passed + self.failed}" if self.passed + self.failed else ""
 
 
 @dataclass
 class Finding:
-    """One thing that an implementation does otherwise: where it shows, and the command that shows it."""
+    """One difference of an implementation: the case or model in which it shows, and the command that shows it."""
 
     where: str
     found: str
@@ -177,7 +177,7 @@ def _same_as(name: str, candidate: Path, models: Path, implementation: Implement
     for i, (text, changes) in enumerate(published.mistakes(given.config).items()):
         predicted = forward(right.params, replace(right.config, **changes), np.array(published.TOKENS))
         if logits is None or relative_error(logits, predicted) > FAR:
-            continue  # so that few are traced
+            continue  # a cheap test first: tracing takes longer
         model, reference = published.changed(given, changes, models / name / f"wrong-{i}")
         if _compare(reference, candidate, model, implementation, variant).equal:
             found.append(text)

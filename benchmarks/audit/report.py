@@ -16,14 +16,14 @@ Each implementation was installed with pip, at the version given here, in an env
 
 {models}
 
-Those models have {layers} layers, {dim} dimensions, and random weights that are exact in bfloat16. Taken from the
-published model are eps, θ, the scaling of RoPE, the head size, the share of key/value heads and tied embeddings. Each
-implementation reads a checkpoint file with its own loader, where it has one. Made by
-`python -m benchmarks.audit --work audit` with npllama {npllama}; [audit.json](audit.json) has every figure.
+Those models have {layers} layers, {dim} dimensions, and random weights that are exact in bfloat16. They share
+with the published model eps, θ, the scaling of RoPE, the head size, the ratio of query heads to key/value heads, and whether
+the embeddings are tied. Each implementation reads a checkpoint file with its own loader, if it has one. This page was written
+by `python -m benchmarks.audit --work audit` with npllama {npllama}; [audit.json](audit.json) has every figure.
 
 Columns L0 to L6 are the suite's levels: cases passed, of those that the implementation's API can run; empty if it can
 run none. In the columns of models, a trace is judged activation by activation against npllama's in float64; the
-figure is the largest error in multiples of the noise floor, the error that rounding alone causes. Right programs stay
+figure is the largest error in multiples of the noise floor, the error that rounding alone causes. Correct programs stay
 below the limit: 32 in float32, 16 in bfloat16, 8 with quantised activations or with keys and values in float16.
 
 """
@@ -83,7 +83,7 @@ def _figure(trace: Mapping[str, Any] | None) -> str:
 
 
 def _first(outcome: Mapping[str, Any]) -> str:
-    """Return what of the first divergence stands before the figures in brackets."""
+    """Return the first divergence without the figures in brackets."""
     for finding in outcome["findings"]:
         if finding["found"].startswith("first divergence: "):
             return f"`{finding['found'].removeprefix('first divergence: ').partition(' (')[0]}`"

@@ -54,7 +54,7 @@ table(["only ' me'", "p", "whole prompt", "p"], rows)
 source(code.block)
 
 # %% [markdown]
-# `s["..."]` is a weight and `s.see("...", x)` shows an intermediate array to whoever watches; you
+# `s["..."]` is a weight, and `s.see("...", x)` passes an intermediate array to a recorder; you
 # can read past it. `rms_norm` brings each row to the same size before it is used (notebook 5). What
 # remains is two additions: attention, in which rows exchange information, and a feed-forward, which
 # treats each row alone.
@@ -96,7 +96,7 @@ source(code.self_attention, code.attention)
 # Read it once from top to bottom: three products, RoPE (the third notebook), the cache (the
 # fourth), attention, one more product. There is nothing else.
 #
-# Attention runs several times side by side, each time in a **head** with K = 32 of the numbers.
+# Attention runs several times in parallel, each time in a **head** with K = 32 of the numbers.
 # This model has H = 6 query heads.
 
 # %%
@@ -475,7 +475,7 @@ table(["model", "surprise, nats"], [*rows, ("guessing", np.log(config.vocab_size
 # - Attention averages values. The weights are the softmax of scaled dot products of queries with
 #   keys.
 # - The mask makes a row depend on itself and on earlier rows only, to the last bit.
-# - Heads do it side by side; in grouped-query attention several query heads share a key head.
+# - Heads do it in parallel; in grouped-query attention several query heads share a key head.
 # - A layer is attention plus a feed-forward, each added to the residual stream.
 #
 # One thing is still missing. The mask hides what is later, but among the earlier tokens nothing

@@ -44,7 +44,7 @@ for name, made in (("without RoPE", no_rope), ("with RoPE", code.PLAIN)):
     print(f"{name:13} change {np.linalg.norm(after - before) / np.linalg.norm(before):.1%}")
 
 # %% [markdown]
-# Without RoPE the result stays the same but for rounding: attention sees a *set* of tokens. With
+# Without RoPE the result stays the same up to rounding: attention sees a *set* of tokens. With
 # RoPE it changes.
 #
 # ## The idea: rotate

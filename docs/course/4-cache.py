@@ -283,7 +283,7 @@ plt.show()
 # **batch**, and prompt lookup **checks several guesses at once**. The last one deserves a closer
 # look.
 #
-# **Question.** What else must be read for each token, besides the weights, and when does it become
+# **Question.** What else must be read for each token, other than the weights, and when does it become
 # the larger part?
 
 # %% [markdown] tags=["answer"]

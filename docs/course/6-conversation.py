@@ -135,7 +135,7 @@ ax.set_title("error of the port, activation by activation")
 plt.show()
 
 # %% [markdown]
-# The picture has a cliff. At its left the error is exactly zero: this port is npllama but for one
+# The picture has a cliff. At its left the error is exactly zero: this port is npllama except for one
 # line, so it even rounds alike. A port in another language rounds differently, and there the left
 # part is not zero but about 10⁻⁷. Then the cliff has to be told from ordinary rounding.
 #

@@ -4,15 +4,15 @@
 
 The protocol. A run holds the lock of its target, the file `.model.npllama-lock`, so that there is one run at a time. It writes
 into `.model.partial-1a2b3c4d`, waits until the disk has it, and renames it to `model`; a `model` that is there is renamed to
-`.model.old-5e6f7a8b` first, and to a partial one last. An exception removes the partial folder, and so do SIGTERM and SIGHUP.
-A killed process leaves it, but the system releases the lock: the next run that holds the lock removes what is partial, and
-renames what is old back if `model` is missing. So `model` or what is old is complete at every moment: a reader takes what there
-is (survivor), and only what is partial has its files removed.
+`.model.old-5e6f7a8b` first, and to a partial name at the end, to be removed. An exception removes the partial folder, and so do
+SIGTERM and SIGHUP. A killed process leaves it, but the system releases the lock: the next run that holds the lock removes what
+is partial, and renames the old folder back if `model` is missing. So `model` or the old folder is complete at every moment: a
+reader opens the one that exists (survivor), and only partial folders have their files removed.
 
-A file is written to `.file.partial-1a2b3c4d`, locked itself, and then renamed; several runs may, and the last one wins.
-Where files can't be locked (Windows, some network disks), what is partial and changed recently counts as another run's.
+A file is written to `.file.partial-1a2b3c4d`, which is locked itself, and then renamed; of several runs the last one wins.
+Where files can't be locked (Windows, some network disks), a partial folder that changed recently counts as another run's.
 
-Paths are resolved by os.path.realpath: of links in a circle, Path.resolve() makes a RuntimeError before Python 3.13.
+Paths are resolved by os.path.realpath: for links in a circle, Path.resolve() raises RuntimeError before Python 3.13.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from ..errors import NpllamaError
 try:
     import fcntl
 except ImportError:
-    fcntl = None  # type: ignore[assignment]  # Windows: age tells a dead run from a live one
+    fcntl = None  # type: ignore[assignment]  # Windows: the age distinguishes a dead run from a live one
 
-DEAD_AFTER_SECONDS = 600.0  # where files can't be locked, what is partial and has not changed for so long is a dead run's
+DEAD_AFTER_SECONDS = 600.0  # where files can't be locked, a partial folder unchanged for so long is a dead run's
 
 
 class FolderError(NpllamaError):
@@ -90,7 +90,7 @@ def _claim(target: Path, cleanup: contextlib.ExitStack) -> bool:
             return False
         if not locked:
             raise FolderError(f"{target}: another run is writing it")
-        # The run that held it has ended meanwhile, and removed it.
+        # The run that held it has ended meanwhile, and has removed it.
 
 
 def _is_at(path: Path, descriptor: int) -> bool:
@@ -130,7 +130,7 @@ def survivor(target: Path) -> Path:
 
 
 def check_target(target: Path, force: bool, foreign: Callable[[Path], str | None]) -> None:
-    """Raise FolderError if the target exists and is not to be replaced; `foreign` is new_folder's."""
+    """Raise FolderError if the target exists and must not be replaced; `foreign` as in new_folder()."""
     if not os.path.lexists(target):
         return
     if not target.is_dir():
@@ -142,7 +142,7 @@ def check_target(target: Path, force: bool, foreign: Callable[[Path], str | None
 
 
 def not_ours(folder: Path, written: Collection[str]) -> str | None:
-    """Return the reason not to replace a folder of ours: it holds something that is none of the files `written`. Else None.
+    """Return the reason not to replace a folder of ours: it holds something other than the files `written`. Else None.
 
     written  the files' paths in the folder, with `/`; folders on the way to them are ours too
     """
@@ -166,7 +166,7 @@ def not_ours(folder: Path, written: Collection[str]) -> str | None:
 
 @contextlib.contextmanager
 def writing(path: Path, shown: Path | str) -> Iterator[BinaryIO]:
-    """Open a new file in a folder that is being made. An OSError that names no file then names `shown`, what it will be."""
+    """Open a new file in a folder that is being written. An OSError without a file name gets `shown`, its final name."""
     try:
         with open(path, "xb") as file:
             yield file
@@ -202,7 +202,7 @@ def put_in_place(partial: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def _signals_unwind() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end the process as Ctrl-C does, through the cleaning up, unless the program handles them."""
+    """Let SIGTERM and SIGHUP end the process as Ctrl-C does, after cleaning up, unless the program handles them."""
 
     def leave(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
@@ -221,10 +221,10 @@ def _signals_unwind() -> Iterator[None]:
 
 @contextlib.contextmanager
 def new_folder(path: str | Path, force: bool, foreign: Callable[[Path], str | None]) -> Iterator[Path]:
-    """Give a folder to write plain files into, which becomes `path` when the block ends, and vanishes on an exception.
+    """Provide a folder to write plain files into. It becomes `path` when the block ends, and is removed on an exception.
 
     Missing parent folders are made. An existing `path` is replaced only with force, and only if it is empty or `foreign(path)`
-    finds no reason not to. Raises FolderError, a ValueError.
+    gives no reason against it. Raises FolderError, a ValueError.
     """
     target = Path(os.path.realpath(path))
     with scratch_folder(target) as partial:
@@ -241,9 +241,9 @@ def new_folder(path: str | Path, force: bool, foreign: Callable[[Path], str | No
 
 @contextlib.contextmanager
 def scratch_folder(path: str | Path) -> Iterator[Path]:
-    """Give a folder next to `path` to work in, which vanishes when the block ends, unless it was renamed.
+    """Provide a folder next to `path` to work in. It is removed when the block ends, unless it was renamed.
 
-    What a killed run with the same `path` left is removed. Raises FolderError where another run is at work on it.
+    Remains of a killed run with the same `path` are removed. Raises FolderError if another run is writing `path`.
     """
     target = Path(os.path.realpath(path))
     partial = _sibling(target, "partial")
@@ -268,10 +268,10 @@ def _remove_if_empty(folder: Path) -> None:
 
 @contextlib.contextmanager
 def new_file(path: str | Path) -> Iterator[BinaryIO]:
-    """Give a file to write into, which becomes `path` when the block ends, and vanishes on an exception.
+    """Provide a file to write into. It becomes `path` when the block ends, and is removed on an exception.
 
-    A symbolic link stays, and what it points to is replaced; a device or a pipe is written to as it is. What killed runs with
-    the same `path` left is removed. Raises FileError, a ValueError, where it can't be written.
+    A symbolic link stays, and its target is replaced; a device or a pipe is written to directly. Remains of killed runs with
+    the same `path` are removed. Raises FileError, a ValueError, where it can't be written.
     """
     if os.path.isdir(path or "."):
         raise FileError(f"{path} is a folder, expected a file to write")
@@ -287,7 +287,7 @@ def new_file(path: str | Path) -> Iterator[BinaryIO]:
                 cleanup.callback(partial.unlink, missing_ok=True)
                 file = cleanup.enter_context(open(partial, "xb"))
                 if try_lock(file.fileno()) is not False and partial.exists():
-                    break  # else another run found it before it was locked, and has removed it as a dead run's
+                    break  # else another run found it unlocked, and has removed it as a dead run's
             for left in _siblings(target, "partial", files=True):
                 if left != partial and _is_dead_file(left):
                     left.unlink(missing_ok=True)
@@ -297,7 +297,7 @@ def new_file(path: str | Path) -> Iterator[BinaryIO]:
             if fcntl is None:
                 file.close()  # Windows renames no open file
             os.replace(partial, target)
-    except BrokenPipeError:  # its reader has gone: no error of the file's
+    except BrokenPipeError:  # its reader has exited, which is no error of the file
         raise
     except OSError as error:
         raise FileError(f"{path}: {error.strerror or error}") from None

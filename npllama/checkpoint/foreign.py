@@ -1,8 +1,8 @@
-"""Files that other programs wrote, read without trust: JSON, .npy, .npz, .safetensors and raw float32.
+"""Read files that other programs wrote, without trusting them: JSON, .npy, .npz, .safetensors and raw float32.
 
 Each reader raises the kind of ValueError that its caller passes, in one printable line that names the file, for anything
-but a regular file of its form. None takes more memory than the file's own size allows: a header's sizes are compared with the
-bytes that are there before anything is allocated, and JSON is read up to a limit.
+but a regular file of its form. None takes more memory than the file's size justifies: a header's sizes are compared with the
+file's bytes before anything is allocated, and JSON is read up to a limit.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ JSON_DEPTH = 100  # levels; a description of a model has ten
 MOST_DIGITS = 100  # of a whole number in JSON; the longest in a published file has 31 (tokenizer_config.json)
 NPY_HEADER_LIMIT = 10_000  # bytes, np.load's limit
 MOST_AXES = 32  # of an array, NumPy 1.26's limit
-# What an .npz may expand to: so much in any case, and beyond that so many times its own size. Activations compress to a tenth.
+# An .npz may expand to this size in any case, else to this multiple of its own size. Activations compress to a tenth.
 NPZ_ALWAYS, NPZ_RATIO = 64 << 20, 100
 SAFETENSORS_DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype("<f4"),
@@ -69,7 +69,7 @@ def read_bytes(path: Path, limit: int, error: Error) -> bytes:
     try:
         with open(path, "rb") as file:
             data = file.read(min(size, limit) + 1)
-            if len(data) > size:  # it grew, or is one of the system's, whose size says nothing
+            if len(data) > size:  # it grew, or is a file such as those in /proc, whose size is 0
                 data += file.read(limit + 1 - len(data))
     except OSError as cause:
         raise error(f"{printable(str(path))}: {reason(cause)}") from None
@@ -82,7 +82,7 @@ def read_bytes(path: Path, limit: int, error: Error) -> bytes:
 
 
 def parse_json(data: bytes) -> dict[str, object]:
-    """Parse a JSON object. Raises ValueError for what is no JSON, TypeError with the type's name for another value.
+    """Parse a JSON object. Raises ValueError unless it is JSON, TypeError with the type's name for another value.
 
     NaN, Infinity and numbers beyond a float's range are read as floats, as Python writes them: a field that takes numbers
     refuses them with its name. A key that is there twice is refused unless both values are equal.
@@ -220,7 +220,7 @@ def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], Order, np.dtype, int]
     if not 12 <= offset <= NPY_HEADER_LIMIT:
         raise ValueError(f"its header takes {offset:,} bytes, expected at most {NPY_HEADER_LIMIT:,}")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the parser; what it makes of the header is checked
+        warnings.simplefilter("ignore")  # of the parser; the parsed header is checked below
         shape, fortran, dtype = read(io.BytesIO(start[8:] + file.read(offset - 12)))
     if len(shape) > MOST_AXES or not all(type(n) is int and 0 <= n < 1 << 63 for n in shape):
         raise ValueError(f"its shape is {shown(shape)}")

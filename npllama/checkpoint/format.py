@@ -1,9 +1,9 @@
 """Define a model directory: its names, how numbers are stored, what manifest.json and config.json hold, and their checks.
 
-One .npy file per parameter, config.json, manifest.json and the tokenizer. An array of dtype uint16 is bfloat16 here, on disk as
-in memory: NumPy has none, and its upper-half-of-a-float32 bits are exact. An int8 array has the float32 scales of its rows in a
-.scale.npy next to it. A matrix quantised in groups has the dtype "grouped", the Grouping in its entry, and further arrays next
-to it, as engine/grouped.py lists them.
+One .npy file per parameter, config.json, manifest.json and the tokenizer. NumPy has no bfloat16: here an array of
+dtype uint16, on disk as in memory, holds the upper 16 bits of float32 numbers. An int8 array has the float32 scales of its rows
+in a .scale.npy next to it. A matrix quantised in groups has the dtype "grouped", the Grouping in its entry, and further arrays
+next to it, as engine/grouped.py lists them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MANIFEST_SECTIONS: dict[str, dict[str, type]] = {
     "tensors": {"file": str, "dtype": str, "shape": list, "bytes": int, "sha256": str},
     "files": {"bytes": int, "sha256": str},
 }
-PART_KEYS: dict[str, type] = {"file": str, "bytes": int, "sha256": str}  # of a tensor's further arrays
+PART_KEYS: dict[str, type] = {"file": str, "bytes": int, "sha256": str}  # names of a tensor's further arrays
 CHECKPOINT_ENDINGS = (".gguf", ".safetensors", ".pth", ".pt", ".bin")
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 
@@ -92,7 +92,7 @@ def read_json(path: Path) -> dict[str, object]:
 
 
 def no_directory(path: Path) -> CheckpointError:
-    """Return the error for a path that is no folder, or nothing at all."""
+    """Return the error for a path that isn't a folder or doesn't exist."""
     expected = "expected a model directory"
     if line := convert_line(path):
         return CheckpointError(f"{path} is a checkpoint, {expected}: {line}")
@@ -103,7 +103,7 @@ def no_directory(path: Path) -> CheckpointError:
 
 
 def convert_line(path: Path) -> str | None:
-    """Return the command that makes a model directory of a checkpoint, as it can be typed; None for what looks like none."""
+    """Return the command line that converts a checkpoint to a model directory; None for a path that doesn't look like one."""
     target = path.resolve().with_suffix("").name
     if path.is_dir():
         with contextlib.suppress(OSError):
@@ -119,7 +119,7 @@ def convert_line(path: Path) -> str | None:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Read a directory's manifest.json and check its form: which files there must be, of which size and hash."""
+    """Read a directory's manifest.json, which lists the files with their sizes and hashes, and check its form."""
     file = path / "manifest.json"
     if not path.is_dir():
         raise no_directory(path)
@@ -168,7 +168,7 @@ def _check_grouping(where: str, values: object) -> None:
 
 
 def _further_parts(entry: Manifest) -> tuple[str, ...]:
-    """Return the names of a tensor's arrays besides its values."""
+    """Return the names of a tensor's arrays other than its values."""
     if entry["dtype"] == GROUPED:
         return ("scale", "unit") if entry["grouping"]["unit"] else ("scale",)
     return ("scale",) if entry["dtype"] == "int8" else ()
@@ -209,7 +209,7 @@ def check_generation(values: object) -> dict[str, object]:
 
 
 def setting_fault(name: str, value: object) -> str | None:
-    """Return what is expected of a recommended setting that generate would refuse; None if the value is right."""
+    """Describe the expected values of a recommended setting that generate would refuse; None if the value is valid."""
     if value is None:
         return None
     if name in ("chat_format", "system"):

@@ -114,14 +114,14 @@ def load(path: str | Path | None = None, dtype: str = "auto", processes: int = 1
           "float32", "float64"   in memory, unless they are stored in that dtype and layout already (engine/layout.py)
 
     With several processes each computes its share of every product (engine/ranks/): this one and others that it starts, which
-    end with it or with the model. All their threads together are no more than the processors: this process's number of threads
-    is set for that, and stays so.
+    end with it or with the model. All their threads together are at most as many as the processors: this process's number of
+    threads is set accordingly, and stays so.
 
     Vectors (the norms' weights) are always widened. The decision and its reason go to the logger `npllama`. Raises
     CheckpointError or ConfigError, both ValueError.
 
-    Mapped files must stay as they are while the model is in use: reading what another program has cut off ends the process with
-    the signal SIGBUS, which Python can't catch. Replacing the whole directory, as convert --force does, is safe.
+    Mapped files must stay as they are while the model is in use: reading a part that another program has cut off ends the
+    process with the signal SIGBUS, which Python can't catch. Replacing the whole directory, as convert --force does, is safe.
     """
     if dtype not in ("auto", "stored", "float32", "float64"):
         raise ValueError(f"dtype is {dtype!r}, expected auto, stored, float32 or float64")
@@ -172,7 +172,7 @@ def _decided(dtype: str, model: Model) -> str:
 
 
 def _placed(params: dict[str, Weight], config: Config, dtype: str) -> dict[str, Weight]:
-    """Return the parameters as they are computed with: mapped, or in memory."""
+    """Return the parameters as the model computes with them: mapped, or in memory."""
     if dtype != "stored":
         return layout.in_memory(params, config, dtype)
     params = {name: widen(weight) if weight.ndim == 1 else weight for name, weight in params.items()}
@@ -223,17 +223,17 @@ def load_over(path: str | Path | None, dtype: str, group: World) -> Model:
 
 
 def _whole(model: Model) -> Mapping[str, Weight] | None:
-    """Return the parameters as they are mapped, of all ranks; None of a share alone."""
+    """Return the mapped parameters of all ranks; None if the directory holds one rank's share only."""
     return None if "share" in model.manifest else model.params
 
 
 def load_part(path: str | Path, dtype: str, group: Group) -> Part:
-    """Open a model directory as one rank of a group: its own share of the parameters, as load() has them all."""
+    """Open a model directory as one rank of a group: its share of the parameters, prepared as load() does."""
     return _part(_open_share(path, group.rank, group.size), dtype, group)
 
 
 def _open_share(path: str | Path, rank: int, size: int) -> Model:
-    """Open a model directory, or the rank's own of those that convert --ranks has written. Raises CheckpointError for others'.
+    """Open a model directory, or the rank's share that convert --ranks wrote. Raises CheckpointError for another rank's.
 
     A machine needs only its own ranks' folders.
     """
@@ -253,7 +253,7 @@ def _open_share(path: str | Path, rank: int, size: int) -> Model:
 
 
 def _shared_path(model: Model) -> str:
-    """Return the path that every rank finds its share by."""
+    """Return the path from which every rank finds its share."""
     path = Path(model.path or ".").resolve()
     return str(path.parent if "share" in model.manifest else path)
 
@@ -264,7 +264,7 @@ def _part(model: Model, dtype: str, group: Group) -> Part:
 
     share = shares.shares(model.config, group.size)[group.rank]
     parts = dict(model.params) if "share" in model.manifest else shares.cut(model.params, model.config, share)
-    config = replace(shares.own_config(model.config, share), tied_embeddings=False)  # the output matrix is there by itself
+    config = replace(shares.own_config(model.config, share), tied_embeddings=False)  # the output matrix is stored separately
     name = "tok_embeddings.weight"
     embedding = parts[name]
     if packed := dtype == "float32" and is_packed(embedding):  # its rows are widened as they are looked up: no rank copies it
@@ -276,7 +276,7 @@ def _part(model: Model, dtype: str, group: Group) -> Part:
 
 
 def read_ahead(params: Mapping[str, Weight]) -> None:
-    """Give the system madvise for the mapped weights, and log a warning where they don't fit into memory.
+    """Advise the system (madvise) on the mapped weights, and log a warning if they don't fit into memory.
 
     Weights that fit are requested at once, in the order of their use, on another thread: computing then overlaps with reading
     from the disk. Weights that don't fit are read again for every token, and the system is advised not to keep them.
@@ -290,7 +290,7 @@ def read_ahead(params: Mapping[str, Weight]) -> None:
 
     def advise() -> None:
         for mapping in maps:
-            with contextlib.suppress(OSError, ValueError):  # it is advice; ValueError: closed meanwhile
+            with contextlib.suppress(OSError, ValueError):  # advice only; ValueError: the mapping was closed meanwhile
                 mapping.madvise(advice)
 
     threading.Thread(target=advise, daemon=True, name="npllama-read-ahead").start()
@@ -312,7 +312,7 @@ def _mappings(weight: Weight) -> Iterator[mmap.mmap]:
 def open_model(path: str | Path) -> Model:
     """Map every parameter exactly as it is stored; names, shapes, dtypes and sizes are checked, their content is not.
 
-    A folder that another run replaces meanwhile is opened again: its files could be those of two models.
+    If another run replaces the folder meanwhile, it is opened again: its files could belong to two models.
     """
     for _ in range(100):
         folder = survivor(locate(path))
@@ -341,7 +341,7 @@ def _open(path: Path) -> Model:
     manifest = read_manifest(path)
     config, generation = read_config(path)
     tensors = manifest["tensors"]
-    if config.n_layers > len(tensors):  # before parameter_shapes makes as many names as config.json pleases
+    if config.n_layers > len(tensors):  # before parameter_shapes creates as many names as config.json says
         raise CheckpointError(
             f"{path / 'config.json'}: n_layers is {config.n_layers}, manifest.json lists {len(tensors)} tensors"
         )
@@ -362,7 +362,7 @@ def _open(path: Path) -> Model:
 
 
 def _shapes(path: Path, config: Config, manifest: Manifest) -> dict[str, tuple[int, ...]]:
-    """Return the shapes that the parameters must have, of a rank's parts where the directory holds a share."""
+    """Return the shapes that the parameters must have; if the directory holds one rank's share, those of its parts."""
     if (found := manifest.get("share")) is None:
         return parameter_shapes(config)
     from ..engine.ranks.shares import part_shapes, shares

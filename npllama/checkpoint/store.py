@@ -1,4 +1,4 @@
-"""The folder of fetched models, where a name finds one: `-m smollm2-135m`.
+"""The folder of fetched models, in which `-m smollm2-135m` finds a model by its name.
 
 NPLLAMA_HOME, or the user's cache folder as platformdirs finds it, holds models/NAME, each a model directory.
 """
@@ -16,7 +16,7 @@ NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 
 
 def home() -> Path:
-    """Return the folder of everything npllama keeps for this user; it may not exist. Raises ValueError where none is known."""
+    """Return the folder in which npllama keeps this user's models; it may not exist. Raises ValueError if none is known."""
     if chosen := os.environ.get("NPLLAMA_HOME"):
         try:
             return Path(chosen).expanduser()
@@ -37,15 +37,15 @@ def folder(name: str) -> Path:
 
 
 def names() -> list[str]:
-    """Return the names of the models that are there."""
+    """Return the names of the models in the store."""
     models = home() / "models"
     return sorted(path.name for path in models.iterdir() if NAME.fullmatch(path.name)) if models.is_dir() else []
 
 
 def locate(model: str | Path) -> Path:
-    """Return the path that `-m` means: that of an existing file or folder, else of a name in the store, else itself.
+    """Return the path that `-m` refers to: an existing file or folder, else a model in the store by its name, else itself.
 
-    Raises ValueError for a bare name that is neither, where no folder for models is known.
+    Raises ValueError for a bare name that is neither, if no folder for models is known.
     """
     if not str(model):
         raise ValueError("the model's name is empty, expected a model directory or a name")

@@ -13,9 +13,9 @@ from .store import locate
 
 
 def verify(path: str | Path, progress: Callable[[int, int], None] | None = None) -> list[str]:
-    """Hash every file and compare with the manifest. Return the problems, one line each; none where nothing has changed.
+    """Hash every file and compare with the manifest. Return the problems, one line each; an empty list if nothing has changed.
 
-    progress(done, total) is called with byte counts on the way. Files that the manifest doesn't list are left alone, except for
+    progress(done, total) is called with byte counts. Files that the manifest doesn't list are left alone, except for
     an .npy, which could be taken for a parameter. Raises CheckpointError if `path` is not a model directory at all.
     """
     path = survivor(locate(path))

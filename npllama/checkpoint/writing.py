@@ -1,4 +1,4 @@
-"""Write a model directory, whole or not at all: tensor by tensor in blocks of rows, rounded, checked and hashed on the way."""
+"""Write a model directory, whole or not at all: tensor by tensor in blocks of rows, which are rounded, checked and hashed."""
 
 from __future__ import annotations
 
@@ -45,19 +45,19 @@ if TYPE_CHECKING:
 BLOCK_BYTES = 1 << 18  # what is converted, checked, hashed and written at once: small enough for a core's cache
 WRITE_BYTES = 1 << 16  # at once: the page cache makes folios as large as a write is, and large ones can take it long to find
 BLOCKS_AHEAD = 4  # how many blocks the hashing may be behind the writing
-# What manifest.json says of tensors that are quantised in groups, for those who read the arrays with another tool.
+# The explanation in manifest.json of tensors quantised in groups, for readers with other tools.
 READING = (
     "weight[row, g * group + k] = scale[0, g, row] * (q - zero) + scale[1, g, row], the last term if offset is true. "
     "bits 8: q = values[g, k, row]. bits 4: q = values[g, k, row] & 15 for k < group / 2, "
     "q = values[g, k - group / 2, row] >> 4 for the others. unit > 0: multiply scale[i, g, row] by unit[i, g // unit, row]. "
     "rows_first: the row is the first index of each array, not the last. scale bfloat16: the upper 16 bits of a float32."
 )
-# The largest float32 but one: the scale of the largest may round to more than a 127th of it, and the product to infinity.
+# The second largest float32: the scale of the largest may round to more than a 127th of it, and the product to infinity.
 INT8_LIMIT = np.nextafter(np.finfo(np.float32).max, np.float32(0))
 
 
 def check_free(path: str | Path, force: bool = False) -> None:
-    """Raise the ValueError that create() would for a path that is taken, before anything costly is begun."""
+    """Raise the ValueError that create() would for an existing path, before anything costly begins."""
     check_target(Path(os.path.realpath(path)), force, _why_not_ours)
 
 
@@ -83,7 +83,7 @@ def create(
     source      stored in the manifest; it may be filled in until the block ends
     force       replace a model directory, or an empty folder; nothing else
     generation  recommended settings: chat_format, system (the prompt), temperature, top_p
-    share       that of one rank, whose parts alone are written (shares.part_shapes)
+    share       the rank whose parts alone are written (shares.part_shapes)
 
     Raises CheckpointError, or another ValueError: before the first byte is written if the disk is too full for the parameters.
     """
@@ -134,7 +134,7 @@ class Writer:
         dtypes: Mapping[str, Storage],
         hashing: Executor,
     ):
-        self._folder, self._target = folder, target  # where it is written, and its name when it is complete
+        self._folder, self._target = folder, target  # the folder it is written in, and its final name
         self._shapes, self._dtypes, self._hashing = shapes, dtypes, hashing
         self._tensors: dict[str, Manifest] = {}
         self._files: dict[str, Manifest] = {}
@@ -148,7 +148,7 @@ class Writer:
         self.add_blocks(name, (array[start : start + step] for start in range(0, len(array), step)))
 
     def add_blocks(self, name: str, blocks: Iterable[np.ndarray] | Iterable[Grouped]) -> None:
-        """Write a parameter given as consecutive blocks of rows, so that it is never whole in memory.
+        """Write a parameter given as consecutive blocks of rows, so that it is never in memory as a whole.
 
         Values are rounded to nearest even where the storage is narrower. Where it is a Grouping, the blocks are Grouped rows
         of the same grouping, and the matrix is collected as it is stored; for INT4 they may be numbers, which are quantised.
@@ -192,7 +192,7 @@ class Writer:
     def _add_grouped(
         self, name: str, blocks: Iterable[np.ndarray] | Iterable[Grouped], grouping: Grouping, shape: tuple[int, ...]
     ) -> None:
-        """Collect all rows of a quantised matrix, which lie on its arrays' last axis, and write the arrays."""
+        """Collect all rows of a quantised matrix, which are on its arrays' last axis, and write the arrays."""
         arrays = {part: np.empty(*form) for part, form in grouping.parts(shape).items()}
         by_row = {part: np.moveaxis(x, 0, -1) if grouping.rows_first else x for part, x in arrays.items()}
         n_rows = 0
@@ -248,7 +248,7 @@ class Writer:
         in_bytes = {dtype: sum(t["bytes"] for t in weights if t["dtype"] == dtype) for dtype in (*STORAGE, GROUPED)}
         grouped = any(t["dtype"] == GROUPED for t in self._tensors.values())
         manifest = {
-            "npllama_format": FORMAT_VERSION if grouped else 1,  # what is not grouped, an older npllama reads as well
+            "npllama_format": FORMAT_VERSION if grouped else 1,  # an older npllama reads a model without grouped tensors too
             "source": source,
             "dtype": max(in_bytes, key=lambda dtype: in_bytes[dtype]),
             "tensors": {name: self._tensors[name] for name in self._shapes},
@@ -271,7 +271,7 @@ class _NpyStream:
         self._put(_npy_header(shape, dtype))
 
     def write(self, block: np.ndarray) -> None:
-        """Add the next rows, in the byte order that the header says. They are not to be changed afterwards."""
+        """Add the next rows, in the byte order of the header. The caller must not change them afterwards."""
         self._put(np.ascontiguousarray(block, self._dtype).reshape(-1).view(np.uint8).data)
 
     @property
@@ -333,7 +333,7 @@ def _check_rows(name: str, found: tuple[int, ...], n_before: int, shape: tuple[i
 
 
 def _to_int4(block: np.ndarray, grouping: Grouping, name: str, first_row: int) -> Grouped:
-    """Quantise a block of numbers, checked to be finite and within float16's scales."""
+    """Quantise a block of numbers, after checking that they are finite and within the range of float16 scales."""
     if replace(grouping, rows_first=False) != INT4:
         raise CheckpointError(f"{name} is given as numbers, expected rows quantised as {grouping}")
     wide = widen(_finite(block, name, first_row))
@@ -354,7 +354,7 @@ def _check_scales(rows: Grouped, name: str, first_row: int) -> None:
 
 
 def _finite(block: np.ndarray, name: str, first_row: int) -> np.ndarray:
-    """Return a block in this machine's byte order, checked to be of a dtype that is read, and finite."""
+    """Return a block in this machine's byte order, after checking that its dtype is known and its numbers finite."""
     block = native(block)
     if block.dtype not in (np.uint16, np.float16, np.float32, np.float64):
         raise CheckpointError(f"{name} is {block.dtype}, expected float16, float32, float64, or uint16 for bfloat16")

@@ -2,7 +2,7 @@
 
 Exit status: 0 done, 1 a comparison or verification failed, 2 bad usage, bad input or an unforeseen error, 130 interrupted.
 
-| file | what is in it |
+| file | content |
 |---|---|
 | options.py | options that several commands share, and functions that turn them into models, prompts and settings |
 | console.py | standard input and output, errors, statistics |

@@ -32,7 +32,9 @@ def add_parser(commands: Commands) -> None:
     p.add_argument("--precision", choices=PRECISIONS, help="the candidate's precision (default: as in its files)")
     profiles = ", ".join(PROFILES[-7:])
     p.add_argument(
-        "--profile", metavar="P", help=f"the candidate's rounding profile (default: as in its trace.json): {profiles}"
+        "--profile",
+        metavar="P",
+        help=f"the candidate's rounding profile (default: that in its trace.json), for example {profiles}",
     )
     p.add_argument("--partial", action="store_true", help="ignore activations that one side lacks (default: they are failures)")
     p.add_argument("--atol", type=float, metavar="X", help="judge by |c - r| <= atol + rtol * |r| instead of the noise floor")

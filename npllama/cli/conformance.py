@@ -34,7 +34,12 @@ def _add(parts: Commands, name: str, summary: str) -> Parser:
 
 
 def _add_grading(p: Parser) -> None:
-    p.add_argument("--profile", default="float32", metavar="P", help="the port's precision (default: float32)")
+    p.add_argument(
+        "--profile",
+        default="float32",
+        metavar="P",
+        help="the port's rounding profile: float32 (default), float64, bfloat16, float16, float16-cache or int8-activations",
+    )
     p.add_argument(
         "--report", action="append", default=[], metavar="FILE", help="write the full result, x.json or x.html; may be repeated"
     )

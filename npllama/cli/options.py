@@ -1,4 +1,4 @@
-"""Options that several commands share: functions that declare them, and that turn them into models, prompts and settings."""
+"""Options that several commands share: functions that declare them, and that return models, prompts and settings from them."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class Batch(argparse.Action):
 
 
 def add_trace_options(parser: Parser, storage: bool = True) -> None:
-    """Declare which activations are written, and where to; trace_options() reads them."""
+    """Declare the options that select activations and their directory; trace_options() reads them."""
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the directory to write")
     parser.add_argument(
         "--taps", action="append", metavar="GLOB", help="only activations with matching names, '*.q_rope'; may be repeated"
@@ -169,7 +169,7 @@ def token_ids(text: str) -> list[int]:
 
 
 def process_count(text: str) -> int | str:
-    """Return `auto`, or a whole number; an error of argparse's otherwise."""
+    """Parse `auto` or a whole number. Raises argparse's error for anything else."""
     if text == "auto":
         return text
     try:
@@ -189,7 +189,7 @@ def stop_text(text: str) -> str:
 
 
 def load_model(args: argparse.Namespace) -> Model:
-    """Open the model of -m with --dtype and --threads; warnings, as that weights stay packed, go to standard error.
+    """Open the model of -m with --dtype and --threads; warnings, such as that weights stay packed, go to standard error.
 
     Sets args.note, which is printed with the statistics.
     """
@@ -207,7 +207,7 @@ def load_model(args: argparse.Namespace) -> Model:
 def load_over_processes(args: argparse.Namespace, dtype: str, path: str | Path | None = None) -> tuple[Model, int]:
     """Open a model, by default that of -m, over --processes or over mpiexec's processes; return their number too.
 
-    What --processes auto has chosen goes to standard error.
+    The choice of --processes auto goes to standard error.
     """
     processes, group = getattr(args, "processes", 1), mpi.world() if hasattr(args, "processes") else None
     path = args.model if path is None else path

@@ -26,7 +26,9 @@ def add_parser(commands: Commands) -> None:
     add_processes_option(p)
     p.add_argument("--precision", choices=PRECISIONS, help="default: float32; bfloat16 and float16 are simulated")
     p.add_argument("--convention", choices=CONVENTIONS, help="round 16-bit values where Meta's or Hugging Face's code does")
-    p.add_argument("--profile", metavar="P", help=f"a precision and convention by one name: {', '.join(PROFILES)}")
+    p.add_argument(
+        "--profile", metavar="P", help=f"a rounding profile, which names precision and convention in one: {', '.join(PROFILES)}"
+    )
     add_trace_options(p)
 
 
@@ -37,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
     precision = Precision(args.precision or "float32", args.convention)
     if args.profile is not None:
         if args.precision or args.convention:
-            raise ValueError("--profile includes the precision and its convention: expected neither of these options with it")
+            raise ValueError("--profile includes --precision and --convention: expected neither of them with it")
         precision = profile(args.profile)
     model, _ = load_over_processes(args, precision.load_dtype)
     write_trace(model, prompt_ids(args, model), precision=precision, storage=args.format, **trace_options(args))

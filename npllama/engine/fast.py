@@ -25,8 +25,8 @@ from .weights import Shard
 if TYPE_CHECKING:
     from ..scope import Ops, Scope
 
-# glibc unmaps large arrays when they are freed, and touching fresh memory costs more than computing with it. Freeing one block
-# of 31 MiB raises its threshold, so that the memory of smaller arrays is reused. Untouched, this block costs nothing.
+# glibc returns large arrays to the system when they are freed, and touching fresh memory costs more than computing with it.
+# Freeing one block of 31 MiB raises its threshold, so that smaller arrays reuse memory. The block itself is never touched.
 _ = np.empty(31 << 20, np.uint8)
 del _
 
@@ -37,10 +37,10 @@ TOKENS = 256  # per thread, at least: with fewer, BLAS spends longer packing the
 
 
 def by_token(f: Callable[[np.ndarray, Scope], np.ndarray]) -> Callable[[np.ndarray, Scope], np.ndarray]:
-    """Share the tokens of a long prompt among the threads, for a function that transforms each by itself.
+    """Share the tokens of a long prompt among the threads, for a function that transforms each token by itself.
 
-    x [..., T, D] -> like x. The tokens stay together with a tap, which is shown whole activations, and where f waits for other
-    ranks, which all have to make their sums in the same order.
+    x [..., T, D] -> like x. Tokens are not shared out if there is a tap, which gets whole activations, or if f waits for
+    other ranks, since all ranks have to form their sums in the same order.
     """
 
     @functools.wraps(f)
@@ -63,7 +63,7 @@ def by_token(f: Callable[[np.ndarray, Scope], np.ndarray]) -> Callable[[np.ndarr
 
 
 def rope_rotation(positions: np.ndarray, frequencies: np.ndarray) -> tuple[np.ndarray]:
-    """Return ops.rope_rotation's cosines and sines as one complex array, formed once a pass instead of twice a layer."""
+    """Return ops.rope_rotation's cosines and sines as one complex array, computed once a pass instead of twice a layer."""
     cos, sin = ops.rope_rotation(positions, frequencies)
     return (cos + 1j * sin,)
 
@@ -74,7 +74,7 @@ def rope(x: np.ndarray, rotation: np.ndarray) -> np.ndarray:
 
 
 def attention(q: np.ndarray, keys: np.ndarray, values: np.ndarray, mask: np.ndarray, s: Scope) -> np.ndarray:
-    """Compute model.attention without its scores and weights: a tap is shown the heads alone."""
+    """Compute model.attention without keeping scores and weights: a tap gets the heads only."""
     return s.see("heads", tiled_attention(q, keys, values, mask))
 
 
@@ -97,7 +97,7 @@ def tiled_attention(q: np.ndarray, keys: np.ndarray, values: np.ndarray, mask: n
     size = -(-T // n_tiles)  # queries
     q = q / math.sqrt(K)
     y = np.empty_like(q)
-    # Without padding, what came before a tile's first query is hidden from none of its queries.
+    # Without padding, each query of a tile may attend to all slots before the tile's first query.
     padded = any(mask[..., start : start + size, : S - T + start].any() for start in range(0, T, size))
 
     def work(i: int) -> None:

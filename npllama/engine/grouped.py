@@ -39,8 +39,8 @@ SCALES: dict[str, np.dtype] = {  # little-endian, as in files
 }
 HALF_BITS, HALF_SCALE = np.int32(np.uint32(0x8FFFE000).view(np.int32)), np.float32(2.0**112)
 HALF_MAGNITUDE, LARGEST_HALF = np.uint16(0x7FFF), 0x7BFF
-IN_PLACE = 1_000_000  # multiplications of one product of matrices: linear.py says why
-INT4_LIMIT = 15 * 65504 // 2  # the largest magnitude whose group has a float16 scale, whatever its other numbers are
+IN_PLACE = 1_000_000  # multiplications of one matrix product: linear.py says why
+INT4_LIMIT = 15 * 65504 // 2  # up to this magnitude a group has a float16 scale, whatever its other numbers are
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class Grouped(Packed):
             half = grouping.group // 2
             columns = columns[:, :half] | columns[:, half:] << np.uint8(4)
         scale, unit = scale.swapaxes(1, 2), None if unit is None else unit.swapaxes(1, 2)
-        if not grouping.rows_first:  # read across memory, a matrix takes five times as long to multiply by
+        if not grouping.rows_first:  # not in C order, a matrix takes five times as long to multiply by
             columns, scale = np.ascontiguousarray(columns), np.ascontiguousarray(scale)
             unit = None if unit is None else np.ascontiguousarray(unit)
         form = cls(grouping, columns, scale, unit)
@@ -254,7 +254,7 @@ class Grouped(Packed):
         np.copyto(out[:, half:], high)
 
     def multiply(self, x: np.ndarray, buffer: np.ndarray, out: np.ndarray) -> None:
-        """Write the products with a few rows of x, for which the numbers need not be multiplied by their scales one by one.
+        """Write the products with a few rows of x, without multiplying every number of the weight by its scale.
 
         sum over g of  scale[g] · (x_g @ q_g)  +  (offset[g] − zero · scale[g]) · sum of x_g
 
@@ -266,7 +266,7 @@ class Grouped(Packed):
         # Scales and partial sums are computed with in larger parts, which still stay in a cache.
         step = at_once * max(1, min(16, 2 * len(buffer) // (N * n_out)) // at_once)
         width = max(1, IN_PLACE // (N * group * at_once))
-        if self.grouping.bits == 4:  # the upper four bits are left where they are, 16 times as large: one step less
+        if self.grouping.bits == 4:  # the upper four bits stay in place, 16 times as large: this saves a step
             x = x.copy()
             x[..., group // 2 :] *= np.float32(1 / 16)
         out[:] = 0
@@ -293,7 +293,7 @@ def to_float32(x: np.ndarray) -> np.ndarray:
     """Widen scales of any dtype in SCALES, exactly.
 
     The bits of a float16 are moved to their places in a float32 (see weights.Float16), three times as fast as NumPy's own cast.
-    Infinite numbers and NaN, for which that is wrong, are cast by NumPy.
+    NumPy casts infinite numbers and NaN, for which this would be wrong.
     """
     x = native(x)
     if x.dtype == np.uint16:

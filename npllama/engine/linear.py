@@ -1,8 +1,8 @@
 """Compute y = x Wᵀ for every form of weight (weights.py) and every number of rows.
 
 Reading the weight is what takes time: once from memory, whatever the number of rows. With dense weights, a single row of x goes
-straight to BLAS, which reads the weight at the memory's bandwidth. Many rows are multiplied by BLAS too, each of our threads
-taking a part of the weight. A few rows are the problem: BLAS copies the whole weight into an order of its own first, so that
+straight to BLAS, which reads the weight at the memory's bandwidth. Many rows are multiplied by BLAS too, each thread with a
+part of the weight. A few rows are the problem: BLAS copies the whole weight into an order of its own first, so that
 two rows cost as much as eight. Tiles small enough for its kernels that read in place avoid that. A packed weight is widened
 tile by tile into a buffer that stays in a core's cache, and multiplied from there. benchmarks/README.md has figures.
 
@@ -48,7 +48,7 @@ def linear(x: np.ndarray, weight: Weight) -> np.ndarray:
     A packed weight is never widened whole. One in foreign byte order is converted at each call.
     """
     rows = x.reshape(-1, x.shape[-1])
-    if x.dtype.type is np.float16:  # what it is multiplied with is wider, and float16 overflows in what a form makes of x
+    if x.dtype.type is np.float16:  # x becomes float32: float16 could overflow in sides()
         rows = rows.astype(np.float32)
     form = form_of(weight)
     if isinstance(form, Shard):
@@ -67,7 +67,7 @@ def linear(x: np.ndarray, weight: Weight) -> np.ndarray:
 
 
 def linears(x: np.ndarray, *weights: Weight) -> list[np.ndarray]:
-    """Multiply the same x by each weight; as one product where they lie side by side (layout.py)."""
+    """Multiply the same x by each weight; as one product where the weights are adjacent in memory (layout.py)."""
     if (block := block_of(weights)) is None:
         return [linear(x, weight) for weight in weights]
     y, start = linear(x, block), 0
@@ -115,7 +115,7 @@ def _few_rows_product(rows: np.ndarray, weight: np.ndarray) -> np.ndarray:
 def _many_rows_product(rows: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """Multiply many rows, our threads sharing parts of the weight.    [N, in] by [out, in] -> [N, out]
 
-    BLAS has threads of its own, but these spin for a while after a product, on the cores that attention needs next.
+    BLAS's own threads spin for a while after a product, on the cores that attention needs next.
     """
     n_out = len(weight)
     y = np.empty((len(rows), n_out), weight.dtype)
@@ -206,7 +206,7 @@ def _grouped_product(rows: np.ndarray, weight: Grouped) -> np.ndarray:
     """
     (n_out, n_in), N, n = weight.shape, len(rows), n_threads()
     group, few = weight.grouping.group, N <= FEW_ROWS
-    tile = (tile_size(n) if n == 1 else tile_size(n) // 2) if few else TILE  # q and x are a part of what a cache holds
+    tile = (tile_size(n) if n == 1 else tile_size(n) // 2) if few else TILE  # q and x take part of the cache too
     size = max(1, tile // (group if few else n_in))
     n_parts = -(-n_out // size)
     if weight.size * N >= SHARED:

@@ -27,7 +27,7 @@ def available_memory() -> int:
 
 
 def free_memory() -> int:
-    """Return how many bytes fit in memory without swapping, whatever the address space: a mapping is in that already."""
+    """Return how many bytes fit in memory without swapping, whatever the address space, which counts a mapping already."""
     return max(0, min([_of_the_machine(), *_of_its_cgroups()]))
 
 
@@ -88,7 +88,7 @@ def _folders() -> Iterator[tuple[Path, tuple[str, ...], str, str]]:
             root, names = CGROUPS / "memory", (("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_")
         else:
             continue
-        # In a container the path may be the host's, of which only the root, the container's own group, is to be seen.
+        # In a container the path may be the host's, of which only the root, the container's own group, is visible.
         folder = root / path.lstrip("/")
         yield from ((group, *names) for group in (folder, *folder.parents) if group.is_relative_to(root))
 

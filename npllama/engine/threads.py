@@ -65,7 +65,7 @@ def available_cpus() -> int:
 def n_threads() -> int:
     """Return how many threads compute: set_threads()'s number, else NPLLAMA_NUM_THREADS, else one for each processor.
 
-    It is one within a task of parallel(), as the other threads have tasks of their own.
+    Within a task of parallel() it is 1, since the other threads have tasks of their own.
     """
     region = getattr(_this_thread, "region", None)
     if region is not None and not region.over:
@@ -209,7 +209,7 @@ def _serve(shares: SimpleQueue[_Share | None]) -> None:
 
 
 def parallel(task: Callable[[int], object], n: int) -> None:
-    """Run task(0) to task(n - 1), each thread taking the next when it is done with one. An exception of any is raised.
+    """Run task(0) to task(n - 1), each thread taking the next when it has done one. An exception of any task is raised.
 
     A task that calls this again runs those tasks itself. When this returns or raises, all tasks that were begun have ended,
     unless an interrupt comes while it waits for them.
@@ -224,7 +224,7 @@ def parallel(task: Callable[[int], object], n: int) -> None:
         _hold(state)
         with state.lock:
             while state.n_workers < workers - 1:
-                # Not threading.Thread, whose start() waits on a condition: interrupted there, it may raise RuntimeError.
+                # Not threading.Thread: its start() waits on a condition: interrupted there, it may raise RuntimeError.
                 _thread.start_new_thread(_serve, (state.shares,))
                 state.n_workers += 1
         for _ in range(workers - 1):

@@ -14,7 +14,7 @@ Parameters are given as arrays, whose dtype says the form (form_of), or in a for
     rows(part), columns(part)    a part in the same form; rows also by an array of row numbers
     widen(out=None)              the numbers to compute with
 
-and a packed form, which is multiplied tile by tile, also sides(), tile() and finish(): see Packed.
+and a packed form, which is multiplied tile by tile, also has sides(), tile() and finish(): see Packed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Part = slice | np.ndarray  # row numbers
 
 
 def native(array: np.ndarray) -> np.ndarray:
-    """Return an array in this machine's byte order: itself where it is, so that a mapped file stays mapped, else a copy.
+    """Return an array in this machine's byte order: itself if it is already, so that a mapped file stays mapped, else a copy.
 
     NumPy computes in either order, but `dtype == np.uint16` and `view` assume the native one: call this before them.
     """
@@ -101,7 +101,7 @@ class Packed(Form):
     """Numbers in 16 bits or fewer, widened to float32 a tile at a time.
 
     x [N, in] times a tile of n rows is the sum over p of sides[p] @ tile[p]ᵀ: a form may split its columns into P sets, each
-    contiguous once widened (P is 1 if it doesn't), and x likewise. A factor of a whole row is left to finish().
+    contiguous once widened (P is 1 if it doesn't), and x likewise. A row's common factor is applied by finish().
     """
 
     __slots__ = ()
@@ -226,7 +226,7 @@ class Int8(Packed):
         return np.multiply(self.values, native(self.scale)[:, None], out=out)
 
     def tile(self, part: slice, n_sides: int, words: np.ndarray) -> np.ndarray:
-        """Widen the values alone: to scale each number of the result is less work than to scale each number of the weight."""
+        """Widen the values only: scaling each number of the result is less work than scaling each number of the weight."""
         values = self.values[part]
         out = words.view(np.float32).reshape(1, *values.shape)
         np.copyto(out[0], values)
@@ -282,7 +282,7 @@ FORMS = {"H": Bfloat16, "e": Float16}  # by an array's dtype.char
 
 
 def form_of(weight: Weight) -> Form:
-    """Return a weight in its form, which is found from an array's dtype; in native byte order."""
+    """Return a weight as a Form, chosen by the dtype of an array; in native byte order."""
     if isinstance(weight, Form):
         return weight
     weight = native(weight)
@@ -301,7 +301,7 @@ def widen(weight: Weight, out: np.ndarray | None = None) -> np.ndarray:
 
 
 class SideBySide(np.ndarray):
-    """A dense matrix in one block of memory with others that are multiplied by the same x: linears() multiplies the block.
+    """A dense matrix that shares a block of memory with others that multiply the same x: linears() multiplies the block.
 
     whole  all their rows    [sum of the others' and its own, in]
     start  where its own begin
@@ -342,7 +342,7 @@ def to_bfloat16(x: np.ndarray) -> np.ndarray:
     """
     bits = np.asarray(x, np.float32).view(np.uint32)
     nearest = (bits + (0x7FFF + (bits >> 16 & 1))) >> 16
-    quiet_nan = bits >> 16 | 0x0040  # the carry would make zero or infinity of some NaN
+    quiet_nan = bits >> 16 | 0x0040  # the carry would change some NaN to zero or infinity
     return np.where(np.isnan(x), quiet_nan, nearest).astype(np.uint16)
 
 
@@ -356,5 +356,5 @@ def to_int8(x: np.ndarray) -> Int8:
     scale = (np.max(np.abs(x), axis=1) / 127).astype(np.float32)
     divisor = np.where(scale > 0, scale, 1)[:, None]
     values = np.rint(x / divisor)
-    # Only where float32 has no scale near a 127th of numbers this small (below 1e-36) can they lie beyond.
+    # They exceed 127 only where float32 has no scale near a 127th of numbers this small (below 1e-36).
     return Int8(np.clip(values, -127, 127).astype(np.int8), scale)

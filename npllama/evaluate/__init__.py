@@ -1,8 +1,8 @@
-"""Evaluate a model: perplexity, known answers, and a profile of its time.
+"""Evaluate a model: perplexity, known answers, and the time of each operation.
 
 | file | what it does |
 |---|---|
-| perplexity.py | how well a model predicts a text, and how far its predictions are from another model's |
+| perplexity.py | perplexity on a text, and the divergence of the predictions from another model's |
 | known_answers.py | published answers of published models |
 | profile.py | the time of each operation |
 """

@@ -1,7 +1,7 @@
-"""Known answers of published models, to check that converted weights compute right: `npllama check MODEL`.
+"""Known answers of published models, to check that converted weights compute correctly: `npllama check MODEL`.
 
-A model is recognised by its shape. To add an answer: an entry in MODELS, with its source; the first layers of a wrong
-implementation already move every number here, so tolerances may be wide.
+A model is recognised by its shape. To add an answer, add an entry to MODELS, with its source. Tolerances may be wide: in a
+wrong implementation, the first layers already change every number here.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ class Answer:
 
     prompt: str  # text after BOS; a user's message where chat is true
     source: str
-    chat: bool = False  # the prompt is put in the model's own format, with its own system prompt
+    chat: bool = False  # the prompt is a message in the model's chat format, with its own system prompt
     ids: tuple[int, ...] = ()  # the prompt's ids
     next_token: int | None = None
     logits: tuple[float, ...] = ()  # the first ones of the vocabulary, after the prompt's last token
     tolerance: float = 0.0  # the largest difference of a logit
-    n_tokens: int = 1  # how many are generated, unless the model ends before
+    n_tokens: int = 1  # tokens to generate, unless the model ends earlier
     text: str | None = None  # their text, without surrounding whitespace
 
 
 @dataclass(frozen=True)
 class KnownModel:
-    """A published model: the constants that tell it from others, and its answers."""
+    """A published model: the constants that distinguish it from others, and its answers."""
 
     name: str
     shape: dict[str, object]
     answers: tuple[Answer, ...]
 
     def has_shape(self, config: Config) -> bool:
-        """Return whether a model could be this one."""
+        """Return whether a model of this config may be this one."""
         return all(getattr(config, key) == value for key, value in self.shape.items())
 
 
@@ -124,7 +124,7 @@ MODELS = [
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing compared: what it is, whether it holds, what was found where it doesn't."""
+    """The result of one comparison: its subject, whether it holds, and otherwise what was found."""
 
     what: str
     holds: bool
@@ -140,7 +140,7 @@ def recognise(config: Config) -> KnownModel:
 
 
 def check(model: Model, answer: Answer) -> Iterator[Finding]:
-    """Run one prompt greedily and compare all that is known about its answer. Raises ValueError without a tokenizer."""
+    """Run one prompt greedily and compare everything known about its answer. Raises ValueError without a tokenizer."""
     tokenizer = model.tokenizer
     if tokenizer is None:
         raise ValueError(f"{model.path} has no tokenizer, and the known answers are text")

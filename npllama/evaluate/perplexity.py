@@ -1,8 +1,8 @@
 """Perplexity of a model on a text, and divergence of its predictions from another model's, as llama.cpp defines them.
 
-The text's ids are cut into windows of n that don't overlap; what is left over at the end is dropped. The first token of each is
-replaced by BOS where the tokenizer puts one before a text. The model predicts each of the tokens n/2 + 1 ... n - 1 of a window,
-counted from 0, from all those before it in the window.
+The text's ids are cut into windows of n that don't overlap; an incomplete window at the end is dropped. Where the tokenizer
+puts BOS before a text, BOS replaces the first token of each window. Counted from 0, the tokens n/2 + 1 ... n - 1 of a window
+are scored: the model predicts each from all tokens before it in the window.
 Source: llama.cpp, tools/perplexity/perplexity.cpp.
 """
 
@@ -57,16 +57,16 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A model's predictions compared with those of a base, of which it is a smaller or faster version, on the same tokens."""
+    """A model's predictions compared with those of a base on the same tokens, as of a quantised model with its original."""
 
     model: Perplexity
     base: Perplexity
     kl: np.ndarray  # [N], nats: sum over the vocabulary of p_base · (ln p_base - ln p_model)
-    same_top: np.ndarray  # bool [N]: both find the same token the most likely
+    same_top: np.ndarray  # bool [N]: the same token is the most likely in both
 
 
 def perplexity(model: Model, tokens: Sequence[int], context: int = 512, progress: Progress | None = None) -> Perplexity:
-    """Score a text's ids in windows of `context`. progress is called with the tokens just done.
+    """Score a text's ids in windows of `context`. progress is called with the number of tokens just scored.
 
     Raises ValueError for fewer ids than one window, for a window that the model's context doesn't hold, and for logits that are
     NaN or infinite.
@@ -90,7 +90,7 @@ def compare(
     """
     if model.config.vocab_size != base.config.vocab_size:
         sizes = f"{model.config.vocab_size} and {base.config.vocab_size}"
-        raise ValueError(f"the models' vocabularies have {sizes} tokens: only models of one vocabulary compare")
+        raise ValueError(f"the models' vocabularies have {sizes} tokens: only models with the same vocabulary can be compared")
     make_windows(base, tokens, context)
     found: list[tuple[np.ndarray, ...]] = []
     for window in make_windows(model, tokens, context):

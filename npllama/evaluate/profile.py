@@ -1,11 +1,12 @@
-"""Profile the time of a token: each matrix product by its weight, each operation, and the limit that memory bandwidth sets.
+"""Measure where the time of a token goes: each matrix product, named by its weight, each operation, and the memory's limit.
 
     profile = Profile(npllama.load())
     for step in profile.watch(generate_steps(profile.model, ids, 64, Sampling(), cache=profile.cache())):
         ...
     print(profile.text())
 
-The operations and the cache of a profile are those of a pass without a tap, each timed.
+A Profile times the operations and the cache of a pass without a tap. (The rounding profiles of golden.precision are something
+else: they say how a port rounds.)
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ LARGE = (16384, 4096)  # float32: 268 MB, beyond every cache
 
 
 class Profile:
-    """Add up what generating takes, from the second token on: the first comes with the prompt.
+    """Add up the time of each operation from the second token on: the first includes the prompt.
 
-    model  the one to generate with: the given one, its operations timed
+    model  the model to generate with: the given one with its operations timed
     """
 
     def __init__(self, model: Model):
@@ -54,7 +55,7 @@ class Profile:
         return _TimedCache(self)
 
     def watch(self, steps: Iterable[Step]) -> Iterator[Step]:
-        """Pass the steps on, and time what is called to make each."""
+        """Yield the steps, and time each after the first."""
         steps = iter(steps)
         for first in steps:
             yield first
@@ -71,14 +72,14 @@ class Profile:
             yield step
 
     def text(self) -> str:
-        """Return a table: milliseconds a token and share of each operation, and how fast weights were read."""
+        """Return a table: for each operation its milliseconds per token, its share, and how fast it read weights."""
         if not self.n_tokens:
-            return "profile: no token after the first was made"
+            return "time per operation: not measured, as no token was generated after the first"
         ms = 1000 / self.n_tokens
         bandwidth = memory_bandwidth()
         rows = sorted(self.spent.items(), key=lambda item: -item[1])
-        rows.append(("the rest: Python, residual sums", self.seconds - sum(self.spent.values())))
-        lines = [f"{'a token of ' + format(self.n_tokens, ','):<32} {'ms':>8} {'share':>7} {'GB/s':>7}"]
+        rows.append(("the rest: Python, residual additions", self.seconds - sum(self.spent.values())))
+        lines = [f"{f'mean of {self.n_tokens:,} tokens':<32} {'ms':>8} {'share':>7} {'GB/s':>7}"]
         for name, seconds in rows:
             speed = f"{self.read[name] / seconds / 1e9:7.1f}" if self.read.get(name) else ""
             lines.append(f"{name:<32} {seconds * ms:8.2f} {seconds / self.seconds:7.1%} {speed}".rstrip())
@@ -86,13 +87,13 @@ class Profile:
         share = limit * self.n_tokens / self.seconds
         lines.append(f"{'all':<32} {self.seconds * ms:8.2f}")
         lines.append(
-            f"the memory's limit: {self.bytes_per_token / 1e6:,.0f} MB of weights a token at {bandwidth / 1e9:.1f} GB/s "
-            f"(one large matrix-vector product) take {limit * 1000:.2f} ms, {share:.0%} of it all"
+            f"memory-bandwidth limit: {self.bytes_per_token / 1e6:,.0f} MB of weights per token at {bandwidth / 1e9:.1f} GB/s "
+            f"(one large matrix-vector product) take {limit * 1000:.2f} ms, {share:.0%} of the total"
         )
         return "\n".join(lines)
 
     def _timed(self, function: Callable, name: str) -> Callable:
-        """Return the function with its time added up: under its name, or that of the weights it multiplies by."""
+        """Return the function, its time added up under its name, or under that of the weights it multiplies by."""
 
         def timed(*args: Any) -> Any:
             started = time.perf_counter()
@@ -127,7 +128,7 @@ def _names(model: Model) -> dict[int, str]:
 
 
 def memory_bandwidth() -> float:
-    """Measure the bytes a second that a large float32 matrix-vector product reads: the best of five, after a warm-up."""
+    """Measure the bytes per second that a large float32 matrix-vector product reads: the best of five, after a warm-up."""
     matrix, x = np.ones(LARGE, np.float32), np.ones(LARGE[1], np.float32)
     seconds = []
     for _ in range(6):

@@ -5,8 +5,8 @@ float32, and in each activation's entry its noise floor:
 
     "noise"  {"float32": {"rms": ..., "max": ...}, "bfloat16": {"rms": ..., "max": ...}}
 
-the root of the mean square and the largest magnitude of the difference between npllama's own pass in that precision (bfloat16
-is simulated in Meta's convention, precision.py) and the float64 one. A README.md says how to use it from any language.
+They are the root mean square and the largest magnitude of the difference between npllama's own pass in that precision (bfloat16
+is simulated in Meta's convention, precision.py) and the float64 pass. A README.md says how to use it from any language.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def write_golden(
 ) -> Trace:
     """Write the golden bundle of a model for a prompt and decode steps; the arguments are those of trace.write_trace().
 
-    The logits are always in it; `weights` adds the model's, widened to float32. Raises ValueError.
+    It always contains the logits; `weights` adds the model's weights, widened to float32. Raises ValueError.
     """
     tokens, _ = checked_run(model.config, tokens, steps)
     whole = whole_params(model.params) if weights else {}
@@ -82,7 +82,7 @@ def write_golden(
             writer.add(name, stored, noise={precision: found[name] for precision, found in noise.items()})
         for name, weight in whole.items():
             writer.add_weight(name, widen(weight))
-        facts = model_facts(model) | {"path": None}  # a bundle travels: where the model lay means nothing elsewhere
+        facts = model_facts(model) | {"path": None}  # on another machine the model's path means nothing
         writer.describe("npllama", tokens, fed, FLOAT64, facts, notes=NOTES)
         writer.add_text("README.md", _readme(tokens, fed, facts, model.config, weights))
     return read_trace(out)
@@ -152,17 +152,17 @@ One activation a file, named after what it holds: `layers.0.attention.q_rope.npy
 Axes: T tokens, S all tokens so far (here T), D = dim, H = n_heads, G = n_kv_heads, K = head_dim, F = ffn_dim, V = vocab_size;
 C order, little-endian.
 
-In the formulas, x is the residual stream before attention and h before the feed-forward, y is what RMSNorm makes of either, and
+In the formulas, x is the residual stream before attention and h before the feed-forward, y is RMSNorm of either, and
 W1 is layers.N.feed_forward.w1. RoPE rotates the pairs (x[2j], x[2j+1]) of a head at position m by the angles m·θ_j.
 
-| file | shape | formula | what |
+| file | shape | formula | meaning |
 |---|---|---|---|
 {table}
 
 If your queries and keys are in Hugging Face's order, (x[j], x[j + K/2]), reorder them first:
 theirs[j] is ours[2j], theirs[j + K/2] is ours[2j+1].
 
-A bundle may hold a part of these. `trace.json` lists what there is, with each file's shape, dtype, sha256, minimum, maximum,
+A bundle may hold only some of these. `trace.json` lists its files, with each file's shape, dtype, sha256, minimum, maximum,
 mean and rms.
 
 ## Reading a file
@@ -183,7 +183,7 @@ difference that npllama's own float32 (or simulated bfloat16) pass has from thes
 `noise.bfloat16.rms`, if you compute in that); where that is 0, as for the embedding, take a few units in the last place:
 
 - about 1: rounding, your operation is right
-- 10 or more: look here; the first such activation is where your program goes wrong. Those before it are right
+- 10 or more: an error; the first such activation is where your program goes wrong, and those before it are right
 
 Or let npllama do it: write yours as `.npy` files or raw float32 and run `npllama compare THIS_FOLDER YOURS`.
 """

@@ -1,9 +1,9 @@
-"""List the usual mistakes of ports of Llama, to make wrong programs from and to recognise wrong numbers by.
+"""List the usual mistakes of ports of Llama, to build wrong programs and to recognise their numbers.
 
-A mistake replaces one part of a right pass. `Port("half_split")` computes with it, as traces and tests need; compare's hints
-apply it to a candidate's own numbers and see whether it predicts the candidate's result; the exercises recognise a student's
-numbers by it. Wrong functions have the signatures of the right ones: those of ops.py and linear.py, and for the cache and for
-sampling those of exercises 9 and 10. Of several that explain the same numbers, the first in the list is named.
+A mistake replaces one part of a correct pass. `Port("half_split")` computes with it, for traces and tests; compare's hints
+apply it to a candidate's own numbers and check whether it predicts the candidate's result; the exercises recognise a student's
+mistake by its numbers. Wrong functions have the signatures of the correct ones: those of ops.py and linear.py, and for the
+cache and for sampling those of exercises 9 and 10. If several explain the same numbers, the first in the list is named.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from .precision import ROUND, LazyParams, Precision, Round, round_bfloat16, roun
 
 
 class Seen(Protocol):
-    """Give the activations of the same layer and pass that are known, by their names in the table."""
+    """Return known activations of the same layer and pass, by their names in the table."""
 
     def __call__(self, name: str, /) -> Array:
-        """Return an activation of this pass; STREAM is the residual stream that the layer gets."""
+        """Return an activation of this pass; STREAM is the layer's input, the residual stream."""
 
     def slots(self, name: str, /) -> Array:
-        """Return an activation of all tokens so far, as the cache holds keys.    [..., G, S, K]"""
+        """Return an activation of all tokens so far, in the layout of the cache.    [..., G, S, K]"""
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Mistake:
     """Describe one mistake: its name, where it shows, and what it changes.
 
     name         for code
-    sentence     for people: what is wrong and what is right
-    at           the activations at which it can show, right ones going in; none for a mistake outside of forward()
+    sentence     for readers: the error, and the correct formula
+    at           the activations that it makes wrong, given correct inputs; none for a mistake outside of forward()
     ops          fields of Ops -> wrong function
     constants    config -> wrong config
     parameters   (name, params, config) -> wrong weight of this name
@@ -55,9 +55,9 @@ class Mistake:
     sampling     a wrong `probabilities`, of exercise 9
     outside      functions of the conformance suite that no pass calls -> wrong function
     precision    computes in this precision where float32 is meant
-    needs        what it takes to show: a key of NEEDS
-    fitted       compare finds out its constant, and names that instead
-    applies      whether it can show in a model of this config
+    needs        the condition under which it shows: a key of NEEDS
+    fitted       compare estimates its constant, and names that instead
+    applies      returns whether it can show in a model of this config
     """
 
     name: str
@@ -76,12 +76,12 @@ class Mistake:
     applies: Callable[[Config], bool] = lambda config: True
 
     def function(self, name: str) -> Callable[..., Array] | None:
-        """Return the wrong function, where the mistake is in this function alone: an operation or one of the exercises'."""
+        """Return the wrong function, if the mistake is in this function alone: an operation or an exercise's function."""
         functions = dict(self.outside) | dict(self.ops) | {"cache_update": self.cache, "probabilities": self.sampling}
         return functions.get(name) if len(self.ops) < 2 else None
 
     def params(self, params: Params, config: Config) -> Params:
-        """Return the parameters as the mistaken program has them, each made when it is asked for."""
+        """Return the parameters of the wrong program, each computed at access."""
         change = self.parameters
         return LazyParams(params, lambda name: change(name, params, config)) if change else params
 
@@ -90,8 +90,8 @@ NEEDS = {
     "": "any tokens",
     "decode": "a pass after the first",
     "padding": "a batch with padding",
-    "large": "numbers that exp() can't take",
-    "finite mask": "a mask of other numbers than 0 and -inf, which forward() has none of",
+    "large": "numbers at which exp() overflows",
+    "finite mask": "a mask with numbers other than 0 and -inf, which forward() never has",
     "error": "nothing: its shape doesn't fit the next operation, which raises ValueError",
 }
 
@@ -100,7 +100,7 @@ _Stores = dict[tuple[int, str], Array]  # (layer, "k" or "v") -> its slots
 
 
 class _Cache:
-    """Cache that keeps keys and values by a wrong cache_update(); the positions of its slots are right."""
+    """Cache that stores keys and values with a wrong cache_update(); the positions of its slots are correct."""
 
     def __init__(self, right: KVCache, update: Callable[[Array, int, Array], Array], stores: _Stores):
         self._right, self._update, self._stores = right, update, stores
@@ -137,7 +137,7 @@ class _Seen:
 
 
 class Port(Precision):
-    """Run the forward pass of a port that makes mistakes, in float32; use it wherever a Precision is expected.
+    """Run the forward pass of a port with mistakes, in float32; accepted wherever a Precision is expected.
 
     Port("half_split", "transposed"), by their names in MISTAKES; further operations as keywords, such as rope=mine
     computed  the precision that it computes in: by default float32, or that of a mistake
@@ -146,7 +146,7 @@ class Port(Precision):
     mistakes: list[Mistake]
     computed: Precision
     made: Ops
-    passes: WeakKeyDictionary[object, tuple[list[dict[str, Array]], _Stores]]  # by the memory that a cache's views share
+    passes: WeakKeyDictionary[object, tuple[list[dict[str, Array]], _Stores]]  # keyed by the memory that a cache's views share
 
     def __init__(self, *names: str, computed: Precision | None = None, **replaced: Callable):
         super().__init__("float32")
@@ -169,14 +169,14 @@ class Port(Precision):
         tap: Tap | None = None,
         last_only: bool = False,
     ) -> Array:
-        """Compute model.forward() with the mistakes; a tap sees the mistaken activations."""
+        """Compute model.forward() with the mistakes; a tap gets the wrong activations."""
         cache = KVCache(config, np.shape(tokens)[:-1]) if cache is None else cache
         passes, stores = self.passes.setdefault(cache.view[0], ([], {}))
         passes.append({})
         for mistake in self.mistakes:
             params, config = mistake.params(params, config), mistake.constants(config)
             if mistake.cache:
-                cache = _Cache(cache, mistake.cache, stores)  # type: ignore[assignment]  # the right one's but for update()
+                cache = _Cache(cache, mistake.cache, stores)  # type: ignore[assignment]  # KVCache's interface but for update()
 
         changes = [mistake.activations for mistake in self.mistakes if mistake.activations]
 
@@ -224,7 +224,7 @@ def _half_of_the_head(x: Array, cos: Array, sin: Array) -> Array:
 
 
 def _slot_numbers(positions: Array) -> Array:
-    """Count padding in the positions of a prompt; those of a single token are right."""
+    """Count padding in the positions of a prompt; those of a single token are correct."""
     T = positions.shape[-1]
     return positions if T == 1 else np.broadcast_to(np.arange(T), positions.shape)
 
@@ -370,7 +370,7 @@ def _llama_3_scaled(config: Config) -> bool:
 
 
 def _chosen(p: Array, top_p: float, cut: Callable[[Array, float], Array]) -> Array:
-    """Remove from p, sorted from the most likely, the probabilities that `cut` names, and normalise the rest again."""
+    """Remove from p, sorted in descending order, the probabilities that `cut` selects, and normalise the rest."""
     order = np.argsort(-p, kind="stable")
     kept = p.copy()
     kept[order[cut(p[order], top_p)]] = 0
@@ -378,7 +378,7 @@ def _chosen(p: Array, top_p: float, cut: Callable[[Array, float], Array]) -> Arr
 
 
 def _beyond(p: Array, top_p: float) -> Array:
-    """Return where more likely tokens reach top_p already: the right cut."""
+    """Return where more likely tokens already reach top_p: the correct cut."""
     return np.cumsum(p) - p >= top_p
 
 
@@ -406,14 +406,14 @@ def _at_least(p: Array, least: float) -> Array:
 
 
 def _of_the_longest_row(positions: Array) -> Array:
-    """Give single tokens in a batch the largest one's position; those of a prompt are right."""
+    """Give single tokens in a batch the largest position of any; those of a prompt are correct."""
     if positions.shape[-1] > 1:
         return positions
     return np.broadcast_to(np.max(positions, where=positions < PADDING, initial=0), positions.shape)
 
 
 def _left_visible(cache: KVCache, kept: ArrayLike) -> None:
-    """Cut rows back, and let their old slots keep their numbers and be seen."""
+    """Cut rows back, but leave their old slots visible, with their numbers."""
     memory, lengths = cache.view[0], cache.lengths
     stores = [store for store in (*memory.keys, *memory.values) if store is not None]
     before = [store.copy() for store in stores]
@@ -425,7 +425,7 @@ def _left_visible(cache: KVCache, kept: ArrayLike) -> None:
 
 
 def _write(store: Array, at: int, new: Array) -> None:
-    """Write the part of `new` that fits to the slots from `at` on."""
+    """Write to the slots from `at` on the part of `new` that fits."""
     room = store[..., at : at + new.shape[-3], :]
     room[:] = new.swapaxes(-2, -3)[..., : room.shape[-2], :]
 
@@ -481,25 +481,25 @@ HEADS, ACT = ("attention.heads",), ("feed_forward.act",)
 
 
 def _each(what: str, at: tuple[str, ...], *rows: tuple[Any, ...], **more: Any) -> Iterator[Mistake]:
-    """Yield mistakes in one operation, or in what a field changes.    rows of name, sentence, wrong function, needs if any"""
+    """Yield mistakes in one operation or another field of Mistake.    rows of name, sentence, wrong function, needs if any"""
     for name, sentence, function, *needs in rows:
         change: dict[str, Any] = {what: function} if what in ("cache", "sampling") else {"ops": {what: function}}
         yield Mistake(name, sentence, at, **change, needs="".join(needs), **more)
 
 
-# A table: a row is what is said, then what is wrong.
+# A table: each row has a name, a sentence and the wrong function.
 # fmt: off
 _LIST = (
     # ----- the embedding
     *_each("embed", ("tok_embeddings",),
-        ("embedding_scaled", "the embedding is multiplied by sqrt(D): Gemma does that, Llama takes the row as it is",
+        ("embedding_scaled", "the embedding is multiplied by sqrt(D): Gemma does that, Llama uses the row unchanged",
             lambda tokens, weight: linear.embed(tokens, weight) * math.sqrt(weight.shape[-1])),
         ("ids_off_by_one", "token ids are off by one: each token has the embedding of the next id",
             lambda tokens, weight: linear.embed(np.minimum(tokens + 1, len(weight) - 1), weight)),
     ),
     # ----- norms
     *_each("rms_norm", NORMS,
-        ("no_norm", "the norm is missing: these are the numbers that go into it", lambda x, weight, eps: x),
+        ("no_norm", "the norm is missing: these are its inputs", lambda x, weight, eps: x),
         ("no_norm_weight", "the norm's weight is missing: multiply by the learned weight at the end",
             lambda x, weight, eps: ops.rms_norm(x, np.ones_like(weight), eps)),
         ("norm_weight_plus_one",
@@ -513,7 +513,7 @@ _LIST = (
             lambda x, weight, eps: x / np.sqrt(np.var(x, axis=-1, keepdims=True) + eps) * weight),
         ("norm_sum", "the squares are summed, not averaged: RMS is the root of their mean",
             lambda x, weight, eps: x / np.sqrt(np.sum(x * x, axis=-1, keepdims=True) + eps) * weight),
-        ("norm_over_tokens", "the norm's mean goes over all tokens: each has its own, axis=-1 with keepdims=True",
+        ("norm_over_tokens", "the norm's mean is over all tokens: each has its own, axis=-1 with keepdims=True",
             lambda x, weight, eps: x / np.sqrt(_mean_square(x, axis=None) + eps) * weight),
         ("norm_without_root", "the norm's square root is missing: divide by sqrt(mean(x²) + eps)",
             lambda x, weight, eps: x / (_mean_square(x) + eps) * weight),
@@ -545,7 +545,7 @@ _LIST = (
         "transposed weights: the product is x · W with the [out, in] weight read as [in, out], not x · Wᵀ",
         LINEARS, parameters=_transposed),
     *(
-        Mistake(f"layer_0_{name}", f"another layer's {what}: layer 0's, in the place of its own",
+        Mistake(f"layer_0_{name}", f"another layer's {what}: layer 0's instead of its own",
             tuple(name for name in WEIGHTED if name.startswith(part)),
             parameters=_of_layer(lambda n: 0, part), applies=lambda config: config.n_layers > 1)
         for name, what, part in (
@@ -554,7 +554,7 @@ _LIST = (
             ("everywhere", "weights", ""),
         )
     ),
-    Mistake("previous_layers_weights", "another layer's weights: those of the layer before, in the place of its own", WEIGHTED,
+    Mistake("previous_layers_weights", "another layer's weights: those of the layer before instead of its own", WEIGHTED,
         parameters=_of_layer(lambda n: max(n - 1, 0)), applies=lambda config: config.n_layers > 1),
     *(
         Mistake(f"{precision}_{name}",
@@ -583,7 +583,7 @@ _LIST = (
             "decode"),
         ("position_late_in_decode", "position off by one in decode: RoPE rotates each new token as if one more came before it",
             lambda positions, frequencies: ops.rope_rotation(positions + (positions.shape[-1] == 1), frequencies), "decode"),
-        ("padding_counted", "padding is counted: RoPE's position is the slot's number, and only tokens count",
+        ("padding_counted", "padding is counted: RoPE's position is the slot's number, but only tokens count",
             lambda positions, frequencies: ops.rope_rotation(_slot_numbers(positions), frequencies), "padding"),
         ("position_of_the_longest_row",
             "the position of a new token is that of the batch's longest row: each row counts its own tokens",
@@ -611,7 +611,7 @@ _LIST = (
         ("half_of_the_head_rotated", "RoPE rotates the first half of each head only: Llama rotates all of it",
             _half_of_the_head),
     ),
-    Mistake("keys_unrotated", "keys are not rotated, and queries are", ("attention.k_rope",),
+    Mistake("keys_unrotated", "keys are not rotated, but queries are", ("attention.k_rope",),
         activations={"attention.k_rope": lambda x, seen: seen("attention.k")}),
     *_each("rope_rotation", ROTATED,
         *(
@@ -622,7 +622,7 @@ _LIST = (
             for by, offset in (("one", 1), ("one", -1), ("two", 2), ("two", -2))
         ),
         ("angles_in_bfloat16",
-            "RoPE's angles are in bfloat16: from 128 radians on it has no other than whole numbers; form them in float32",
+            "RoPE's angles are in bfloat16: from 128 radians on it has whole numbers only; compute them in float32",
             _rotation_of_rounded_angles),
         ("frequencies_in_bfloat16", "RoPE's frequencies are in bfloat16: they must stay in float32, as must their angles",
             lambda positions, frequencies: ops.rope_rotation(positions, _rounded(frequencies))),
@@ -630,19 +630,19 @@ _LIST = (
             lambda positions, frequencies: tuple(map(_rounded, ops.rope_rotation(positions, frequencies)))),
     ),
     *_each("rope_frequencies", ROTATED,
-        ("exponent_j", "the exponent is j/K: it is 2j/K, np.arange(0, head_dim, 2) / head_dim",
+        ("exponent_j", "the exponent is j/K instead of 2j/K, np.arange(0, head_dim, 2) / head_dim",
             lambda head_dim, theta, scaling, dtype: ops.rope_frequencies(head_dim, theta**0.5, scaling, dtype)),
-        ("exponent_of_pairs", "2j is divided by K/2, the number of pairs: the formula has K, all of head_dim",
+        ("exponent_of_pairs", "2j is divided by K/2, the number of pairs, instead of K, which is head_dim",
             lambda head_dim, theta, scaling, dtype: ops.rope_frequencies(head_dim, theta**2, scaling, dtype)),
         fitted=True,
     ),
     *_each("rope_frequencies", ROTATED,
         ("theta_inverse", "the exponent has the wrong sign: the frequencies fall from 1, so it is theta^(-2j/K)",
             lambda head_dim, theta, scaling, dtype: ops.rope_frequencies(head_dim, 1 / theta, scaling, dtype)),
-        ("frequency_per_number", "there is a frequency for each number: a pair shares one, so there are K/2",
+        ("frequency_per_number", "there is a frequency for each number: a pair shares one, so K/2 are expected",
             lambda head_dim, theta, scaling, dtype: ops.rope_frequencies(2 * head_dim, theta, scaling, dtype), "error"),
         ("frequencies_twice",
-            "each frequency is there twice, as Hugging Face's code needs it: here a pair has one, so there are K/2",
+            "each frequency appears twice, as in Hugging Face's code: here a pair has one, so K/2 are expected",
             lambda head_dim, theta, scaling, dtype: np.tile(ops.rope_frequencies(head_dim, theta, scaling, dtype), 2), "error"),
     ),
     *(
@@ -666,18 +666,18 @@ _LIST = (
         ROTATED, constants=lambda config: replace(config, rope_scaling=LinearRopeScaling(_scaling_of(config).factor)),
         applies=_llama_3_scaled),
     Mistake("scaling_unblended",
-        "RoPE's scaling doesn't blend: wavelengths between the two limits are divided by a factor between 1 and the whole",
+        "RoPE's scaling doesn't blend: it keeps frequencies between the two limits, and expected is between θ and θ/factor",
         ROTATED,
         constants=lambda config: _scaling(config, high_freq_factor=_llama_3_scaling_of(config).low_freq_factor * (1 + 1e-9)),
         applies=_llama_3_scaled),
     Mistake("scaling_of_new_context",
-        "RoPE's scaling has the model's context length in the place of the original one, before it was extended", ROTATED,
+        "RoPE's scaling uses the model's context length instead of the original one, before it was extended", ROTATED,
         constants=lambda config: _scaling(config, original_max_seq_len=config.max_seq_len),
         applies=lambda config: (
             _llama_3_scaled(config) and config.max_seq_len != _llama_3_scaling_of(config).original_max_seq_len)),
     # ----- the cache
     *_each("cache", SCORES + HEADS,
-        ("cache_overwritten", "the new keys overwrite the first ones: they go behind the `length` slots in use",
+        ("cache_overwritten", "the new keys overwrite the first ones: they belong after the `length` slots in use",
             _written(lambda length: 0, lambda length, T: length + T), "decode"),
         ("cache_over_the_last",
             "the new key overwrites the last one: slots count from 0, so the first free one is slot `length`",
@@ -685,7 +685,7 @@ _LIST = (
         ("cache_empty_slot",
             "there is an empty slot after the prompt: slots count from 0, so the first free one is slot `length`",
             _written(lambda length: length + (length > 0), lambda length, T: length + (length > 0) + T), "error"),
-        ("cache_whole", "the whole store is returned: its unused slots are keys of no token, and would be attended to",
+        ("cache_whole", "the whole store is returned: its unused slots hold no token's keys, and would be attended to",
             _written(lambda length: length, lambda length, T: None), "error"),
         ("cache_new_alone", "only the new keys are returned: a query attends to those of every token so far",
             lambda store, length, new: new.swapaxes(-2, -3), "error"),
@@ -710,25 +710,25 @@ _LIST = (
         ("mask_reversed", "the causal mask is reversed: tokens see what comes after them, and not what came before",
             lambda q, s, dtype: _mask(s[..., None, :] >= q[..., :, None], dtype)),
         ("mask_of_indices",
-            "a triangle of indices is right for a prompt alone: with a cache, row 0 is a late token; compare positions",
+            "a triangle of indices is right only for a prompt: with a cache, row 0 is a late token; compare positions",
             lambda q, s, dtype: _mask(np.tri(q.shape[-1], s.shape[-1], dtype=bool), dtype), "decode"),
         ("mask_of_slots",
             "padding leaks: a triangle shifted by S - T is right only while the slots are in order, without padding; compare "
             "positions", lambda q, s, dtype: _triangle(q.shape[-1], s.shape[-1], dtype), "padding"),
-        ("mask_of_ones", "the mask is 1 and 0, to be multiplied: it is added to the scores, so it is 0 and -inf",
+        ("mask_of_ones", "the mask is 1 and 0, as for multiplying: it is added to the scores, so expected are 0 and -inf",
             lambda q, s, dtype: _mask(s[..., None, :] > q[..., :, None], dtype, hidden=1)),
-        ("mask_large_number", "hidden is a large negative number: only -inf gives exactly 0 after softmax, whatever the scores",
+        ("mask_large_number", "the mask is a large negative number: only -inf always gives exactly 0 after softmax",
             lambda q, s, dtype: _mask(s[..., None, :] <= q[..., :, None], dtype, hidden=-1e9)),
         ("mask_lowest_number",
-            "hidden is the lowest finite number: a row that sees nothing would then look at what is hidden; use -inf",
+            "the mask is the lowest finite number: a query without visible keys would attend to masked ones; use -inf",
             lambda q, s, dtype: _mask(s[..., None, :] <= q[..., :, None], dtype, hidden=float(np.finfo(np.float32).min))),
-        ("mask_wrong_sign", "the sign is wrong: hidden is -inf, whose exp is 0; +inf makes the whole row NaN",
+        ("mask_wrong_sign", "the mask's sign is wrong: exp(-inf) is 0, but +inf makes the whole row NaN",
             lambda q, s, dtype: _mask(s[..., None, :] <= q[..., :, None], dtype, hidden=math.inf)),
         ("mask_multiplied", "0 times inf is NaN: choose with np.where instead of multiplying by -inf",
             lambda q, s, dtype: ((s[..., None, :] > q[..., :, None]) * np.asarray(-np.inf, dtype))[..., None, :, :]),
-        ("mask_multiplied_reversed", "what may be seen is hidden, and 0 times inf is NaN: np.where(slot <= query, 0, -inf)",
+        ("mask_multiplied_reversed", "visible keys are masked, and 0 times inf is NaN: np.where(slot <= query, 0, -inf)",
             lambda q, s, dtype: ((s[..., None, :] <= q[..., :, None]) * np.asarray(-np.inf, dtype))[..., None, :, :]),
-        ("mask_axes_exchanged", "the axes are exchanged: rows are queries, columns are slots, [1, T, S]",
+        ("mask_axes_exchanged", "the axes are exchanged: expected are a row per query and a column per slot, [1, T, S]",
             lambda q, s, dtype: _mask(s[..., :, None] <= q[..., None, :], dtype)),
     ),
     Mistake("padding_as_tokens",
@@ -745,9 +745,9 @@ _LIST = (
         ("scaled_by_k",
             "wrong scale: the scores are divided by K instead of sqrt(K); it is the square root, q·k / sqrt(K)",
             lambda q, keys, mask: ops.query_key_products(q, keys) / q.shape[-1] + mask),
-        ("mask_scaled", "the mask is scaled too: divide the products by sqrt(K) first, then add it as it is",
+        ("mask_scaled", "the mask is scaled too: divide the products by sqrt(K) first, then add the mask",
             lambda q, keys, mask: _products(q, keys) + mask / math.sqrt(q.shape[-1]), "finite mask"),
-        ("mask_of_its_own", "the mask is one of your own, a triangle: add the one that is given, which also hides padding",
+        ("mask_of_its_own", "the mask is a triangle: add the argument `mask` instead, which also hides padding",
             lambda q, keys, mask: _products(q, keys) + _triangle(q.shape[-3], keys.shape[-2], q.dtype), "padding"),
         ("scores_transposed", "rows are keys and columns queries: [H, T, S] has a row for each query",
             lambda q, keys, mask: (_products(q, keys) + mask).swapaxes(-1, -2)),
@@ -805,7 +805,7 @@ _LIST = (
         for mistake in (
             Mistake(f"no_residual_{kind}", f"the residual connection is missing: it is {added} alone", (kind,),
                 activations={kind: _only(added)}),
-            Mistake(f"nothing_added_{kind}", f"{added} is not added: these are the numbers before it", (kind,),
+            Mistake(f"nothing_added_{kind}", f"{added} is not added: these are the numbers before the addition", (kind,),
                 activations={kind: _without(added)}),
             Mistake(f"residual_after_norm_{kind}",
                 f"the residual connection starts after the norm: {added} is added to {normed}, not to what went into it",
@@ -820,7 +820,7 @@ _LIST = (
     # ----- the feed-forward's activation
     *_each("swiglu", ACT,
         ("gate_up_exchanged",
-            "the gate and up are exchanged: silu is applied to up, and it belongs to the gate, the product with w1",
+            "the gate and up are exchanged: silu is applied to up, but it belongs to the gate, the product with w1",
             lambda gate, up: ops.swiglu(up, gate)),
         ("no_silu", "silu is missing: it is gate · up, and silu(gate) · up was expected", lambda gate, up: gate * up),
         ("no_up", "up is missing: the result is silu(gate) · up", lambda gate, up: ops.silu(gate)),
@@ -847,13 +847,13 @@ _LIST = (
     ),
     # ----- sampling
     *_each("sampling", (),
-        ("top_p_early", "top-p cuts too early: the token whose probability crosses top_p is kept, only those after it go",
+        ("top_p_early", "top-p cuts too early: keep the token whose probability crosses top_p, and drop those after it",
             _sampled(lambda p, top_p: np.cumsum(p) > top_p)),
         ("top_p_early_but_first",
-            "top-p cuts too early: not only the first, but whichever token's probability crosses top_p is kept",
+            "top-p cuts too early: keep whichever token's probability crosses top_p, not only the first token",
             _sampled(lambda p, top_p: (np.cumsum(p) > top_p) & (np.arange(len(p)) > 0))),
         ("top_p_late",
-            "top-p keeps one token too many where the others reach it exactly: once the sum is top_p, it is reached (>=)",
+            "top-p keeps one token too many where the sum equals top_p exactly: compare with >=",
             _sampled(lambda p, top_p: np.cumsum(p) - p > top_p)),
         ("top_p_before_temperature",
             "top-p is applied before the temperature: divide by it first, and choose from the probabilities that result",
@@ -868,7 +868,7 @@ _LIST = (
             lambda x, t, top_p: _chosen(ops.softmax(x), top_p, _beyond)),
         ("top_p_unnormalised", "what is left doesn't sum to one: divide by its sum after the cut",
             lambda x, t, top_p: ((_chosen(p := ops.softmax(x / t), top_p, _beyond) > 0) * p)),
-        ("no_top_p", "nothing is cut: of the most likely tokens keep the fewest that together reach top_p",
+        ("no_top_p", "no token is dropped: of the most likely tokens keep the fewest that together reach top_p",
             lambda x, t, top_p: ops.softmax(x / t)),
         ("sampling_overflow", "exp overflows at large logits: subtract their maximum first, as in softmax",
             lambda x, t, top_p: _chosen(_normalised(np.exp(x / t)), top_p, _beyond)),
@@ -877,9 +877,9 @@ _LIST = (
     *(
         Mistake(name, sentence, outside={"resolve_config": wrong})
         for name, sentence, wrong in (
-            ("config_eps", "the config's eps is not read: 1e-6 is a default of the program, rms_norm_eps says what it is",
+            ("config_eps", "the config's eps is not read: 1e-6 is the program's default, rms_norm_eps has the value",
                 lambda config: replace(config, norm_eps=1e-6)),
-            ("config_eps_1e_5", "the config's eps is not read: 1e-5 is a default of the program, LLaMA 1 has 1e-6",
+            ("config_eps_1e_5", "the config's eps is not read: 1e-5 is the program's default, LLaMA 1 has 1e-6",
                 lambda config: replace(config, norm_eps=1e-5)),
             ("config_theta", "the config's θ is not read: 10000 is a default; transformers 5 writes it into rope_parameters",
                 lambda config: replace(config, rope_theta=10000.0)),
@@ -887,11 +887,11 @@ _LIST = (
                 lambda config: replace(config, rope_scaling=None)),
             ("config_factor", "the scale factor is 8 whatever is stated: Llama 3.1 has that, Llama 3.2 has 32",
                 lambda config: _scaling(config, factor=8.0)),
-            ("config_kv_heads", "the number of key heads is not read: it is that of the query heads only where it isn't stated",
+            ("config_kv_heads", "the number of key heads is not read: it is that of query heads only where none is stated",
                 lambda config: replace(config, n_kv_heads=config.n_heads)),
-            ("config_head_dim", "head_dim is not read: it is dim / n_heads only where it isn't stated",
+            ("config_head_dim", "head_dim is not read: it is dim / n_heads only where none is stated",
                 lambda config: replace(config, head_dim=config.dim // config.n_heads)),
-            ("config_tied", "whether the embeddings are tied is not read: it is no by default, and Llama 3.2's are",
+            ("config_tied", "whether the embeddings are tied is not read: the default is no, but Llama 3.2's are",
                 lambda config: replace(config, tied_embeddings=False)),
             ("config_ffn_dim", "ffn_dim is 8/3 · dim without ffn_dim_multiplier, which multiplies before it is rounded up",
                 lambda config: replace(config, ffn_dim=256 * -(-(8 * config.dim // 3) // 256))),
@@ -901,16 +901,16 @@ _LIST = (
     *(
         Mistake(name, sentence, outside={"encode": wrong})
         for name, sentence, wrong in (
-            ("encode_bos", "the token that begins a text is in front: it is no part of the text",
+            ("encode_bos", "BOS is in front of the ids, but it isn't part of the text",
                 lambda text, encode, bos: [bos, *encode(text)]),
             ("encode_normalised", "the text is normalised first (NFKC): no tokenizer of Llama does that",
                 lambda text, encode, bos: encode(unicodedata.normalize("NFKC", text))),
             ("encode_stripped", "spaces at the text's ends are stripped", lambda text, encode, bos: encode(text.strip())),
-            ("encode_newlines", "line breaks are all made newlines, as a file that is read as text has them",
+            ("encode_newlines", "line breaks all become newlines, as when a file is read in text mode",
                 lambda text, encode, bos: encode(text.replace("\r\n", "\n").replace("\r", "\n"))),
             ("encode_words", "words are split at spaces, and encoded each with one space in front",
                 lambda text, encode, bos: [id for word in text.split() for id in encode(" " + word)]),
-            ("encode_specials", "special tokens that the text spells are ids: they are text unless asked for",
+            ("encode_specials", "a special token that the text spells becomes its id: it is text unless requested otherwise",
                 lambda text, encode, bos: encode(text, special=True)),
             ("encode_ascii", "characters beyond ASCII are replaced by question marks",
                 lambda text, encode, bos: encode(text.encode("ascii", "replace").decode())),
@@ -920,9 +920,9 @@ _LIST = (
     *(
         Mistake(name, sentence, outside={"chat": wrong})
         for name, sentence, wrong in (
-            ("chat_specials_as_text", "special tokens are encoded as the text that spells them: each is one id of its own",
+            ("chat_specials_as_text", "special tokens are encoded as text, by their spelling: each is one id of its own",
                 lambda messages, right, specials: _spelled_out(right(messages), specials)),
-            ("chat_text_as_specials", "a message that spells a special token forges one: what a content spells stays text",
+            ("chat_text_as_specials", "a message that spells a special token forges it: such a spelling must stay text",
                 lambda messages, right, specials: _forged(right(messages), specials)),
             ("chat_without_system", "the system message is lost",
                 lambda messages, right, specials: right([m for m in messages if m["role"] != "system"])),
@@ -930,11 +930,11 @@ _LIST = (
                 lambda messages, right, specials: right(messages[-1:])),
             ("chat_without_newlines", "the line breaks of the format are missing",
                 lambda messages, right, specials: [id for id in right(messages) if id != 10]),
-            ("chat_contents_stripped", "contents are stripped of the spaces at their ends, and this format keeps them",
+            ("chat_contents_stripped", "spaces at the ends of contents are stripped, but this format keeps them",
                 lambda messages, right, specials: right([{**m, "content": m["content"].strip()} for m in messages])),
-            ("chat_without_bos", "the token that begins a text is missing",
+            ("chat_without_bos", "BOS is missing",
                 lambda messages, right, specials: right(messages)[1:]),
-            ("chat_bos_twice", "the token that begins a text is there twice: by the format and by the tokenizer",
+            ("chat_bos_twice", "BOS is there twice: from the format and from the tokenizer",
                 lambda messages, right, specials: [256, *right(messages)]),
         )
     ),
@@ -942,17 +942,17 @@ _LIST = (
     *(
         Mistake(name, sentence, outside={"chat_template": wrong})
         for name, sentence, wrong in (
-            ("template_untrimmed", "the line break after a block stays: trim_blocks is on",
+            ("template_untrimmed", "the line break after a block is kept, but trim_blocks is on",
                 lambda render, *given: render(*given, trim_blocks=False)),
-            ("template_indented", "the spaces before a block stay: lstrip_blocks is on",
+            ("template_indented", "the spaces before a block are kept, but lstrip_blocks is on",
                 lambda render, *given: render(*given, lstrip_blocks=False)),
-            ("template_newline_kept", "the template's last line break stays: keep_trailing_newline is off",
+            ("template_newline_kept", "the template's last line break is kept, but keep_trailing_newline is off",
                 lambda render, *given: render(*given, keep_trailing_newline=True)),
-            ("template_without_prompt", "the beginning of the answer is missing: add_generation_prompt is true",
+            ("template_without_prompt", "the beginning of the answer is missing, but add_generation_prompt is true",
                 lambda render, *given: render(*given, add_generation_prompt=False)),
-            ("template_own_tojson", "tojson is Jinja's own, which escapes and sorts: it is json.dumps(x, ensure_ascii=False)",
+            ("template_own_tojson", "tojson is Jinja's, which escapes and sorts: expected is json.dumps(x, ensure_ascii=False)",
                 lambda render, *given: render(*given, own_tojson=True)),
-            ("template_bos_twice", "the token that begins a text is there twice: by the template and by the tokenizer",
+            ("template_bos_twice", "BOS is there twice: from the template and from the tokenizer",
                 lambda render, template, messages, variables:
                     variables["bos_token"] + render(template, messages, variables)),
         )
@@ -963,9 +963,9 @@ _LIST = (
         for name, sentence, wrong in (
             ("cache_not_cut", "the cache is not cut back: new tokens come after those that should be forgotten",
                 lambda cache, kept: None),
-            ("rows_cut_alike", "all rows are cut back to the fewest slots of any: each keeps a number of its own",
+            ("rows_cut_alike", "all rows are cut back to the shortest one's length: each has a length of its own",
                 lambda cache, kept: cache.truncate(np.min(kept))),
-            ("slots_left_visible", "slots that a row has given up stay visible: hide all after its end, whatever others fill",
+            ("slots_left_visible", "slots that a row gave up stay visible: mask all after its end, however long others are",
                 _left_visible),
         )
     ),
@@ -977,7 +977,7 @@ _LIST = (
                 lambda x, t, k, top_p, min_p: _filtered(x, t, 0, top_p, min_p)),
             ("top_k_one_more", "top_k keeps one token too many",
                 lambda x, t, k, top_p, min_p: _filtered(x, t, k + (k > 0), top_p, min_p)),
-            ("min_p_absolute", "min_p is taken as a probability: it is a share of the largest probability",
+            ("min_p_absolute", "min_p is used as a probability: it is a share of the largest probability",
                 lambda x, t, k, top_p, min_p: _at_least(_filtered(x, t, k, top_p, 0.0), min_p)),
             ("min_p_not_applied", "min_p has no effect: drop what is less than min_p times as likely as the likeliest token",
                 lambda x, t, k, top_p, min_p: _filtered(x, t, k, top_p, 0.0)),
@@ -991,9 +991,9 @@ _LIST = (
         for name, function, sentence, wrong in (
             ("rounding_bfloat16_cut", "round_bfloat16", "the lower 16 bits are cut off: round to the nearest bfloat16", _cut),
             ("rounding_bfloat16_ties_up", "round_bfloat16",
-                "a tie is rounded away from zero: of two bfloat16 that are as near, the one with an even last bit is right",
+                "ties are rounded away from zero: of two equally near numbers, the one with an even last bit is right",
                 _bfloat16_ties_up),
-            ("rounding_float16_cut", "round_float16", "what float16 has no bits for is cut off: round to the nearest",
+            ("rounding_float16_cut", "round_float16", "bits that float16 lacks are cut off: round to the nearest",
                 _float16_cut),
             ("rounding_float16_flushed", "round_float16",
                 "numbers below 2^-14 are rounded to zero: float16 has subnormal numbers down to 2^-24", _float16_flushed),

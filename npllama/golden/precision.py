@@ -1,8 +1,9 @@
 """Run the forward pass in other precisions: float64 as the reference, float32, and simulated bfloat16 and float16.
 
-A simulated 16-bit value is a float32 number that the 16-bit format has too. Every operation computes in float32 on such numbers
-and rounds its result to the nearest, ties to even, as torch's eager mode does on the CPU: each torch operation that returns a
-16-bit tensor is one rounding. Matrix products accumulate in float32 and round once at the end. Weights are rounded once.
+A simulated 16-bit value is a float32 number that the 16-bit format can represent. Every operation computes in float32 on such
+numbers and rounds its result to the nearest, ties to even, as torch's eager mode does on the CPU: each torch operation that
+returns a 16-bit tensor is one rounding. Matrix products accumulate in float32 and round once at the end. Weights are rounded
+once.
 
 Where r() rounds, operation by operation. "meta" is llama3/model.py of llama-models 0.3.0; "hf" is modeling_llama.py of
 transformers 5.23 with eager attention. Their norms and softmax round at the same places; RoPE and the scale differ.
@@ -24,13 +25,13 @@ RoPE's frequencies and angles are float32 in both. (`model.bfloat16()` on a Hugg
 `from_pretrained(dtype=torch.bfloat16)` doesn't: that is not simulated.) Meta's Transformer.forward returns `output(h).float()`,
 which changes no value.
 
-The last rounding of each operation is where every activation passes, at the tap; only what is rounded inside an operation needs
-operations of its own.
+The last rounding of each operation is done by the tap, through which every activation passes. Only roundings inside an
+operation need a version of that operation.
 
-A profile is a precision with the further roundings of a quantised port, PARTS, as llama.cpp does them on a CPU:
+A rounding profile names a precision and the further roundings of a quantised port, PARTS, as llama.cpp does them on a CPU:
 `profile("float32")`, `profile("bfloat16-hf")`, `profile("int8-activations+float16-cache")`. Parts round the inputs of products,
-which no tap shows. They are the same numbers in float64 and float32, so that a float64 pass with the parts is the exact result
-of the profile.
+which no tap shows. They round to the same numbers in float64 and float32, so that a float64 pass with the parts is the exact
+result of the profile.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ ROUND: dict[str, Round] = {"bfloat16": round_bfloat16, "float16": round_float16}
 
 
 def round_q8_0(x: np.ndarray) -> np.ndarray:
-    """Round to 8 bits in blocks of 32, as llama.cpp rounds what it multiplies by Q8_0, Q4_0 and the like; as the dtype of x.
+    """Round to 8 bits in blocks of 32, as llama.cpp rounds the inputs of Q8_0, Q4_0 and similar weights; in the dtype of x.
 
     y = d · rint(x / d), d = max|x| / 127 of the block, by which the integers are multiplied as a float16    [..., n] -> like x
     """
@@ -99,7 +100,7 @@ def _eight_bits(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def round_q8_k(x: np.ndarray) -> np.ndarray:
-    """Round to 8 bits in blocks of 256, as llama.cpp rounds what it multiplies by Q4_K, Q6_K and the like; as the dtype of x.
+    """Round to 8 bits in blocks of 256, as llama.cpp rounds the inputs of Q4_K, Q6_K and similar weights; in the dtype of x.
 
     y = d · rint(x / d), d = -m / 127 for the number m of the block that is largest in magnitude    [..., n] -> like x
     """
@@ -123,7 +124,7 @@ def _out_of_blocks(blocks: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 
 def float16_cache(made: Ops) -> Ops:
-    """Keep keys and values in float16; what they are multiplied by, queries and weights, is rounded likewise."""
+    """Keep keys and values in float16, and round the queries and weights that they are multiplied by to float16 too."""
 
     def r(x: np.ndarray) -> np.ndarray:
         return round_float16(x).astype(x.dtype)
@@ -138,7 +139,7 @@ def float16_cache(made: Ops) -> Ops:
 
 
 def rounded_inputs(made: Ops, r: Round) -> Ops:
-    """Round what is multiplied by weights."""
+    """Round the inputs of products with weights."""
 
     def linear(x: np.ndarray, weight: Weight) -> np.ndarray:
         return made.linear(r(x), weight)
@@ -150,7 +151,7 @@ def rounded_inputs(made: Ops, r: Round) -> Ops:
 
 
 class WithOffsets(Dense):
-    """A matrix that was stored in groups of 32 columns with an offset each, whose products need the offsets by themselves.
+    """A matrix stored in groups of 32 columns with an offset each, whose products need the offsets separately.
 
     offsets  [out, in / 32]; None for a part of such a matrix, as an embedding's rows
     """
@@ -163,9 +164,9 @@ class WithOffsets(Dense):
 
 
 def rounded_inputs_and_sums(made: Ops) -> Ops:
-    """Round what is multiplied by weights to Q8_1, as llama.cpp does for Q4_1 and Q5_1.
+    """Round the inputs of products with weights to Q8_1, as llama.cpp does for Q4_1 and Q5_1.
 
-    These weights are scale · q + offset, and llama.cpp multiplies the offset by the block's sum, which Q8_1 has in float16:
+    These weights are scale · q + offset, and llama.cpp multiplies the offset by the block's sum, which Q8_1 stores in float16:
     y = W round_q8_0(x) + offsets · error_of_q8_1_sums(x)
     """
     rounded = rounded_inputs(made, round_q8_0)
@@ -191,7 +192,7 @@ PARTS: dict[str, Callable[[Ops], Ops]] = {
 
 
 def rounding_ops(r: Round, convention: str) -> Ops:
-    """Return the operations of ops.py with the roundings that happen inside them, before the last one."""
+    """Return the operations of ops.py with the roundings inside them, all but the last."""
 
     def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
         return r(ops.rms_norm(x, np.ones_like(weight), eps)) * weight
@@ -219,7 +220,7 @@ def rounding_ops(r: Round, convention: str) -> Ops:
 
 
 class LazyParams(Mapping[str, Weight]):
-    """Parameters derived from others of the same names at access, so that only one at a time is in memory twice."""
+    """Parameters derived from others of the same names at each access, so that only one at a time is in memory twice."""
 
     def __init__(self, params: Mapping[str, Weight], make: Callable[[str], Weight]):
         self._params, self._make = params, make
@@ -268,7 +269,7 @@ class Precision:
 
     @property
     def profile(self) -> str:
-        """Return the profile from which profile() would make this precision."""
+        """Return the name of this rounding profile, from which profile() makes the same precision."""
         name = self.name + ("-hf" if self.convention == "hf" else "")
         return "+".join((*(() if self.parts and name == "float32" else (name,)), *self.parts))
 
@@ -301,16 +302,16 @@ class Precision:
     def params(self, params: Params) -> Params:
         """Return the parameters in this precision, cast when they are used; packed ones that need no cast stay packed.
 
-        Those in groups are widened to the numbers that they stand for, so that a quantised port differs by arithmetic alone.
+        Those in groups are widened to the numbers that they represent, so that a quantised port differs only by its arithmetic.
         """
         if isinstance(params, Spread):  # each rank casts its own
-            if self.parts:  # blocks of numbers that are rounded together may lie on two ranks
-                raise ValueError(f"several processes don't compute in the profile {self.profile}: expected one process")
+            if self.parts:  # a block of numbers that are rounded together may be split between two ranks
+                raise ValueError(f"the rounding profile {self.profile} is computed in one process only: found several")
             return params.computed_in(self)
         if SUMS in self.parts and not any(has_offsets(params[name]) for name in params):
             raise ValueError(
-                f"the profile {SUMS} rounds what Q4_1 and Q5_1 weights are multiplied by: found none, expected a model that "
-                'stores such weights, loaded with dtype="stored"'
+                f"the rounding profile {SUMS} rounds the inputs of Q4_1 and Q5_1 weights: found no such weights, expected a "
+                'model that has them, loaded with dtype="stored"'
             )
         return LazyParams(params, lambda name: self.weight(params[name]))
 
@@ -334,7 +335,7 @@ class Precision:
         tap: Tap | None = None,
         last_only: bool = False,
     ) -> np.ndarray:
-        """Run model.forward() in this precision; a tap sees rounded activations, and what it returns goes on unrounded."""
+        """Run model.forward() in this precision; a tap gets rounded activations, and its results are used unrounded."""
         if self.name in ROUND:
             watch, r = tap, ROUND[self.name]
 
@@ -345,11 +346,11 @@ class Precision:
 
 
 class SequentialSums(Precision):
-    """Float32 whose norms and softmax sum as a loop would, one number after the other."""
+    """Float32 whose norms and softmax sum sequentially, as a loop does."""
 
     @property
     def profile(self) -> str:
-        """Return a name that profile() doesn't know, as no program is judged by it."""
+        """Return a name that profile() doesn't accept, since no program is judged by this one."""
         return "+".join(("sequential-sums", *self.parts))
 
     def without_parts(self) -> Ops:
@@ -372,7 +373,7 @@ def sequential_norms(made: Ops) -> Ops:
 
 
 def named(name: str) -> Precision:
-    """Return the precision whose `profile` this is, as the ranks of a model send it."""
+    """Return the precision of this name, as one rank sends it to another: a rounding profile, or that of SequentialSums."""
     return SequentialSums() if name == SequentialSums().profile else profile(name)
 
 
@@ -380,7 +381,7 @@ INPUTS = (
     "-activations",
     "-activations-256",
     "-activations-sums",
-)  # what the names of parts end in that round the inputs of the same products
+)  # endings of the parts that round inputs of products: only one of them may be given
 PROFILES = (
     "float64",
     "float32",
@@ -400,7 +401,7 @@ PROFILES = (
 
 
 def profile(text: str) -> Precision:
-    """Return the precision that a profile names: one of PRECISIONS, `-hf` behind 16 bits, parts, with + between them.
+    """Return the precision of a rounding profile: a precision (16 bits also with `-hf` appended), parts, or both joined by +.
 
     Raises ValueError.
     """

@@ -2,7 +2,7 @@
 
 A trace directory, format "npllama trace 1":
 
-    trace.json                              what was run, and an entry for every activation
+    trace.json                              a description of the run, and an entry for every activation
     tok_embeddings.npy                      the prompt's activations, under the names that forward() gives them
     layers.0.attention_norm.npy
     ...
@@ -17,27 +17,27 @@ An activation's name is its file's path without the suffix, with `/` on every sy
 Files are `.npy` (C order, little-endian) of float32, or of float64 when that was computed; simulated or real 16-bit values are
 stored as the float32 numbers they are. In the raw storage they are `.f32`: the bare little-endian float32 numbers in C order.
 
-trace.json, all keys always there unless it is said:
+trace.json; all keys are present unless marked optional:
 
     format       "npllama trace 1"
-    source       what computed it: "npllama", "transformers", ...
+    source       the program that computed it: "npllama", "transformers", ...
     storage      "npy" or "raw"
     tokens       the prompt's ids, [T] or [B][T]; -1 is padding
     steps        the ids fed in each decode step: [] without steps, [[17], [4]] after two (with a batch [[17, 8], [4, 4]])
     precision    "float64", "float32", "bfloat16", "float16"
     convention   "meta" or "hf", where a 16-bit precision rounds (precision.py); null for float64 and float32
     model        {"path": str or null, "manifest_sha256": str or null, "config": Config.to_dict()}
-    versions     {"npllama": "0.1.0", "numpy": ..., "python": ..., and what else took part}
+    versions     {"npllama": "0.1.0", "numpy": ..., "python": ..., and other packages used}
     selection    {"taps": [GLOB ...] or null, "layers": [int ...] or null}, null for everything
-    notes        sentences for people, such as how names or layouts were converted
+    notes        sentences for readers, such as how names or layouts were converted
     files        other files in the directory: the README.md and the weights of a golden bundle
-    profile      optional: the roundings that the program adds to its precision, in the syntax of precision.profile()
-    runtime      optional: how a captured program was set, {"flash_attention": "off", "cache": "f16", ...}
-    weights      only where they are: name -> {"file", "shape", "sha256"}, float32 in .npy
+    profile      optional: the rounding profile, in the syntax of precision.profile()
+    runtime      optional: the settings of a captured program, {"flash_attention": "off", "cache": "f16", ...}
+    weights      optional: name -> {"file", "shape", "sha256"}, float32 in .npy
     activations  name -> {"file", "dtype", "shape", "sha256" (of the file's bytes),
                           "min", "max", "mean", "rms" of the finite numbers, null if there are none,
                           "n_nan", "n_inf", "n_neg_inf"}, in the order of their computation; and "noise" in a golden bundle,
-                          "made" where not the program but its capture has made the numbers, and how
+                          "made", where the capture computed the numbers, not the program: how
 
 A trace is written under a temporary name next to its target and renamed when complete: a trace that opens is complete.
 """
@@ -88,14 +88,14 @@ ENTRY_KEYS = ("file", "dtype", "shape", "sha256", "min", "max", "mean", "rms", "
 
 
 class TraceError(NpllamaError):
-    """A trace can't be read, or can't be written where it should be."""
+    """A trace can't be read or written."""
 
 
 class Trace(Mapping[str, np.ndarray]):
-    """A trace directory: activation name -> read-only array, memory-mapped when it is asked for.
+    """A trace directory: activation name -> read-only array, memory-mapped at access.
 
-    .path, and .meta, which is trace.json as read. A file that is missing, cut off or not what trace.json says raises TraceError
-    when its activation is asked for; a hash that doesn't match does not (see hash_matches).
+    .path, and .meta, which is trace.json as read. A file that is missing, cut off or not as trace.json describes raises
+    TraceError at access; a hash that doesn't match does not (see hash_matches).
     """
 
     def __init__(self, path: Path, meta: dict):
@@ -172,7 +172,7 @@ FLOAT32 = Precision("float32")
 class Selection:
     """Select the activations whose name, without `step.N/`, fits one of `taps` and whose layer is one of `layers`.
 
-    None keeps all. `layers` leaves what belongs to no layer (tok_embeddings, norm, logits) to `taps`.
+    None keeps all. `layers` doesn't affect activations outside of the layers (tok_embeddings, norm, logits).
     """
 
     taps: tuple[str, ...] | None = None  # shell patterns: "*.q_rope", "layers.0.*"
@@ -185,7 +185,7 @@ class Selection:
         return self.taps is None or any(fnmatch.fnmatchcase(name, glob) for glob in self.taps)
 
     def check(self, config: Config) -> None:
-        """Raise TraceError for a pattern that fits no activation of this model, or a layer that it lacks."""
+        """Raise TraceError for a pattern that matches no activation of this model, or a layer that it lacks."""
         names = activation_shapes(config, 1)
         if unknown := [layer for layer in self.layers or () if not 0 <= layer < config.n_layers]:
             raise TraceError(f"layer {unknown[0]} is not in this model, which has layers 0 to {config.n_layers - 1}")
@@ -193,7 +193,7 @@ class Selection:
             if not fnmatch.filter(names, glob):
                 raise TraceError(f"no activation fits {glob!r}; they are named like {', '.join(list(names)[:3])}")
         if not any(name in self for name in names):
-            raise TraceError("no activation is left by this choice of taps and layers")
+            raise TraceError("taps and layers together select no activation")
 
 
 EVERYTHING = Selection()
@@ -201,7 +201,7 @@ MOST_LAYERS = 10_000
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
-    """Parse layer numbers as people write them.    "0-3,7" -> (0, 1, 2, 3, 7)"""
+    """Parse layer numbers and ranges.    "0-3,7" -> (0, 1, 2, 3, 7)"""
     layers: set[int] = set()
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
@@ -228,7 +228,8 @@ def run(
     tokens  int [T], or [B, T] with padding on the left
     steps   how many tokens to decode, each the most likely one; or the ids to feed, [steps] or [steps, B]
 
-    Returns the ids that were fed in the steps, as trace.json has them. Raises ValueError for tokens that the model can't take.
+    Returns the ids that were fed in the steps, in the form of trace.json. Raises ValueError for tokens that the model can't
+    take.
     """
     tokens, given = checked_run(model.config, tokens, steps)
     *batch, _ = tokens.shape
@@ -249,7 +250,7 @@ def run(
 
 
 def checked_run(config: Config, tokens: ArrayLike, steps: int | ArrayLike) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return the prompt's ids, and those to feed in the steps if they are given: [steps, ..., 1]. For the arguments of run().
+    """Return the prompt's ids, and those to feed in the steps if given: [steps, ..., 1]; the arguments are those of run().
 
     Raises ValueError unless the model can take them all.
     """
@@ -271,7 +272,7 @@ def checked_run(config: Config, tokens: ArrayLike, steps: int | ArrayLike) -> tu
 
 
 def n_steps_of(steps: int | ArrayLike) -> int:
-    """Return how many decode steps run() takes for its argument of that name; TraceError if it is neither a number nor ids."""
+    """Return how many decode steps run() takes for its argument `steps`; TraceError if that is neither a number nor ids."""
     ids = np.asarray(steps)
     if (ids.dtype.kind not in "iu" and ids.size) or (ids.ndim == 0 and ids < 0):
         raise TraceError(f"steps is {steps!r}, expected how many or the token ids")
@@ -283,7 +284,7 @@ def patched(patch: Patch, tap: Tap | None = None) -> Tap:
 
     patch  name -> the array to use instead, or a function of the computed one that returns it
 
-    The array takes on the computed one's dtype. Raises ValueError when its shape is another.
+    The array is cast to the computed one's dtype. Raises ValueError if its shape differs.
     """
 
     def replace(name: str, x: np.ndarray) -> np.ndarray:
@@ -299,7 +300,7 @@ def patched(patch: Patch, tap: Tap | None = None) -> Tap:
 
 
 class Recording(dict[str, np.ndarray]):
-    """Tap that keeps a copy of each chosen activation: name -> array.
+    """Tap that keeps a copy of each selected activation: name -> array.
 
     recording = Recording(Selection(taps=("*.q_rope",)))
     npllama.forward(model.params, model.config, tokens, tap=recording)
@@ -311,7 +312,7 @@ class Recording(dict[str, np.ndarray]):
         self.selection = selection
 
     def __call__(self, name: str, x: np.ndarray) -> np.ndarray:
-        """Keep a copy, as the forward pass may go on to work in place, and return the activation itself."""
+        """Keep a copy, since the forward pass may update the array in place, and return the activation itself."""
         if name in self.selection:
             self[name] = np.array(x, order="C")
         return x
@@ -345,10 +346,10 @@ def record(
 
 
 class TraceWriter:
-    """Tap that writes each chosen activation to disk as it comes. Made by new_trace()."""
+    """Tap that writes each selected activation to disk at once. Made by new_trace()."""
 
     def __init__(self, folder: Path, target: Path, selection: Selection, storage: str):
-        self.folder, self.target = folder, target  # where it is made, and what it will be
+        self.folder, self.target = folder, target  # the folder it is written in, and its final path
         self.selection, self.storage = selection, storage
         self.entries: dict[str, dict] = {}
         self.files: list[str] = []
@@ -356,7 +357,7 @@ class TraceWriter:
         self.meta: dict[str, object] = {}
 
     def __call__(self, name: str, x: np.ndarray) -> np.ndarray:
-        """Write the activation if it is chosen, and return it."""
+        """Write the activation if it is selected, and return it."""
         if name in self.selection:
             self.add(name, x)
         return x
@@ -407,7 +408,7 @@ class TraceWriter:
         notes: Iterable[str] = (),
         **more: object,
     ) -> None:
-        """Record what was run; the keys are trace.json's, optional ones in `more`. Call it before the trace is complete."""
+        """Record the run's description under the keys of trace.json, optional ones in `more`. Call it before finish()."""
         from .. import __version__
 
         self.meta = {
@@ -448,7 +449,7 @@ def statistics(x: np.ndarray) -> dict[str, float | int | None]:
     finite = x[np.isfinite(x)].astype(np.float64)
     found: dict[str, float | int | None] = {"min": None, "max": None, "mean": None, "rms": None}
     if finite.size:
-        largest = float(np.max(np.abs(finite))) or 1.0  # the squares of what is divided by it can't overflow
+        largest = float(np.max(np.abs(finite))) or 1.0  # divided by it, the squares can't overflow
         rms = largest * float(np.sqrt(np.mean((finite / largest) ** 2)))
         found = {"min": float(finite.min()), "max": float(finite.max()), "mean": float(finite.mean()), "rms": rms}
     counts = {"n_nan": np.isnan(x), "n_inf": np.isposinf(x), "n_neg_inf": np.isneginf(x)}
@@ -468,10 +469,10 @@ def _why_not_ours(path: Path) -> str | None:
 def new_trace(
     out: Path | str, selection: Selection = EVERYTHING, storage: str = "npy", force: bool = False, n_bytes: int = 0
 ) -> Iterator[TraceWriter]:
-    """Write a trace that appears at `out` complete, or not at all: call the writer on activations, and its describe().
+    """Write a trace that appears at `out` complete or not at all: call the writer for each activation, and its describe().
 
     force    replace a trace, or an empty folder; nothing else
-    n_bytes  what it will take, to refuse before the first byte when the disk is too full
+    n_bytes  its expected size: it is refused before the first byte if the disk is too full
 
     Raises ValueError.
     """

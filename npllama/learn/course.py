@@ -1,11 +1,11 @@
-"""What the notebooks of docs/course/ show: npllama's own code, tables, and pictures in one style.
+"""Show npllama's own code, tables, and pictures in one style, in the notebooks of docs/course/.
 
     source(ops.softmax)                       the function's code, without its docstring
     table(["token", "id"], rows)              a table
     bars(labels, values)                      a bar chart
     heat_map(weights, queries, keys)          a matrix as colours
 
-Objects that a notebook shows have `_repr_markdown_`, so that nothing of Jupyter is imported.
+The results have `_repr_markdown_`, which a notebook calls: Jupyter need not be imported.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BLUE", "GREEN", "ORANGE", "bars", "grade", "heat_map", "pictures", "source", "table"]
 
-BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"  # told apart by colour-blind people
+BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"  # distinguishable for colour-blind readers
 
 
 class Shown:
@@ -64,7 +64,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> Shown:
 
 
 def pictures() -> None:
-    """Set matplotlib's style: readable on a phone, on a white ground of its own in dark mode."""
+    """Set matplotlib's style: readable on a phone, and with a white background in dark mode too."""
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"figure.figsize": (6.4, 3.2), "figure.dpi": 110, "figure.facecolor": "white", "font.size": 11})

@@ -22,7 +22,7 @@ from ..errors import NpllamaError, printable
 from .exercises import EXERCISES, Exercise, find
 from .exercises.exercise import Result
 
-RTOL, ATOL = 1e-4, 1e-6  # float32 in any order of operations is within it, every known mistake far outside
+RTOL, ATOL = 1e-4, 1e-6  # float32 in any order of operations stays within it, and every known mistake is far outside
 
 TEMPLATE = '''\
 """Exercise {number} of {total}: {name}
@@ -84,7 +84,7 @@ def start(folder: Path) -> list[Path]:
             arguments=exercise.arguments,
             statement=exercise.statement,
         )
-        if not os.path.lexists(path):  # never onto the student's work
+        if not os.path.lexists(path):  # never over the student's work
             write_file(path, text.encode())
             written.append(path)
     return written
@@ -94,12 +94,12 @@ def check(folder: Path, exercise: Exercise) -> Outcome:
     """Run the student's function on every case and compare its results with the reference's."""
     path = folder / file_name(exercise)
     if not path.is_file():
-        return Outcome(False, f"{path.name} is not there: `npllama exercise start {folder}` writes it again")
+        return Outcome(False, f"{path.name} is missing: `npllama exercise start {folder}` writes it again")
     return _checked(exercise, lambda: load(path, exercise.name), path)
 
 
 def grade(function: Callable[..., Result]) -> None:
-    """Check a function by its name and print what `npllama exercise check` prints: for notebooks, where it is in no file."""
+    """Check a function by its name and print what `npllama exercise check` prints: for functions defined in a notebook."""
     exercise = find(function.__name__)
     print("\n".join(lines(exercise, _checked(exercise, lambda: function, Path(function.__code__.co_filename)))))
 
@@ -107,7 +107,7 @@ def grade(function: Callable[..., Result]) -> None:
 def _checked(exercise: Exercise, get: Callable[[], Callable[..., Result]], path: Path) -> Outcome:
     """Get the student's function, which is in the file of this path, and check it."""
     try:
-        with warnings.catch_warnings(), np.errstate(all="ignore"):  # a NaN is reported as one, once
+        with warnings.catch_warnings(), np.errstate(all="ignore"):  # NaN is reported in the outcome, not as NumPy's warning
             warnings.simplefilter("ignore")
             function = get()
             try:
@@ -159,7 +159,7 @@ def results(exercise: Exercise, function: Callable[..., Result], path: Path) -> 
         if not isinstance(result, np.ndarray | np.generic | int | float):
             raise Unusable(f"it returned a {type(result).__name__}, expected an array")
         if not exercise.in_place and not all(map(np.array_equal, before, arguments)):
-            raise Unusable("it changed the array that it was given: make a new one, the caller still needs the old")
+            raise Unusable("it changed its argument: return a new array, since the caller still needs the old one")
         found.append(np.array(result))
     return found
 
@@ -276,7 +276,7 @@ def literal(argument: object) -> str:
 
 def numbers(x: np.ndarray) -> str:
     """Format an array as nested lists of numbers with up to six digits."""
-    x = np.asarray(x)  # an element of an array of objects is none
+    x = np.asarray(x)  # an element of an array of objects is not an array
     if x.size > 64:
         return f"{x.size} numbers of shape {list(x.shape)}"
     if x.ndim:

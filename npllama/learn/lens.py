@@ -1,4 +1,4 @@
-"""Quantities that pictures and page show of a pass: visible labels of tokens, the residual stream's norms, the logit lens."""
+"""Compute the quantities that pictures and page show: visible labels of tokens, the residual norms, the logit lens."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ SIGNS = {" ": "␣", "\n": "↵", "\r": "␍", "\t": "⇥"}
 def visible(text: str) -> str:
     """Make each character of a token's text visible.
 
-    Spaces, newlines and tabs become signs, a combining mark without a letter is put on a dotted circle, a byte that is no
-    character is `<0xE2>`, and a character without a glyph (a zero-width or no-break space) is `<U+200B>`.
+    Spaces, newlines and tabs become signs, a combining mark without a letter gets a dotted circle, a byte that isn't a
+    character becomes `<0xE2>`, and a character without a glyph (a zero-width or no-break space) `<U+200B>`.
     """
     shown = "".join(map(_visible, text))
     return "◌" + shown if unicodedata.category(text[:1] or "a").startswith("M") else shown

@@ -38,12 +38,12 @@ class Source:
 
     @classmethod
     def of(cls, function: Callable) -> Source:
-        """Find where a function or method is defined."""
+        """Return the place where a function or method is defined."""
         code = inspect.unwrap(function).__code__
         return cls(f"{_module(code)}.{function.__qualname__}", _relative(code), code.co_firstlineno)
 
     def calling(self, function: Callable) -> Source:
-        """Find the nearest call of a function, at this line or above it in the same function; this line if there is none."""
+        """Return the nearest call of a function, at this line or above it in the same function; else this line."""
         body = _innermost(_syntax(self.file), self.line)
         calls = (node for node in ast.walk(body) if isinstance(node, ast.Call) and node.lineno <= self.line)
         named = (call.lineno for call in calls if _called(call) == function.__name__)

@@ -118,7 +118,7 @@ class Worker:
             self._changed.notify()
 
     def abort(self) -> None:
-        """Accept no more jobs, and end all others with the error Closed at once; the pass under way is the last."""
+        """Accept no more jobs, and end the others at once with the error Closed, after the pass under way."""
         with self._changed:
             self._closed = True
             for job in [*self._running.values(), *self._waiting]:

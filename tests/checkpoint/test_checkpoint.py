@@ -48,7 +48,7 @@ def write(path: Path, dtype="float32", config: Config = CONFIG, changes=None, fi
     return params
 
 
-def left_beside(path: Path) -> list[str]:
+def left_next_to(path: Path) -> list[str]:
     return sorted(p.name for p in path.parent.iterdir() if p != path)
 
 
@@ -250,7 +250,7 @@ def test_an_existing_target_is_replaced_only_by_force(tmp_path):
     assert open_model(tmp_path / "m").manifest["dtype"] == "float32"
     write(tmp_path / "m", "float16", force=True)
     assert open_model(tmp_path / "m").manifest["dtype"] == "float16"
-    assert left_beside(tmp_path / "m") == []
+    assert left_next_to(tmp_path / "m") == []
 
 
 def test_force_takes_an_empty_folder(tmp_path):
@@ -275,7 +275,7 @@ def test_force_keeps_what_is_hidden_too(tmp_path, hidden):
     with pytest.raises(FolderError, match="is not replaced"):
         checkpoint.check_free(tmp_path / "m", force=True)
     assert precious.exists()
-    assert left_beside(tmp_path / "m") == []
+    assert left_next_to(tmp_path / "m") == []
 
 
 def test_a_file_too_large_for_the_system_is_named(tmp_path):
@@ -309,7 +309,7 @@ def test_force_with_a_failure_keeps_the_old_model(tmp_path):
     with pytest.raises(CheckpointError):
         write(tmp_path / "m", force=True, changes={NAME: np.ones(3)})
     assert verify(tmp_path / "m") == []
-    assert left_beside(tmp_path / "m") == []
+    assert left_next_to(tmp_path / "m") == []
 
 
 @pytest.mark.parametrize("failing", [1, 2])
@@ -327,7 +327,7 @@ def test_a_rename_that_fails_keeps_the_old_model(tmp_path, monkeypatch, failing)
     with pytest.raises(PermissionError):
         write(tmp_path / "m", force=True)
     assert open_model(tmp_path / "m").manifest["dtype"] == "float16"
-    assert left_beside(tmp_path / "m") == []
+    assert left_next_to(tmp_path / "m") == []
 
 
 def test_too_little_disk_is_said_before_the_first_byte(tmp_path, monkeypatch):
@@ -444,26 +444,26 @@ def end(process: subprocess.Popen, number: int) -> int:
 @pytest.mark.parametrize("moment", ["made", "written", "complete"])
 def test_killed_without_a_warning_no_target_appears_and_the_next_run_cleans_up(tmp_path, moment):
     process = start_writer(moment, tmp_path / "m")
-    at_work = left_beside(tmp_path / "m")
+    at_work = left_next_to(tmp_path / "m")
     with pytest.raises(FolderError, match=r"m: another run is writing it$"):  # a live run is left alone
         write(tmp_path / "m")
-    assert left_beside(tmp_path / "m") == at_work
+    assert left_next_to(tmp_path / "m") == at_work
     end(process, signal.SIGKILL)
     assert not (tmp_path / "m").exists()
-    assert left_beside(tmp_path / "m") == at_work
+    assert left_next_to(tmp_path / "m") == at_work
     with pytest.raises(CheckpointError, match="not found"):
         open_model(tmp_path / "m")
     write(tmp_path / "m")
-    assert left_beside(tmp_path / "m") == []
+    assert left_next_to(tmp_path / "m") == []
     assert verify(tmp_path / "m") == []
 
 
 def test_leftovers_of_other_targets_are_left_alone(tmp_path):
     end(start_writer("written", tmp_path / "m2"), signal.SIGKILL)
     (tmp_path / ".m.partial-notours").mkdir()
-    before = left_beside(tmp_path / "m")
+    before = left_next_to(tmp_path / "m")
     write(tmp_path / "m")
-    assert left_beside(tmp_path / "m") == before
+    assert left_next_to(tmp_path / "m") == before
 
 
 @pytest.mark.parametrize("moment", ["made", "written", "complete", "between", "replaced"])
@@ -475,11 +475,11 @@ def test_killed_while_replacing_one_of_the_two_models_always_opens(tmp_path, mom
     assert verify(tmp_path / "m") == []
     with pytest.raises(FolderError, match="exists"):  # without force: what the dead run left half done is put right, no more
         write(tmp_path / "m", "bfloat16")
-    assert left_beside(tmp_path / "m") == []
+    assert left_next_to(tmp_path / "m") == []
     assert open_model(tmp_path / "m").manifest["dtype"] == expected
     write(tmp_path / "m", "bfloat16", force=True)
     assert open_model(tmp_path / "m").manifest["dtype"] == "bfloat16"
-    assert left_beside(tmp_path / "m") == []
+    assert left_next_to(tmp_path / "m") == []
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
@@ -497,12 +497,12 @@ def test_where_files_can_not_be_locked_age_tells_a_dead_run(tmp_path, monkeypatc
     (partial / "x").touch()
     with pytest.raises(FolderError, match=r"m: another run is writing it, into \.m\.partial-0123abcd$"):
         write(tmp_path / "m")
-    assert left_beside(tmp_path / "m") == [partial.name]
+    assert left_next_to(tmp_path / "m") == [partial.name]
     long_ago = time.time() - 2 * atomic.DEAD_AFTER_SECONDS
     for path in (partial / "x", partial):
         os.utime(path, (long_ago, long_ago))
     write(tmp_path / "m")
-    assert left_beside(tmp_path / "m") == []
+    assert left_next_to(tmp_path / "m") == []
 
 
 # ----------------------------------------------------------------------------------------------------------------- reading

@@ -165,7 +165,7 @@ def test_what_cannot_be_captured_is_refused(tmp_path):
     with pytest.raises(ValueError, match="precision is 'int8'"):
         capture(judge, [1], tmp_path / "t", dtype="int8")
     gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9))
-    with pytest.raises(TraceError, match="GPT2LMHeadModel is neither built like"):
+    with pytest.raises(TraceError, match="GPT2LMHeadModel has neither the structure of"):
         capture(gpt2, [1], tmp_path / "t")
     assert not (tmp_path / "t").exists()
 

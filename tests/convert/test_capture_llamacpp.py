@@ -113,7 +113,7 @@ def test_a_trace_of_our_own_rounds_as_its_profile_says(made, tmp_path, capsys):
     assert found.noise.title == "int8-activations-sums"
     made("F32")
     assert main(["trace", "-m", str(reference.parent / "F32"), *options, "--out", str(tmp_path / "other")]) == 2
-    assert "rounds what Q4_1 and Q5_1 weights are multiplied by: found none" in capsys.readouterr().err
+    assert "rounds the inputs of Q4_1 and Q5_1 weights: found no such weights" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
 
 
@@ -174,6 +174,6 @@ def test_a_profile_that_is_none_in_a_trace_is_refused(made, tmp_path):
     with pytest.raises(ValueError, match=r"trace.json: profile is 'int3', expected one such as"):
         compare(reference, tmp_path / "t")
     assert meta.get("profile") is None
-    with pytest.raises(ValueError, match="precision is float32 and profile float16-cache: expected one of them"):
+    with pytest.raises(ValueError, match="precision is float32 and rounding profile float16-cache: expected one of them"):
         compare(reference, reference, precision="float32", profile="float16-cache")
     assert np.isfinite(read_trace(reference)["logits"]).all()

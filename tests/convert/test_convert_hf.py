@@ -47,7 +47,7 @@ def test_a_folder_comes_back_bit_for_bit(tmp_path, name, old):
 
 
 @pytest.mark.parametrize("old", [False, True])
-def test_the_context_before_scaling_may_stand_beside_the_scaling(tmp_path, old):
+def test_the_context_before_scaling_may_be_next_to_the_scaling(tmp_path, old):
     config = tiny.CONFIGS["llama3.1"]
     section = "rope_scaling" if old else "rope_parameters"
     rope = foreign.hf_config(config, old)[section]

@@ -81,7 +81,7 @@ def test_a_pt_comes_back_bit_for_bit(tmp_path, compiled, tied):
 
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "tok340.model"])
-def test_the_tokenizer_beside_it_is_taken_along(tmp_path, name, tiny_sentencepiece_file):
+def test_the_tokenizer_next_to_it_is_converted_too(tmp_path, name, tiny_sentencepiece_file):
     config = tiny.config(n_layers=1, vocab_size=340)
     src = foreign.write_llama2c(tmp_path / "model.bin", config, tiny.random_params(config, seed=5))
     shutil.copy(tiny_sentencepiece_file, tmp_path / name)

@@ -361,11 +361,11 @@ BAD_TENSORS = {
     ),
     "negated": (
         with_(WQ, torch.ones(96, 96, dtype=torch.complex64).conj().imag),
-        rf"00\.pth: {WQ} is negated or conjugated when it is read, expected its numbers as they are$",
+        rf"00\.pth: {WQ} is negated or conjugated when it is read, expected its plain numbers$",
     ),
     "conjugated": (
         with_(WQ, torch.ones(96, 96, dtype=torch.complex64).conj()),
-        rf"00\.pth: {WQ} is negated or conjugated when it is read, expected its numbers as they are$",
+        rf"00\.pth: {WQ} is negated or conjugated when it is read, expected its plain numbers$",
     ),
     "not a tensor": (with_("note", "hello"), r"00\.pth: 'note' is str, expected tensors by name$"),
     "nested": (lambda tensors: {"weights": tensors}, r"00\.pth: 'weights' is dict, expected tensors by name$"),

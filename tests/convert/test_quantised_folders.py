@@ -146,7 +146,7 @@ def test_words_that_hold_no_whole_number_of_numbers_are_refused():
         ({"bits": 4, "group_size": 32, "mode": "mxfp4"}, r"expected the mode affine$"),
     ],
 )
-def test_what_mlx_has_besides_is_refused(tmp_path, settings, expected):
+def test_other_settings_of_mlx_are_refused(tmp_path, settings, expected):
     tensors, _ = mlx_tensors(4, "float32")
     refused(write_folder(tmp_path / "src", tensors, quantization=settings), tmp_path / "m", expected)
 

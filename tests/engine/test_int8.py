@@ -145,7 +145,7 @@ def test_a_directory_holds_what_the_whole_matrices_quantize_to(tmp_path, source)
     assert verify(tmp_path / "m") == []
 
 
-def test_any_tool_opens_the_values_and_the_scale_beside_them(tmp_path):
+def test_any_tool_opens_the_values_and_their_scale(tmp_path):
     params = write(tmp_path / "m")
     values, scale = (np.load(tmp_path / "m" / f"{NAME}{end}.npy", mmap_mode="r") for end in ("", ".scale"))
     assert_int8(Int8(values, scale), to_int8(params[NAME]))

@@ -38,7 +38,7 @@ def test_the_first_token_is_not_counted():
     watched = profile.Profile(demo)
     list(watched.watch(generate_steps(watched.model, [1, 2, 3], 1, Sampling())))
     assert watched.n_tokens == 0
-    assert "no token after the first" in watched.text()
+    assert "no token was generated after the first" in watched.text()
 
 
 def test_weights_read_per_token():
@@ -57,8 +57,8 @@ def test_the_command_prints_it_to_standard_error(capsys):
     assert main(["generate", "ROMEO:", "-n", "4", "--profile"]) == 0
     out, err = capsys.readouterr()
     assert out.startswith("ROMEO:")
-    assert re.search(r"^a token of 3 +ms +share +GB/s$", err, re.M)
-    assert re.search(r"^the memory's limit: .* MB of weights a token at .* GB/s", err, re.M)
+    assert re.search(r"^mean of 3 tokens +ms +share +GB/s$", err, re.M)
+    assert re.search(r"^memory-bandwidth limit: .* MB of weights per token at .* GB/s", err, re.M)
     assert {"attention", "cache", "rms_norm", "feed_forward.w2", "output"} <= set(re.findall(r"^([\w.]+) ", err, re.M))
     shares = [float(x) for x in re.findall(r" (-?\d+\.\d)%", err)]
     assert np.isclose(sum(shares), 100, atol=1)

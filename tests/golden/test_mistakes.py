@@ -44,8 +44,8 @@ NAMED_OTHERWISE = {
     "keys_and_values_tiled": MISTAKES["keys_tiled"].sentence,  # the scores show nothing of the values
     "keys_and_values_of_the_last_head": MISTAKES["keys_of_the_last_head"].sentence,
     "keys_and_values_of_head_0": MISTAKES["keys_of_head_0"].sentence,
-    "bfloat16": "every number is one that bfloat16 has",
-    "float16": "every number is one that float16 has",
+    "bfloat16": "every number is exact in bfloat16",
+    "float16": "every number is exact in float16",
     "mask_wrong_sign": None,
     "mask_multiplied": None,
     "mask_multiplied_reversed": None,

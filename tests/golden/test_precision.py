@@ -241,7 +241,7 @@ def test_the_profile_of_rounded_sums_needs_weights_with_offsets():
     precision = profile(SUMS)
     assert precision.load_dtype == "stored"
     with pytest.raises(
-        ValueError, match="int8-activations-sums rounds what Q4_1 and Q5_1 weights are multiplied by: found none"
+        ValueError, match="int8-activations-sums rounds the inputs of Q4_1 and Q5_1 weights: found no such weights"
     ):
         precision.forward(PARAMS, CONFIG, TOKENS)
     assert Precision().load_dtype == "auto"

@@ -208,7 +208,7 @@ def test_layers_are_read_as_people_write_them():
     [
         (Selection(taps=("*.q_ropes",)), r"no activation fits '\*\.q_ropes'"),
         (Selection(layers=(0, 2)), r"layer 2 is not in this model, which has layers 0 to 1"),
-        (Selection(taps=("layers.0.*",), layers=(1,)), r"no activation is left"),
+        (Selection(taps=("layers.0.*",), layers=(1,)), r"taps and layers together select no activation"),
     ],
 )
 def test_a_choice_of_nothing_is_refused_before_anything_is_written(tmp_path, selection, message):

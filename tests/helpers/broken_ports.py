@@ -1,4 +1,4 @@
-"""Make ports with one mistake each, and the tiny model on which most of npllama.golden.mistakes show."""
+"""Make ports with one mistake each, and the tiny model in which most mistakes of npllama.golden.mistakes show."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def only(name: str, model: Model, ending: str) -> Model:
     return Model(model.config, {n: wrong[n] if n.endswith(ending) else x for n, x in model.params.items()})
 
 
-# Scaled RoPE as Llama 3.2 has it, but for a short original context, so that 24 positions reach all three of its ranges.
+# Scaled RoPE as in Llama 3.2, but with a short original context, so that 24 positions reach all three of its ranges.
 SCALING = dataclasses.replace(tiny.LLAMA_3_2, original_max_seq_len=64)
 CONFIG = tiny.config(rope_scaling=SCALING, max_seq_len=2048)
 

@@ -1,7 +1,8 @@
 """Cases compared with torch, live (test_torch.py) and recorded (test_goldens.py), with the bound of each comparison.
 
-The bounds are relative errors: the largest difference over the reference's largest magnitude. They are ten times what was
-measured where that is tighter than the project's own limits (float32: 2e-6 an operation, 1e-5 the logits; float64: 1e-12).
+The bounds are relative errors: the largest difference over the reference's largest magnitude. They are ten times the
+measured errors where that is tighter than the project's own limits (float32: 2e-6 an operation, 1e-5 the logits; float64:
+1e-12).
 """
 
 from __future__ import annotations

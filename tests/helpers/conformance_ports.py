@@ -27,7 +27,7 @@ Functions = dict[str, Callable[..., Any]]
 
 
 def npllama_functions(name: str) -> Functions:
-    """Return npllama's operations as forward() calls them, in a profile of precision.py; packed weights stay packed."""
+    """Return npllama's operations as forward() calls them, in a rounding profile; packed weights stay packed."""
     precision = profile(name)
     o, r, dtype = precision.ops or model.PLAIN, precision.round, precision.dtype
 
@@ -102,7 +102,7 @@ def _whole_functions(precision: Precision) -> Functions:
         elif importlib.util.find_spec("torch"):
             source = meta.read(path, report=lambda line: None)
         else:
-            raise NotImplementedError  # npllama reads it by torch
+            raise NotImplementedError  # npllama reads it with torch
         params = {name: np.concatenate(list(tensor.blocks())) for name, tensor in source.tensors.items()}
         params = {name: widen(x).astype(precision.dtype) for name, x in params.items()}
         return precision.forward(params, source.config, tokens)
@@ -122,7 +122,7 @@ def _whole_functions(precision: Precision) -> Functions:
 
 
 def resolve_config(path: str) -> np.ndarray:
-    """Return the converter's readers of the files that state constants."""
+    """Read a file that states constants with the converter's readers."""
 
     def silent(line: str) -> None:
         pass

@@ -163,10 +163,10 @@ def write_gguf(
 ) -> Path:
     """Write a GGUF file, matrices in this type and vectors in float32.
 
-    divisors   rope_freqs.weight, in place of what the config makes it
-    raw        tensors' blocks and type, in place of their quantization
+    divisors   rope_freqs.weight, instead of the one that follows from the config
+    raw        tensors' blocks and type, instead of quantising them
     more       further tensors, in GGUF's names
-    metadata   go in by the writer's add_* methods, or by their key with __ for each dot
+    metadata   added by the writer's add_* methods, or under their keys, with __ for each dot
     """
     import gguf
 

@@ -45,7 +45,7 @@ import tiny
 
 CONFIG = tiny.config(dim=16, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=8, ffn_dim=24, vocab_size=300, max_seq_len=8)
 PARAMS = tiny.random_params(CONFIG, seed=2)
-MEMORY, SECONDS = 400 << 20, 20  # what one case may take
+MEMORY, SECONDS = 400 << 20, 20  # limits of one case
 VOCABULARY = {
     "tokenizer_model": "llama",
     "tokenizer__ggml__tokens": ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "▁a"],
@@ -212,7 +212,7 @@ def make_report(folder: Path) -> Path:
     return folder / "report.json"
 
 
-# What compare and plot read, by what it is the candidate of; a trace is the reference in half of the cases.
+# Inputs of compare and plot, by the kind of the candidate; a trace is the reference in half of the cases.
 COMPARED: dict[str, Callable[[Path], Path]] = {
     "trace": make_trace,
     "trace-raw": lambda folder: make_trace(folder, "raw"),
@@ -448,7 +448,7 @@ def main() -> int:
     parser.add_argument("--reader", action="append", choices=list(READERS), help="one or more (default: all)")
     parser.add_argument("--minutes", type=float, help="for all readers together")
     parser.add_argument("--cases", type=int, default=200, help="for each reader, where no minutes are given (default 200)")
-    parser.add_argument("--case", type=int, help="this one alone; what it was stays in --keep")
+    parser.add_argument("--case", type=int, help="run only this one; its files stay in --keep")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, help="work in this new folder and leave it there")
     args = parser.parse_args()

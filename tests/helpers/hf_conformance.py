@@ -24,7 +24,7 @@ import hf_reference as hf
 
 
 def functions(dtype: torch.dtype) -> dict[str, Callable[..., Any]]:
-    """Compute by transformers, in float32 or bfloat16; arrays in, float32 arrays out."""
+    """Return functions that compute with transformers, in float32 or bfloat16; arrays in, float32 arrays out."""
 
     def tensor(x: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(x).to(dtype) if x.dtype == np.float32 else torch.from_numpy(x)

@@ -132,7 +132,7 @@ def hf_logits(model: LlamaForCausalLM, tokens: np.ndarray) -> np.ndarray:
 def hf_greedy(model: LlamaForCausalLM, tokens: np.ndarray, n: int) -> list[int]:
     """Return n tokens by Hugging Face's own greedy generate().    int [T] -> n ids"""
     batch = torch.from_numpy(np.asarray(tokens)[None])
-    everything = torch.ones_like(batch)  # else ids equal to pad_token_id would count as padding
+    everything = torch.ones_like(batch)  # otherwise ids equal to pad_token_id would count as padding
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "attention_mask": everything}
     return model.generate(batch, max_new_tokens=n, **options)[0, batch.shape[1] :].tolist()
 

@@ -9,7 +9,7 @@ HOSTILE = '</script><script>document.title="pwned"</script> "q" \'s\' $$x^2$$ <!
 
 
 class HostileTokenizer:
-    """A tokenizer whose every token is HOSTILE: real ones may have </script> as one token, the embedded model's has not."""
+    """A tokenizer whose every token is HOSTILE: published ones may have </script> as one token, the embedded one doesn't."""
 
     vocab_size, silent_ids, special_tokens = 10**6, frozenset(), {}
 

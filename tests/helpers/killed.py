@@ -1,10 +1,10 @@
-"""Repeat a piece of work, each time ended by a signal at the next of its changes to the file system.
+"""Repeat a piece of work, each time killed by a signal one change to the file system later.
 
     python killed.py WORK FOLDER SIGNAL [BEFORE]
 
-The first run, in FOLDER/1, gets the signal before its first change, the second before its second, and so on until one comes to
-its end. What a run finds is a copy of the folder BEFORE. Python's audit events tell of the changes, whichever function makes
-them; before a change is after the one that came before it. os.fsync, which has no event, is wrapped.
+The first run, in FOLDER/1, gets the signal before its first change, the second before its second, and so on until one run
+finishes. Each run begins with a copy of the folder BEFORE. Python's audit events report the changes, whichever function makes
+them; before one change means after the previous one. os.fsync, which has no event, is wrapped.
 """
 
 from __future__ import annotations

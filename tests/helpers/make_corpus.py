@@ -2,8 +2,8 @@
 
     python tests/helpers/make_corpus.py [N] [SEED] > corpus.jsonl        # a JSON string a line: many of the texts hold newlines
 
-Half a surrogate pair, of which some texts have one (it is how Python's surrogateescape spells a byte that is no UTF-8), is no
-Unicode text: `as_unicode` is what every tokenizer here makes of it before it begins.
+Some texts have half a surrogate pair, as Python's surrogateescape produces for a byte that isn't UTF-8. That is not Unicode
+text: every tokenizer here first replaces it as `as_unicode` does.
 """
 
 from __future__ import annotations

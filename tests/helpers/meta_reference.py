@@ -1,7 +1,7 @@
-"""A torch Transformer structured like Meta's llama3/model.py, to test captures of such a model. Needs torch.
+"""Provide a torch Transformer with the structure of Meta's llama3/model.py, to test captures of it. Needs torch.
 
-Ours is written here, operation by operation as Meta's code has them. The real one needs fairscale, for which single-process
-stand-ins will do: it is loaded from the path in the environment variable NPLLAMA_META_MODEL (model.py of llama-models).
+Ours is written in this file, operation by operation as in Meta's code. The real one is loaded from the path in the environment
+variable NPLLAMA_META_MODEL (model.py of llama-models), with single-process stand-ins for fairscale, which it needs.
 """
 
 from __future__ import annotations

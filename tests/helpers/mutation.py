@@ -1,19 +1,19 @@
-"""Mutants of the numeric core: one small change each, which a quick selection of tests should notice.
+"""Run mutants of the numeric core: one small change each, which a quick selection of tests should detect.
 
     pip install mutmut                                          # for its operators, on libcst
     python tests/helpers/mutation.py --seed 1 --n 600 --jobs 2
-    python tests/helpers/mutation.py --seed 1 --n 600 --jobs 2 --minutes 30    # as many as that allows; run again to go on
+    python tests/helpers/mutation.py --seed 1 --n 600 --jobs 2 --minutes 30    # as many as that allows; run again to continue
     python tests/helpers/mutation.py --seed 1 --n 600 --list    # draw, and test none
-    python tests/helpers/mutation.py --render                   # docs/mutation.md again, after explaining survivors
+    python tests/helpers/mutation.py --render                   # write docs/mutation.md again, after explaining survivors
 
 Writes docs/mutation.json after each mutant, and docs/mutation.md from it and from mutation_explained.json in this folder. The
-same command again goes on where it was. Once code or tests have changed it runs the new mutants and those that survived; one
-that was killed stays killed, with the revision that killed it. --afresh runs all of them.
+same command again continues where it stopped. After changes of code or tests it runs the new mutants and those that survived; a
+killed one stays killed, with the revision that killed it. --afresh runs all of them.
 
-Torch and the test packages must be installed. Each mutant lives in a copy of the tracked files, with a home and temporary
-files of its own, and has limits of memory, file size and processor time: a busy machine kills none. Left out is what no test
-of numbers can notice, or what any test would: annotations, strings, the message of a `raise`, zip's strict, constants that
-decide speed alone, None for a value, -2 for -1 in reshape() (NumPy infers any negative size).
+Torch and the test packages must be installed. Each mutant runs in a copy of the tracked files, with a home and temporary
+files of its own, and with limits of memory, file size and processor time: a busy machine kills none. Changes that no test of
+numbers can detect, or that any test would, are left out: annotations, strings, the message of a `raise`, zip's strict,
+constants that decide speed alone, None for a value, -2 for -1 in reshape() (NumPy infers any negative size).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ EXPLAINED = Path(__file__).with_name("mutation_explained.json")
 
 @dataclass(frozen=True)
 class Module:
-    """A module of the core and the tests that are to notice."""
+    """A module of the core and the tests that should detect its mutants."""
 
     path: str
     tests: str
@@ -95,18 +95,18 @@ CORE = (
         ("_find_shards", "_join", "_rows_across", "_check_number_of_shards", "assemble"),
     ),
 )
-# What was found by measuring speed, and decides that alone.
+# Constants that were found by measuring speed, and affect nothing else.
 TUNING = {"FEW_ROWS", "IN_PLACE", "FEW_TILE", "SHARED", "TILE", "QUERIES", "TOKENS", "SHORT_ROW", "PREFILL_CHUNK"}
 MEMORY, FILE_BYTES = 8 << 30, 1 << 30  # of address space, of which torch alone reserves several gigabytes
-# Seconds of the processor that a mutant may take: so many times what the tests take on right code, and so many more.
+# Processor seconds that a mutant may take: this multiple of the tests' time on unchanged code, plus this many seconds.
 FACTOR, EXTRA = 5, 20
-# It waits for nothing if all its processes together take less of the processor than IDLE seconds in WINDOW seconds.
+# It hangs if all its processes together use the processor for less than IDLE seconds in WINDOW seconds.
 WINDOW, IDLE = 90, 0.5
 
 
 @dataclass
 class Mutant:
-    """One change, and what became of it."""
+    """One change, and its outcome."""
 
     module: str
     line: int
@@ -121,7 +121,7 @@ class Mutant:
 
 
 class Site:
-    """A place in a source: its line, the functions and classes around it, and what mutmut makes of the source."""
+    """A place in a source: its line, the functions and classes around it, and mutmut's changes of the source."""
 
     def __init__(self, line: int, around: str, variants: list[Callable[[], str]]):
         self.line, self.around, self.variants = line, around, variants
@@ -179,7 +179,7 @@ def sites(source: str, only: tuple[str, ...] = ()) -> list[Site]:
                 self.around.pop()
 
     def pointless(node: cst.Call, new: cst.CSTNode) -> bool:
-        """Return whether an argument became None, which any test that runs the line notices, or zip's `strict` is gone."""
+        """Return whether an argument became None, which any test that runs the line detects, or zip's `strict` is gone."""
         if not isinstance(new, cst.Call):
             return False
         if len(new.args) < len(node.args):
@@ -235,7 +235,7 @@ def same_program(before: str, after: str) -> bool:
 
 @functools.cache
 def dumped(source: str) -> str:
-    """Return the syntax tree of a module that many mutants are made of."""
+    """Return the dumped syntax tree of a module (cached, since many mutants share it)."""
     return ast.dump(ast.parse(source))
 
 
@@ -326,7 +326,7 @@ class Launcher:
         )
 
     def run(self, job: dict, window: float) -> tuple[int | None, float]:
-        """Run one process: its status, None if it waited for ever, and the seconds of the processor that it took."""
+        """Run one process; return its status, None if it hung, and the processor seconds that it took."""
         self._process.stdin.write(json.dumps(job).encode() + b"\n")
         pid, idle = int(self._process.stdout.readline()), False
         try:
@@ -359,7 +359,7 @@ def snapshot(root: Path, folder: Path) -> Path:
 
 @contextlib.contextmanager
 def copy_of(tree: Path) -> Iterator[Path]:
-    """Give a copy of a snapshot, for one mutant to spoil."""
+    """Provide a copy of a snapshot for one mutant."""
     with tempfile.TemporaryDirectory(prefix="mutant-", ignore_cleanup_errors=True) as folder:
         copy = Path(folder).resolve() / "tree"
         shutil.copytree(tree, copy, symlinks=True)
@@ -371,10 +371,10 @@ def copy_of(tree: Path) -> Iterator[Path]:
 def fate(
     launcher: Launcher, copy: Path, module: Module, limit: float, window: float = WINDOW, quick: Path | None = None
 ) -> tuple[str, float]:
-    """Run a module's tests in a copy: the outcome, one of Mutant's, and the seconds of the processor that it took.
+    """Run a module's tests in a copy; return the outcome, one of Mutant's, and the processor seconds.
 
-    limit is in seconds of the processor. A test that waits for ever takes none of them: it ends after window seconds of that.
-    quick is a file with the seconds of each test, the quickest first; it is written where it is not there.
+    limit is in processor seconds. A test that hangs uses none: it ends after window seconds of real time.
+    quick is a file with the seconds of each test, the quickest first; it is written if it doesn't exist.
     """
     arguments = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
     arguments += [f"tests/{name}.py" for name in module.tests.split()]
@@ -420,7 +420,7 @@ def right_code(launcher: Launcher, tree: Path, module: Module, quick: Path | Non
 
 
 def digest(tree: Path) -> str:
-    """Return the sha256 of the code and the tests in a snapshot: the same, and so is every outcome."""
+    """Return the sha256 of the code and the tests in a snapshot; equal hashes mean equal outcomes."""
     sha = hashlib.sha256()
     for path in sorted(tree.rglob("*.py")):
         if path.is_relative_to(tree / "npllama_convert"):  # convert/ again
@@ -433,7 +433,7 @@ def digest(tree: Path) -> str:
 
 
 def page(results: dict, explained: dict[str, dict[str, str]]) -> str:
-    """Return docs/mutation.md: what was run, how many mutants of each module were killed, and each survivor."""
+    """Return docs/mutation.md: the run, how many mutants of each module were killed, and each survivor."""
     mutants = [Mutant(**mutant) for mutant in results["mutants"]]
     alive = [mutant for mutant in mutants if mutant.outcome == "survived"]
     equal = [mutant for mutant in alive if reason_for(mutant) in explained["equivalent"]]
@@ -455,11 +455,11 @@ def page(results: dict, explained: dict[str, dict[str, str]]) -> str:
         f"{results['date']}, revision {results['revision']}: {', '.join(results['versions'])}.",
         "",
         f"**{len(mutants)} of {results['drawn']} drawn were run: {killed} killed, {len(alive) - len(equal)} survived**, and "
-        f"{len(equal)} equivalent: they change no result. Killed are {100 * killed / max(judged, 1):.1f} % of those not "
-        "equivalent." + (" The others were not run: the time limit was reached." if rest else ""),
+        f"{len(equal)} equivalent: they change no result. Of the others, {100 * killed / max(judged, 1):.1f} % were killed."
+        + (" The others were not run: the time limit was reached." if rest else ""),
         "",
-        "A mutant that was killed is not run again when tests change; survivors are: mutation.json has the revision of each.",
-        "Seconds are the processor time of the tests on unchanged code. Killed by time are mutants that loop or wait for ever.",
+        "Killed mutants are not run again when tests change, but survivors are; mutation.json has each one's revision.",
+        "Seconds are the processor time of the tests on unchanged code. Mutants killed by time loop or wait forever.",
         "",
         "| module | seconds | drawn | killed | of these by time | equivalent | survived |",
         "|---|---|---|---|---|---|---|",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterator
 
 import pytest
 
@@ -99,6 +100,40 @@ def test_the_exercises_page_prints_what_the_command_prints(tmp_path, capsys):
     (tmp_path / "02_rms_norm.py").write_text(f"import numpy as np\n\ndef rms_norm(x, weight, eps):\n    {body}\n")
     assert main(["exercise", "check", str(tmp_path), "rms_norm"]) == 1
     assert capsys.readouterr().out in (ROOT / "docs" / "exercises.md").read_text(encoding="utf-8")
+
+
+# ----------------------------------------------------------------------------------------------------------------- the English
+
+CODE = [
+    file
+    for folder in ("npllama", "convert", "benchmarks", "docs", "tests/helpers")
+    for file in sorted((ROOT / folder).rglob("*.py"))
+]
+NOT_FIRST = re.compile(r"(What|How|Whether|Where|Which|Who|Why)\b")
+NO_VERB = re.compile(r"(The|A|An|This|It|Its|There|When|If|Our|NAME)\b")
+UNCLEAR = re.compile(r"\b(beside|anew|looked at|told by|as it has it|what it wants|is had)\b")
+
+
+def docstrings() -> Iterator[tuple[str, str, bool]]:
+    """Yield the place of each docstring, its text, and whether it is a function's."""
+    for file in CODE:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                where = f"{file.relative_to(ROOT)}: {getattr(node, 'name', 'module')}"
+                yield where, ast.get_docstring(node) or "", isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+
+
+def test_a_docstring_opens_with_a_verb_and_a_class_or_module_with_what_it_is():
+    wrong = [
+        where for where, text, of_function in docstrings() if NOT_FIRST.match(text) or (of_function and NO_VERB.match(text))
+    ]
+    assert not wrong
+
+
+def test_words_that_must_be_read_twice_are_avoided():
+    pages = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md"]
+    texts = [*((page.name, page.read_text(encoding="utf-8")) for page in pages), *(found[:2] for found in docstrings())]
+    assert [(where, found[0]) for where, text in texts if (found := UNCLEAR.search(text))] == []
 
 
 # ------------------------------------------------------------------------------------------------------------------- the site

@@ -187,7 +187,7 @@ def test_the_page_counts_equivalent_survivors_apart():
     explained = {"equivalent": {"npllama/a.py: x = a | b → x = a & b": "b is empty"}, "open": {}}
     text = mutation.page(results, explained)
     assert "**4 of 5 drawn were run: 2 killed, 1 survived**, and 1 equivalent" in text
-    assert "Killed are 66.7 % of those not equivalent. The others were not run" in text
+    assert "Of the others, 66.7 % were killed. The others were not run" in text
     assert "the time limit" not in mutation.page(results | {"drawn": 4}, explained)
     assert "| npllama/a.py | 1.2 | 4 | 2 | 1 | 1 | 1 |" in text
     survivors, equivalent = text.split("## Survivors")[1].split("## Equivalent mutants")

@@ -259,7 +259,7 @@ def test_templates_of_a_model_directory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "beside", "expected"),
+    ("config", "special_tokens_map", "expected"),
     [
         (None, None, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}),
         (
@@ -278,8 +278,10 @@ def test_templates_of_a_model_directory(tmp_path: Path) -> None:
         ('{"tokenizer_class": "X", "image_token": "a"}', None, {}),
     ],
 )
-def test_special_tokens_by_name(config: str | None, beside: str | None, expected: dict[str, str], tmp_path: Path) -> None:
-    for name, text in (("tokenizer_config.json", config), ("special_tokens_map.json", beside)):
+def test_special_tokens_by_name(
+    config: str | None, special_tokens_map: str | None, expected: dict[str, str], tmp_path: Path
+) -> None:
+    for name, text in (("tokenizer_config.json", config), ("special_tokens_map.json", special_tokens_map)):
         if text is not None:
             (tmp_path / name).write_text(text)
     assert templates.template_variables(tmp_path) == expected

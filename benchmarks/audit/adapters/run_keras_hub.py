@@ -58,7 +58,7 @@ def forward_file(path, tokens):
 
 
 def trace(path, tokens):
-    """Layers have no hooks: their classes' `__call__` is wrapped."""
+    """Record every layer's output, by wrapping the classes' `__call__`: layers have no hooks."""
     backbone = load(path)
     layers = [layer for layer in backbone._flatten_layers() if layer is not backbone and layer.path]
     names, found = {id(layer): layer.path for layer in layers}, {}

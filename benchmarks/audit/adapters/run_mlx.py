@@ -42,7 +42,7 @@ def forward_passes(path, passes, kept):
 
 
 def trace(path, tokens):
-    """Modules have no hooks: their classes' `__call__` is wrapped."""
+    """Record every module's output, by wrapping the classes' `__call__`: modules have no hooks."""
     model = load(path)
     names = {id(module): name for name, module in model.named_modules() if name}
     found = {}

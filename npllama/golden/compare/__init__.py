@@ -4,17 +4,17 @@
 |---|---|
 | names.py | the activations' names, order and axes |
 | metrics.py | distances between two arrays |
-| inputs.py | reads what a port wrote, in whatever container |
+| inputs.py | readers of a port's files, in any container |
 | known_maps.py | names and layouts of known programs |
 | maps.py | reads a map, and arranges a candidate's arrays by it |
-| noise.py | how far rounding alone goes, and how far is too far |
+| noise.py | the noise floor, the error that rounding alone causes, and the limits |
 | judging.py | compares two arrays of one activation |
 | angles.py | finds the angles of a candidate's RoPE and their constants |
 | hints.py | known mistakes, tried on the candidate's numbers |
 | comparison.py | compare() itself |
-| text.py, html.py, report.py | what the terminal shows, the page, JSON |
+| text.py, html.py, report.py | the output as text, as a page and as JSON |
 
-`compare("reference", "mine", names="hf").verdict` is the answer in one sentence.
+`compare("reference", "mine", names="hf").verdict` is the result in one sentence.
 """
 
 from .comparison import Comparison, Row, compare

@@ -1,4 +1,4 @@
-"""Find the angles by which a candidate's RoPE rotated, and the constants that give them."""
+"""Find the angles by which a candidate's RoPE rotated, and the constants that produce them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def angles_between(before: np.ndarray, after: np.ndarray) -> np.ndarray | None:
     phase = np.sum(a * np.conj(b), axis=1)  # [T, K/2]
     step = np.sum(phase[1:] * np.conj(phase[:-1]), axis=0)
     frequencies = np.angle(step)
-    # Refine: what is left after rotating back grows with the position and is small, so it can't wrap around.
+    # Refine: after rotating back, the remaining angle is small and grows with the position, so it can't wrap around.
     m = (np.arange(len(phase)) - (len(phase) - 1) / 2)[:, None]
     left = phase * np.exp(-1j * m * frequencies)
     left = np.angle(left * np.conj(np.sum(left, axis=0)))
@@ -34,7 +34,7 @@ def angles_between(before: np.ndarray, after: np.ndarray) -> np.ndarray | None:
 def wrong_frequencies(
     found: np.ndarray, expected: np.ndarray, config: Config | None, positions: np.ndarray
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield explanations of a candidate's angles per position, each with the angles that it would give."""
+    """Yield explanations of a candidate's angles per position, each with the angles that it predicts."""
     K = 2 * len(found)
     scaling = config.rope_scaling if config else None
     meant = config.rope_theta if config else fitted_theta(expected, None)
@@ -42,7 +42,7 @@ def wrong_frequencies(
     for assumed, note in ((scaling, ""), (None, ", without its scaling")) if scaling else ((None, ""),):
         theta = fitted_theta(found, assumed)
         angles = ops.rope_frequencies(K, theta, assumed, np.float64)
-        if scaled:  # by what isn't known, so that there is no θ to expect
+        if scaled:  # by unknown constants, so that there is no expected θ
             yield f"the reference's RoPE angles are scaled, yours are not: they are those of θ = {rounded(theta)} alone", angles
         elif abs(theta / meant - 1) > 1e-3:
             text = f"wrong RoPE θ: the angles are those of θ = {rounded(theta)}, and {rounded(meant)} was expected{note}"
@@ -64,11 +64,11 @@ def fits(made: np.ndarray, frequencies: np.ndarray, positions: np.ndarray) -> bo
 
 
 def scale_factor(found: np.ndarray, unscaled: np.ndarray, scaling: RopeScaling) -> float | None:
-    """Find the factor that Llama 3.1's scaling divided its slow pairs by; None if no pair is so slow."""
+    """Find the factor by which Llama 3.1's scaling divided the slow pairs; None if no pair is slow enough."""
     slow = np.flatnonzero(2 * math.pi / unscaled > scaling.original_max_seq_len / scaling.low_freq_factor)
     if not slow.size or found[slow[0]] <= 0:
         return None
-    return float(np.round(unscaled[slow[0]] / found[slow[0]], 2))  # the fastest of them rotates furthest: the best known
+    return float(np.round(unscaled[slow[0]] / found[slow[0]], 2))  # the fastest of them rotates furthest, and is known best
 
 
 def fitted_theta(frequencies: np.ndarray, scaling: RopeScaling | LinearRopeScaling | None) -> float:

@@ -31,7 +31,7 @@ class Row:
     """Findings on one activation."""
 
     name: str
-    problem: str | None = None  # why it fails, other than its error: missing, NaN, another shape ...
+    problem: str | None = None  # a reason to fail other than its error: missing, NaN, another shape ...
     metrics: Metrics | None = None
     judged: Judged | None = None  # of the whole computation so far
     local: Judged | None = None  # of the operation alone, given the candidate's own inputs
@@ -46,7 +46,7 @@ class Comparison:
     candidate: str
     precision: str  # the candidate's
     noise: NoiseFloor
-    tolerance: tuple[float, float] | None  # atol and rtol, when they judge instead of the noise floor
+    tolerance: tuple[float, float] | None  # atol and rtol, if they are the limit instead of the noise floor
     rows: list[Row]  # in the order of computation
     assumed: str = ""  # why this precision, where the candidate's files are of several
     warnings: list[str] = field(default_factory=list)
@@ -65,7 +65,7 @@ class Comparison:
 
     @property
     def first(self) -> Row | None:
-        """Return the first row that failed; one that both sides have, if there is any such."""
+        """Return the first row that failed; preferably one that both sides have."""
         failed = [row for row in self.rows if not row.passed]
         return next((row for row in failed if row.metrics or row.problem not in ABSENT), failed[0] if failed else None)
 
@@ -75,7 +75,7 @@ class Comparison:
         return [row for row in self.rows if row.problem in ABSENT]
 
     def is_culprit(self, row: Row) -> bool:
-        """Return whether a failed row is wrong by itself, as far as is known, and doesn't only follow from those before it."""
+        """Return whether a failed row is wrong by itself, as far as is known, and not only because of those before it."""
         if row.passed or row.problem in ABSENT:
             return False
         return row is self.first or bool(row.local and not row.local.passed)
@@ -100,7 +100,7 @@ class Comparison:
                 names = f"{theirs[0]} in the reference, {ours[0]} in the candidate"
                 if self.map_title:
                     wrong = f"the map {self.map_title} gives no name of the reference"
-                    return f"nothing to compare: {wrong} ({names}): is it another's?"
+                    return f"nothing to compare: {wrong} ({names}): is it the map of another program?"
                 return f"different: no name in common ({names}): is a --map missing?"
             others = sum(r.problem == row.problem for r in self.rows) - 1
             sentence = f"incomplete: {row.name} is {row.problem}" + (f", and {others} more" if others else "")
@@ -153,20 +153,20 @@ def compare(
     rtol: float | None = None,
     open_model: Callable[..., Model] = load,
 ) -> Comparison:
-    """Compare two sets of activations, each a path of any kind that inputs.read_activations() knows.
+    """Compare two sets of activations, each given as any path that inputs.read_activations() can read.
 
-    names      how the candidate's names and layouts become ours: "hf", "transformerlens", "ggml" or a JSON file (maps.py)
-    model      measures the noise floor and each operation by itself; by default the one that the reference's trace.json names
+    names      the map from the candidate's names and layouts to ours: "hf", "transformerlens", "ggml" or a JSON file (maps.py)
+    model      for the noise floor and for single operations; by default the one that the reference's trace.json names
     noise      a trace of the same tokens as the reference's, in the candidate's precision (one of the two in float64); its
                names are ours or the candidate's
-    precision  the candidate's, when it isn't what its trace.json says or, without one, what its arrays are stored in
-    profile    the candidate's precision with its further roundings, "int8-activations+float16-cache" (precision.py), when it
-               isn't what its trace.json says
-    partial    compare what both sides have; else a name that one side lacks is a failure
+    precision  the candidate's, if it differs from that in its trace.json or, without one, from its arrays' dtype
+    profile    the candidate's rounding profile, "int8-activations+float16-cache" (precision.py), if it differs from that in
+               its trace.json
+    partial    compare only names that both sides have; otherwise a name that one side lacks is a failure
     atol, rtol judge by |candidate - reference| <= atol + rtol · |reference| instead of the noise floor
     open_model opens the model, given its path and dtype; by default in this process alone
 
-    Raises ValueError, naming the file, when an input can't be used; what differs is in the result.
+    Raises ValueError, naming the file, for an input that can't be used; differences are in the result.
     """
     reference, candidate = (x if isinstance(x, Activations) else read_activations(x) for x in (reference, candidate))
     for option, x in (("atol", atol), ("rtol", rtol)):
@@ -206,7 +206,7 @@ def compare(
 
 
 def _hints(comparison: Comparison, first: Row, aligned: Aligned) -> list[str]:
-    """Return what explains the first failure, and each further kind of activation that is wrong by itself."""
+    """Return the hints that explain the first failure, and each further kind of activation that is wrong by itself."""
     found = hints(first.name, aligned, comparison.noise, comparison.precision)
     seen = {_essence(text) for text in found}
     kinds = {place(first.name).kind: first.name}
@@ -221,7 +221,7 @@ def _hints(comparison: Comparison, first: Row, aligned: Aligned) -> list[str]:
 
 
 def _essence(hint: str) -> str:
-    """Return what a hint says but for the constants in it, which are solved for from other numbers each time."""
+    """Return a hint without the constants in it, which are estimated from different numbers each time."""
     return re.sub(r"(?<=^wrong )([^:]*):.*", r"\1", hint.removeprefix("or: "))
 
 
@@ -231,7 +231,7 @@ def _essence(hint: str) -> str:
 def _arithmetic(candidate: Activations, precision: str | None, profile: str | None) -> tuple[str, tuple[str, ...], str]:
     """Return the precision that the candidate was computed in, its further roundings, and what is assumed of some arrays."""
     if precision and profile:
-        raise InputError(f"precision is {precision} and profile {profile}: expected one of them")
+        raise InputError(f"precision is {precision} and rounding profile {profile}: expected one of them")
     stored = None if precision else (candidate.meta or {}).get("profile")
     if (named := profile or stored) is not None:
         computed = read_profile(named)
@@ -253,7 +253,7 @@ def _doubts(side: Activations, names: Iterable[str]) -> Iterator[str]:
 
 
 def _tokens(reference: Activations, candidate: Activations) -> tuple[np.ndarray | None, list]:
-    """Return the tokens of both; InputError if they were not given the same."""
+    """Return the tokens of both; InputError if they differ."""
     metas = [side.meta for side in (reference, candidate) if side.meta]
     if len(metas) == 2:
         for key in ("tokens", "steps"):
@@ -319,7 +319,7 @@ def _find_model(
 
 
 def _align(aligned: Aligned, candidate: Activations, name_map: NameMap, partial: bool, warnings: list[str]) -> list[Row]:
-    """Bring the candidate's arrays into our names and layouts; return a row for each activation that either side has."""
+    """Convert the candidate's arrays to our names and layouts; return a row for each activation that either side has."""
     reference = aligned.reference
     sources: dict[str, tuple[str, Rule]] = {}
     unknown, skipped = [], []
@@ -367,7 +367,7 @@ def _align(aligned: Aligned, candidate: Activations, name_map: NameMap, partial:
     if out_of_reach:
         warnings.append(f"{out_of_reach} of the reference's activations have no name in the map {name_map.title}: not compared")
     if unrecorded:
-        text = "of the reference's activations are not in the candidate, which need not record them"
+        text = "of the reference's activations are not in the candidate, which doesn't always record them"
         warnings.append(f"{unrecorded} {text} (map {name_map.title}): not compared")
     if skipped:
         warnings.append(f"{', '.join(skipped)}: come before a weight, so comparing them needs the model (-m): not compared")
@@ -375,7 +375,7 @@ def _align(aligned: Aligned, candidate: Activations, name_map: NameMap, partial:
 
 
 def _meant(x: np.ndarray, found: list[tuple[str, Rule]], reference: Mapping[str, np.ndarray]) -> tuple[str, Rule]:
-    """Return the activation that an array is of several: the one that its shape fits, or the nearest of these."""
+    """Return which of several activations an array is: the one that its shape fits, or the nearest of these."""
     at_hand = [(name, rule) for name, rule in found if name in reference]
     fitting = [(name, rule) for name, rule in at_hand if fits(x.shape, name, rule, reference[name].shape)]
     if len(fitting) < 2:
@@ -431,7 +431,7 @@ def _noise_floor(
 
 
 def _is_the_candidate(noise: Mapping[str, np.ndarray], aligned: Aligned) -> bool:
-    """Return whether each number of the noise trace is the candidate's, so that any mistake would count as noise."""
+    """Return whether the noise trace equals the candidate, so that any mistake would count as noise."""
     shared = [name for name in noise if name in aligned.candidate]
     pairs = [(noise[name], aligned.candidate[name], aligned.reference[name]) for name in shared]
     same = all(np.array_equal(x, c, equal_nan=True) for x, c, _ in pairs)
@@ -463,14 +463,14 @@ def _within(row: Row, comparison: Comparison) -> bool:
 
 
 def _judge_operations(model: Model, tokens: np.ndarray, aligned: Aligned, comparison: Comparison) -> None:
-    """Compute every operation in float64 from the candidate's own activations, and judge the candidate's results by that.
+    """Compute every operation in float64 from the candidate's own activations, and compare the candidate's results with that.
 
-    Where one of those can't be used (it has another shape, or NaN), what is computed from it isn't judged:
-    the candidate's own input is not known then.
+    Activations computed from one that can't be used (another shape, or NaN) aren't judged, since the
+    candidate's own input is then unknown.
     """
     rows = {row.name: row for row in comparison.rows}
     n_layers = model.config.n_layers
-    unusable: set[str] = set()  # by themselves, or by what went into them unrecorded
+    unusable: set[str] = set()  # wrong by themselves, or because of inputs that weren't recorded
 
     def tap(name: str, x: np.ndarray) -> np.ndarray:
         inputs = place(name).inputs(n_layers)

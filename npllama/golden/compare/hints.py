@@ -2,9 +2,9 @@
 
 A mistake predicts the first wrong activation: it is computed in float64 with the mistake from the candidate's own inputs, or
 from the reference's where the candidate lacks them. A hint is given only if the prediction explains the candidate's numbers
-and the right operation doesn't: it is evidence, not a guess from the size of the error. If several mistakes explain the
-numbers, all are given. The only guess, bfloat16_sized(), ends in a question mark. Operations between recorded activations are
-computed too, so that mistakes in them are found. If even the residual stream isn't recorded, as in a port that gives only
+and the correct operation doesn't: it is evidence, not a guess from the size of the error. If several mistakes explain the
+numbers, all are reported. The only guess, bfloat16_sized(), ends in a question mark. Operations between recorded activations
+are computed too, so that mistakes in them are found. If not even the residual stream is recorded, as in a port that gives only
 logits, the model is run again with each of the mistakes in RERUN.
 """
 
@@ -35,7 +35,7 @@ from .noise import NoiseFloor
 
 ROUNDED_ONCE, GATHERED = 2.0**-6, 2.0**-3  # more than the relative error of one bfloat16 operation, of some layers of them
 EXPLAINED = 1e-3  # a prediction that leaves less than this share of the error explains it
-ROUNDED_ALIKE = 0.1  # of a rounding to 8 bits, in which a number in the middle may go either way
+ROUNDED_ALIKE = 0.1  # of a rounding to 8 bits, in which a number halfway between two may go either way
 # For ports that give only logits: lost constants, RoPE's layout, other layers' weights; mistakes in decode are tried where the
 # prompt's logits are right, mistakes with padding where the tokens have some.
 RERUN = (
@@ -69,7 +69,7 @@ RIGHT = Mistake("", "")  # changes nothing
 
 
 class Scene:
-    """Hold the first wrong activation, with what is known of its surroundings."""
+    """Hold the first wrong activation, and the other arrays and facts that hints need."""
 
     def __init__(self, name: str, aligned: Aligned, noise: NoiseFloor, precision: str):
         self.name, self.here, self.aligned, self.noise, self.precision = name, place(name), aligned, noise, precision
@@ -120,13 +120,13 @@ class Scene:
         return (slots if self.here.step is None else slots[..., -1:]), slots
 
     def only_in_decode(self) -> bool:
-        """Return whether the candidate has this activation of the prompt, where it is right: this is the first wrong one."""
+        """Return whether the same activation of the prompt is recorded and correct: this one is wrong in decode only."""
         return self.here.step is not None and self.here._replace(step=None).sibling(self.here.kind) in self.aligned.candidate
 
     def explains(self, prediction: np.ndarray | None, wrong: np.ndarray | None, share: float = EXPLAINED) -> bool:
         """Return whether the prediction is the candidate up to rounding, or leaves at most `share` of the right one's error.
 
-        One that rounding doesn't tell from the right operation's result explains nothing.
+        A prediction that equals the correct operation's result within rounding explains nothing.
         """
         if prediction is None or not (prediction < np.inf).all() or prediction.shape != self.aligned.reference[self.name].shape:
             return False
@@ -147,7 +147,7 @@ class Scene:
 
 
 class Attempt:
-    """Compute activations with one mistake, or none, each from the inputs of it that the candidate recorded."""
+    """Compute activations with one mistake, or none, each from the inputs that the candidate recorded."""
 
     def __init__(self, scene: Scene, mistake: Mistake = RIGHT, frequencies: np.ndarray | None = None):
         self.scene, self.mistake = scene, mistake
@@ -159,7 +159,7 @@ class Attempt:
         self.computed: dict[str, np.ndarray | None] = {}
 
     def __call__(self, kind: str) -> np.ndarray:
-        """Return an input: the candidate's, else one computed from what it has, else the reference's; ValueError without."""
+        """Return an input: the candidate's, else one computed from its arrays, else the reference's; else ValueError."""
         if kind == TOKENS:
             return at_hand(self.scene.tokens())
         name = self.scene.sibling(kind)
@@ -169,7 +169,7 @@ class Attempt:
         return at_hand(self.scene.reference(name) if x is None else x)
 
     def at(self, name: str) -> np.ndarray:
-        """Return an activation of an earlier pass, as __call__ does one of this pass."""
+        """Return an activation of an earlier pass, found as in __call__."""
         scene = Scene(name, self.scene.aligned, self.scene.noise, self.scene.precision)
         return Attempt(scene, self.mistake, self.frequencies)(scene.here.kind)
 
@@ -180,7 +180,7 @@ class Attempt:
             with contextlib.suppress(ValueError), np.errstate(all="ignore"):
                 x = self._by_table(TABLE[kind])
             with contextlib.suppress(ValueError), np.errstate(all="ignore"):
-                if change:  # of the reference's numbers, where the right ones can't be computed
+                if change:  # the reference's numbers, where the correct ones can't be computed
                     right, x = (self.scene.reference(self.scene.sibling(kind)) if x is None else x), None
                     x = change(at_hand(right), self)
             self.computed[kind] = x
@@ -246,14 +246,14 @@ def at_hand(x: T | None) -> T:
 
 
 def hints(name: str, aligned: Aligned, noise: NoiseFloor, precision: str) -> list[str]:
-    """Return the mistakes that explain the activation, usually one or none; of several, all but the first begin with "or: "."""
+    """Return hints for the mistakes that explain the activation, usually one or none; all but the first begin "or: "."""
     scene = Scene(name, aligned, noise, precision)
     if scene.here.axes is None or np.isnan(scene.target).any() or np.isposinf(scene.target).any():
         return []
     attempt = Attempt(scene)
     right = attempt.compute(scene.here.kind)
     if right is not None and scene.explains(right, None):
-        return [f"{RIGHT_BY_ITSELF}: what goes into it isn't, by a little each time or in a step that isn't recorded"]
+        return [f"{RIGHT_BY_ITSELF}, but its inputs aren't: small errors accumulate, or a step before it isn't recorded"]
     if not scene.target.any() and np.any(scene.aligned.reference[name]):
         return ["every number is zero: was it ever written?"]
     texts = [text for text, prediction in from_the_list(attempt) if scene.explains(prediction, right)]
@@ -268,11 +268,11 @@ def hints(name: str, aligned: Aligned, noise: NoiseFloor, precision: str) -> lis
 
 
 def from_the_list(right: Attempt) -> Iterator[Prediction]:
-    """Yield every mistake that shows at this activation, or else at one before it that isn't recorded, the nearest first."""
-    scene, computed = right.scene, list(right.computed)  # what goes into an activation comes before it, and it comes last
+    """Yield every mistake that shows at this activation, or else at an earlier unrecorded one, the nearest first."""
+    scene, computed = right.scene, list(right.computed)  # an activation's inputs come before it; itself last
     near = {name: max((computed.index(kind) for kind in m.at if kind in computed), default=-1) for name, m in MISTAKES.items()}
     for mistake in sorted(MISTAKES.values(), key=lambda mistake: -near[mistake.name]):
-        if near[mistake.name] < 0 or (mistake.fitted and scene.here.kind in mistake.at):  # a constant that is solved for below
+        if near[mistake.name] < 0 or (mistake.fitted and scene.here.kind in mistake.at):  # its constant is estimated below
             continue
         if mistake.needs == "decode" and not scene.only_in_decode():
             continue
@@ -296,11 +296,11 @@ def contradicted(scene: Scene, mistake: Mistake) -> bool:
 
 
 def other_roundings(right: Attempt) -> Iterator[Prediction]:
-    """Yield the further roundings of quantised ports, where no profile was given; and centred logits."""
+    """Yield the further roundings of quantised ports, where no rounding profile was given; and centred logits."""
     scene = right.scene
     made = right.computed.get(scene.here.kind)
     if scene.here.kind == "logits" and made is not None:
-        text = "logits are centred: each token's are less their mean, which changes no probability (TransformerLens does that)"
+        text = "logits are centred: each token's mean is subtracted, which changes no probability (TransformerLens does that)"
         yield text, made - made.mean(axis=-1, keepdims=True)
     for part, what in WHAT_PARTS_ARE.items() if not scene.noise.parts else ():
         attempt = Attempt(scene)
@@ -313,7 +313,7 @@ def whole_passes(scene: Scene) -> Iterator[Prediction]:
     model, tokens = scene.aligned.model, scene.aligned.tokens
     if model is None or tokens is None or scene.here.kind == "tok_embeddings":
         return
-    if isinstance(model.params, Spread):  # the other ranks know no mistakes
+    if isinstance(model.params, Spread):  # the other ranks can't compute with mistakes
         return
     streams = [STREAM] if scene.here.layer is None else [STREAM, *(kind for kind in TABLE if TABLE[kind].in_layer)]
     if any(scene.sibling(kind) in scene.aligned.candidate for kind in streams if kind != scene.here.kind):
@@ -330,11 +330,11 @@ def whole_passes(scene: Scene) -> Iterator[Prediction]:
             return x
 
         run(model, tokens, scene.aligned.steps, Port(name, computed=Precision("float64", parts=scene.noise.parts)), tap)
-        yield f"{MISTAKES[name].sentence} (the model run again with this gives the same)", found.get(scene.name)
+        yield f"{MISTAKES[name].sentence} (running the model with this mistake gives the same numbers)", found.get(scene.name)
 
 
 def row_order_note(right: Attempt) -> str:
-    """Describe whether Hugging Face's order of rows is right in the candidate's own layout, from its own rotation."""
+    """Describe, from the candidate's own rotation, whether Hugging Face's order of rows is correct in its layout."""
     scene, kind = right.scene, right.scene.here.kind
     rotated = scene.recorded(f"{scene.name}_rope")
     if kind in QUERIES and rotated is not None:
@@ -359,7 +359,7 @@ def other_angles(right: Attempt) -> Iterator[Prediction]:
 
 
 def other_eps(right: Attempt) -> Iterator[Prediction]:
-    """Compute the norm with another eps, solved for from each token's scale."""
+    """Compute the norm with another eps, estimated from each token's scale."""
     scene, kind = right.scene, right.scene.here.kind
     if kind not in NORMS or (made := right.computed[kind]) is None or made.shape != scene.target.shape:
         return
@@ -377,11 +377,11 @@ def other_eps(right: Attempt) -> Iterator[Prediction]:
 
 
 def reduced_precision(scene: Scene, right: np.ndarray | None) -> str | None:
-    """Check whether the candidate's numbers, but not the reference's, all belong to a 16-bit format, and are about right.
+    """Check whether all the candidate's numbers, but not the reference's, are exact in a 16-bit format and roughly correct.
 
-    Rounding is the cause only where nothing else is wrong: ones, zeros and a bfloat16 model's untouched embeddings are numbers
-    of 16 bits, too. About right is what one operation on the candidate's own inputs makes, or, where it isn't known, what
-    several have made of the reference's.
+    Rounding is the cause only if nothing else is wrong: ones, zeros and the embeddings of a bfloat16 model are exact in 16 bits
+    too. Roughly correct means close to one operation's result from the candidate's own inputs or, where that isn't known, to
+    the reference's.
     """
     if scene.precision in ROUND:
         return None
@@ -398,7 +398,7 @@ def reduced_precision(scene: Scene, right: np.ndarray | None) -> str | None:
             and np.count_nonzero(rounding(reference) != reference) > reference.size // 8
         ):
             return (
-                f"{precision} where float32 was meant: every number is one that {precision} has "
+                f"{precision} where float32 was meant: every number is exact in {precision} "
                 f"(if {precision} was meant: --precision {precision})"
             )
     return None

@@ -1,4 +1,4 @@
-"""Read activations from whatever a port could write: a trace directory, .npz, .safetensors, a folder of .npy or of raw .f32."""
+"""Read activations as a port writes them: a trace directory, .npz, .safetensors, a folder of .npy or of raw .f32."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class InputError(NpllamaError):
 
 
 class Activations(Mapping[str, np.ndarray]):
-    """Name -> array, read when it is asked for.
+    """Name -> array, read at access.
 
-    .path; .meta, the content of trace.json if there is one; .precision, which the numbers were computed or stored in;
-    .mixed, what is stored otherwise; .skipped, the names of arrays of whole numbers, which are no activations.
+    .path; .meta, the content of trace.json if there is one; .precision, in which the numbers were computed or stored;
+    .mixed, the arrays stored in other precisions; .skipped, the names of integer arrays, which are no activations.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Activations(Mapping[str, np.ndarray]):
         self.skipped: list[str] = []
 
     def skip_whole_numbers(self) -> None:
-        """Leave out token ids, positions and the like, which a program may write along with its activations."""
+        """Leave out integer arrays, such as token ids and positions, which a program may write with its activations."""
         if self.meta is None:
             self.skipped = [name for name, read in self._readers.items() if read().dtype.kind in "iub"]
             self._readers = {name: read for name, read in self._readers.items() if name not in self.skipped}
@@ -99,7 +99,7 @@ class Activations(Mapping[str, np.ndarray]):
         return tuple(self.meta["activations"][name]["shape"]) if self.meta else self[name].shape
 
     def made(self, name: str) -> bool:
-        """Return whether the capture computed the numbers, not the program itself."""
+        """Return whether the numbers were computed by the capture instead of the program itself."""
         return bool(self.meta and self.meta["activations"][name].get("made"))
 
     def hash_matches(self, name: str) -> bool:
@@ -128,7 +128,7 @@ def read_activations(path: Path | str) -> Activations:
     activations.skip_whole_numbers()
     if not activations:
         raise InputError(
-            f"{path}: {activations.skipped[0]} holds whole numbers, as does all else: expected floating-point numbers"
+            f"{path}: {activations.skipped[0]} and all other arrays hold whole numbers: expected floating-point numbers"
         )
     return activations
 
@@ -158,7 +158,7 @@ def _read_folder(path: Path) -> Activations:
 
 
 def _check_run(file: Path, meta: dict) -> None:
-    """Raise InputError unless what trace.json says of the run can be used: read_trace() looks only at the arrays' entries."""
+    """Raise InputError unless trace.json describes a valid run; read_trace() checks only the arrays' entries."""
 
     def refuse(key: str, expected: str) -> None:
         raise InputError(f"{file}: {key} is {shown(meta[key], 60)}, expected {expected}")

@@ -1,4 +1,4 @@
-"""Two arrays of one activation: aligned, compared token by token, and judged by the noise floor."""
+"""Judge two arrays of one activation: align them, compare them token by token, and with the noise floor."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Judged:
     error: float  # relative to the reference's root mean square at that token
     floor: float  # likewise
     ratio: float  # error / floor
-    limit: float  # what the ratio may be
-    norm: str  # "rms" or "max", as noise.py has them
+    limit: float  # the largest ratio allowed
+    norm: str  # "rms" or "max", the norms of noise.py
     token: int  # counted along the reference's tokens, the rows of a batch in sequence
 
     @property
@@ -37,7 +37,7 @@ class Judged:
 
 @dataclass
 class Aligned:
-    """Hold everything that is compared, in the reference's layout; hints work on it."""
+    """Hold all arrays that are compared, in the reference's layout; hints use it."""
 
     reference: Mapping[str, np.ndarray]
     candidate: dict[str, np.ndarray]  # canonical name -> array; T may be shorter
@@ -103,10 +103,10 @@ def problem_of(name: str, c: np.ndarray, r: np.ndarray) -> str | None:
 def judge(
     name: str, c: np.ndarray, r: np.ndarray, kept: np.ndarray, noise: NoiseFloor, local: bool = False, one: bool = False
 ) -> Judged:
-    """Judge two arrays of the same shape by their worst token; what is not finite in both is left out.
+    """Judge two arrays of the same shape by their worst token; numbers that aren't finite in both are left out.
 
     local   r is computed from the candidate's own activations
-    one     by the one operation between those and this, so that the stricter limit holds
+    one     exactly one operation is between those and this activation, so that the stricter limit applies
     """
     with np.errstate(invalid="ignore"):
         error, size = norms(by_token(name, c - r)), norms(by_token(name, r))
@@ -124,7 +124,7 @@ def judge(
 
 
 def relative_error(c: np.ndarray, r: np.ndarray) -> float:
-    """Return sqrt(Σ (c - r)² / Σ r²) over what is finite in both."""
+    """Return sqrt(Σ (c - r)² / Σ r²) over the numbers that are finite in both."""
     both = np.isfinite(c) & np.isfinite(r)
     size = math.sqrt(float(np.sum(r[both] ** 2)))
     return math.sqrt(float(np.sum((c[both] - r[both]) ** 2))) / size if size else math.inf

@@ -140,7 +140,7 @@ TORCHTUNE: Rules = {
 }
 
 # karpathy/llama2.c has no names for its activations: these are for a record after each step of forward() in run.c, one row per
-# position, named for the weight that made it (docs/capturing.md). RoPE rotates adjacent pairs.
+# position, named after the weight that it is computed with (docs/capturing.md). RoPE rotates adjacent pairs.
 LLAMA2_C: Rules = {
     "token_embedding_table": Rule("tok_embeddings"),
     "rms_att.{i}": Rule("layers.{i}.attention_norm"),
@@ -192,7 +192,7 @@ TRANSFORMERLENS: Rules = {
     "blocks.{i}.ln2.hook_scale": None,
     "blocks.{i}.attn.hook_result": None,
     "ln_final.hook_scale": None,
-    "*hook_in": None,  # what goes into a bridged module and comes out of it, which the names above call by what it is
+    "*hook_in": None,  # inputs and outputs of bridged modules, which the names above have too
     "*hook_out": None,
     "*hook_cos": None,
     "*hook_sin": None,

@@ -1,21 +1,21 @@
-"""Map the names and layouts that other programs give the activations to ours.
+"""Map other programs' names and layouts of activations to ours.
 
-A map is {pattern: rule}. In a pattern `{i}` stands for the layer and `*` for any text; a `step.N/` in front is kept. The first
-pattern that fits a name counts. A rule is null for a known name that has no counterpart here, else a canonical name, or an
+A map is {pattern: rule}. In a pattern `{i}` stands for the layer and `*` for any text; a leading `step.N/` is kept. The first
+pattern that matches a name counts. A rule is null for a known name without a counterpart here, else a canonical name, or an
 object with `name` and any of
 
     axes       the candidate's axes in the dimension key, in its order: "H T K" for heads first, "T H*K" for joined heads,
                "S+" for an axis that may be longer than S (the rest is cut off), "T-" for one that may be the last tokens only,
-               "a | b" for one or the other; axes of size 1 may be missing or added. Without it: as forward() has them,
-               and only a batch axis of one in front is dropped.
+               "a | b" for one or the other; axes of size 1 may be missing or added. By default those of forward(), except
+               that a leading batch axis of size 1 is dropped.
     pairs      "halves" when RoPE rotates x[j] with x[j + K/2] (Hugging Face), "adjacent" (the default) for x[2j] with x[2j + 1]
     scale      "1/sqrt(K)": the candidate's numbers lack this factor
-    unmasked   true: the candidate's scores come before its mask; hidden ones are left out of the comparison
+    unmasked   true: the candidate's scores are without the mask; masked ones are left out of the comparison
     weight     a parameter, such as "layers.{i}.ffn_norm.weight", that the candidate's numbers lack as a factor; needs the model
-    optional   true: the program doesn't always record it, so that its absence is said and is no failure
+    optional   true: the program doesn't always record it; its absence is reported and isn't a failure
 
 as in {"blk.{i}.q": {"name": "layers.{i}.attention.q", "axes": "H T K", "pairs": "halves"}}. A list of rules is for a name that
-stands for several activations: the one counts whose shape fits, and of several the one that is nearest to the reference.
+may be any of several activations: the one whose shape fits counts and, of several, the one nearest to the reference.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .names import place
 
 
 class MapError(NpllamaError):
-    """A map can't be read, or two names of the candidate stand for the same activation."""
+    """A map can't be read, or two names of the candidate mean the same activation."""
 
 
 class LayoutError(NpllamaError):
@@ -57,12 +57,12 @@ class NameMap:
         self._targets = [(_regex(rule.name), rule.optional) for rules in rules.values() for rule in _several(rules)]
 
     def find(self, name: str) -> tuple[str, Rule] | str | None:
-        """Return the canonical name and rule; None for a name to be passed over, the name itself if the map doesn't know it."""
+        """Return the canonical name and rule; None for a name to ignore, the name itself if the map doesn't know it."""
         found = self.find_all(name)
         return found if isinstance(found, str) else found[0] if found else None
 
     def find_all(self, name: str) -> list[tuple[str, Rule]] | str:
-        """Return every activation that the name may stand for, with its rule; or the name itself if the map doesn't know it."""
+        """Return every activation that the name may mean, with its rule; or the name itself if the map doesn't know it."""
         step, _, bare = name.rpartition("/") if re.match(r"step\.\d+/", name) else ("", "", name)
         for regex, rules in self._rules:
             if match := regex.fullmatch(bare):
@@ -75,7 +75,7 @@ class NameMap:
         return name
 
     def reaches(self, name: str) -> bool:
-        """Return whether some candidate name would stand for this canonical name."""
+        """Return whether the map gives some candidate name this canonical name."""
         return bool(self._reached(name))
 
     def needs(self, name: str) -> bool:
@@ -92,7 +92,7 @@ def _several(rule: Rule | tuple[Rule, ...] | None) -> tuple[Rule, ...]:
 
 
 class Unmapped(NameMap):
-    """Map for a candidate with our own names and layouts."""
+    """Map for a candidate that uses npllama's names and layouts."""
 
     def __init__(self) -> None:
         super().__init__("", {})
@@ -102,7 +102,7 @@ class Unmapped(NameMap):
         return [(name, Rule(name))]
 
     def _reached(self, name: str) -> list[bool]:
-        return [False]  # every name, and it must be there
+        return [False]  # every name, and none is optional
 
 
 def _regex(pattern: str) -> re.Pattern[str]:

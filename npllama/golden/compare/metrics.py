@@ -1,4 +1,4 @@
-"""Measure how far two arrays are apart, in numbers that papers and test suites use. All are computed in float64."""
+"""Measure the difference of two arrays by the metrics that papers and test suites use. All are computed in float64."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Metrics:
     nmse: float  # Σ (c - r)² / Σ r²
     cosine: float  # c·r / (|c| |r|); 1 if both are 0, 0 if one is
     max_ulp: float  # max |c - r| in units in the last place of r, in the candidate's precision
-    median_ulp: float  # the median of the same, which numbers near zero don't blow up
+    median_ulp: float  # the median of the same, which numbers near zero don't dominate
     kl: float | None = None  # of logits: the mean over tokens of Σ p_r log(p_r / p_c), in nats
     top1: float | None = None  # of logits: the share of tokens whose largest logit is the same one
     top5: float | None = None  # of logits: the mean share of the five largest that are the same ones

@@ -9,17 +9,18 @@ of the reference's numbers r:
 
 The noise floor is the same for the difference of two passes over the same tokens by npllama itself, one in float64 and one in
 the candidate's precision (for float64 candidates, float32's divided by 2^29). One pass's error at one token is a single draw,
-which may happen to be a tenth of the next program's, so that there are two passes in that precision, and the larger difference
+which may by chance be a tenth of the next program's. Two passes are therefore made in that precision, and the larger difference
 counts: in 16 bits one rounds where Meta's code does and one where Hugging Face's does, whichever the candidate follows; in
 float32 one sums its norms and softmax one number after the other, since that is what a plain loop does, and one in pairs, as
 NumPy does. A token's floor is not taken below the median of all tokens', since few numbers can agree by chance, nor below one
 rounding of the reference. A candidate is different when, at some token, its error is more than a limit times the floor.
 
-Two things are judged: the whole computation up to an activation ("accumulated"), and, with a model, what lies between the
-candidate's own recorded activations ("local"), which is one operation where all inputs of it are recorded. The limits, LIMITS,
-are wide because programs that are right round in other ways than npllama: they sum in other orders, multiply by an inverse,
-fuse operations. The largest ratios of right programs, over all activations and tokens (tests/golden/compare/test_noise.py and
-tests/golden/compare/test_worked_example.py measure again, on SmolLM2-135M where NPLLAMA_TEST_MODELS has it):
+Two errors are judged: that of the whole computation up to an activation ("accumulated"), and, with a model, that of the
+operations between the candidate's own recorded activations ("local"), a single operation where all its inputs are recorded. The
+limits, LIMITS, are wide because correct programs round in other ways than npllama: they sum in other orders, multiply by an
+inverse, fuse operations. The largest ratios of correct programs, over all activations and tokens
+(tests/golden/compare/test_noise.py and tests/golden/compare/test_worked_example.py measure again, on SmolLM2-135M where
+NPLLAMA_TEST_MODELS has it):
 
 | program | accumulated | local, one operation | local, several |
 |---|---|---|---|
@@ -34,7 +35,8 @@ tests/golden/compare/test_worked_example.py measure again, on SmolLM2-135M where
 | the same on the embedded model, 400 tokens | 3.3 | 1.1 | 2.0 |
 | the limits in 16 bits | 16 | 6 | 16 |
 
-Quantised programs, judged by their profile (tests/convert/test_capture_llamacpp.py, a tiny model in every kind of weights):
+Quantised programs, judged by their rounding profile (tests/convert/test_capture_llamacpp.py, a tiny model in every kind of
+weights):
 
 | program | accumulated | local, one operation | local, several |
 |---|---|---|---|
@@ -49,14 +51,15 @@ Judged by one pass, torch is up to 33 accumulated in bfloat16 and 16 in float32,
 floor that comes from one pass, of a trace or a golden bundle, therefore has the limit ONE_PASS, and can still be wrong at one
 token in many: a model is better. Mistakes in 16 bits, on the other hand (SmolLM2 and tiny models, accumulated): those of
 tests/helpers/broken_ports.py from 50 on, the first token hidden from the last 190, weights of attention that are 3 % too small
-21. Bits that are cut off instead of rounded are beyond no operation's limit (4 at most), but all err to one side: 17 to 93 in
-trained models. In float32 those mistakes are beyond 1000, but for those that only 16-bit rounding hides.
+21. Bits that are cut off instead of rounded exceed no operation's limit (4 at most), but all errors have one sign, and
+accumulate to 17 to 93 in trained models. In float32 those mistakes exceed 1000, except for those that only 16-bit rounding
+hides.
 
-Without a model nothing can be measured. A golden bundle brings its floors with it. Otherwise the floor is a multiple of the
-reference's size at each token, DEFAULTS: in float32 about what two layers of width 96 come to (6 to 28 units of rounding in the
+Without a model nothing can be measured. A golden bundle includes its floors. Otherwise the floor is a multiple of the
+reference's size at each token, DEFAULTS: in float32 about that of two layers of width 96 (6 to 28 units of rounding in the
 root mean square, 20 to 190 in the largest); in 16 bits it grows with the layer, as noise does, so that the first layers, where
-most mistakes show, are judged most strictly (right programs on SmolLM2's 9 prompts are at most 10 times it, of 16). Real noise
-depends on the weights: give the model when you can.
+most mistakes show, are judged most strictly (correct programs on SmolLM2's 9 prompts are at most 10 times it, of 16). Real
+noise depends on the weights: give the model when you can.
 """
 
 from __future__ import annotations
@@ -86,9 +89,9 @@ class Limits(NamedTuple):
 
 
 LIMITS = {"float64": Limits(32, 32), "float32": Limits(32, 32), "bfloat16": Limits(16, 6), "float16": Limits(16, 6)}
-ONE_PASS = 32.0  # the first of these limits when the floor is from one pass, such as a trace's
-WITH_PARTS = 8.0  # the first of them with parts of a profile: a right program rounds nearly all numbers as npllama does
-FLIPS = 2.0  # how many numbers of a sum another program may round to 8 bits the other way
+ONE_PASS = 32.0  # replaces the first limit if the floor is from one pass, such as a trace's
+WITH_PARTS = 8.0  # the first limit with parts of a profile: a correct program rounds nearly all numbers as npllama does
+FLIPS = 2.0  # how many numbers of a sum may be rounded to 8 bits the other way
 # The floors of both norms without a model, in units of the precision's largest relative rounding error (2^-24 in float32), and
 # the share of themselves that they grow by with each layer.
 DEFAULTS = {"float64": (16, 96, 0), "float32": (16, 96, 0), "bfloat16": (3, 36, 0.25), "float16": (3, 36, 0.25)}
@@ -112,19 +115,19 @@ def norms(rows: np.ndarray) -> Norms:
 
 def difference(name: str, a: np.ndarray, b: np.ndarray) -> Norms:
     """Return the norms of a - b at each token; what is not finite in both is left out."""
-    with np.errstate(invalid="ignore"):  # inf - inf is not a number, and is left out
+    with np.errstate(invalid="ignore"):  # inf - inf is NaN, and is left out
         return norms(by_token(name, a).astype(np.float64) - by_token(name, b))
 
 
 class NoiseFloor:
-    """Hold what rounding does to each activation in a precision: measured where a name is known, else by DEFAULTS.
+    """Hold the rounding error of each activation in a precision: measured where its name is known, else by DEFAULTS.
 
     accumulated   name -> the difference of two whole passes
     local         name -> the difference when an operation gets the same inputs in both precisions
-    source        where the numbers are from, for people
+    source        the origin of the numbers, for readers
     limits        how many times the floor an error may be
-    n_layers      of the model, where it isn't measured
-    parts         the further roundings of a profile (precision.PARTS)
+    n_layers      number of layers of the model, if it isn't measured
+    parts         the further roundings of a rounding profile (precision.PARTS)
     several       like local, for several operations between recorded activations; local itself where it isn't given
     """
 
@@ -145,7 +148,7 @@ class NoiseFloor:
 
     @property
     def title(self) -> str:
-        """Return the profile that is judged by it."""
+        """Return the name of the rounding profile to which it applies."""
         return Precision(self.precision, parts=self.parts).profile
 
     def floor(self, name: str, size: Norms, kept: np.ndarray, local: bool = False, one: bool = False) -> Norms:
@@ -220,13 +223,13 @@ def measure_noise(
     another float64 pass replaces the named activations by the rounded ones, so that each shows only the rounding since the ones
     before it. The larger difference counts.
 
-    Where a profile has parts, the computation so far is off by all that they round. An operation by itself is judged by its
-    exact result with the parts, whose floor is that of the precision alone; but FLIPS of its inputs may be rounded to 8 bits
-    the other way, as happens to one that lies in the middle. Several operations round numbers that aren't recorded, so that
-    their floor is with the parts' rounding.
+    With parts of a rounding profile, the floor of the computation so far includes their roundings. A single operation is judged
+    by its exact result with the parts, and its floor is that of the precision alone, except that FLIPS of its inputs may be
+    rounded to 8 bits the other way, as happens to numbers halfway between two. Several operations round numbers that aren't
+    recorded, so that their floor includes the parts' roundings.
     """
     scale, computed = 1.0, precision
-    if precision == "float64":  # there is nothing better to hold it against, but both round alike
+    if precision == "float64":  # the exact reference is float64 itself, so both round alike
         scale, computed = unit_roundoff("float64") / unit_roundoff("float32"), "float32"
     ways = [Precision(computed, convention, parts) for convention in CONVENTIONS]
     if computed == "float32":
@@ -271,13 +274,13 @@ def measure_noise(
     if any(part.startswith("int8") for part in parts):
         for name in local:
             if (n := _summed(name, model.config)) and n > 1:
-                share = FLIPS * (12 / n) ** 0.5 / limits.one  # one step of n, whose rounding errors are 1 / sqrt(12) each
+                share = FLIPS * (12 / n) ** 0.5 / limits.one  # a step in a sum of n rounding errors of 1 / sqrt(12) each
                 local[name] = Norms(*(np.maximum(x, share * y) for x, y in zip(local[name], several[name], strict=True)))
     return NoiseFloor(precision, source, accumulated, local, limits, parts=parts, several=several)
 
 
 def _summed(name: str, config: Config) -> int:
-    """Return how many products with weights each number of the activation is a sum of; 0 if it is none of weights."""
+    """Return how many products with weights each number of the activation sums; 0 if it isn't such a sum."""
     row = place(name).row
     if row is None or not row.operation.startswith("linear"):
         return 0

@@ -15,7 +15,7 @@ RED, GREEN, BOLD, PLAIN = "\033[31m", "\033[32m", "\033[1m", "\033[0m"
 
 
 def text(comparison: Comparison, everything: bool = False, colour: bool = False) -> str:
-    """Return the verdict, what is known of its cause, and a table: around the first failure, or of everything."""
+    """Return the verdict, hints on its cause, and a table: around the first failure, or of everything."""
 
     def paint(code: str, s: str) -> str:
         return f"{code}{s}{PLAIN}" if colour else s
@@ -31,7 +31,7 @@ def text(comparison: Comparison, everything: bool = False, colour: bool = False)
 
 
 def logits_lines(comparison: Comparison) -> list[str]:
-    """Describe what the difference of logits means for the generated tokens, in the pass where it is largest."""
+    """Describe the effect of the logits' difference on the generated tokens, in the pass where it is largest."""
     found = [(row.name, m) for row in comparison.rows if (m := row.metrics) and m.kl is not None]
     if not found:
         return []

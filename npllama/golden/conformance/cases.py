@@ -1,6 +1,6 @@
 """List the cases: inputs chosen so that right and wrong programs differ.
 
-Sizes that a program may confuse are different: K² is not D, H/G is not G. Inputs are exact in every precision (numbers.py)
+Sizes that a program may confuse differ: K² is not D, H/G is not G. Inputs are exact in every precision (numbers.py)
 unless the purpose says otherwise.
 """
 
@@ -25,7 +25,7 @@ from .numbers import Floats, Integers
 from .operations import BEYOND, L1, OPERATIONS, Operation, Outputs, Program
 from .texts import TEXTS, TOKENIZERS
 
-# Profiles of the suite, each with the precisions by which a right port may round.
+# The suite's rounding profiles, each with the precisions in which a correct port may round.
 PROFILES: dict[str, tuple[str, ...]] = {
     "float64": ("float64",),
     "float32": ("float32",),
@@ -43,9 +43,9 @@ class Case:
     """Describe one call of an operation.
 
     level, operation, name   its path: L1/rms_norm/small_rows
-    purpose                  what it is there to catch
+    purpose                  what it tests
     arguments                arrays and constants by name
-    profiles                 the profiles that it is for; empty: all
+    profiles                 the rounding profiles it applies to; empty: all
     """
 
     level: str
@@ -72,7 +72,7 @@ class Case:
         return {name: x for name, x in self.arguments.items() if name not in self.arrays and name != "params"}
 
     def run(self, program: Program) -> Outputs:
-        """Compute it, with a program that may be wrong."""
+        """Compute the outputs with a program, which may be wrong."""
         return self.operation.run(program, self.arguments)
 
     @property
@@ -96,7 +96,7 @@ class Case:
 
 
 def _case(level: str, operation: Operation, name: str, purpose: str, *profiles: str, **arguments: Any) -> Case:
-    """Make a case; an argument to be drawn is drawn with its own name as the seed."""
+    """Make a case; its random arguments are drawn with their names as seeds."""
     drawn = {}
     for argument in operation.arguments:
         x = arguments.pop(argument)
@@ -147,7 +147,7 @@ def _linears() -> Iterator[Case]:
     )
     yield _l1("embed", "batch", "ids of a batch", tokens=Integers((2, 4), 0, 11), weight=Floats((11, 24)))
     for name, purpose, n_in, n_out, rows in (
-        ("square", "a square weight, which transposes without a word", D, D, (T, D)),
+        ("square", "a square weight, which can be transposed without an error", D, D, (T, D)),
         ("wide", "more outputs than inputs", 32, 77, (T, 32)),
         ("narrow", "a single row, more inputs than outputs: decode", 160, 12, (1, 160)),
         ("batch", "a batch of sequences", 48, 20, (2, 3, 48)),
@@ -164,9 +164,9 @@ def _linears() -> Iterator[Case]:
     yield _l1("linear_bfloat16", "stored", purpose, x=Floats((T, 64)), weight=weight.astype(np.uint16))
     x = Floats((T, 40))
     scale = np.ldexp(np.float32(1), np.arange(40, dtype=np.int32) % 7 - 9).astype(np.float32)
-    purpose = "the scale is a row's own: a square weight shows one that is taken for a column's"
+    purpose = "each row has its own scale; the weight is square, so that scaling columns raises no error"
     yield _l1("linear_int8", "rows", purpose, x=x, weight=Integers((40, 40), -127, 128, "int8"), scale=scale)
-    purpose = "the scale is a group's own, and a group's 32 numbers lie together"
+    purpose = "each group has its own scale, and its 32 numbers are adjacent"
     scale = Floats((24, 3), -7)
     yield _l1("linear_groups", "groups", purpose, x=Floats((T, 96)), weight=Integers((24, 96), -127, 128, "int8"), scale=scale)
 
@@ -180,7 +180,7 @@ def _norms() -> Iterator[Case]:
         ("large_eps", "eps as large as mean(x²)", Floats((T, D)), 0.5),
         (
             "offset",
-            "numbers far from zero in the mean, which RMSNorm does not subtract",
+            "a mean far from zero, which RMSNorm does not subtract",
             Floats((T, D), -1, 6, above=2.0),
             1e-5,
         ),
@@ -269,13 +269,13 @@ def _attentions() -> Iterator[Case]:
     q, keys = Floats((1, H, K)), Floats((G, 9, K))
     yield _l1("attention_scores", "decode", "a single query and nine keys", q=q, keys=keys, mask=_causal(1, 9))
     mask = Floats((1, T, T), 1)
-    purpose = "a mask of other numbers is added after the scale"
+    purpose = "a mask with finite numbers is added after scaling"
     yield _l1("attention_scores", "finite_mask", purpose, q=Floats((T, H, K)), keys=Floats((G, T, K)), mask=mask)
     q, keys, padded = Floats((2, 3, H, K)), Floats((2, G, 3, K)), np.stack([_causal(3, 3), _causal(3, 3)])
     padded[1, :, :, 0] = -np.inf
     padded[1, :, 0, 0] = 0
     yield _l1(
-        "attention_scores", "padded_batch", "the mask that is given, which also hides padding", q=q, keys=keys, mask=padded
+        "attention_scores", "padded_batch", "the argument `mask` is used, which also hides padding", q=q, keys=keys, mask=padded
     )
     weights, values = Floats((H, 1, 9), -2, 6, above=0.75), Floats((G, 9, K))
     yield _l1("attention_heads", "decode", "a single query and nine values", weights=weights, values=values)
@@ -314,7 +314,7 @@ def _blocks() -> Iterator[Case]:
     yield l2("attention", "padding", "slots of padding are hidden", q=q, keys=keys, values=values, mask=padded)
     for name, purpose, n, rows, exponent in (
         ("prompt", "which weight gates, and which is gated", F, T, 0),
-        ("square", "square weights, which transpose without a word", 40, T, 0),
+        ("square", "square weights, which can be transposed without an error", 40, T, 0),
         ("one_token", "a single token, as in decode", F, 1, 0),
         ("large", "a gate whose exp is infinite", F, 3, 8),
     ):
@@ -329,7 +329,7 @@ def _blocks() -> Iterator[Case]:
             {"dim": 40, "n_heads": 8, "n_kv_heads": 1, "rope_theta": 500000.0},
             list(range(T)),
         ),
-        ("small_rows", "a stream so small that eps decides", {"norm_eps": 2.0**-12}, list(range(T))),
+        ("small_rows", "a residual stream so small that eps matters", {"norm_eps": 2.0**-12}, list(range(T))),
         ("scaled", "scaled RoPE", {"rope_theta": 500000.0, "rope_scaling": SCALING, "head_dim": 16}, [0, 40, 90, 200, 400]),
     ):
         config = dataclasses.replace(GROUPED, n_layers=1, **changes)
@@ -360,7 +360,7 @@ def _caches() -> Iterator[Case]:
         ("one_by_one", "each token in a pass of its own", [[id] for id in a[:8]], []),
         ("chunks", "chunks of different sizes are the same as one pass", [a[:5], a[5:6], a[6:9], a[9:]], []),
         ("decode", "a prompt, then one token after the other", [a[:8], *([id] for id in a[8:])], []),
-        ("batch", "two sequences at once, and decode: no sequence knows of the other", [[a[:5], b[:5]], [[a[5]], [b[5]]]], []),
+        ("batch", "two sequences at once, and decode: neither affects the other", [[a[:5], b[:5]], [[a[5]], [b[5]]]], []),
         (
             *("left_padding", "padding on the left is hidden and shifts no position"),
             [[a[:6], [-1, -1, -1, *b[:3]]], [[a[6]], [b[3]]], [[a[7]], [b[4]]]],
@@ -379,12 +379,12 @@ def _caches() -> Iterator[Case]:
             [],
         ),
         (
-            *("rows_leave", "a row that leaves, and a shorter one in its slots: what they held is hidden"),
+            *("rows_leave", "a row that leaves, and a shorter one in its slots: the old keys are masked"),
             [[a[:6], b[:6]], [[a[6]], [b[6]]], [[-1] * 3, a[9:]], [[a[7]], [b[0]]], [[a[8]], [b[1]]]],
             [None, None, [7, 0], None, None],
         ),
         (
-            *("rows_cut", "rows that are cut back, each to a number of slots of its own"),
+            *("rows_cut", "rows that are cut back, each to a length of its own"),
             [[a[:6], b[:6]], [a[6:8], b[:2]], [[a[8]], [b[2]]]],
             [None, [5, 3], None],
         ),
@@ -445,7 +445,7 @@ def _tokenizers() -> Iterator[Case]:
 def _chats() -> Iterator[Case]:
     for format, specials in SPECIALS.items():
         for name, (purpose, _) in CONVERSATIONS.items():
-            if name == "spelled" and format in ("llama2", "zephyr"):  # whose tags are text, which a message may not forge
+            if name == "spelled" and format in ("llama2", "zephyr"):  # their tags are text, which a message must not forge
                 continue
             rows = {"format": format, "messages": messages_of(format, name), "specials": list(specials)}
             yield _case("L8", BEYOND["chat"], f"{format}_{name}", purpose, **rows)

@@ -1,8 +1,8 @@
 """Level L8: render conversations with Jinja chat templates, as Hugging Face's apply_chat_template does, to text and ids.
 
-The templates are written for this suite, in the styles of published ones; together they use what those rely on: whitespace
-control, blocks whose line breaks are trimmed, namespace, slices, loop variables, filters, raise_exception. The texts are
-recorded by tests/record_chat_vectors.py with jinja2, set up as transformers sets it up, so that nothing here runs a template.
+The templates are written for this suite, in the styles of published ones; together they use the features that those need:
+whitespace control, blocks whose line breaks are trimmed, namespace, slices, loop variables, filters, raise_exception. The texts
+are recorded by tests/record_chat_vectors.py with jinja2, configured as in transformers, so that no code here runs a template.
 The vocabulary is that of chats.py: a text's UTF-8 bytes, and 256 + n for special token n.
 """
 
@@ -24,7 +24,7 @@ from ...checkpoint.foreign import parse_json
 class ChatTemplate:
     """Describe a template.
 
-    purpose   what it is there to catch
+    purpose   what it tests
     specials  the special tokens: the first is bos_token, the second eos_token
     text      the template
     """
@@ -125,7 +125,7 @@ def recorded_texts() -> dict[str, Any]:
 
 
 def rendered(template: str, messages: Sequence[Mapping[str, str]], mistake: str = "right") -> str | None:
-    """Return the recorded text of a conversation; that of a mistake, None where it changes nothing."""
+    """Return the recorded text of a conversation, or that of a mistake; None if the mistake changes nothing."""
     name = next(name for name, made in TEMPLATES.items() if made.text == template)
     found = next(found for found in recorded_texts()[name].values() if found["messages"] == list(messages))
     return found.get(mistake)

@@ -1,7 +1,7 @@
 """Level L8: write conversations in chat formats, with special tokens distinguished from text that spells one.
 
-The vocabulary is as plain as can be, so that no tokenizer is tested here: a text is its UTF-8 bytes, and the special token n of
-the list that a case gives is 256 + n.
+The vocabulary is as simple as possible, so that no tokenizer is tested here: a text is its UTF-8 bytes, and special token n of
+the case's list is 256 + n.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class _Bytes:
 
 
 def messages_of(format: str, name: str) -> list[dict[str, str]]:
-    """Return a conversation; a special token of the format stands where a content has braces."""
+    """Return a conversation; braces in a content are replaced by a special token of the format."""
     spelled = SPECIALS[format][-1]
     return [{key: value.replace("{}", spelled) for key, value in message.items()} for message in CONVERSATIONS[name][1]]
 
@@ -57,7 +57,7 @@ def ids_of(format: str, messages: Sequence[Mapping[str, str]], specials: Sequenc
 
 
 def wrong_ids(wrong: Callable[..., list[int]], format: str, messages: Any, specials: Sequence[str]) -> list[int]:
-    """Return what a mistake makes of it: it is given the messages, their right ids as a function, and the special tokens."""
+    """Return the ids with a mistake, which gets the messages, a function that gives the right ids, and the special tokens."""
     return wrong(messages, lambda given: ids_of(format, given, specials), specials)
 
 

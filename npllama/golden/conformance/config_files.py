@@ -1,7 +1,7 @@
-"""Level L0: the files in which models state their constants, and what a loader must make of them.
+"""Level L0: the files in which models state their constants, and the constants that a loader must return.
 
-`constants` is a vector, so that a port in any language can write it, in the order of CONSTANTS. Where a file says
-nothing of a constant, the vector has NaN, for which anything is right.
+`constants` is a vector, so that a port in any language can write it, in the order of CONSTANTS. Where a file doesn't
+state a constant, the vector has NaN, and any number is right.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CONSTANTS = (
 
 
 def constants_of(config: Config) -> np.ndarray:
-    """Return the vector; the four numbers of a scaling are 0 where there is none, the last three in a linear one.    [14]"""
+    """Return the vector; the four numbers of RoPE's scaling are 0 without one, the last three also in a linear one.    [14]"""
     scaling = vars(config.rope_scaling) if config.rope_scaling else {}
     return np.array([float(scaling.get(name, getattr(config, name, 0))) for name in CONSTANTS])
 
@@ -41,10 +41,10 @@ class ConfigFile:
     """Describe a file that states constants.
 
     path     in the suite
-    purpose  what it is there to catch
-    config   what it means
+    purpose  what it tests
+    config   the constants that it states
     data     its bytes
-    unsaid   constants that it leaves to the weights, or to nobody
+    unsaid   constants that it doesn't state: they follow from the weights, or are unknown
     """
 
     path: str
@@ -107,7 +107,7 @@ def config_files() -> dict[str, ConfigFile]:
         _hf("hf_llama_3_2_new", f"{new}: {theta}, factor 32; tied", LLAMA_3_2_1B, False),
         _hf("hf_null", f"{old}: keys that are null", LLAMA_2_7B, True, num_key_value_heads=None, head_dim=None),
         _hf("hf_wide", f"{new}: head_dim that is not hidden_size / num_attention_heads", WIDE, False),
-        _hf("hf_large_eps", f"{new}: an eps that is no default", replace(LLAMA_3_8B, norm_eps=3e-4), False),
+        _hf("hf_large_eps", f"{new}: an eps that is no program's default", replace(LLAMA_3_8B, norm_eps=3e-4), False),
         _meta("meta_llama_2", "params.json of Llama 2 7B: ffn_dim by its formula, no θ, vocab_size -1", LLAMA_2_7B,
             ("vocab_size",), multiple_of=256, vocab_size=-1),
         _meta("meta_llama_2_70b", "params.json of Llama 2 70B: ffn_dim_multiplier", LLAMA_2_70B, ("vocab_size",),

@@ -40,7 +40,7 @@ class Result:
 
 @dataclass
 class Report:
-    """Results of one port in one profile."""
+    """Results of one port in one rounding profile."""
 
     port: str
     profile: str
@@ -111,9 +111,7 @@ def check(
     if not any(result.passed or result.failed for result in report.results):
         first = next(iter(report.results)).case
         where = folder / first.path / f"{next(iter(first.outputs))}.f32"
-        raise SuiteError(
-            f"{folder} holds no result of a case: expected {where} or another, such as the vectors' README.md says"
-        )
+        raise SuiteError(f"{folder} holds no result of a case: expected {where} or another, as the vectors' README.md explains")
     return report
 
 
@@ -124,7 +122,7 @@ def run(file: Path | str, profile: str = "float32", levels: Collection[str] | No
         namespace = runpy.run_path(str(path))
     except SystemExit:  # it would end this command, with a status that is no verdict
         raise SuiteError(f"{path} calls exit() when it is loaded, expected functions alone") from None
-    except Exception as error:  # whatever the file does when it is run
+    except Exception as error:  # the file's code may raise anything
         raise SuiteError(f"{path}: {type(error).__name__}: {reason(error)}") from None
     functions = {name: value for name, value in namespace.items() if callable(value)}
     report = run_functions(str(path), functions, profile, levels)
@@ -135,7 +133,7 @@ def run(file: Path | str, profile: str = "float32", levels: Collection[str] | No
 
 @dataclass(frozen=True)
 class Check:
-    """Test one case: calling it raises ValueError with what is wrong."""
+    """Test one case: calling it raises a ValueError that describes the problem."""
 
     path: str
     functions: Mapping[str, Callable[..., Any]]
@@ -150,19 +148,19 @@ class Check:
         result = judged(case, call(self.functions, cases()[self.path], self.profile), self.profile)
         if result.failed:
             hints = "".join(f"; hint: {hint}" for hint in result.hints)
-            raise SuiteError(f"{self.path}: {result.problem}; it is there to catch: {case.purpose}{hints}")
+            raise SuiteError(f"{self.path}: {result.problem}; this case tests: {case.purpose}{hints}")
 
 
 def checks(
     functions: Mapping[str, Callable[..., Any]], profile: str = "float32", levels: Collection[str] | None = None
 ) -> list[Check]:
-    """Return a check for each case of the operations that are among the functions, for a test suite of one's own.
+    """Return a check for each case of the operations that are among the functions, for your own test suite.
 
     @pytest.mark.parametrize("check", checks(vars(mine)), ids=str)
     def test_conformance(check):
         check()
 
-    Raises ValueError for an unknown profile, and where there is none to return.
+    Raises ValueError for an unknown profile, and if there is no check to return.
     """
     if profile not in PROFILES:
         raise SuiteError(f"profile is {shown(profile)}, expected {', '.join(PROFILES)}")
@@ -176,12 +174,12 @@ def checks(
 def run_functions(
     port: str, functions: Mapping[str, Callable[..., Any]], profile: str = "float32", levels: Collection[str] | None = None
 ) -> Report:
-    """Grade functions by the operations' names; what is not among them is not run."""
+    """Grade functions given by the operations' names; cases of other operations are not run."""
     return grade(port, built_in(levels), lambda case: call(functions, cases()[case.path], profile), profile)
 
 
 def call(functions: Mapping[str, Callable[..., Any]], case: Case, name: str) -> Outputs | str | None:
-    """Return what a function makes of a case's inputs; what went wrong in a line; None if there is no such function."""
+    """Return a function's outputs for a case; or an error in one line; or None if there is no such function."""
     operation = case.operation
     if operation.name not in functions:
         return None
@@ -204,14 +202,14 @@ def call(functions: Mapping[str, Callable[..., Any]], case: Case, name: str) -> 
         try:
             found = vector_of(found)
         except (AttributeError, TypeError, ValueError) as error:
-            return printable(f"it returned constants that are no numbers: {reason(error)}")
+            return printable(f"it returned constants that aren't numbers: {reason(error)}")
     parts = found if len(operation.outputs) > 1 else (found,)
     if not isinstance(parts, tuple | list) or len(parts) != len(operation.outputs):
         return f"it returned {type(found).__name__}, expected {len(operation.outputs)} arrays: {', '.join(operation.outputs)}"
     try:
         arrays = [np.asarray(list(part.encode()) if isinstance(part, str) else part) for part in parts]
     except Exception as error:  # a library's array that NumPy can't read, as torch's bfloat16
-        return printable(f"it returned {type(found).__name__}, which is no array to NumPy: {reason(error)}")
+        return printable(f"it returned {type(found).__name__}, which NumPy can't convert to an array: {reason(error)}")
     return dict(zip(operation.outputs, arrays, strict=True))
 
 
@@ -222,7 +220,7 @@ def _write(files: Mapping[str, bytes], folder: Path) -> None:
 
 
 def grade(port: str, suite: Iterable[Expected], results_of: Callable[[Expected], Outputs | str | None], profile: str) -> Report:
-    """Judge each case that the profile can compute."""
+    """Judge each case that applies to the profile."""
     if profile not in PROFILES:
         raise SuiteError(f"profile is {shown(profile)}, expected {', '.join(PROFILES)}")
     report = Report(port, profile)
@@ -230,7 +228,7 @@ def grade(port: str, suite: Iterable[Expected], results_of: Callable[[Expected],
         if case.is_for(profile):
             report.results.append(judged(case, results_of(case), profile))
     if not report.results:
-        raise SuiteError(f"no case of these levels is for the profile {profile}")
+        raise SuiteError(f"no case of these levels is for the rounding profile {profile}")
     return report
 
 
@@ -248,7 +246,7 @@ def judged(case: Expected, found: Outputs | str | None, profile: str) -> Result:
 
 
 def _hints(case: Expected, found: Outputs, name: str) -> Iterator[str]:
-    """Name the mistakes that give just these numbers."""
+    """Name the mistakes that give exactly these numbers."""
     mine = cases().get(case.path)
     if mine is None:  # of another version
         return

@@ -61,11 +61,11 @@ def problem(found: np.ndarray, expected: np.ndarray, tolerance: Tolerance) -> st
     d = difference(found, expected, tolerance.relative)
     if d.max <= tolerance.max and d.rms <= tolerance.rms:
         return None
-    of = " of the expected number" if tolerance.relative else ""
+    error = "relative error" if tolerance.relative else "error"
     if d.max > tolerance.max:
         value = f"found {found[d.at]:.9g} at {_place(d.at)}, expected {expected[d.at]:.9g}"
-        return f"{value}: off by {d.max:.2g}{of}, tolerance {tolerance.max:.2g}"
-    return f"off by {d.rms:.2g}{of} in the root mean square, tolerance {tolerance.rms:.2g}"
+        return f"{value}: {error if tolerance.relative else 'off by'} {d.max:.2g}, tolerance {tolerance.max:.2g}"
+    return f"root-mean-square {error} {d.rms:.2g}, tolerance {tolerance.rms:.2g}"
 
 
 def _place(at: tuple[int, ...]) -> str:

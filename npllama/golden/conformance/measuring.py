@@ -1,4 +1,4 @@
-"""Measure what the suite records of each case: its tolerances, and which mistakes it catches.
+"""Measure the facts that the suite records of each case: its tolerances, and the mistakes that it catches.
 
 Each case is computed exactly, in float64, and for each profile in several correct ways: with sums in two orders, in sequence
 and as BLAS computes them, and with the roundings of both conventions. The noise floor is the largest difference from the exact
@@ -31,13 +31,13 @@ from .judging import Tolerance, difference, problem
 from .numbers import words
 from .operations import DoesNotApply, Outputs, Program
 
-MARGIN = 2  # times the tolerance: a mistake counts as caught if it is further off than this, so that it is on any machine
-DRAWS = 4  # of random directions in which the inputs move
+MARGIN = 2  # times the tolerance: a mistake counts as caught only beyond this, so that it is caught on any machine
+DRAWS = 4  # number of random directions in which the inputs move
 EXACT = Program(Precision("float64"))
 
 
 def in_sequence(made: Ops) -> Ops:
-    """Sum one number after the other in every operation, as a plain loop does."""
+    """Sum sequentially in every operation, as a plain loop does."""
 
     def linear(x: np.ndarray, weight: Weight) -> np.ndarray:
         return np.cumsum(x[..., None, :] * widen(weight), axis=-1, dtype=x.dtype)[..., -1]
@@ -69,7 +69,7 @@ class InSequence(Precision):
 
 
 def programs(name: str) -> Iterator[Program]:
-    """Return the right programs of a profile."""
+    """Yield the correct programs of a rounding profile."""
     for precision in map(profile, PROFILES[name]):
         yield Program(precision)
         if precision.name == "float32":
@@ -85,7 +85,7 @@ def moved(case: Case, unit: float, text: str) -> Case:
         if not isinstance(x, np.ndarray) or x.dtype != np.float32:
             return x
         up = (words(f"{text}/{name}", x.size) >> np.uint64(63)).astype(np.int64).reshape(x.shape)
-        with np.errstate(invalid="ignore"):  # an infinite number stays what it is
+        with np.errstate(invalid="ignore"):  # an infinite number stays infinite
             return x.astype(np.float64) * (1 + unit * (2 * up - 1))
 
     return replace(case, arguments={name: change(name, x) for name, x in case.arguments.items()})
@@ -114,12 +114,12 @@ def moves_of(case: Case) -> list[Outputs]:
 
 @functools.lru_cache(maxsize=16)
 def tolerances(case: Case, name: str) -> dict[str, Tolerance] | None:
-    """Measure a profile's tolerances; None where the case's numbers are not finite in it."""
+    """Measure a rounding profile's tolerances; None if the case's numbers are not finite in it."""
     expected, relative = exact(case), case.operation.relative
     limits = LIMITS[PROFILES[name][0]] if name in LIMITS else LIMITS["float16"]
     limit = limits.one if case.level == "L1" else limits.several
     computed, scale = name, 1.0
-    if name == "float64":  # there is nothing better to hold it against, but both round alike
+    if name == "float64":  # the exact reference is float64 itself, so both round alike
         computed, scale = "float32", unit_roundoff("float64") / unit_roundoff("float32")
     results = [case.run(program) for program in programs(computed)]
     moves = moves_of(case)
@@ -145,14 +145,14 @@ def tolerances(case: Case, name: str) -> dict[str, Tolerance] | None:
 
 
 def _two_digits(x: float) -> float:
-    """Round up, so that what another machine measures is the same number in nearly every case."""
+    """Round up to two digits, so that other machines measure the same number in nearly every case."""
     return float(f"{1.05 * x:.1e}")
 
 
 def wrong(case: Case, mistake: Mistake, precision: Precision) -> Outputs | None:
     """Return what a program with a mistake computes; None if it stops with an error.
 
-    Raises DoesNotApply where the case has nothing that the mistake changes.
+    Raises DoesNotApply if the mistake can't change the case.
     """
     try:
         return case.run(Program(precision, mistake))

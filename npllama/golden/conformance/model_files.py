@@ -56,13 +56,13 @@ GGUF_NAMES = {
 
 
 def forms_of(model: TinyModel) -> tuple[str, ...]:
-    """Return the forms that can say all of a model's constants: params.json has no scale factor, and implies 8."""
+    """Return the forms that can state all of a model's constants: params.json has no scale factor, and implies 8."""
     scaling = model.config.rope_scaling
     return FORMS if scaling is None or scaling.factor == 8 else FORMS[:2]
 
 
 def path_of(model: TinyModel, form: str) -> str:
-    """Return what a loader is given: a folder, or a .gguf file."""
+    """Return the path that a loader gets: a folder, or a .gguf file."""
     return f"models/{model.name}/model.gguf" if form == "gguf" else f"models/{model.name}/{form}"
 
 

@@ -1,4 +1,4 @@
-"""Make the tiny models of levels L2 to L5: random weights, exact in bfloat16, and constants that show when they are wrong."""
+"""Make the tiny models of levels L2 to L5: random weights, exact in bfloat16, and constants that reveal mistakes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .numbers import Floats
 
 SCALING = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=8192)  # Llama 3.1's
 GROUPED = Config(
-    dim=42,  # a multiple of n_heads, which transformers demands even where head_dim is another
+    dim=42,  # a multiple of n_heads: transformers requires that even if head_dim isn't dim / n_heads
     n_layers=2,
     n_heads=6,
     n_kv_heads=2,
@@ -31,8 +31,8 @@ GROUPED = Config(
 class TinyModel:
     """Describe a model of the suite.
 
-    name     of its folder
-    purpose  what it is there to catch
+    name     the name of its folder
+    purpose  what it tests
     """
 
     name: str
@@ -46,7 +46,7 @@ class TinyModel:
 
 
 def params_of(config: Config, text: str, embeddings: int = 0, matrices: int = -3) -> dict[str, np.ndarray]:
-    """Draw a model's parameters: norms between 1/2 and 3/2, the others as large as their exponents say, see Floats.
+    """Draw a model's parameters: norms between 1/2 and 3/2, the others of the magnitude that the exponents give (Floats).
 
     By default, a product with a matrix is about as large as its input.
     """

@@ -17,7 +17,7 @@ STEP, FIRST, SECOND = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B
 def words(text: str, n: int) -> np.ndarray:
     """Return n pseudo-random words.    uint64 [n]"""
     seed = np.frombuffer(hashlib.sha256(text.encode()).digest()[:8], "<u8").astype(np.uint64)
-    z = seed + np.arange(1, n + 1, dtype=np.uint64) * STEP  # modulo 2^64, as all that follows
+    z = seed + np.arange(1, n + 1, dtype=np.uint64) * STEP  # modulo 2^64, as in all of this function
     z = (z ^ (z >> np.uint64(30))) * FIRST
     z = (z ^ (z >> np.uint64(27))) * SECOND
     return z ^ (z >> np.uint64(31))
@@ -27,13 +27,13 @@ def words(text: str, n: int) -> np.ndarray:
 class Floats:
     """Describe floats to draw: odd integers of `bits` bits and a sign, times a power of two, below 2^(exponent + 1).
 
-    With 8 bits, each is a number that float32, float16 and bfloat16 have, so that no precision rounds the inputs.
+    With 8 bits, each is exact in float32, float16 and bfloat16, so that no precision rounds the inputs.
     """
 
     shape: tuple[int, ...]
     exponent: int = 0
     bits: int = 8
-    above: float = 0.0  # added, to give them another mean
+    above: float = 0.0  # added, for another mean
 
     def draw(self, text: str) -> np.ndarray:
         """Return the floats of this seed.    float32 [...]"""
@@ -45,7 +45,7 @@ class Floats:
 
 @dataclass(frozen=True)
 class Integers:
-    """Describe integers to draw, from `low` up to but without `high`."""
+    """Describe integers to draw, from `low` to `high` - 1."""
 
     shape: tuple[int, ...]
     low: int

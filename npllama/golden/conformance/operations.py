@@ -1,6 +1,6 @@
-"""Define the operations of the suite: a port's function's name, arguments and results, and npllama's own.
+"""Define the operations of the suite: name, arguments and results of a port's function, and npllama's implementation.
 
-A `Program` computes: in a precision, and with a mistake where a wrong result is wanted.
+A `Program` computes them in a precision, and with a mistake where a wrong result is needed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Arguments = Mapping[str, Any]  # arrays and constants by name
 Outputs = dict[str, np.ndarray]
 Compute = Callable[["Program", Arguments], "np.ndarray | tuple[np.ndarray, ...]"]
 
-# What a case does not state; no operation of a case reads it.
+# Constants that a case does not state; none of its operations reads them.
 BASE = Config(
     dim=96,
     n_layers=1,
@@ -64,7 +64,7 @@ class Program:
 
     @functools.cached_property
     def ops(self) -> Ops:
-        """Return its operations, the mistaken ones among them."""
+        """Return its operations, the wrong ones included."""
         made = self.precision.ops or model.PLAIN
         return replace(made, **self.mistake.ops) if self.mistake else made
 
@@ -77,7 +77,7 @@ class Program:
             raise DoesNotApply
         try:
             return self.mistake.constants(config)
-        except (TypeError, ValueError) as error:  # a scaling that the config has none of
+        except (TypeError, ValueError) as error:  # the config has no scaling
             raise DoesNotApply from error
 
     def weight(self, weight: np.ndarray) -> Weight:
@@ -86,7 +86,7 @@ class Program:
             return weight
         try:
             return self.mistake.parameters("output.weight", {"output.weight": weight}, BASE)
-        except KeyError as error:  # another weight in its place, of which a single operation has none
+        except KeyError as error:  # the mistake uses another weight, which a single operation doesn't have
             raise DoesNotApply from error
 
     def passes(
@@ -101,7 +101,7 @@ class Program:
         """Return an activation of successive forward passes with one cache, concatenated; NaN where a token is padding.
 
         kept       how many slots of the cache, or of each of its rows, are kept before each pass; None for all
-        positions  of the tokens, in place of those from 0 on; for a single pass
+        positions  of the tokens, instead of 0, 1, ...; for a single pass
         """
         if self.mistake is not None and not self.mistake.applies(config):
             raise DoesNotApply
@@ -136,11 +136,11 @@ class Program:
 class Operation:
     """Describe one operation.
 
-    arguments  of the function, in its order
-    outputs    what it returns, a tuple where there are several
-    compute    npllama's own
+    arguments  names of the function's arguments, in order
+    outputs    names of its results; several are returned as a tuple
+    compute    npllama's implementation
     text       formula and shapes
-    exact      it rounds nothing: results are equal in every precision
+    exact      it doesn't round: results are equal in every precision
     rounded    its result is rounded to 16 bits in a 16-bit precision
     relative   its numbers differ much in size, so that each is compared relative to its own magnitude
     """
@@ -165,7 +165,7 @@ class Operation:
         return f"{self.name}({', '.join(self.arguments)}) -> {', '.join(self.outputs)}"
 
     def inputs(self, arguments: Arguments, precision: Precision) -> list[Any]:
-        """Return what a port's function is called with: arrays of its own, floats in the precision's dtype."""
+        """Return the arguments for a port's function: copies of arrays, floats in the precision's dtype."""
         dtype = precision.dtype if not self.exact else np.dtype(np.float32)
 
         def given(x: Any) -> Any:
@@ -364,7 +364,7 @@ def _feed_forward(p: Program, a: Arguments) -> np.ndarray:
 def _block(p: Program, a: Arguments) -> np.ndarray:
     """Compute a layer as the first of a model whose embedding is x."""
     if p.mistake is not None and set(p.mistake.at) <= {"tok_embeddings", "norm", "logits"} and p.mistake.precision == "float32":
-        raise DoesNotApply  # it is outside of a block
+        raise DoesNotApply  # outside of a block
     T = len(a["x"])
     config = replace(Config.from_dict(a["config"]), n_layers=1, vocab_size=T, tied_embeddings=True)
     params = {f"layers.0.{name}": x for name, x in a["params"].items()}
@@ -376,7 +376,7 @@ def _resolve_config(p: Program, a: Arguments) -> np.ndarray:
     file = config_files()[a["path"]]
     config = file.config
     if p.mistake is not None:
-        if not p.mistake.applies(config) or p.mistake.at == ("logits",):  # a layer less is no constant that is misread
+        if not p.mistake.applies(config) or p.mistake.at == ("logits",):  # a missing layer is not a wrong constant
             raise DoesNotApply
         try:
             config = p.mistake.outside.get("resolve_config", p.mistake.constants)(config)
@@ -437,30 +437,31 @@ Read a file that states a model's constants: config.json, params.json, or a .ggu
 
 Return a vector of {", ".join(CONSTANTS)}.
 In Python a mapping of these names may be returned, with `rope_scaling` null or a mapping. tied_embeddings is 0 or 1. The four
-numbers of a scaling are 0 where there is none; of a linear one the factor alone isn't.        -> [14]"""
+numbers of a scaling are 0 without one; in a linear one all but the factor are 0.        -> [14]"""
 PROBABILITIES = """\
 Return the distribution that the next token is drawn from.
 
 p = softmax(logits / temperature); then top_k keeps the most likely (0: all), top_p the fewest of them that together reach that
-share of what is left, min_p those at least that many times as likely as the likeliest; the rest is 0, and the sum 1 again.
-A temperature of 0 is all for the largest.        logits [V] -> [V]"""
+share of the remaining probability, min_p those at least min_p times as likely as the likeliest. The others get 0, and the sum
+is 1 again. At temperature 0 the largest logit gets all the probability.        logits [V] -> [V]"""
 ENCODE = """\
-Return the ids of a text in a published tokenizer, without the token that begins or ends a text.
+Return the ids of a text in a published tokenizer, without BOS or EOS.
 
-tokenizer: the sha256 of its file. Raise NotImplementedError for one that you don't have.        -> [n]"""
+tokenizer: the sha256 of its file. Raise NotImplementedError for a tokenizer that you don't have.        -> [n]"""
 CHAT = """\
 Write a conversation in a chat format, up to where the answer begins.
 
 format: one of llama3, llama2, chatml, mistral, zephyr. messages: a list of {"role", "content"}. specials: the special tokens.
-Return the ids of the prompt in the plainest of vocabularies: a text's UTF-8 bytes, 256 + n for special token n. Llama 2's and
-Mistral's [INST], <<SYS>> and the like are text unless they are among the specials.        -> [n]"""
+Return the ids of the prompt in a vocabulary of bytes: a text's UTF-8 bytes, and 256 + n for special token n. Tags such as
+[INST]
+and <<SYS>> of Llama 2 and Mistral are text unless they are among the specials.        -> [n]"""
 CHAT_TEMPLATE = """\
 Render a conversation with a Jinja chat template, as Hugging Face's apply_chat_template does with add_generation_prompt.
 
-variables: the special tokens that the template knows by name. messages, specials and ids as in `chat`.
+variables: the special tokens that the template refers to by name. messages, specials and ids as in `chat`.
 Return the text as UTF-8 bytes (in Python a str will do), and its ids.        -> [bytes], [n]"""
 ATTENTION = """\
-Average the values of the tokens up to each token, weighted by the match of its query with their keys: a fused kernel's result.
+Average the values of the tokens up to each token, weighted by how well its query matches their keys, as a fused kernel does.
 
 heads = softmax(q·k / sqrt(K) + mask) v
 
@@ -489,10 +490,10 @@ tokens, positions [T] -> [T, V]"""
 FORWARD_PASSES = """\
 Return the logits of several forward passes, concatenated along T, that share a cache of keys and values.
 
-passes: a list of token ids [..., T]; an id of -1 is padding, whose logits may be anything, and which shifts no position. A row
-of padding alone takes no part in the pass, and no slots.
-kept: for each pass the number of slots (padding counts) to which the cache is cut back before it, or a list of one for each
-row; null, or none, keeps all.
+passes: a list of token ids [..., T]. An id of -1 is padding: its logits may be anything, and it shifts no position. A row that
+is all padding takes no part in the pass, and no slots.
+kept: for each pass the number of slots (padding included) to which the cache is cut back before it, or a list of one number per
+row; null, or None, keeps all.
 Raise NotImplementedError for what your cache can't do.        -> [..., T₁ + T₂ + ..., V]"""
 
 BEYOND = {

@@ -29,7 +29,7 @@ def text(report: Report) -> str:
     lines = [report.verdict]
     for result in report.failures:
         lines.append(f"FAILED {result.case.path}: {result.problem}")
-        lines.append(f"  it is there to catch: {result.case.purpose}")
+        lines.append(f"  this case tests: {result.case.purpose}")
         lines += [f"  hint: {hint}" for hint in result.hints]
     if report.missing:
         lines.append(f"not run: {', '.join(report.missing)}")

@@ -37,7 +37,7 @@ from .models import MODELS, TinyModel
 FORMAT, VERSION = "npllama conformance 1", 1
 FORMATS = ("raw", "npy", "safetensors")
 RECORDED = Path(__file__).with_name("recorded.json")
-RAW = {  # dtype -> how the file of bare numbers ends
+RAW = {  # dtype -> the suffix of a file of bare numbers
     "float32": "f32",
     "float64": "f64",
     "float16": "f16",
@@ -53,7 +53,7 @@ class SuiteError(NpllamaError):
 
 @dataclass(frozen=True)
 class Expected:
-    """Hold what a port's results of one case are compared with.
+    """Hold the expected results of one case.
 
     outputs     name -> float64 array
     tolerances  output -> profile -> tolerance
@@ -73,19 +73,19 @@ class Expected:
         return self.path.partition("/")[0]
 
     def is_for(self, profile: str) -> bool:
-        """Return whether the profile can compute it."""
+        """Return whether the case applies to a rounding profile."""
         return all(profile in tolerances for tolerances in self.tolerances.values())
 
 
 @functools.cache
 def recorded() -> dict[str, Measured]:
-    """Return what is recorded of each case."""
+    """Return the recorded measurements of each case."""
     found: Any = parse_json((importlib.resources.files(__package__) / RECORDED.name).read_bytes())["cases"]  # also in a zip
     return {path: Measured(_tolerances(entry["tolerances"]), tuple(entry["catches"])) for path, entry in found.items()}
 
 
 def is_for(path: str, profile: str) -> bool:
-    """Return whether a profile can compute a case, from what is recorded."""
+    """Return whether a case applies to a rounding profile, from the recorded measurements."""
     return all(profile in tolerances for tolerances in recorded()[path].tolerances.values())
 
 
@@ -108,14 +108,14 @@ def levels_of(text: str | None) -> tuple[str, ...]:
 
 @functools.cache
 def expected(path: str) -> Expected:
-    """Return what npllama expects of a case."""
+    """Return npllama's expected results of a case."""
     case, measured = cases()[path], recorded()[path]
     catches = {name: MISTAKES[name].sentence for name in measured.catches}
     return Expected(path, case.operation.name, case.purpose, exact(case), measured.tolerances, catches)
 
 
 def built_in(levels: Collection[str] | None = None) -> list[Expected]:
-    """Return the suite of this version, computed and not read."""
+    """Compute the suite of this version, without reading files."""
     return [expected(path) for path, case in cases().items() if levels is None or case.level in levels]
 
 
@@ -184,7 +184,7 @@ def _listed(case: Case, storage: str) -> str:
 
 
 def _model_of(case: Case) -> TinyModel | None:
-    """Return the model whose parameters are among a case's inputs; they are written once, and not for each case."""
+    """Return the model whose parameters are among a case's inputs; they are written once, not for each case."""
     return next((model for model in MODELS.values() if model.params is case.arguments.get("params")), None)
 
 
@@ -311,9 +311,9 @@ def _read_case(folder: Path, path: str) -> Expected:
 
 
 def read_array(folder: Path, name: str, shape: tuple[int, ...]) -> np.ndarray | None:
-    """Read an output of a case, in whichever form it is there; None if in none. Raises SuiteError.
+    """Read an output of a case, in any of the formats; None if there is none. Raises SuiteError.
 
-    NAME.npy; NAME.f32 or NAME.f64, bare little-endian numbers of the expected shape; or outputs.safetensors. What is uint16 is
+    NAME.npy; NAME.f32 or NAME.f64, bare little-endian numbers of the expected shape; or outputs.safetensors. uint16 holds
     bfloat16.
     """
     if (folder / f"{name}.npy").exists():
@@ -338,12 +338,13 @@ README = """\
 
 Inputs, constants and expected outputs of every operation of a Llama model, for implementations in any language.
 
-- `L1.txt` lists the cases of level L1, one a line: folder and operation, inputs with their shapes, constants that are numbers,
-  and after `->` the outputs with their shapes. Each level has such a file, for programs that read no JSON.
-- `models/` has the parameters of the tiny models, which the cases of L3 to L5 share, and for loaders the same as config.json
-  and model.safetensors, model.gguf, params.json and consolidated.00.pth. A `file` in case.json is relative to its folder.
+- `L1.txt` lists the cases of level L1, one per line: folder and operation, inputs with their shapes, numeric constants,
+  and after `->` the outputs with their shapes. Each level has such a file, for programs that don't read JSON.
+- `models/` has the parameters of the tiny models, which the cases of L3 to L5 share, and the same models for loaders: as
+  config.json and model.safetensors, as model.gguf, and as params.json and consolidated.00.pth. A `file` in case.json is
+  relative to its folder.
 - A folder holds `case.json` and its arrays. `case.json` has the formula and its source, the shapes, the constants, for each
-  output the tolerance in each profile, what the case is there to catch, and the mistakes that it does catch.
+  output the tolerance in each rounding profile, the purpose of the case, and the mistakes that it catches.
 - `x.f32` holds bare little-endian numbers in C order, float32; `.f64` float64, `.i64` int64, `.i8` int8, `.u16` the bits of
   bfloat16. Inputs are exact in float32, float16 and bfloat16 unless the case says otherwise. Expected outputs are float64.
 
@@ -351,14 +352,15 @@ Write your output to another folder under the same path, `RESULTS/L1/rms_norm/un
 
     npllama conformance check RESULTS --vectors THIS_FOLDER --profile float32
 
-or judge it yourself: with d = |yours - expected| over the finite numbers, its largest must be at most `max` and its root
-mean square at most `rms` of the tolerance of your profile. Where it says `relative`, d is divided by |expected|. An expected
-infinity must be found, and where the expected number is NaN, any is right.
+or compare yourself: for d = |yours - expected| over the finite numbers, the largest must be at most `max` and the root mean
+square at most `rms` of the tolerance for your rounding profile. With `relative`, d is divided by |expected|. An expected
+infinity must be equal, and where NaN is expected, any number is right.
 
 | profile | computes |
 |---|---|
-| float64, float32 | in that |
+| float64, float32 | in this precision |
 | bfloat16, float16 | sums in float32, and rounds each operation's result, as Meta's code does or as Hugging Face's |
-| float16-cache | in float32, keys and values kept in float16 |
-| int8-activations | in float32, what is multiplied by weights rounded to 8 bits in blocks of 32 or 256, as llama.cpp does |
+| float16-cache | in float32, with keys and values in float16 |
+| int8-activations | in float32, with the inputs of products with weights rounded to 8 bits in blocks of 32 or 256, as in
+llama.cpp |
 """

@@ -246,7 +246,7 @@ def test_a_wrong_map_is_said_and_not_that_the_numbers_differ(traces, arrays, tmp
     first = out.splitlines()[0]
     assert status == 1
     assert first.startswith("nothing to compare: the map hf gives no name of the reference (")
-    assert first.endswith("): is it another's?")
+    assert first.endswith("): is it the map of another program?")
 
 
 def test_an_unmatched_name_is_listed_too(traces, arrays, tmp_path):

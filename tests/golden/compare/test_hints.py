@@ -37,7 +37,7 @@ EXPECTED = {
     "transposed": ("layers.0.attention.q", "transposed weights", True),
     "value_from_k": ("layers.0.attention.v", "value is taken from k", False),
     "bfloat16_weights": ("layers.0.attention.q", "weights rounded to bfloat16", True),
-    "bfloat16": ("tok_embeddings", "every number is one that bfloat16 has", False),
+    "bfloat16": ("tok_embeddings", "every number is exact in bfloat16", False),
     "rows_in_halves": ("layers.0.attention.q", "half-split order", False),
 }
 WORDS = {words for _, words, _ in EXPECTED.values()}
@@ -234,7 +234,7 @@ def test_an_output_matrix_taken_for_the_embedding(model, reference, tmp_path):
     ("bug", "ending", "where", "words"),
     [
         ("transposed", "w2.weight", "layers.0.feed_forward.out", "transposed weights"),
-        ("layer_0_everywhere", "wk.weight", "layers.1.attention.k", "layer 0's, in the place of its own"),
+        ("layer_0_everywhere", "wk.weight", "layers.1.attention.k", "layer 0's instead of its own"),
     ],
 )
 def test_one_wrong_weight_is_named(bug, ending, where, words, model, reference, tmp_path):
@@ -406,7 +406,7 @@ def test_a_port_that_gives_its_logits_alone(bug, model, reference, run_once, tmp
     found = compare(reference, mine, model=model, partial=True)
     assert found.first.name == "logits"
     assert words in found.hints[0]
-    assert found.hints[0].endswith("(the model run again with this gives the same)")
+    assert found.hints[0].endswith("(running the model with this mistake gives the same numbers)")
     assert len(found.hints) == 1
 
 

@@ -223,7 +223,7 @@ def test_bits_cut_off_instead_of_rounded_are_found(trained, tmp_path):
     found = compare(reference, mine, precision="bfloat16", model=model)
     assert not found.equal
     assert found.wrong_by_themselves == []
-    assert found.hints[0].startswith("its own operation is right: what goes into it isn't, by a little each time")
+    assert found.hints[0].startswith("its own operation is right, but its inputs aren't: small errors accumulate")
 
 
 @pytest.mark.parametrize("bug", [bug for bug in broken_ports.BUGS if bug not in ("eps", "bfloat16", "bfloat16_weights")])

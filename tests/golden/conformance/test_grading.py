@@ -102,7 +102,7 @@ def test_a_wrong_function_is_named_with_its_mistake(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("float32: levels passed: none; L1 12 of ")
     assert any(line.startswith("FAILED L1/rms_norm/small_rows: found ") for line in lines)
-    assert "  it is there to catch: mean(x²) below eps, so that its place inside the root shows" in lines
+    assert "  this case tests: mean(x²) below eps, so that its place inside the root shows" in lines
     hints = [line for line in lines if line.startswith("  hint: ")]
     assert set(hints) == {f"  hint: {MISTAKES['eps_outside_root'].sentence}"}
     assert lines[-1].startswith("not run: embed, linear, ")
@@ -239,7 +239,7 @@ def test_checks_are_tests_of_ones_own_suite():
     found = {str(check): check for check in checks({"softmax": functions["softmax"], "silu": functions["silu"]})}
     assert set(found) == {path for path, case in cases().items() if case.operation.name in ("softmax", "silu")}
     found["L1/softmax/large"]()
-    with pytest.raises(ValueError, match=r"L1/silu/gate: found .* it is there to catch: the formula; hint: silu is missing"):
+    with pytest.raises(ValueError, match=r"L1/silu/gate: found .* this case tests: the formula; hint: silu is missing"):
         found["L1/silu/gate"]()
     with pytest.raises(ValueError, match="no function is an operation of the suite"):
         checks({"nothing": functions["silu"]})
@@ -263,7 +263,7 @@ def test_constants_may_be_named():
     report = run_functions("mine", {"resolve_config": resolve_config})
     assert not report.failures, text(report)
     report = run_functions("mine", {"resolve_config": lambda path: {"norm_eps": "large"}})
-    assert "it returned constants that are no numbers: could not convert" in report.failures[0].problem
+    assert "it returned constants that aren't numbers: could not convert" in report.failures[0].problem
 
 
 @pytest.mark.parametrize(

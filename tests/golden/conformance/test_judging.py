@@ -16,7 +16,7 @@ LOOSE, INF, NAN = Tolerance(0.5, 0.1), np.inf, np.nan
 @pytest.mark.parametrize(
     ("found", "expected", "words"),
     [
-        ([1.0, 2.4, 3.0, 4.0], [1.0, 2.0, 3.0, 4.0], "off by 0.2 in the root mean square, tolerance 0.1"),
+        ([1.0, 2.4, 3.0, 4.0], [1.0, 2.0, 3.0, 4.0], "root-mean-square error 0.2, tolerance 0.1"),
         ([1.0, 2.6, 3.0, 4.0], [1.0, 2.0, 3.0, 4.0], "found 2.6 at [1], expected 2: off by 0.6, tolerance 0.5"),
         ([1.0, 2.1], [1.0, 2.0], None),
         ([NAN, 2.0], [1.0, 2.0], "found nan at [0], expected 1"),
@@ -38,7 +38,7 @@ def test_what_is_wrong(found, expected, words):
 def test_relative_to_each_number():
     found, expected = np.array([1.0, 1.1e-3]), np.array([1.0, 1e-3])
     assert problem(found, expected, Tolerance(0.01, 0.01)) is None
-    assert "off by 0.1 of the expected number" in problem(found, expected, Tolerance(0.01, 0.01, relative=True))
+    assert "relative error 0.1" in problem(found, expected, Tolerance(0.01, 0.01, relative=True))
     assert difference(found, expected, relative=True).at == (1,)
 
 
