@@ -102,7 +102,8 @@ def error_of(message: str, status: int, param: str | None = None, code: str | No
     """Return the error object of OpenAI's API."""
     kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error", 404: "not_found_error"}
     kind = "server_error" if status >= 500 else kinds.get(status, "invalid_request_error")
-    return {"message": printable(message), "type": kind, "param": param, "code": code}
+    named = None if param is None else printable(param)  # of an unknown parameter, which may have any name
+    return {"message": printable(message), "type": kind, "param": named, "code": code}
 
 
 class Guard:

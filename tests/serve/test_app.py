@@ -138,6 +138,8 @@ def test_the_stop_id_that_ends_a_text_has_its_log_probability(stream, client, mo
 def test_half_a_surrogate_pair_is_echoed_as_it_is_encoded(server):
     status, reply = server.post("/v1/completions", {"prompt": "a\ud800b", "max_tokens": 0, "echo": True})
     assert (status, reply["choices"][0]["text"]) == (200, "a\ufffdb")
+    status, reply = server.post("/v1/completions", {"prompt": "a", "\ud800": 1})
+    assert (status, reply["error"]["param"]) == (400, "\\ud800")
 
 
 def test_no_new_tokens_but_the_prompts_log_probabilities(client):
