@@ -66,6 +66,7 @@ def test_llama3_without_tiktoken(llama3_tokenizer: Tokenizer, llama3_judge, monk
     assert type(tokenizer.encoding) is BytePairEncoding
 
 
+@pytest.mark.once
 def test_llama3_as_a_gguf_vocabulary(llama3_judge, tokenizers, tmp_path: Path) -> None:
     metadata = metadata_of_tiktoken(Path(os.environ["NPLLAMA_LLAMA3_TOKENIZER"]))
     tokenizer = load_tokenizer(write(metadata, tmp_path))

@@ -41,6 +41,7 @@ def test_every_cause_but_the_system_has_its_command(reason):
     assert command_for(reason) or says_it or OF_THE_SYSTEM.search(reason)
 
 
+@pytest.mark.once
 def test_a_run_ends_with_the_causes():
     environment = {name: value for name, value in os.environ.items() if not name.startswith("NPLLAMA_")}
     environment["NPLLAMA_SHARED_DATA"] = "/no/where"
