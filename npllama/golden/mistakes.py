@@ -458,6 +458,20 @@ def _values_from(source: str) -> Callable[[Array, Seen], Array]:
     return lambda x, seen: ops.attention_heads(seen("attention.weights"), seen.slots(source))
 
 
+def _of_rotated_values(x: Array, seen: Seen) -> Array:
+    """Average values that are rotated by the angles of their keys, which are found in the keys before and after."""
+    k, rotated, v = (_complex(seen.slots(f"attention.{name}")) for name in ("k", "k_rope", "v"))
+    rotation = np.sum(rotated * k.conj(), axis=-3, keepdims=True)  # over the heads, whose angles are the same
+    length = np.abs(rotation)
+    values = v * (rotation / np.where(length, length, 1))
+    return ops.attention_heads(seen("attention.weights"), to_pairs(np.concatenate([values.real, values.imag], axis=-1)))
+
+
+def _complex(x: Array) -> Array:
+    """Read adjacent pairs as complex numbers."""
+    return x[..., 0::2] + 1j * x[..., 1::2]
+
+
 def _only(name: str) -> Callable[[Array, Seen], Array]:
     return lambda x, seen: seen(name)
 
@@ -505,6 +519,9 @@ _LIST = (
         ("norm_weight_plus_one",
             "the norm multiplies by 1 + weight: Gemma stores the weight so, Llama stores the factor itself",
             lambda x, weight, eps: ops.rms_norm(x, 1 + weight, eps)),
+        ("norm_weight_first",
+            "the norm's weight comes before the norm: divide by the root-mean-square first, then multiply by the weight",
+            lambda x, weight, eps: ops.rms_norm(x * weight, np.ones_like(weight), eps)),
         ("layer_norm", "LayerNorm instead of RMSNorm: the mean is subtracted; RMSNorm only divides",
             lambda x, weight, eps: ops.rms_norm(x - np.mean(x, axis=-1, keepdims=True), weight, eps)),
         ("eps_outside_root", "eps is added after the square root: it belongs inside, sqrt(mean(x²) + eps)",
@@ -798,6 +815,8 @@ _LIST = (
             activations={HEADS[0]: _values_from(source)})
         for source in ("attention.k", "attention.k_rope")
     ),
+    Mistake("values_rotated", "RoPE rotates the values too: only queries and keys are rotated", HEADS,
+        activations={HEADS[0]: _of_rotated_values}),
     # ----- the residual stream
     *(
         mistake

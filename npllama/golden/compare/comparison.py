@@ -17,7 +17,7 @@ from ...engine.ranks.passes import whole_params
 from ..precision import PRECISIONS, Precision
 from ..precision import profile as read_profile
 from ..trace import checked_run, model_facts, run
-from .hints import RIGHT_BY_ITSELF, hints
+from .hints import RIGHT_BY_ITSELF, hints, slots_hint
 from .inputs import Activations, InputError, read_activations
 from .judging import Aligned, Judged, judge, pair, problem_of, relative_error
 from .maps import LayoutError, MapError, NameMap, NeedsModel, Rule, arrange, fits, read_map
@@ -202,6 +202,8 @@ def compare(
         row.passed = row.problem is None and _within(row, comparison)
     if (first := comparison.first) and first.name in aligned.candidate:
         comparison.hints = _hints(comparison, first, aligned)
+    elif first and first.name in aligned.unfit:
+        comparison.hints = slots_hint(first.name, aligned)
     return comparison
 
 
@@ -357,6 +359,7 @@ def _align(aligned: Aligned, candidate: Activations, name_map: NameMap, partial:
                 raise MapError(f"map {name_map.title}: {own}: {error}") from None
             except LayoutError as error:
                 rows.append(Row(name, str(error)))
+                aligned.unfit[name] = candidate[own].shape
                 continue
             rows.append(Row(name, None if x.size else "empty"))
             if candidate.made(own):  # as a map's rule would have made it

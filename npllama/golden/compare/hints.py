@@ -267,6 +267,22 @@ def hints(name: str, aligned: Aligned, noise: NoiseFloor, precision: str) -> lis
     return [first, *(f"or: {text}" for text in others)] if first else []
 
 
+def slots_hint(name: str, aligned: Aligned) -> list[str]:
+    """Describe what scores or weights of another number of keys than there are tokens say of the cache."""
+    shape, reference = aligned.unfit.get(name), aligned.reference[name].shape
+    axes = place(name).axes or ""
+    if shape is None or not axes.endswith("S") or len(shape) < len(axes) or shape[-3:-1] != reference[-3:-1]:
+        return []
+    T, found, expected = reference[-2], shape[-1], reference[-1]
+    if found == T and place(name).step is not None:
+        cause = "the cache's are missing, and only those of this pass are attended to"
+    elif found < expected:
+        cause = "keys were dropped from the cache, overwritten, or those of this pass were not appended"
+    else:
+        cause = "slots of the cache that hold no token's key are attended to"
+    return [f"{found} key{'s' * (found != 1)} where {expected} tokens have come so far: {cause}"]
+
+
 def from_the_list(right: Attempt) -> Iterator[Prediction]:
     """Yield every mistake that shows at this activation, or else at an earlier unrecorded one, the nearest first."""
     scene, computed = right.scene, list(right.computed)  # an activation's inputs come before it; itself last

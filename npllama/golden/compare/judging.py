@@ -46,6 +46,7 @@ class Aligned:
     tokens: np.ndarray | None
     steps: list
     rules: dict[str, Rule] = field(default_factory=dict)  # canonical name -> the rule of the map that arranged it
+    unfit: dict[str, tuple[int, ...]] = field(default_factory=dict)  # canonical name -> a shape that doesn't fit
 
     def padding(self, name: str) -> np.ndarray | None:
         """Return which of the activation's tokens are padding, bool [..., T]; None if none is."""

@@ -222,6 +222,26 @@ def test_what_is_left_out_is_named(name, change, words, model, reference, tmp_pa
     assert words in found.hints[0]
 
 
+@pytest.mark.parametrize(
+    ("slots", "words"),
+    [
+        (slice(1, None), "24 keys where 25 tokens have come so far: keys were dropped from the cache"),
+        (slice(-1, None), "1 key where 25 tokens have come so far: the cache's are missing"),
+        ([*range(25), 0, 0], "27 keys where 25 tokens have come so far: slots of the cache that hold no token's key"),
+    ],
+)
+def test_scores_of_another_number_of_keys_say_what_the_cache_lacks(slots, words, model, reference, tmp_path):
+    steps = read_trace(reference).meta["steps"]
+    mine = record(model, TOKENS, steps)
+    for name in [name for name in mine if name.startswith("step.0/") and name.endswith(("scores", "weights"))]:
+        mine[name] = mine[name][..., slots]
+    np.savez(tmp_path / "mine.npz", **mine)
+    found = compare(reference, tmp_path / "mine.npz", model=model)
+    assert found.first.name == "step.0/layers.0.attention.scores"
+    [hint] = found.hints
+    assert hint.startswith(words)
+
+
 def test_an_output_matrix_taken_for_the_embedding(model, reference, tmp_path):
     steps = read_trace(reference).meta["steps"]
     broken = Model(model.config, {**model.params, "output.weight": model.params["tok_embeddings.weight"]})
