@@ -194,7 +194,7 @@ def _in_columns(packed: np.ndarray, n_rows: int, bits: int, order: tuple[int, ..
 def unpacked(words: np.ndarray, bits: int) -> np.ndarray:
     """Unpack numbers from words, lowest bits first.    [n, words] of 32 bits -> uint8 [n, words · 32 / bits]"""
     octets = np.ascontiguousarray(words, words.dtype.newbyteorder("<")).view(np.uint8)
-    by_bit = np.unpackbits(octets, axis=1, bitorder="little").reshape(len(words), -1, bits)
+    by_bit = np.unpackbits(octets, axis=1, bitorder="little").reshape(len(words), words.shape[1] * 32 // bits, bits)
     return np.packbits(by_bit, axis=-1, bitorder="little")[..., 0]
 
 

@@ -126,6 +126,10 @@ def test_a_matrix_of_mlx_may_have_its_own_settings(tmp_path):
     )
 
 
+def test_no_rows_are_unpacked_to_none():
+    assert unpacked(np.zeros((0, 4), np.uint32), 4).shape == (0, 32)
+
+
 def test_words_that_hold_no_whole_number_of_numbers_are_refused():
     parts = {"w.weight": np.zeros((2, 1), np.uint32), "w.scales": np.ones((2, 5), np.float16)}
     parts["w.biases"] = parts["w.scales"]
