@@ -196,7 +196,7 @@ for offset in (1, 100, 5_000, 1_000_000):
     print(f"shifted by {offset:9,}: logits change by less than 0.001: {bool(change < 0.001)}")
 
 # %% [markdown]
-# The logits, numbers up to 7, stay the same within rounding, even at position 5,000, although this
+# The logits, numbers up to 18, stay the same within rounding, even at position 5,000, although this
 # model was trained on texts of at most 512 tokens. (At a million they move by 0.02. That is
 # rounding, too; the end of this notebook explains it.) **It has never seen position 5,000, and
 # doesn't care**: no row of attention depends on a position, only on distances.

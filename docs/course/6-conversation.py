@@ -248,7 +248,7 @@ print(mistake.name, "-", mistake.sentence)
 #
 # All of this is one command, `npllama compare`. It takes two folders of activations, computes the
 # noise floor, finds the first divergence, feeds each operation the *port's own* inputs to see
-# whether it is wrong by itself, and tries the hundred mistakes it knows. Here we call it from
+# whether it is wrong by itself, and tries over a hundred mistakes it knows. Here we call it from
 # Python.
 
 # %%
@@ -442,7 +442,7 @@ print(len(prompt.ids), "tokens")
 # program just encodes the whole text at once?
 
 # %% [markdown] tags=["answer"]
-# It must stay text: twelve or so ordinary tokens that spell it. Were it encoded as the special
+# It must stay text: eight ordinary tokens that spell it. Were it encoded as the special
 # token, the user could end their own message and write the next one in the name of somebody else,
 # "system" for example. So special tokens may only come from the format, never from a message.
 # npllama encodes the parts separately, and its conformance suite has cases for it (level L8).
