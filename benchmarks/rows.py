@@ -172,6 +172,7 @@ def dense(
                     asks.append(Ask(name, f"prefill {n_prefill}", min(few, prefill_rounds)))
         asks += [
             Ask(OURS, f"products 1 {n_decode}"),
+            Ask(OURS, f"between {n_decode}"),
             *([Ask(OURS, f"products {n_prefill} 1", prefill_rounds)] if n_prefill else []),
         ]
         found = alternate(workers, asks, bench.rounds(rounds))
@@ -182,6 +183,9 @@ def dense(
     rates = {name: steps[name] / found[name, f"decode {steps[name]}"] for name in present}
     alone = n_decode / found[OURS, f"products 1 {n_decode}"]
     lines = compared(row, f"decode, float32, {title}", "tokens/s", rates | {ALONE: alone}, limit, wanted.get("decode"))
+    between = 1000 * found[OURS, f"between {n_decode}"] / n_decode
+    work = f"decode between the products of a token, float32, {title}"
+    lines.append(Line(row, work, "ms", between, ALONE, 1000 / alone, less_is_better=True))
     for name, rate in {**rates, "limit, float32": limit}.items():
         bench.point(
             "size", name if "limit" in name or name in (LLAMA_CPP, NAIVE) else f"{name}, float32", n_parameters(shape), rate

@@ -12,6 +12,7 @@ for each line on standard input: a command and its numbers.
 | batch B N | N steps of B sequences |
 | context S N | N tokens, one by one, after S others |
 | products T N | N times what the matrix products of a pass of T tokens take by themselves, in NumPy's BLAS |
+| between N | N tokens, one by one, after a prompt of 16, without the time of their matrix products |
 | load | opening the directory again |
 | bandwidth, sgemm N, copy BYTES | limit only: large matrix-vector products (PRODUCTS), one of N×N matrices, np.copy |
 | generate K N | N greedy tokens that repeat their prompt, with --lookup K; the answer has the tokens |
@@ -38,6 +39,7 @@ from npllama.engine.ranks.following import follow_world
 from npllama.engine.threads import available_cpus
 from npllama.evaluate.profile import LARGE
 from npllama.generation import prefill
+from npllama.model import FAST
 
 from . import naive
 from .processes import anonymous_memory
@@ -102,6 +104,31 @@ class Npllama:
             for _ in range(n):
                 for weight, x in pairs:
                     weight @ x
+
+        return run
+
+    def between(self, n: int) -> Run:
+        """Return the seconds of n tokens that no matrix product takes: those of Python and of all other operations."""
+        cache, spent = npllama.KVCache(self.config), 0.0
+        prefill(self.model, self._tokens(PROMPT), cache)
+
+        def timed(product: Callable[..., object]) -> Callable[..., object]:
+            def call(*args: object) -> object:
+                nonlocal spent
+                started = time.perf_counter()
+                y = product(*args)
+                spent += time.perf_counter() - started
+                return y
+
+            return call
+
+        ops = replace(FAST, linear=timed(FAST.linear), linears=timed(FAST.linears))
+
+        def run() -> float:
+            started = time.perf_counter()
+            for i in range(n):
+                npllama.forward(self.model.params, self.config, [i % self.config.vocab_size], cache, last_only=True, ops=ops)
+            return time.perf_counter() - started - spent
 
         return run
 
@@ -236,6 +263,8 @@ def serve(kind: str, path: str, dtype: str) -> None:
             started = time.perf_counter()
             made = run()
             answer = {"seconds": time.perf_counter() - started}
+            if isinstance(made, float):  # a part of that time
+                answer["seconds"] = made
             if isinstance(made, list):
                 answer["tokens"] = made
             del run, made

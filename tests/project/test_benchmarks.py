@@ -17,12 +17,13 @@ import npllama
 from npllama.checkpoint import STORAGE, demo_path, open_model
 from npllama.cli import main
 from npllama.engine import threads
+from npllama.model import FAST
 
 from system import ROOT
 from tiny import CONFIGS, random_params, random_tokens, relative_error
 
 sys.path.append(str(ROOT))
-from benchmarks import models, naive, plots, processes, rows, scale, serving, storage
+from benchmarks import models, naive, plots, processes, rows, scale, serving, storage, worker
 from benchmarks.__main__ import table
 from benchmarks.processes import Ask, Worker, alternate
 from benchmarks.rows import Line, of_all_layers
@@ -78,13 +79,28 @@ def test_published_shapes_have_their_published_sizes():
 
 def test_worker_answers_each_command(tmp_path):
     path = models.write(tmp_path / "model", models.TINY, "bfloat16")
-    commands = ["prefill 20", "prefill 20 1", "decode 2", "decode 2 1", "batch 3 2", "context 40 2", "load"]
+    commands = ["prefill 20", "prefill 20 1", "decode 2", "decode 2 1", "batch 3 2", "context 40 2", "between 2", "load"]
     with Worker("npllama", str(path), "stored") as worker:
         found = alternate({"npllama": worker}, [Ask("npllama", command) for command in commands], rounds=2)
         assert len(found) == len(commands)
         assert min(found.values()) > 0
         assert set(worker.ask("memory")) == {"bytes", "anonymous"}
     assert worker.process.returncode == 0
+
+
+def test_the_time_between_products_is_that_of_all_else(tmp_path, monkeypatch):
+    """Advance a clock by 100 in each product and by 1 in each norm: two tokens have twice 2L + 1 norms."""
+    clock = [0]
+
+    def advancing(function, by):
+        return lambda *args: (clock.__setitem__(0, clock[0] + by), function(*args))[1]
+
+    by = {"linear": 100, "linears": 100, "rms_norm": 1}
+    ops = replace(FAST, **{name: advancing(getattr(FAST, name), n) for name, n in by.items()})
+    monkeypatch.setattr(worker, "FAST", ops)
+    monkeypatch.setattr(worker.time, "perf_counter", lambda: clock[0])
+    path = models.write(tmp_path / "model", models.TINY, "float32")
+    assert worker.Npllama(str(path), "float32").between(2)() == 2 * (2 * models.TINY.n_layers + 1)
 
 
 def test_worker_that_fails_says_so(tmp_path):
