@@ -9,9 +9,9 @@ prompts.
 from __future__ import annotations
 
 import _thread
+import itertools
 import os
 import threading
-from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Protocol
@@ -159,19 +159,15 @@ class _Region:
     """Tasks, of which each thread takes the next, until none is left or one has failed."""
 
     def __init__(self, task: Callable[[int], object], n: int):
-        self.task = task
-        self.numbers = deque(range(n))  # popleft() is one step for all threads, also without Python's lock (3.13t)
+        self.task, self.n = task, n
+        self.numbers = itertools.count()  # next() on it is one step, under Python's lock and without it (3.13t)
         self.failed = self.over = False
         self.errors: list[BaseException] = []  # of other threads than the caller's
 
     def work(self) -> None:
         _this_thread.region = self
         try:
-            while not self.failed:
-                try:
-                    i = self.numbers.popleft()
-                except IndexError:
-                    break
+            while not self.failed and (i := next(self.numbers)) < self.n:
                 self.task(i)
         except BaseException:
             self.failed = True
