@@ -376,8 +376,11 @@ def test_a_rank_that_is_killed_ends_a_chat_that_waits_at_a_pipe():
     assert process.stdout.readline()
     [worker] = workers_of(process.pid)
     os.kill(worker, signal.SIGKILL)
-    assert process.wait(WITHIN) == 2  # its input is still open
-    _, error = process.communicate()
+    try:
+        assert process.wait(WITHIN) == 2  # its input is still open
+    finally:
+        process.kill()
+        _, error = process.communicate()
     assert error.splitlines()[-1] == f"npllama chat: rank 1 of 2 (process {worker}) was ended by SIGKILL"
 
 
