@@ -29,7 +29,7 @@ def prepare_environment(n_threads: int) -> None:
 
 
 class Worker:
-    """A module that speaks benchmarks.worker's protocol, in a process: as a context manager, it is ready to answer inside."""
+    """A module that speaks benchmarks.worker's protocol, in a process of its own; a context manager, ready inside its block."""
 
     def __init__(
         self,

@@ -22,8 +22,8 @@ import numpy as np
 from npllama.engine.ranks import local, mpi
 
 NUMBERS = 4096
-BLOCKS, SUMS = 9, 50  # together: so many blocks of so many sums
-WAITS, LATE = 25, 3e-3  # late: so many sums, rank 1 so many seconds late; over shared memory a wait blocks after 0.6 ms
+BLOCKS, SUMS = 9, 50  # both at once: the number of blocks, and of sums in each
+WAITS, LATE = 25, 3e-3  # the number of sums, and seconds by which rank 1 is late; over shared memory a wait blocks after 0.6 ms
 OTHER = "import sys; sys.path[:] = filter(None, sys.path); from benchmarks.sums import follow; follow()"
 
 

@@ -63,13 +63,13 @@ def to_markdown(script: str, notebook: nbformat.NotebookNode, pictures: str, alt
 
 
 def title(code: str) -> str:
-    """Return the title that a cell gives its picture, where it is a plain string."""
+    """Return the title that a cell gives its picture, if that is a plain string."""
     found = re.search(r"""title(?:=|\()(["'])(.*?)\1[,)\n]""", code)
     return found[2] if found else ""
 
 
 def replace_pictures(folder: Path, old: str, pictures: dict[str, bytes]) -> None:
-    """Write a page's pictures; those that match the pattern `old` were of an earlier page, and are removed first."""
+    """Write a page's pictures, after removing those of an earlier page, which match the pattern `old`."""
     folder.mkdir(exist_ok=True)
     for file in folder.glob(old):
         file.unlink()

@@ -115,7 +115,7 @@ def tiled_attention(q: np.ndarray, keys: np.ndarray, values: np.ndarray, mask: n
 
 
 def _attend(q: np.ndarray, keys: np.ndarray, values: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Compute attention of queries that are divided by sqrt(K); the mask is that of the last slots, the others are visible.
+    """Compute attention for queries already divided by sqrt(K); the mask covers the last slots, all others are visible.
 
     q [..., T, H, K], keys, values [..., G, S, K], mask [..., 1, T, up to S] -> [..., T, H, K]
     """

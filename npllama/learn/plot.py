@@ -387,7 +387,7 @@ def draw_logit_lens(sheet: Sheet, subject: Subject) -> None:
     ids, p = (x[..., 0] for x in logit_lens(subject.model, subject.record(*lens_names(config)), 1))  # [1 + L, T]
     texts = drawable([*token_labels(subject.model.tokenizer, ids.ravel()), *subject.labels])
     labels = texts[ids.size :]
-    margin, row, ticks = 1.9, 1.2 * LINE, 4 * LINE  # inches: beside the cells, of a cell, below and above a strip
+    margin, row, ticks = 1.9, 1.2 * LINE, 4 * LINE  # inches: next to the cells, of a cell, below and above a strip
     strips = math.ceil(T / max(int((sheet.width - margin) / LENS_CELL), 1))
     columns = math.ceil(T / strips)  # strips of the same length
     height = sheet.fit(strips * (len(ids) * row + ticks) + 3 * LINE)

@@ -231,7 +231,7 @@ def _essence(hint: str) -> str:
 
 
 def _arithmetic(candidate: Activations, precision: str | None, profile: str | None) -> tuple[str, tuple[str, ...], str]:
-    """Return the precision that the candidate was computed in, its further roundings, and what is assumed of some arrays."""
+    """Return the candidate's precision, its further roundings, and the assumption about arrays stored in other precisions."""
     if precision and profile:
         raise InputError(f"precision is {precision} and rounding profile {profile}: expected one of them")
     stored = None if precision else (candidate.meta or {}).get("profile")

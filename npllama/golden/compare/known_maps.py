@@ -1,4 +1,4 @@
-"""List the maps of known programs: for each name of an activation there, its name and layout here."""
+"""List the maps of known programs: each name of an activation there, with its name and layout here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ...activations import TABLE
 
 @dataclass(frozen=True)
 class Rule:
-    """Give one candidate name's counterpart and layout; maps.py says what each field means."""
+    """Give one candidate name's counterpart and layout; maps.py explains the fields."""
 
     name: str
     axes: str = ""

@@ -120,7 +120,7 @@ def run(file: Path | str, profile: str = "float32", levels: Collection[str] | No
     path = Path(file)
     try:
         namespace = runpy.run_path(str(path))
-    except SystemExit:  # it would end this command, with a status that is no verdict
+    except SystemExit:  # it would end this command, with a status that isn't a verdict
         raise SuiteError(f"{path} calls exit() when it is loaded, expected functions alone") from None
     except Exception as error:  # the file's code may raise anything
         raise SuiteError(f"{path}: {type(error).__name__}: {reason(error)}") from None

@@ -50,7 +50,7 @@ In decoding, T is 1 and S is all tokens so far. Slots need not be in order.""",
         "mask_axes_exchanged",
     ),
     variants={
-        "what may be seen is hidden, and what is later is not: exchange 0 and -inf": lambda q, s, dtype: np.where(
+        "visible keys are masked, and later ones are not: exchange 0 and -inf": lambda q, s, dtype: np.where(
             s[None, :] <= q[:, None], np.asarray(-np.inf, dtype), np.asarray(0, dtype)
         )[None],
     },
