@@ -18,9 +18,10 @@ body { margin: 0 auto; max-width: 1100px; padding: 1.5rem; font: 15px/1.5 system
 h1 { font-size: 1.3rem } h2 { font-size: 1rem; margin: 1.5rem 0 .3rem } .bad { color: var(--bad) } .good { color: var(--good) }
 .soft { color: var(--soft) } table { border-collapse: collapse; width: 100% }
 td { border-bottom: 1px solid var(--line); padding: .2rem .6rem; vertical-align: top; overflow-wrap: anywhere }
-td:first-child { overflow-wrap: break-word }
+td:first-child { white-space: nowrap } wbr { display: none }
 td:nth-child(2) { white-space: nowrap }
-@media (max-width: 600px) { body { padding: .75rem } td { padding: .2rem .3rem } }
+@media (max-width: 600px) { body { padding: .75rem } td { padding: .2rem .3rem }
+  td:first-child { white-space: normal; min-width: 7.5rem } wbr { display: inline } }
 """
 
 
