@@ -76,10 +76,11 @@ def block_math(self: Any, node: Any) -> None:
 
 
 def break_names(app: Any, page: str, template: str, context: dict[str, Any], doctree: object) -> None:
-    """Let long names in tables break at their underscores and dots, and nowhere else; an option such as --top-p nowhere."""
+    """Let long names in tables break at their underscores and dots, and nowhere else; an option and 1e-05 nowhere."""
 
-    def breakable(cell: re.Match) -> str:
-        return re.sub(r"<code[^>]*>.*?</code>", lambda code: re.sub(r"([_.])(?=\w)(?![^<]*>)", r"\1<wbr>", code[0]), cell[0])
+    def breakable(match: re.Match) -> str:
+        cell = re.sub(r"[\d.]+e-\d+(?![^<]*>)", r'<span class="number">\g<0></span>', match[0])
+        return re.sub(r"<code[^>]*>.*?</code>", lambda code: re.sub(r"([_.])(?=\w)(?![^<]*>)", r"\1<wbr>", code[0]), cell)
 
     if body := context.get("body"):
         body = re.sub(r'<span class="pre">(?=-)', '<span class="pre option">', body)

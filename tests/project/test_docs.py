@@ -230,10 +230,11 @@ def test_pages_are_checked(page, said, tmp_path):
 
 
 def test_a_long_name_breaks_at_its_parts_and_an_option_nowhere():
-    context = {"body": '<td><code><span class="pre">--top-p</span> <span class="pre">a_b</span></code></td>'}
+    context = {"body": '<td><code><span class="pre">--top-p</span> <span class="pre">a_b</span></code> 1.5e-05</td>'}
     of_the_site("conf").break_names(None, "", "", context, None)
     assert context["body"] == (
-        '<td><code><span class="pre option">--top-p</span> <span class="pre">a_<wbr>b</span></code></td>'
+        '<td><code><span class="pre option">--top-p</span> <span class="pre">a_<wbr>b</span></code> '
+        '<span class="number">1.5e-05</span></td>'
     )
     assert ".option" in (ROOT / "docs" / "site" / "site.css").read_text(encoding="utf-8")
 
