@@ -95,6 +95,10 @@ class Bench:
         """Return how a line of the table calls a shape, which with --quick is a toy."""
         return f"toy {title}" if self.quick else title
 
+    def unless_quick(self, *others: str) -> tuple[str, ...]:
+        """Return the others; none with --quick, where other rows run them in the same way and importing torch takes long."""
+        return () if self.quick else others
+
     def rounds(self, n: int) -> int:
         return min(n, self.most_rounds)
 
@@ -209,13 +213,14 @@ def smollm2_135m(bench: Bench) -> list[Line]:
 
 
 def smollm2_360m(bench: Bench) -> list[Line]:
-    return dense(bench, "360m", "SmolLM2-360M", models.SMOLLM2_360M, (OURS, HF), 16, 0, 5, {})
+    names = (OURS, *bench.unless_quick(HF))
+    return dense(bench, "360m", "SmolLM2-360M", models.SMOLLM2_360M, names, 16, 0, 5, {})
 
 
 def tinyllama(bench: Bench) -> list[Line]:
     wanted = {"decode": {HF: 1.2, LLAMA_CPP: 1, LIMIT: 0.92}, "prefill": {HF: 1, LIMIT: 0.8}}
-    prompt = 128 if bench.quick else 512
-    lines = dense(bench, "1.1b", "1.1B", models.TINYLLAMA_1B, (OURS, HF, LLAMA_CPP), 8, prompt, 5, wanted, prefill_rounds=2)
+    prompt, names = 128 if bench.quick else 512, (OURS, *bench.unless_quick(HF, LLAMA_CPP))
+    lines = dense(bench, "1.1b", "1.1B", models.TINYLLAMA_1B, names, 8, prompt, 5, wanted, prefill_rounds=2)
     return lines + batches(bench, "1.1b", "1.1B", models.TINYLLAMA_1B, 4, 3)
 
 
@@ -232,8 +237,8 @@ def of_all_layers(few: float, one: float, n_few: int, n_layers: int) -> float:
 def llama_3b(bench: Bench) -> list[Line]:
     shape, n_few, n = bench.shape(models.LLAMA_3B), 4, 8
     path = bench.model(replace(shape, n_layers=n_few), "float32")
-    kinds = {OURS: ("npllama", path, "float32"), HF: ("torch", path, "float32"), LIMIT: ("limit", path, "float32")}
-    with bench.workers(kinds) as workers:
+    kinds = {OURS: "npllama", HF: "torch", LIMIT: "limit"}
+    with bench.workers({name: (kinds[name], path, "float32") for name in (OURS, *bench.unless_quick(HF), LIMIT)}) as workers:
         few, one = f"decode {n} {n_few}", f"decode {n} 1"
         names = [name for name in workers if name != LIMIT]
         asks = [Ask(LIMIT, "bandwidth"), *(Ask(name, command) for name in names for command in (few, one))]
