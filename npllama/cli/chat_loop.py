@@ -166,7 +166,7 @@ def obey(command: str, argument: str | None, loop: Loop) -> None:
 
 
 def absolute(path: str) -> Path:
-    """Return a path with `~` and links resolved, as it is where they can't be: pathlib raises a RuntimeError then."""
+    """Resolve `~` and links. An unknown user or a circle of links stays in the path, where pathlib raises RuntimeError."""
     return Path(os.path.realpath(os.path.expanduser(path)))
 
 

@@ -31,7 +31,8 @@ _ = np.empty(31 << 20, np.uint8)
 del _
 
 TILE = 1 << 19  # scores
-QUERIES = 64  # a tile takes several key heads while it can have as many queries: BLAS multiplies fewer slowly
+QUERIES = 64  # with fewer in a tile BLAS multiplies slowly: a tile takes several key heads only if it can have as many
+SHARES = 4  # tiles per thread, at least: the last to end keeps the other threads waiting
 SHARED = 1 << 17  # scores: below this, a second thread costs more than it saves
 TOKENS = 256  # per thread, at least: with fewer, BLAS spends longer packing the weights than multiplying
 
@@ -91,9 +92,10 @@ def tiled_attention(q: np.ndarray, keys: np.ndarray, values: np.ndarray, mask: n
     R = H // G
     if q.size // K * S < SHARED:
         return ops.attention_heads(ops.softmax(ops.attention_scores(q, keys, mask)), values)
-    n_groups = min(G, max(1, TILE // (QUERIES * R * S)))  # key heads in a tile
+    tile = min(TILE, q.size // K * S // (SHARES * n_threads()))
+    n_groups = min(G, max(1, tile // (QUERIES * R * S)))  # key heads in a tile
     n_parts = -(-G // n_groups)
-    n_tiles = -(-T // max(8, TILE // (n_groups * R * S)))
+    n_tiles = -(-T // max(8, tile // (n_groups * R * S)))
     size = -(-T // n_tiles)  # queries
     q = q / math.sqrt(K)
     y = np.empty_like(q)

@@ -338,6 +338,17 @@ def test_a_tile_of_attention_has_eight_queries_at_least(monkeypatch):
     assert pieces == [9]
 
 
+@pytest.mark.parametrize("threads", [1, 2, 8, 64])
+def test_attention_of_a_prompt_has_tiles_for_every_thread(threads, monkeypatch):
+    """Cut 512 queries of SmolLM2-135M's 9 heads so that each thread has four tiles at least."""
+    pieces = []
+    monkeypatch.setattr(fast, "parallel", lambda task, n: pieces.append(n))
+    monkeypatch.setattr(fast, "n_threads", lambda: threads)
+    q, keys, mask = (np.zeros(shape, np.float32) for shape in ((512, 9, 64), (3, 512, 64), (1, 512, 512)))
+    fast.tiled_attention(q, keys, keys, mask)
+    assert pieces[0] >= min(4 * threads, 3 * 64), "one key head and eight queries are the smallest tile"
+
+
 SIDE_BY_SIDE = """
 import sys, threading, time
 import numpy as np

@@ -96,7 +96,7 @@ CORE = (
     ),
 )
 # Constants that were found by measuring speed, and affect nothing else.
-TUNING = {"FEW_ROWS", "IN_PLACE", "FEW_TILE", "SHARED", "TILE", "QUERIES", "TOKENS", "SHORT_ROW", "PREFILL_CHUNK"}
+TUNING = {"FEW_ROWS", "IN_PLACE", "FEW_TILE", "SHARED", "TILE", "QUERIES", "SHARES", "TOKENS", "SHORT_ROW", "PREFILL_CHUNK"}
 MEMORY, FILE_BYTES = 8 << 30, 1 << 30  # of address space, of which torch alone reserves several gigabytes
 # Processor seconds that a mutant may take: this multiple of the tests' time on unchanged code, plus this many seconds.
 FACTOR, EXTRA = 5, 20
