@@ -51,6 +51,7 @@ def in_a_pipe(loop: Loop) -> None:
 
 def next_line(loop: Loop) -> str:
     """Return the next line of standard input, "" at its end. Raises RankLost if a rank ends during the wait."""
+    write("")  # flushes the answer's line break, for which a program at the other end may wait
     with watched_ranks(loop.conversation.model.params):
         return sys.stdin.readline()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -28,6 +29,28 @@ termios = pytest.importorskip("termios", reason="this system has no pseudo-termi
 @pytest.fixture
 def loop() -> Loop:
     return Loop(Conversation(npllama.load(), "Be brief.", sampling=npllama.Sampling(), max_tokens=6))
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_an_answer_and_its_line_break_are_written_before_the_next_question_is_read(loop, as_json, monkeypatch):
+    """Hold output back until it is flushed, as a pipe does: a program at the other end waits for the line."""
+    written, questions = io.BytesIO(), ["Who art thou?\n", "And thou?\n", ""]
+    asked = []
+
+    class Input:
+        def readline(self) -> str:
+            asked.append(written.getvalue().decode())
+            return questions[len(asked) - 1]
+
+    monkeypatch.setattr("sys.stdin", Input())
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="utf-8"))
+    loop.json = as_json
+    chat_loop.in_a_pipe(loop)
+    assert asked[0] == ""
+    assert len(asked[1]) > 1
+    assert asked[1].endswith("\n")
+    assert asked[2].endswith("\n")
+    assert len(asked[2]) > len(asked[1])
 
 
 # -------------------------------------------------------------------------------------------------------------- at a terminal

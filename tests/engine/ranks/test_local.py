@@ -370,7 +370,8 @@ def test_a_rank_that_is_killed_during_a_wait_for_input_ends_the_command(command,
 @needs_proc
 def test_a_rank_that_is_killed_ends_a_chat_that_waits_at_a_pipe():
     command = [*COMMAND, "chat", "--processes", "2", "-n", "2"]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    process = subprocess.Popen(command, text=True, env={**os.environ, "PYTHONUNBUFFERED": ""}, **pipes)
     process.stdin.write("Who art thou?\n")
     process.stdin.flush()
     assert process.stdout.readline()
